@@ -1,0 +1,160 @@
+"""Attention over packed sequences: one function, three kernels behind it, and the layouts built on it.
+
+Nothing here is padded. Sequences lie one after another along a single token axis, and a *segment* says which queries
+see which keys: segment i's `q_lens[i]` queries attend to its `k_lens[i]` keys, causally from the bottom right (the last
+query sees every key). With q_lens == k_lens that is ordinary attention; with k_lens > q_lens the extra keys in front are
+a prefix: a shared prompt in training, a cache in generation.
+
+Shape letters: N packed queries, M packed keys, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+# What a transformer block calls: (layer index, q (N, H, D), k (N, K, D), v (N, K, D)) -> (N, H, D).
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def _flash_attn():
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def _torch_varlen():
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+FLASH_ATTN = _flash_attn()
+TORCH_VARLEN = _torch_varlen()
+
+
+def backend(q: Tensor) -> str:
+    """The kernel that will serve `q`: "flash" (flash-attn), "varlen" (torch), both CUDA half precision only, or "sdpa"."""
+    half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if half and FLASH_ATTN is not None:
+        return "flash"
+    return "varlen" if half and TORCH_VARLEN is not None else "sdpa"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Lengths of the segments of one packed call, with what the kernels want derived once per layout."""
+
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    causal: bool
+    cu_q: Tensor  # (segments + 1,) int32, running sums
+    cu_k: Tensor
+
+    @classmethod
+    def of(cls, q_lens: Sequence[int], k_lens: Sequence[int], causal: bool, device) -> Segments:
+        def running(lens):
+            return torch.tensor([0, *lens], device=device).cumsum(0).int()
+
+        return cls(tuple(q_lens), tuple(k_lens), causal, running(q_lens), running(k_lens))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str | None = None) -> Tensor:
+    """softmax(q kᵀ / √D) v within each segment. q (N, H, D), k and v (M, K, D), H a multiple of K; returns (N, H, D)."""
+    kernel = kernel or backend(q)
+    if kernel == "sdpa":
+        return _sdpa(q, k, v, segments)
+    sizes = (segments.cu_q, segments.cu_k, max(segments.q_lens), max(segments.k_lens))
+    if kernel == "flash":
+        return FLASH_ATTN(q, k, v, *sizes, causal=segments.causal)
+    return _varlen(q, k, v, sizes, segments.causal)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, sizes: tuple, causal: bool) -> Tensor:
+    """torch's own variable-length kernel. Its keywords moved between releases, so ask it which it has."""
+    known = inspect.signature(TORCH_VARLEN).parameters
+    options = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if "window_size" in known:
+        options["window_size"] = (-1, 0) if causal else (-1, -1)
+    else:
+        options["is_causal"] = causal
+    return TORCH_VARLEN(q, k, v, *sizes, **options)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Segments of equal shape stand as one batch, so the number of kernel calls is that of distinct shapes."""
+    alike = defaultdict(list)
+    for index, shape in enumerate(zip(segments.q_lens, segments.k_lens)):
+        alike[shape].append(index)
+    if len(alike) == 1:
+        (shape,) = alike
+        return _sdpa_batch(q, k, v, *shape, segments.causal)
+    qs, ks, vs = q.split(segments.q_lens), k.split(segments.k_lens), v.split(segments.k_lens)
+    out: list[Tensor] = [q] * len(qs)
+    for (q_len, k_len), members in alike.items():
+        parts = (torch.cat([pieces[i] for i in members]) for pieces in (qs, ks, vs))
+        done = _sdpa_batch(*parts, q_len, k_len, segments.causal)
+        for index, piece in zip(members, done.split(q_len)):
+            out[index] = piece
+    return torch.cat(out)
+
+
+def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, q_len: int, k_len: int, causal: bool) -> Tensor:
+    q = q.unflatten(0, (-1, q_len)).transpose(1, 2)  # (B, H, q_len, D)
+    k, v = (x.unflatten(0, (-1, k_len)).transpose(1, 2) for x in (k, v))
+    square = causal and q_len == k_len
+    mask = causal_lower_right(q_len, k_len) if causal and not square and q_len > 1 else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+class Packed:
+    """The layout of whole sequences: each sees itself, causally. Use as the `attend` of a forward pass."""
+
+    def __init__(self, lens: Sequence[int], device, causal: bool = True):
+        self.segments = Segments.of(lens, lens, causal, device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k, v, self.segments)
+
+
+class SharedPrefix:
+    """The layout of groups whose shared prompt stands once: [prompt, member, member, ..., prompt, member, ...].
+
+    Linear layers see every prompt token once. Inside attention a member's queries attend to [prompt keys; own keys]; the
+    keys are repeated there by `gather`, a plain index, so the pass stays a pure function that autograd and activation
+    checkpointing need not know anything about.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]], device):
+        """`groups`: (prompt length, [member suffix lengths]) in packed order; a suffix may not be empty."""
+        q_lens, k_lens, gather, start = [], [], [], 0
+        for prompt, members in groups:
+            prefix = torch.arange(start, start + prompt)
+            q_lens.append(prompt), k_lens.append(prompt), gather.append(prefix)
+            start += prompt
+            for length in members:
+                q_lens.append(length), k_lens.append(prompt + length)
+                gather += [prefix, torch.arange(start, start + length)]
+                start += length
+        self.segments = Segments.of(q_lens, k_lens, True, device)
+        self.gather = torch.cat(gather).to(device)  # (M,)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(q, k[self.gather], v[self.gather], self.segments)

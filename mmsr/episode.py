@@ -1,0 +1,139 @@
+"""The three records that every other module speaks.
+
+`Example` is what data gives, `Observation` what a tool gives, `Episode` what a rollout is. Whoever swaps the
+data, the tools or the trainer keeps these and changes one file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(Exception):
+    """A user's mistake: one line that says what, where and how to mend it. Entry points print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one image."""
+
+    id: str
+    image: bytes  # an encoded picture file (JPEG, PNG, ...)
+    question: str
+    answers: tuple[str, ...]  # the ground truth first, then accepted aliases
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One search result. Every field is optional: the web leaves out whatever it likes. All text is untrusted."""
+
+    title: str = ""
+    url: str = ""
+    text: str = ""  # a page's summary or passage
+    image: bytes | None = None  # an encoded thumbnail
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a tool gave. A failed tool is a value (`ok` false, `error` says why), never an exception."""
+
+    hits: tuple[Hit, ...] = ()
+    ok: bool = True
+    error: str | None = None
+    source: str = ""  # which back-end answered
+    seconds: float = 0.0
+    cached: bool = False
+
+
+@dataclass
+class Turn:
+    """A stretch of an episode's tokens: what the model said, or what came back."""
+
+    role: str  # "assistant" or "tool"
+    text: str
+    start: int  # token span [start, end) within Episode.input_ids
+    end: int
+    action: str | None = None  # assistant: "answer", a tool's name, or None where no action could be read
+    query: str | None = None
+    forced: bool = False  # replayed, not sampled: its tokens are not trained
+    observation: Observation | None = None  # tool turns only
+
+
+# How a rollout ended.
+ANSWERED = "answered"
+LENGTH = "length"  # out of tokens, or a prompt or result that does not fit
+TURNS = "turns"  # a search in the last turn
+TOOL_ERROR = "tool-error"  # a tool's infrastructure failed and the run is told to stop such episodes
+INVALID = "invalid"  # a turn without a readable action
+
+
+@dataclass
+class Episode:
+    """One rollout, token for token as it was sampled.
+
+    The first `prompt_length` tokens are the group's shared prompt. `loss_mask[t]` is 1 where the model sampled token t
+    itself, and `logps[t]` is then the log-probability it had when sampled. `images` are pairs (offset of the first
+    placeholder token in `input_ids`, `vision.Image`).
+    """
+
+    example: Example
+    group_id: int  # the slot in the step's batch: never text, never the example's id, which may recur
+    sample: int  # 0 .. G-1 within the group
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    images: list[tuple[int, Any]] = field(default_factory=list)
+    prompt_length: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    status: str = ""
+    answer: str | None = None
+    reward: float = 0.0
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    advantage: float = 0.0
+
+    def searches(self, tool: str | None = None) -> int:
+        """Number of executed tool calls, of one tool or of all. A call refused over its limit was not executed."""
+        return sum(
+            turn.role == "tool" and turn.observation.source != "limit" and tool in (None, turn.action)
+            for turn in self.turns
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The JSON form: one line of `rollouts/*.jsonl` and `episodes.jsonl`."""
+        return {
+            "id": self.example.id,
+            "group": self.group_id,
+            "sample": self.sample,
+            "question": self.example.question,
+            "answers": list(self.example.answers),
+            "category": self.example.category,
+            "status": self.status,
+            "turns": [_turn_record(turn) for turn in self.turns],
+            "answer": self.answer,
+            "reward": self.reward,
+            "reward_parts": self.reward_parts,
+            "advantage": self.advantage,
+            "tokens": {"prompt": self.prompt_length, "total": len(self.input_ids), "sampled": sum(self.loss_mask)},
+        }
+
+
+def _turn_record(turn: Turn) -> dict[str, Any]:
+    record: dict[str, Any] = {"role": turn.role, "text": turn.text, "action": turn.action, "query": turn.query}
+    if turn.forced:
+        record["forced"] = True
+    if turn.observation is not None:
+        seen = turn.observation
+        record["observation"] = {
+            "ok": seen.ok,
+            "error": seen.error,
+            "source": seen.source,
+            "titles": [hit.title for hit in seen.hits],
+            "text": "\n".join(hit.text for hit in seen.hits if hit.text),
+            "images": sum(hit.image is not None for hit in seen.hits),
+            "seconds": round(seen.seconds, 4),
+            "cached": seen.cached,
+        }
+    return record

@@ -1,0 +1,73 @@
+"""The tool interface: what a rollout may call, and the box that calls it.
+
+A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets the query and the
+question's image as bytes — never the example, so it cannot cheat — and returns an `Observation` (or plain text, which
+becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Callable
+
+from .episode import Hit, Observation
+
+IMAGE_SEARCH = "image_search"
+TEXT_SEARCH = "text_search"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool. `payload` fixes what must stand between the tags (`<search><img></search>`); None takes any query."""
+
+    name: str
+    tag: str
+    limit: int  # calls per episode
+    run: Callable[[str, bytes], Observation | str]
+    payload: str | None = None
+
+
+def search_tools(backend, max_images: int, max_texts: int) -> list[Tool]:
+    """The paper's two tools over a back-end with `image_search(image)` and `text_search(query)` -> Observation."""
+    return [
+        Tool(IMAGE_SEARCH, "search", max_images, lambda query, image: backend.image_search(image), payload="<img>"),
+        Tool(TEXT_SEARCH, "text_search", max_texts, lambda query, image: backend.text_search(query)),
+    ]
+
+
+class NoSearch:
+    """The back-end `none`: every search honestly finds nothing."""
+
+    def image_search(self, image: bytes) -> Observation:
+        return Observation(source="none")
+
+    def text_search(self, query: str) -> Observation:
+        return Observation(source="none")
+
+
+class Toolbox:
+    """Calls tools, in threads or (`inline`, for reproducible runs) on the spot."""
+
+    def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
+        self.tools = {tool.name: tool for tool in tools}
+        self.pool = None if inline else ThreadPoolExecutor(workers, thread_name_prefix="tool")
+
+    def call(self, name: str, query: str, image: bytes) -> Future[Observation]:
+        if self.pool is not None:
+            return self.pool.submit(_observe, self.tools[name], query, image)
+        done: Future[Observation] = Future()
+        done.set_result(_observe(self.tools[name], query, image))
+        return done
+
+
+def _observe(tool: Tool, query: str, image: bytes) -> Observation:
+    start = time.perf_counter()
+    try:
+        seen = tool.run(query, image)
+    except Exception as error:  # the seam: a forker's tool may raise anything, and the rollout must go on
+        seen = Observation(ok=False, error=f"{type(error).__name__}: {error}", source=tool.name)
+    if isinstance(seen, str):
+        seen = Observation((Hit(text=seen),), source=tool.name)
+    return replace(seen, seconds=seen.seconds or time.perf_counter() - start)
