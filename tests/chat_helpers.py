@@ -1,0 +1,70 @@
+"""A tiny tokenizer with Qwen's markup, stand-ins for images, and the checkpoint's chat template, for tests of turns."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+REAL_TOKENIZER = Path(__file__).parents[2] / "shared/data/qwen_tokenizer"
+TRANSCRIPTS = Path(__file__).parents[2] / "shared/data/mmsearch_r1_7b_transcripts.jsonl"
+
+# In the checkpoint's order; the last two are added but not special, which `split_special_tokens` lets through.
+CONTROL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call>
+</tool_call>""".split()
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CORPUS = [
+    "system user assistant\nYou are a helpful assistant.",
+    "Question: What is this ? search ? no search .\n\n",
+    "<information> results </information>\n <reason>why</reason> <answer>Paris</answer>",
+    "<search><img></search> <text_search>query</text_search>",
+]
+
+# The chat template that Qwen2.5-VL-Instruct is published with, less its branch for videos.
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Stands in for vision.Image."""
+
+    tokens: int
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """Writes a byte-level BPE tokenizer.json with Qwen's pre-tokenizer and control tokens into `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [_added(len(spec["model"]["vocab"]) + n, name) for n, name in enumerate(CONTROL)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder
+
+
+def _added(token_id: int, name: str) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": name, **flags, "special": name.startswith("<|")}
