@@ -1,0 +1,181 @@
+"""Rewards: is the answer right, are the turns well formed, and what did the searches cost.
+
+Three rules, by name. With s the accuracy (0 or 1), f the format (0 or 1), p the penalty (0.1), w the format weight
+(0.1) and c = 1 if the episode made any search, else 0 (`per_call`: c = the number of searches):
+
+    blog    r = (1 - w) (s - p c)     + w f      the penalty hits wrong answers too
+    paper   r = (1 - w) s (1 - p)^c   + w f      the penalty hits correct answers only
+    strict  the paper's formula with a scorer that the official one's loopholes do not fool
+
+`blog` and `paper` score as the official code does, loopholes included. One departure: the official code counts the
+search tags in the turns' text, this one the searches that were executed, so a refused call costs no penalty (and earns
+no format). Reward and advantage are separate: what a group makes of these numbers is `grpo.py`'s affair.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from dataclasses import dataclass
+from typing import Callable, Iterable
+
+from .episode import ANSWERED, Episode, UserError
+
+RULES = ("blog", "paper", "strict")
+
+# Which sequences of actions earn format. Whoever adds a tool adds its name's shapes here.
+LEGAL_SHAPES: set[tuple[str, ...]] = {
+    ("answer",),
+    ("image_search", "answer"),
+    ("text_search", "answer"),
+    ("image_search", "text_search", "answer"),
+}
+# What `strict` allows beyond them: within the released limits, yet the official code gives it no format.
+STRICT_SHAPES: set[tuple[str, ...]] = {("text_search", "text_search", "answer")}
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+TAGS = re.compile(r"</?(?:reason|answer)>")
+ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason>)*")
+
+
+@dataclass(frozen=True)
+class RewardRule:
+    """Which formula and scorer, with their numbers.
+
+    Raises `UserError` for an unknown name, a number outside [0, 1], or `strict` with a substring match.
+    """
+
+    name: str = "paper"
+    penalty: float = 0.1
+    format_weight: float = 0.1
+    per_call: bool = False  # every search costs, not only the first
+    substring: bool = False  # an accepted answer inside the given one is enough (blog, paper)
+
+    def __post_init__(self):
+        if self.name not in RULES:
+            raise UserError(f"reward: unknown rule {self.name!r}; choose one of {', '.join(RULES)}")
+        for field in ("penalty", "format_weight"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise UserError(f"reward: {field} is {value}; give a number from 0 to 1")
+        if self.name == "strict" and self.substring:
+            raise UserError("reward: strict has no substring match (a list of guesses would pass); leave it out")
+
+
+def score(
+    episodes: Iterable[Episode],
+    rule: RewardRule,
+    well_formed: Callable[[str], bool],
+    accuracy: Callable[[Episode], float] | None = None,
+) -> None:
+    """Set every episode's `reward` and `reward_parts` {"accuracy", "format", "penalty"}.
+
+    reward = (1 - w) accuracy + w format - penalty, where the penalty is what the searches took off:
+
+        blog            (1 - w) p c
+        paper, strict   (1 - w) accuracy (1 - (1 - p)^c)
+
+    So 0 <= reward <= 1 under `paper` and `strict`, and -(1 - w) p c <= reward <= 1 under `blog`. `well_formed` judges
+    one assistant turn's text. `accuracy` replaces the rule's own scorer (a model as judge, say); it must give a number
+    from 0 to 1, else ValueError. No text of the model's makes this raise.
+    """
+    for episode in episodes:
+        right = float(accuracy(episode)) if accuracy else answer_score(episode, rule)
+        if not 0 <= right <= 1:
+            raise ValueError(f"accuracy of example {episode.example.id!r} is {right}, not from 0 to 1")
+        formed = format_score(episode, rule, well_formed)
+        weight = 1 - rule.format_weight
+        penalty = weight * _search_cost(right, episode.searches(), rule)
+        episode.reward = weight * right + rule.format_weight * formed - penalty
+        episode.reward_parts = {"accuracy": right, "format": formed, "penalty": penalty}
+
+
+def _search_cost(accuracy: float, searches: int, rule: RewardRule) -> float:
+    """What the searches take off the accuracy: p c, or accuracy (1 - (1 - p)^c)."""
+    calls = searches if rule.per_call else min(searches, 1)
+    if rule.name == "blog":
+        return rule.penalty * calls
+    return accuracy * (1 - (1 - rule.penalty) ** calls)
+
+
+# Accuracy.
+
+
+def answer_score(episode: Episode, rule: RewardRule) -> float:
+    """1.0 if the episode's answer is one of the example's, by the rule's own extraction and match; else 0.0."""
+    answers = episode.example.answers
+    if rule.name == "strict":
+        given = strict_answer(episode)
+        return float(given is not None and strict_match(given, answers))
+    given = official_answer(episode)
+    return float(given is not None and exact_match(given, answers, rule.substring))
+
+
+def official_answer(episode: Episode) -> str | None:
+    """Inside of the last closed `<answer>` of the last assistant turn, wherever it stands; None if there is none."""
+    found = ANSWER.findall(_last_text(episode))
+    return found[-1].strip() if found else None
+
+
+def strict_answer(episode: Episode) -> str | None:
+    """The one answer of an episode that ended by answering; None for several, or one within the reason."""
+    text = _last_text(episode)
+    if episode.status != ANSWERED or not ONE_ANSWER.fullmatch("".join(TAGS.findall(text))):
+        return None
+    return ANSWER.search(text).group(1).strip()
+
+
+def _last_text(episode: Episode) -> str:
+    return next((turn.text for turn in reversed(episode.turns) if turn.role == "assistant"), "")
+
+
+def exact_match(prediction: str, answers: Iterable[str], substring: bool = False) -> bool:
+    """The official match: equal to any answer after normalisation, or (`substring`) containing one.
+
+    Normalisation: lower case, ASCII punctuation dropped, the words a, an, the dropped, white space collapsed. An empty
+    prediction therefore equals the answer "A" or "The"; `strict_match` mends that.
+    """
+    given = _normalise(prediction)
+    accepted = (_normalise(answer) for answer in answers)
+    return any(answer in given if substring else answer == given for answer in accepted)
+
+
+def strict_match(prediction: str, answers: Iterable[str]) -> bool:
+    """Equal to any answer after NFKC, case folding and dropping Unicode punctuation (categories P*) and articles.
+
+    What normalises to nothing never matches. Symbols (categories S*: $, +, <) stay: "C" is not "C+".
+    """
+    given = _normalise_strictly(prediction)
+    return bool(given) and any(given == _normalise_strictly(answer) for answer in answers)
+
+
+def _normalise(text: str) -> str:
+    return _drop_articles(text.lower().translate(ASCII_PUNCTUATION))
+
+
+def _normalise_strictly(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return _drop_articles("".join(char for char in folded if unicodedata.category(char)[0] != "P"))
+
+
+def _drop_articles(text: str) -> str:
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+# Format.
+
+
+def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str], bool]) -> float:
+    """1.0 if every assistant turn is well formed, their actions make a legal shape and no call was refused; else 0.0.
+
+    A refused call stands in the shape as the action it was. Most are illegal for that alone, but with a limit of 0 even
+    the first is refused.
+    """
+    turns = [turn for turn in episode.turns if turn.role == "assistant"]
+    shape = tuple(turn.action for turn in turns)
+    legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
+    refused = any(turn.role == "tool" and turn.observation.source == "limit" for turn in episode.turns)
+    return float(legal and not refused and all(well_formed(turn.text) for turn in turns))

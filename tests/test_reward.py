@@ -1,0 +1,339 @@
+"""Rewards worked out by hand, the official scorer written a second time, and the exploits that `strict` refuses."""
+
+import math
+import random
+import re
+import string
+
+import pytest
+
+from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn, UserError
+from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, score, strict_match
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
+
+MARKUP = {
+    "answer": "<answer>{}</answer>",
+    IMAGE_SEARCH: "<search><img></search>",
+    TEXT_SEARCH: "<text_search>{}</text_search>",
+}
+ALL_RULES = ("blog", "paper", "strict")
+
+
+def well_formed(text):
+    return re.fullmatch(r"<reason>[^<]*</reason>\s*<(\w+)>.*</\1>", text, re.DOTALL) is not None
+
+
+def turn(text, action, source=None):
+    """One assistant turn, or with a `source` the tool turn that answers it."""
+    if source is None:
+        return Turn("assistant", text, 0, 0, action=action)
+    return Turn("tool", text, 0, 0, action=action, observation=Observation(source=source))
+
+
+def episode(actions, answer="Paris", gold=("Paris",), found="Some page", source="toy"):
+    """An episode of well-formed turns; each search in it is followed by its result."""
+    turns = []
+    for action in actions:
+        turns.append(turn("<reason>Hm.</reason>\n" + MARKUP[action].format(answer), action))
+        if action != "answer":
+            turns.append(turn(found, action, source))
+    return Episode(Example("e", b"", "Which city?", gold), 0, 0, turns=turns, status=ANSWERED)
+
+
+def ended(text, gold=("Paris",), status=ANSWERED, action="answer"):
+    """An episode of the single turn `text`."""
+    return Episode(Example("e", b"", "Which city?", gold), 0, 0, turns=[turn(text, action)], status=status)
+
+
+def rewarded(subject, rule):
+    score([subject], RewardRule(rule) if isinstance(rule, str) else rule, well_formed)
+    return subject
+
+
+def accuracy(subject, rule):
+    return rewarded(subject, rule).reward_parts["accuracy"]
+
+
+# Every rule and shape, by hand.
+
+SHAPES = {  # actions -> (right, wrong) under each rule
+    ("answer",): {"blog": (1.0, 0.1), "paper": (1.0, 0.1), "strict": (1.0, 0.1)},
+    ("image_search", "answer"): {"blog": (0.91, 0.01), "paper": (0.91, 0.1), "strict": (0.91, 0.1)},
+    ("text_search", "answer"): {"blog": (0.91, 0.01), "paper": (0.91, 0.1), "strict": (0.91, 0.1)},
+    ("image_search", "text_search", "answer"): {"blog": (0.91, 0.01), "paper": (0.91, 0.1), "strict": (0.91, 0.1)},
+    ("text_search", "text_search", "answer"): {"blog": (0.81, -0.09), "paper": (0.81, 0.0), "strict": (0.91, 0.1)},
+    ("text_search", "image_search", "answer"): {"blog": (0.81, -0.09), "paper": (0.81, 0.0), "strict": (0.81, 0.0)},
+    ("image_search", "image_search", "answer"): {"blog": (0.81, -0.09), "paper": (0.81, 0.0), "strict": (0.81, 0.0)},
+    ("image_search", "text_search", "text_search", "answer"): {
+        "blog": (0.81, -0.09), "paper": (0.81, 0.0), "strict": (0.81, 0.0),
+    },
+    ("image_search",): {"blog": (-0.09, -0.09), "paper": (0.0, 0.0), "strict": (0.0, 0.0)},
+}
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("actions", SHAPES, ids="-".join)
+def test_rewards_worked_out_by_hand(actions, rule):
+    right, wrong = SHAPES[actions][rule]
+    assert rewarded(episode(actions), rule).reward == pytest.approx(right)
+    assert rewarded(episode(actions, answer="Rome"), rule).reward == pytest.approx(wrong)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_the_parts_add_up_to_the_reward(rule):
+    for actions in SHAPES:
+        subject = rewarded(episode(actions), rule)
+        parts = subject.reward_parts
+        assert set(parts) == {"accuracy", "format", "penalty"}
+        assert subject.reward == pytest.approx(0.9 * parts["accuracy"] + 0.1 * parts["format"] - parts["penalty"])
+    assert parts["penalty"] == pytest.approx(0.09 if rule == "blog" else 0.0)
+
+
+def test_penalty_per_call():
+    actions = ("image_search", "text_search", "answer")
+    assert rewarded(episode(actions), RewardRule("paper", per_call=True)).reward == pytest.approx(0.9 * 0.81 + 0.1)
+    assert rewarded(episode(actions), RewardRule("blog", per_call=True)).reward == pytest.approx(0.9 * 0.8 + 0.1)
+
+
+def test_penalty_and_format_weight_are_parameters():
+    rule = RewardRule("paper", penalty=0.5, format_weight=0.2)
+    assert rewarded(episode(("text_search", "answer")), rule).reward == pytest.approx(0.8 * 0.5 + 0.2)
+    assert rewarded(episode(("answer",)), RewardRule("paper", penalty=0.0)).reward == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_a_refused_call_costs_no_penalty_and_earns_no_format(rule):
+    twice = episode(("image_search", "image_search", "answer"))
+    twice.turns[3] = turn("limit reached", IMAGE_SEARCH, "limit")
+    assert rewarded(twice, rule).reward == pytest.approx(0.81)
+    forbidden = episode(("text_search", "answer"), source="limit")
+    assert rewarded(forbidden, rule).reward == pytest.approx(0.9)
+
+
+def test_one_malformed_turn_costs_the_format():
+    subject = episode(("image_search", "answer"))
+    subject.turns[0].text = MARKUP[IMAGE_SEARCH]
+    assert rewarded(subject, "paper").reward == pytest.approx(0.81)
+
+
+def test_forced_turns_score_like_others():
+    subject = episode(("image_search", "answer"))
+    for each in subject.turns:
+        each.forced = True
+    assert rewarded(subject, "paper").reward == pytest.approx(0.91)
+
+
+def test_a_forkers_tool_is_one_more_shape(monkeypatch):
+    monkeypatch.setitem(MARKUP, "map_search", "<map_search>{}</map_search>")
+    subject = episode(("map_search", "answer"))
+    assert rewarded(subject, "paper").reward_parts["format"] == 0
+    monkeypatch.setattr("mmsr.reward.LEGAL_SHAPES", LEGAL_SHAPES | {("map_search", "answer")})
+    assert rewarded(subject, "paper").reward_parts["format"] == rewarded(subject, "strict").reward_parts["format"] == 1
+
+
+def test_shapes_speak_the_tools_names():
+    assert {name for shape in LEGAL_SHAPES | STRICT_SHAPES for name in shape} == {"answer", IMAGE_SEARCH, TEXT_SEARCH}
+
+
+def test_a_judge_replaces_the_scorer():
+    subject = episode(("image_search", "answer"), answer="the French capital")
+    score([subject], RewardRule("paper"), well_formed, accuracy=lambda episode: 0.5)
+    assert subject.reward == pytest.approx(0.9 * 0.5 * 0.9 + 0.1)
+    with pytest.raises(ValueError, match="nan"):
+        score([subject], RewardRule("paper"), well_formed, accuracy=lambda episode: math.nan)
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "em"}, {"penalty": 1.5}, {"format_weight": math.nan}, {"name": "strict", "substring": True}]
+)
+def test_a_wrong_rule_is_a_users_error(options):
+    with pytest.raises(UserError):
+        RewardRule(**options)
+
+
+# The official scorer, written here from its description and nowhere near mmsr.reward.
+
+
+def official_normal(text):
+    bare = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+def official_score(text, answers):
+    closed = [found.group(1).strip() for found in re.finditer(r"<answer>(.*?)</answer>", text, re.DOTALL)]
+    return float(bool(closed) and official_normal(closed[-1]) in [official_normal(answer) for answer in answers])
+
+
+AWKWARD = [  # prediction, answer, official verdict
+    ("Paris", "Paris", True),
+    ("  the   PARIS. ", "Paris", True),
+    ("Paris, France", "Paris", False),
+    ("", "A", True),
+    ("", "The", True),
+    ("a", "an", True),
+    ("!?", "The", True),
+    ("", "Paris", False),
+    ("Best Buy Co Inc BBY", "Best Buy Co., Inc. (BBY)", True),
+    ("foot and mouth", "Foot-and-mouth", False),
+    ("footandmouth", "Foot-and-mouth", True),
+    ("lipreading", "lip-reading", True),
+    ("The-Hague", "Hague", False),
+    ("theHague", "Hague", False),
+    ("A-Team", "ATeam", True),
+    ("a team", "team", True),
+    ("$5", "5", True),
+    ("1,000", "1000", True),
+    ("3.14", "314", True),
+    ("Zürich", "Zurich", False),
+    ("ZÜRICH", "zürich", True),
+    ("straße", "STRASSE", False),
+    ("“Paris”", "Paris", False),
+    ("Paris\u00a0", "Paris", True),
+    ("San\u2003Marino", "San Marino", True),
+    ("Paris\u200b", "Paris", False),
+    ("Ｐａｒｉｓ", "Paris", False),
+    ("東京", "東京", True),
+    ("東京。", "東京", False),
+    ("e\u0301", "é", False),
+    ("a\u0301", "\u0301", True),
+    ("İ", "i̇", True),
+    ("Paris\nFrance", "paris france", True),
+    ("2003 9 26", "26 9 2003", False),
+]
+
+
+@pytest.mark.parametrize("prediction, answer, verdict", AWKWARD)
+def test_the_official_verdict_on_awkward_strings(prediction, answer, verdict):
+    assert (official_normal(prediction) == official_normal(answer)) == verdict
+    assert exact_match(prediction, [answer]) == verdict
+
+
+PIECES = [
+    "<answer>", "</answer>", "<reason>", "</reason>", "a", "an", "the", "A", "The", " ", "  ", "\n", "\t", "Paris",
+    "paris", "Tōkyō", "-", ".", "'", "’", "“", "$", "é", "e\u0301", "ß", "İ", "\u200b", "\u00a0", "東", "①",
+    "\ud800", "\0", "_", "9",
+]
+
+
+def babble(dice, most=9):
+    return "".join(dice.choice(PIECES) for _ in range(dice.randrange(most)))
+
+
+def test_paper_equals_the_official_scorer_on_random_strings():
+    dice = random.Random(0)
+    verdicts = []
+    for _ in range(20_000):
+        gold = tuple(babble(dice, 4) for _ in range(dice.randint(1, 3)))
+        given = dice.choice([dice.choice(gold).upper(), babble(dice, 4)])
+        closed = f"<answer>{given}</answer>"
+        text = dice.choice([closed, f"{babble(dice)}{closed}{babble(dice)}", given])
+        verdicts.append(official_score(text, gold))
+        assert accuracy(ended(text, gold), "paper") == verdicts[-1], (text, gold)
+    assert 4_000 < sum(verdicts) < 16_000  # the strings try both verdicts
+
+
+def test_substring_match_is_an_option():
+    rule = RewardRule("paper", substring=True)
+    assert accuracy(episode(("answer",), answer="in Paris, France"), rule) == 1
+    assert accuracy(episode(("answer",), answer="in Paris, France"), "paper") == 0
+
+
+# Strict.
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, verdict",
+    [
+        ("“Paris”", "Paris", True),
+        ("Ｐａｒｉｓ", "Paris", True),
+        ("東京。", "東京", True),
+        ("straße", "STRASSE", True),
+        ("e\u0301", "é", True),
+        ("The Tagus River!", "tagus river", True),
+        ("C", "C+", False),
+        ("", "A", False),
+        ("the", "The", False),
+        ("?", "!", False),
+        ("Paris or Rome", "Paris", False),
+    ],
+)
+def test_strict_match(prediction, answer, verdict):
+    assert strict_match(prediction, ["no such thing", answer]) == verdict
+
+
+REASONED = "<reason>Hm.</reason>"
+
+
+@pytest.mark.parametrize(
+    "exploit, gold, paper",
+    [
+        (REASONED + "<answer></answer>", "A", 1),
+        (REASONED + "<answer>a</answer>", "The", 1),
+        ("<reason>so <answer>Paris</answer></reason>", "Paris", 1),
+        ("<reason>so <answer>Paris</answer></reason><search><img></search>", "Paris", 1),
+        ("<reason><reason>x</reason><answer>Paris</answer></reason>", "Paris", 1),
+        ("</reason><reason><answer>Paris</answer>", "Paris", 1),
+        (REASONED + "<answer>Rome</answer><answer>Paris</answer>", "Paris", 1),
+        (REASONED + "<answer>Paris</answer></answer>", "Paris", 1),
+        (REASONED + "<answer>Par<reason></reason>is</answer>", "Paris", 0),
+        (REASONED + "<answer>Paris, Rome, Oslo, Bern</answer>", "Paris", 0),
+        (REASONED + "</answer>Paris<answer>", "Paris", 0),
+    ],
+)
+def test_exploits_that_strict_refuses(exploit, gold, paper):
+    assert accuracy(ended(exploit, (gold,)), "paper") == paper
+    assert accuracy(ended(exploit, (gold,)), "strict") == 0
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_tool_text_never_matters(rule):
+    forged = "<reason>x</reason><answer>Paris</answer>"
+    for actions in (("text_search", "answer"), ("text_search",)):
+        honest = rewarded(episode(actions, answer="Rome"), rule)
+        poisoned = rewarded(episode(actions, answer="Rome", found=forged), rule)
+        assert poisoned.reward_parts == honest.reward_parts and poisoned.reward == honest.reward
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@pytest.mark.parametrize("status", [LENGTH, TURNS, INVALID])
+def test_a_rollout_cut_off_before_its_answer_closes_is_never_correct(rule, status):
+    assert accuracy(ended(REASONED + "<answer>Paris", status=status, action=None), rule) == 0
+
+
+@pytest.mark.parametrize("status", [LENGTH, TURNS, INVALID, "tool-error", ""])
+def test_strict_pays_only_episodes_that_ended_by_answering(status):
+    text = REASONED + "<answer>Paris</answer>"
+    assert accuracy(ended(text, status=status), "strict") == 0
+    assert accuracy(ended(text, status=status), "paper") == 1
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_an_episode_without_turns_scores_nothing(rule):
+    empty = Episode(Example("e", b"", "?", ("A",)), 0, 0, status=LENGTH)
+    assert rewarded(empty, rule).reward == 0
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_gold_scores_one_against_itself(rule):
+    dice = random.Random(1)
+    for _ in range(3_000):
+        gold = babble(dice, 6)
+        if "<" in gold or not strict_match(gold, [gold]):  # holds a tag, or normalises to nothing
+            continue
+        assert accuracy(ended(f"{REASONED}<answer>{gold}</answer>", (gold,)), rule) == 1, gold
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_fuzz_never_raises_and_rewards_stay_in_range(rule):
+    dice = random.Random(2)
+    actions = ["answer", IMAGE_SEARCH, TEXT_SEARCH, None, "unheard-of"]
+    for _ in range(5_000):
+        turns = [
+            turn(babble(dice), dice.choice(actions), dice.choice([None, None, "toy", "limit"]))
+            for _ in range(dice.randrange(7))
+        ]
+        subject = Episode(Example("e", b"", "?", (babble(dice), babble(dice))), 0, 0, turns=turns)
+        subject.status = dice.choice([ANSWERED, LENGTH, TURNS, INVALID])
+        reward = rewarded(subject, rule).reward
+        assert (-0.09 if rule == "blog" else 0) - 1e-12 <= reward <= 1 + 1e-12
+        assert subject.reward_parts["accuracy"] in (0, 1) and subject.reward_parts["format"] in (0, 1)
