@@ -158,3 +158,42 @@ class SharedPrefix:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k[self.gather], v[self.gather], self.segments)
+
+
+def decode_attention(
+    q: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    prefix_lens: Tensor,
+    members: Tensor,
+    place: Tensor,
+    suffix: tuple[Tensor, Tensor],
+    suffix_lens: Tensor,
+) -> Tensor:
+    """One query per slot over [the prompt that its group shares; its own tokens], merged by log-sum-exp.
+
+    q (S, H, D). `prefix`: keys and values (R, K, P, D), the first `prefix_lens` (R,) of P valid, read once per row for all
+    of its members. `members` (R, G) slot per member of a row (any slot where a row has fewer); `place` (S,) the flat index
+    of each slot in `members`. `suffix`: keys and values (S, K, L, D), the first `suffix_lens` (S,) valid. Returns (S, H, D).
+    No gradient: this is for sampling.
+    """
+    slots, heads, size = q.shape
+    kv_heads = suffix[0].shape[1]
+    rows, group = members.shape
+    shared = q[members].view(rows, group, kv_heads, -1, size).transpose(1, 2).flatten(2, 3)  # (R, K, G * H/K, D)
+    out_p, lse_p = _partial(shared, *prefix, prefix_lens)
+    out_p, lse_p = (
+        x.unflatten(2, (group, -1)).transpose(1, 2).reshape(rows * group, heads, -1)[place] for x in (out_p, lse_p)
+    )
+    out_s, lse_s = _partial(q.view(slots, kv_heads, -1, size), *suffix, suffix_lens)
+    out_s, lse_s = (x.reshape(slots, heads, -1) for x in (out_s, lse_s))
+    share = torch.sigmoid(lse_p - lse_s)  # of the softmax mass that lies on the prompt
+    return (share * out_p + (1 - share) * out_s).to(q.dtype)
+
+
+def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over part of the keys: output (B, K, Q, D) and log-sum-exp (B, K, Q, 1), both fp32, for the merge."""
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5  # (B, K, Q, keys)
+    hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
+    scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return (scores - lse).exp().to(v.dtype) @ v, lse

@@ -1,0 +1,92 @@
+"""Group Relative Policy Optimisation as pure functions of tensors.
+
+For G rollouts o_1 … o_G of one question with rewards R_i, token t of rollout i has the loss
+
+    l_it = − min(ρ_it A_i, clip(ρ_it, 1 − ε_low, 1 + ε_high) A_i) + β k3_it                               (1)
+    A_i  = (R_i − mean(R)) / (std(R) + ε)                                                                 (2)
+    ρ_it = π(o_it) / π_old(o_it),    k3_it = π_ref/π − log(π_ref/π) − 1                                   (3)
+
+and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the model sampled itself, where the weights
+
+    sequence:  w_it = 1 / (number of rollouts · tokens of rollout i)        token:  w_it = 1 / (tokens of all rollouts)   (4)
+
+are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how it is cut.
+
+Where this departs from the paper [P], its blog [B] and the official code [C], and why:
+- ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing searches.
+- [C] averages tokens per micro-batch, which makes the gradient depend on the micro-batch size. (4) is global.
+- Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them in
+  the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
+- With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several (the paper's
+  512 / 128) π_old comes from a trainer pass before the first update.
+- Optionally a token's loss is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what the
+  sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
+- The standard deviation is the unbiased one, as in [C].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Equation (2). `rewards` and `group_ids` (E,); `keep` (E,) bool leaves episodes out of mean and std (their A is 0).
+
+    Returns advantages (E,) and `varied` (E,): whether the episode counts in a group whose rewards are not all equal.
+    """
+    keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
+    advantages = torch.zeros_like(rewards)
+    varied = torch.zeros_like(keep)
+    for group in group_ids.unique():
+        members = (group_ids == group) & keep
+        if members.sum() < 2:
+            continue
+        r = rewards[members]
+        if r.max() > r.min():
+            advantages[members] = (r - r.mean()) / (r.std() + eps)
+            varied |= members
+    return advantages, varied
+
+
+def episode_weights(trained_tokens: Sequence[int], norm: str) -> list[float]:
+    """Equation (4): the weight of each token of each episode, given every episode's number of trained tokens."""
+    if norm == "token":
+        return [1.0 / max(sum(trained_tokens), 1)] * len(trained_tokens)
+    return [1.0 / (len(trained_tokens) * max(n, 1)) for n in trained_tokens]
+
+
+class Losses(NamedTuple):
+    """Per-token values (T,) of one pass: the loss of (1), and detached statistics."""
+
+    loss: Tensor
+    kl: Tensor
+    clipped: Tensor  # bool: the clip of (1) is active and stops the gradient
+
+
+def token_losses(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    ref_logps: Tensor | None = None,
+    kl: float = 0.0,
+    importance: Tensor | None = None,
+) -> Losses:
+    """Equations (1) and (3). Every tensor is (T,), advantages repeated per token; only `logps` carries a gradient.
+
+    `ref_logps` None means no reference and β = 0. `importance` (T,) multiplies the policy term.
+    """
+    ratio = (logps - old_logps).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    clipped = surrogate.detach() < (ratio * advantages).detach()
+    if importance is not None:
+        surrogate = surrogate * importance
+    if ref_logps is None:
+        return Losses(-surrogate, torch.zeros_like(logps.detach()), clipped)
+    gap = ref_logps - logps
+    k3 = gap.exp() - gap - 1
+    return Losses(-surrogate + kl * k3, k3.detach(), clipped)

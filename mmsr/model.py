@@ -1,0 +1,491 @@
+"""Qwen2.5-VL: the decoder, M-RoPE positions, log-probabilities, and Hugging Face folders in and out.
+
+One code path serves sampling, training and the reference. Sequences are packed along one token axis; what sees what is
+the caller's `attend` (attention.py), so the same forward pass runs whole sequences, groups that share a prompt, and
+decoding from a cache. Weight names are those of the published checkpoints.
+
+Shape letters: N packed tokens, M image tokens, R rows to score, H query heads, K key/value heads, D head size,
+d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attend
+from .episode import UserError
+from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower, inverse_frequencies, rotate, run_block
+
+BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
+SHARD_BYTES = 5 * 10**9
+SIDE_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "generation_config.json"),
+)
+SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
+
+
+# ---- configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and token ids, by the names of config.json. Defaults, for keys that a file lacks, are transformers' own."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 8192
+    intermediate_size: int = 29568
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # rotary frequencies that turn with time, row and column
+    max_position_embeddings: int = 32768  # not used here; other programs that open a saved folder read it
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    vision: VisionConfig = field(default_factory=VisionConfig)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Reads the hub's flat form and transformers 5's nested one. Raises ValueError on what is not built here."""
+        if values.get("model_type") != "qwen2_5_vl":
+            raise ValueError(f"model_type is {values.get('model_type')!r}, this program runs 'qwen2_5_vl' only")
+        vision = values.get("vision_config") or {}
+        flat = {**values, **(values.get("text_config") or {})}
+        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
+        flat = {**flat, **{key: rope[key] for key in ("mrope_section", "rope_theta") if key in rope}}
+        # Files written before transformers 5 may have the flag in text_config alone, beside a default False outside.
+        flat["tie_word_embeddings"] = bool(values.get("tie_word_embeddings") or flat.get("tie_word_embeddings"))
+        _refuse_variants(flat, rope, vision)
+        return cls(**_known(cls, flat), vision=VisionConfig(**_known(VisionConfig, vision)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hub's flat form, which every version of transformers and other inference programs read."""
+        values = asdict(self)
+        values["rope_scaling"] = {"type": "mrope", "mrope_section": values.pop("mrope_section")}
+        vision = values.pop("vision")
+        vision |= {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES}
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "hidden_act": "silu",
+            **values,
+            "vision_config": vision,
+        }
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that `cls` has a field for; lists become tuples, None means the default."""
+    names = {f.name for f in fields(cls)}
+    chosen = {key: value for key, value in values.items() if key in names and value is not None}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
+
+
+def _refuse_variants(text: dict[str, Any], rope: dict[str, Any], vision: dict[str, Any]) -> None:
+    """A setting that would silently compute something else than the checkpoint means."""
+    wanted = [
+        ("hidden_act", text.get("hidden_act"), ("silu",)),
+        ("use_sliding_window", text.get("use_sliding_window"), (False,)),
+        ("rope type", rope.get("rope_type", rope.get("type")), ("default", "mrope")),
+        ("vision_config.hidden_act", vision.get("hidden_act"), ("silu",)),
+        ("vision_config.patch_size", vision.get("patch_size"), (PATCH,)),
+        ("vision_config.spatial_merge_size", vision.get("spatial_merge_size"), (MERGE,)),
+        ("vision_config.temporal_patch_size", vision.get("temporal_patch_size"), (FRAMES,)),
+    ]
+    for name, found, allowed in wanted:
+        if found is not None and found not in allowed:
+            raise ValueError(f"{name} is {found!r}, this program runs {' or '.join(map(repr, allowed))} only")
+
+
+# ---- positions
+
+
+def mrope_positions(
+    length: int, images: Sequence[tuple[int, tuple[int, int]]], start: int = 0
+) -> tuple[Tensor, int]:
+    """M-RoPE positions (3, length) long of a stretch of tokens, and the position that the next stretch starts at.
+
+    `images`: (offset of the first placeholder within the stretch, (rows, columns) in patches), in order. Text advances
+    time, row and column together; a picture's tokens stand at one time, each at its row and column, and the text after
+    it goes on from the largest position used + 1. Token ids play no role. ValueError for pictures that do not fit.
+    """
+    pieces, done, position = [], 0, start
+    for offset, grid in images:
+        rows, columns = grid[0] // MERGE, grid[1] // MERGE
+        if offset < done or offset + rows * columns > length:
+            span = f"{offset}..{offset + rows * columns}"
+            raise ValueError(f"image tokens {span} do not fit between token {done} and the end at {length}")
+        pieces.append(_text_positions(position, offset - done))
+        position += offset - done
+        axes = (torch.arange(1), torch.arange(rows), torch.arange(columns))
+        pieces.append(torch.cartesian_prod(*axes).T + position)  # (3, rows * columns)
+        position += max(rows, columns)
+        done = offset + rows * columns
+    pieces.append(_text_positions(position, length - done))
+    return torch.cat(pieces, 1), position + length - done
+
+
+def _text_positions(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count).expand(3, -1)
+
+
+def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, D/2), fp32, of positions (3, N): each frequency turns with one of time, row and column."""
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, position_ids.device)
+    angles = position_ids[..., None] * frequencies  # (3, N, D/2)
+    angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(config.mrope_section, -1))], -1)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+# ---- the decoder
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin)  # (N, H, D)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin)  # (N, K, D)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return self.o_proj(attend(layer, q, k, v).flatten(1))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Holds the weights under the checkpoints' names `model.*`; Qwen2_5_VL.forward runs them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Qwen2_5_VL(nn.Module):
+    """The whole model. `checkpoint_blocks` recomputes decoder blocks in the backward pass; `visual` has its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        self.visual = VisionTower(config.vision)
+        self.model = Decoder(config)
+        untied = not config.tie_word_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, d)"""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
+        """Features (M, d) of pictures, one after another."""
+        return self.visual(images)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        read: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """Hidden states (N, d) after the final norm of tokens `input_ids` (N,) at `position_ids` (3, N).
+
+        `image_features` (M, d) take the places `image_index` (M,) of the packed axis. With `read`, the value is
+        read(hidden, head weight (V, d)), called in here because only here does FSDP hold the head in one piece.
+        """
+        hidden = self.model.embed_tokens(input_ids)
+        if image_features is not None:
+            hidden = hidden.index_copy(0, image_index, image_features.to(hidden.dtype))
+        # Angles need fp32 (positions run to thousands); the rotation itself is done in the model's precision.
+        cos, sin = (x.to(hidden.dtype) for x in rotary(position_ids, self.config))
+        for index, layer in enumerate(self.model.layers):
+            hidden = run_block(layer, self.checkpoint_blocks, hidden, cos, sin, attend, index)
+        hidden = self.model.norm(hidden)
+        return hidden if read is None else read(hidden, self.head_weight)
+
+
+# ---- log-probabilities: the one place where engine, trainer and reference get them
+
+
+def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, banned: Tensor | None = None) -> Tensor:
+    """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature. `banned` (V,) bool: probability 0."""
+    values = (hidden @ head.T).float() / temperature
+    return values if banned is None else values.masked_fill(banned, BANNED_LOGIT)
+
+
+def log_probs(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
+
+    The entropy carries no gradient. At most `chunk` rows of logits exist at a time, in the backward pass too.
+    """
+
+    def score(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        values = logits(hidden, head, temperature, banned)
+        total = values.logsumexp(-1)
+        logps = values.gather(-1, targets[:, None])[:, 0] - total
+        with torch.no_grad():  # stands last: recomputing stops at the last value that the backward pass needs
+            every = values - total[:, None]
+            entropy = -(every.exp() * every).sum(-1)
+        return logps, entropy
+
+    parts = [
+        checkpoint(score, rows, head, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    logps, entropy = zip(*parts)
+    return torch.cat(logps), torch.cat(entropy)
+
+
+# ---- random weights
+
+
+def random_model(
+    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Qwen2_5_VL:
+    """A model with fresh weights: matrices normal with standard deviation .02, norms 1, biases 0."""
+    with torch.device("meta"):
+        model = Qwen2_5_VL(config).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return model
+
+
+# ---- folders
+
+
+def resolve(name: str) -> Path:
+    """The folder that `--model NAME` means: a folder, a short name such as Qwen2.5-VL-7B, or a hub id.
+
+    The latter two are fetched unless they lie in the hub's cache. Raises UserError when they cannot be.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    repository = SHORT_NAMES.get(name, name)
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # of the hub's client, its HTTP library or the file system
+        raise UserError(
+            f"model {name!r} is not a folder, and {repository!r} could not be fetched from the Hugging Face hub "
+            f"({_first_line(error)}): check the name and the network, or pass a local folder"
+        ) from error
+
+
+def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen2_5_VL:
+    """The model of a Hugging Face folder, its weights cast to `dtype` on `device`. Raises UserError for a folder unfit.
+
+    Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(read_config(folder))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights: dict[str, Tensor] = {}
+    for file, name, tensor in _stored_tensors(folder):
+        if name not in shapes:
+            continue  # e.g. lm_head beside tied embeddings
+        if tensor.shape != shapes[name]:
+            found, wanted = tuple(tensor.shape), tuple(shapes[name])
+            raise UserError(f"{file}: {name} has shape {found}, config.json says {wanted}: not of the same model")
+        # A copy even where nothing changes: the tensor read is a view of the file, which may be overwritten.
+        weights[name] = tensor.to(device, dtype, copy=True)
+    missing = [name for name in shapes if name not in weights]
+    if missing:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{folder}: {len(missing)} of {len(shapes)} weights are missing ({listed}): fetch it again")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder. Raises UserError for none, or one of another architecture."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist: pass a Hugging Face model folder or a hub id")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model folder?")
+    try:
+        return ModelConfig.from_dict(_read_json(folder / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: {_first_line(error)}: pass a Qwen2.5-VL model") from error
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, on-disk name, tensor) of every weight in a folder, one at a time."""
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():
+                    yield file, _disk_name(name), stored.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            reason = _first_line(error)
+            raise UserError(f"{file} cannot be read ({reason}): truncated or corrupt, fetch it again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"model folder {folder} has neither {single.name} nor {index.name}: fetch its weights")
+    shards = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise UserError(f"{index} names {len(shards)} files, {len(absent)} do not exist ({absent[0]}): fetch it again")
+    return shards
+
+
+def _disk_name(name: str) -> str:
+    """Some files have transformers 5's in-memory names, `model.visual.*` and `model.language_model.*`."""
+    for memory, disk in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(memory):
+            return disk + name.removeprefix(memory)
+    return name
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({_first_line(error)}): fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a JSON {type(values).__name__}, not an object: fetch it again")
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def save(model: Qwen2_5_VL, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:
+    """Write a Hugging Face folder: config.json, weights in the model's own precision, and copies of tokenizer files."""
+    save_weights(model.config, model.state_dict(), folder, tokenizer_files_from)
+
+
+def save_weights(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    folder: Path | str,
+    tokenizer_files_from: Path | str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save` for weights by name, such as a sharded model's gathered state dict.
+
+    Every file is written under a temporary name and then renamed, weights before the config that makes them loadable.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(weights, folder, shard_bytes)
+    _copy_side_files(tokenizer_files_from, folder)
+    dtype = next(iter(weights.values())).dtype
+    _write_json(folder / "config.json", {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    stale = set(folder.glob("model*.safetensors*"))
+    shards = _shards(weights, shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        with _replacing(folder / name) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {weight: name for name, shard in zip(names, shards) for weight in shard}
+        size = sum(tensor.nbytes for tensor in weights.values())
+        names.append("model.safetensors.index.json")
+        _write_json(folder / names[-1], {"metadata": {"total_size": size}, "weight_map": weight_map})
+    for file in stale - {folder / name for name in names}:
+        file.unlink()  # of an earlier save: it would be read in place of these
+
+
+def _shards(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Cut by order into parts of at most `limit` bytes, a tensor larger than that alone in its part."""
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in weights.items():
+        if shards[-1] and used + tensor.nbytes > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor.detach().contiguous()
+        used += tensor.nbytes
+    return shards
+
+
+def _copy_side_files(source: Path | str | None, folder: Path) -> None:
+    if source is None or Path(source).resolve() == folder.resolve():
+        return
+    for name in SIDE_FILES:
+        if (Path(source) / name).is_file():
+            with _replacing(folder / name) as temporary:
+                shutil.copyfile(Path(source) / name, temporary)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    with _replacing(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A temporary path to write, which then takes the place of `file`."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    yield temporary
+    os.replace(temporary, file)

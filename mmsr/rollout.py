@@ -1,0 +1,216 @@
+"""The multi-turn rollout: generate, interrupt at an action, search, resume.
+
+    sampling ──turn ends──► answer ─────────────────────────────────► answered
+       ▲                    no action ──────────────────────────────► invalid
+       │                    out of tokens ──────────────────────────► length
+       │                    search, but it was the last turn ───────► turns
+       └──── observation ◄─ search: the tool runs, the slot waits
+
+Nobody waits for anybody else: while one episode's tool runs, the others go on decoding. Tokens stay exactly as sampled;
+what comes back is appended as a user turn with mask 0.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from typing import Callable, Sequence
+
+from .chat import Chat
+from .engine import Engine, Group, Member, sampling_key
+from .episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn, UserError
+from .tools import Toolbox
+from .vision import Image, load_image
+
+OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rollout may use. `max_turns` counts model turns, so it bounds the searches in all at one less."""
+
+    max_turns: int
+    min_pixels: int
+    max_pixels: int
+    thumbnail_pixels: int = 224 * 224
+    stop_on_tool_error: bool = False  # end the episode (status tool-error) instead of telling the model
+
+
+@dataclass(eq=False)
+class _Run:
+    """An episode under way."""
+
+    episode: Episode
+    member: Member
+    script: list[str] = field(default_factory=list)  # model turns to force before sampling begins
+    calls: dict[str, int] = field(default_factory=dict)
+    turns: int = 0
+
+
+class Rollout:
+    """Runs one batch of groups to its end. One use per object; afterwards `counts` holds its token and image counters."""
+
+    def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, limits: Limits, direct: bool = False):
+        """`direct`: ask without tools, in one turn."""
+        self.engine, self.chat, self.toolbox, self.limits = engine, chat, toolbox, limits
+        self.mode, self.max_turns = ("direct", 1) if direct else ("search", limits.max_turns)
+        self.runs: dict[Member, _Run] = {}
+        self.waiting: dict[Future, _Run] = {}
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        seed: tuple = (),
+        scripts: Callable[[Example, int], list[str]] | None = None,
+        on_done: Callable[[Episode], None] = lambda episode: None,
+    ) -> list[Episode]:
+        """Roll out `group_size` episodes per example, in order; group i belongs to examples[i].
+
+        `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
+        model turns to force (replay, RAG): their tools really run, their tokens are not trained.
+        """
+        groups = [self._open(example, i, group_size, seed, scripts) for i, example in enumerate(examples)]
+        episodes = [self.runs[member].episode for group in groups for member in group.members]
+        self.on_done = on_done
+        self._play_openings()
+        for group in groups:  # members whose script already ended have nothing to sample
+            group.members = [member for member in group.members if not self.runs[member].episode.status]
+        for member in self.engine.submit([group for group in groups if group.members]):
+            self._end(self.runs[member], LENGTH)
+        while self.engine.busy or self.waiting:
+            for member in self.engine.step():
+                self._turn_ended(self.runs[member])
+            self._collect(block=not self.engine.busy)
+        return episodes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens and images of the batch; unique = every group's prompt once and what its members do not share."""
+        episodes = [run.episode for run in self.runs.values()]
+        prompts = {e.group_id: e.prompt_length for e in episodes}
+        forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
+        return {
+            "prefilled": self.engine.counts["prefilled"],
+            "prefilled_unique": sum(prompts.values()) + forced,
+            "sampled": sum(sum(e.loss_mask) for e in episodes),
+            "images_encoded": self.engine.counts["images_encoded"],
+            "images_distinct": len({image.key for e in episodes for _, image in e.images}),
+        }
+
+    # ---- opening ----------------------------------------------------------------------------------------------------
+
+    def _open(self, example: Example, group_id: int, size: int, seed: tuple, scripts) -> Group:
+        try:
+            image = load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
+        except ValueError as error:
+            raise UserError(f"example {example.id}: {error}; mend or remove this row") from None
+        prompt = self.chat.prompt(example.question, image, self.mode)
+        members = []
+        for sample in range(size):
+            member = Member(sampling_key(*seed, group_id, sample))
+            length = len(prompt.ids)
+            episode = Episode(example, group_id, sample, list(prompt.ids), [0] * length, [0.0] * length)
+            episode.images, episode.prompt_length = list(prompt.images), length
+            script = list(scripts(example, sample)) if scripts else []
+            self.runs[member] = _Run(episode, member, script)
+            members.append(member)
+        return Group(prompt.ids, prompt.images, members)
+
+    def _play_openings(self) -> None:
+        """Run all scripts to their last forced turn, tools included, before sampling begins."""
+        for run in self.runs.values():
+            self._force_turn(run)
+        while self.waiting:
+            self._collect(block=True)
+
+    def _force_turn(self, run: _Run) -> None:
+        if not run.script or run.episode.status:
+            return
+        text = run.script.pop(0)
+        start = len(run.member.ids)
+        run.member.force(self.chat.assistant(text))
+        self._act(run, self._turn(run, text, start, forced=True))
+
+    # ---- turns ------------------------------------------------------------------------------------------------------
+
+    def _turn_ended(self, run: _Run) -> None:
+        member = run.member
+        start = len(member.loss_mask)
+        while start and member.loss_mask[start - 1]:
+            start -= 1
+        text = self.chat.decode(member.ids[start : len(member.ids) - member.stopped])
+        turn = self._turn(run, text, start)
+        if member.stopped:
+            self._act(run, turn)
+        else:
+            self._end(run, LENGTH)
+
+    def _turn(self, run: _Run, text: str, start: int, forced: bool = False) -> Turn:
+        action = self.chat.parse(text)
+        base = run.episode.prompt_length
+        turn = Turn("assistant", text, base + start, base + len(run.member.ids), action.name, action.query, forced)
+        run.episode.turns.append(turn)
+        run.turns += 1
+        return turn
+
+    def _act(self, run: _Run, turn: Turn) -> None:
+        """Do what the model's turn asks for."""
+        if turn.action is None:
+            return self._end(run, INVALID)
+        if turn.action == "answer":
+            run.episode.answer = turn.query
+            return self._end(run, ANSWERED)
+        if run.turns >= self.max_turns:
+            return self._end(run, TURNS)
+        run.calls[turn.action] = run.calls.get(turn.action, 0) + 1
+        if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
+            return self._observe(run, OVER_LIMIT)
+        self.waiting[self.toolbox.call(turn.action, turn.query, run.episode.example.image)] = run
+
+    def _collect(self, block: bool) -> None:
+        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one."""
+        if self.waiting:
+            wait(self.waiting, timeout=None if block else 0, return_when=FIRST_COMPLETED)
+            for future in [future for future in self.waiting if future.done()]:
+                self._observe(self.waiting.pop(future), future.result())
+
+    def _observe(self, run: _Run, seen: Observation) -> None:
+        """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""
+        member, call, example = run.member, run.episode.turns[-1], run.episode.example
+        thumbnails = [self._thumbnail(hit.image) for hit in seen.hits]
+        piece = self.chat.observation(call.action, seen, thumbnails, example.question)
+        start = run.episode.prompt_length + len(member.ids)
+        turn = Turn("tool", self.chat.decode(piece.ids), start, start, call.action, call.query, observation=seen)
+        run.episode.turns.append(turn)
+        if not seen.ok and seen is not OVER_LIMIT and self.limits.stop_on_tool_error:
+            return self._end(run, TOOL_ERROR)
+        if start + len(piece.ids) >= self.engine.max_tokens:
+            return self._end(run, LENGTH)
+        turn.end += len(piece.ids)
+        if member.group is not None:
+            return self.engine.extend(member, piece.ids, piece.images)
+        member.force(piece.ids, piece.images)  # still playing its opening
+        self._force_turn(run)
+
+    def _thumbnail(self, image: bytes | None) -> Image | None:
+        if image is None:
+            return None
+        most = self.limits.thumbnail_pixels
+        try:
+            return load_image(image, min(self.limits.min_pixels, most), most)
+        except ValueError:  # a broken thumbnail leaves its title
+            return None
+
+    def _end(self, run: _Run, status: str) -> None:
+        """Close the episode: its tokens are the prompt's and the member's, as they stand."""
+        episode, member = run.episode, run.member
+        episode.status = status
+        base = episode.prompt_length
+        episode.input_ids += member.ids
+        episode.loss_mask += member.loss_mask
+        episode.logps += member.logps
+        episode.images += [(base + at, image) for at, image in member.images]
+        if member.group is not None:
+            self.engine.finish(member)
+        self.on_done(episode)

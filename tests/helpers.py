@@ -1,0 +1,137 @@
+"""Tiny models and pictures that several tests share, and the same model built by transformers."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from mmsr.attention import Packed
+from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.vision import PATCH, Image, VisionConfig, patchify
+
+torch.set_num_threads(1)  # on tensors this small a second thread only waits: five times the time on a busy machine
+
+IMAGE = 290  # the tiny vocabulary's placeholder
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Grouped heads, window and full blocks, windows of 4 x 4 tokens; untied unless `changes` say otherwise."""
+    vision = VisionConfig(
+        depth=3, hidden_size=32, intermediate_size=44, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    )
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        mrope_section=(2, 3, 3),
+        image_token_id=IMAGE,
+        video_token_id=291,
+        vision_start_token_id=292,
+        vision_end_token_id=293,
+        vision=vision,
+    )
+    return replace(config, **changes)
+
+
+def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
+    """Weights an order of magnitude larger than a fresh model's, so that no part of it can be wrong unnoticed."""
+    model = random_model(tiny_config(**changes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.2 if parameter.ndim == 1 else 0.1)
+    return model
+
+
+def hf_twin(model: Qwen2_5_VL):
+    """transformers' model with copies of the same weights, fp32, in evaluation mode."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    twin = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.to_dict())).float().eval()
+    weights = {}
+    for name, value in model.state_dict().items():
+        renamed = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+        weights["model." + name if name.startswith("visual.") else renamed] = value.clone()
+    unset = twin.load_state_dict(weights, strict=False)
+    assert not unset.unexpected_keys and set(unset.missing_keys) <= {"lm_head.weight"}  # tied: the embedding serves
+    twin.tie_weights()
+    return twin
+
+
+def random_image(rows: int, columns: int, seed: int = 0) -> Image:
+    """A picture of noise, `rows` x `columns` patches."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (rows * PATCH, columns * PATCH, 3), dtype=np.uint8)
+    return Image(patchify(pixels), (rows, columns), f"noise {rows} x {columns}, seed {seed}")
+
+
+def picture_bytes(width: int, height: int, mode: str = "RGB", format: str = "PNG", seed: int = 0) -> bytes:
+    """An encoded picture file of noise."""
+    bands = len(PIL.Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, bands), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(noise.squeeze(-1) if bands == 1 else noise, mode).save(file, format)
+    return file.getvalue()
+
+
+def conversation(seed: int, *pieces: int | Image) -> tuple[Tensor, list[tuple[int, Image]]]:
+    """Token ids (N,) and pictures with their offsets, from pieces: a number of random text tokens, or a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    images = []
+    for piece in pieces:
+        if isinstance(piece, Image):
+            images.append((len(ids), piece))
+            ids += [IMAGE] * piece.tokens
+        else:
+            ids += torch.randint(0, IMAGE, (piece,), generator=generator).tolist()
+    return torch.tensor(ids), images
+
+
+def positions(ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
+    """(3, N)"""
+    return mrope_positions(len(ids), [(offset, image.grid) for offset, image in images])[0]
+
+
+def packed_logits(model: Qwen2_5_VL, sequences: list[tuple[Tensor, list[tuple[int, Image]]]]) -> Tensor:
+    """Logits (N, V) of whole sequences in one packed pass."""
+    ids = torch.cat([ids for ids, _ in sequences])
+    where = torch.cat([positions(*sequence) for sequence in sequences], 1)
+    pictures = [image for _, images in sequences for _, image in images]
+    features = model.encode_images(pictures) if pictures else None
+    index = (ids == IMAGE).nonzero()[:, 0] if pictures else None
+    attend = Packed([len(ids) for ids, _ in sequences], "cpu")
+    return model(ids, where, attend, features, index, read=logits)
+
+
+def hf_logits(twin, ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
+    """Logits (N, V) of one sequence by transformers. Without explicit positions it would fall back to 1-D ones."""
+    pictures = {}
+    if images:
+        pictures["pixel_values"] = torch.cat([image.patches for _, image in images])
+        pictures["image_grid_thw"] = torch.tensor([(1, *image.grid) for _, image in images])
+    return twin(input_ids=ids[None], position_ids=positions(ids, images)[:, None], **pictures).logits[0]
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+def report(record_property, what: str, value: float) -> None:
+    """A measured difference, into the JUnit file and (with -s or on failure) onto the screen."""
+    record_property(what, value)
+    print(f"largest difference, {what}: {value:.2e}")
+
+
+def edit_json(file, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

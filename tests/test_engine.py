@@ -1,0 +1,182 @@
+"""The engine against the uncached model, against transformers, and against itself in other company."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import IMAGE, conversation, hf_twin, positions, random_image, report, tiny_model
+
+from mmsr.engine import Engine, Group, Member, sample, sampling_key, uniform
+from mmsr.episode import Episode, Example
+from mmsr.pack import cut, pack
+from mmsr.update import ImageFeatures, Trainer
+
+STOP = 7
+BANNED = torch.zeros(300, dtype=torch.bool)
+BANNED[IMAGE:] = True
+RESULT = conversation(99, 5, random_image(4, 6, 8), 3)  # what "comes back" from a tool: text, a thumbnail, text
+EXAMPLE = Example("e", b"", "", ())
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(3)
+    with torch.no_grad():  # make the stop token likely, so that turns end at all lengths
+        model.lm_head.weight[STOP] = 0.35 * model.lm_head.weight[STOP]
+        model.lm_head.weight[STOP] += 0.12 * model.lm_head.weight[:IMAGE].mean(0)
+    return model
+
+
+def groups(n: int, members: int, seed: int = 0, first: int = 0) -> list[Group]:
+    made = []
+    for i in range(first, first + n):
+        ids, images = conversation(seed + i, 3 + i % 4, random_image(4 + 2 * (i % 3), 4, i), 2 + i % 5)
+        keys = [sampling_key(seed, i, sample) for sample in range(members)]
+        made.append(Group(ids.tolist(), images, [Member(key) for key in keys]))
+    return made
+
+
+def run(model, batch: list[Group], turns: int = 2, result=RESULT, **options) -> Engine:
+    """Generate `turns` turns per member, extended by `result` in between."""
+    options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
+    engine = Engine(model, STOP, BANNED, **options)
+    assert engine.submit(batch) == []
+    left = Counter({member: turns for group in batch for member in group.members})
+    while engine.busy:
+        for member in engine.step():
+            left[member] -= 1
+            if left[member]:
+                engine.extend(member, result[0].tolist(), result[1])
+            else:
+                engine.finish(member)
+    assert not +left and not engine.seated
+    return engine
+
+
+def episodes(batch: list[Group]) -> list[Episode]:
+    made = []
+    for i, group in enumerate(batch):
+        for j, m in enumerate(group.members):
+            n = len(group.ids)
+            images = group.images + [(n + at, image) for at, image in m.images]
+            lists = (group.ids + m.ids, [0] * n + m.loss_mask, [0.0] * n + m.logps)
+            made.append(Episode(EXAMPLE, i, j, *lists, images, n))
+    return made
+
+
+def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trainer's and sampled log-probabilities of all sampled tokens."""
+    trainer = Trainer(model, None, BANNED)
+    ours, theirs = [], []
+    with torch.no_grad():
+        for part in cut(made, 400):
+            batch = pack(made, part, "cpu")
+            ours.append(trainer.log_probs(model, batch, ImageFeatures(model, batch.images, False))[0])
+            theirs.append(batch.sampled_logps)
+    return torch.cat(ours), torch.cat(theirs)
+
+
+def texts(batch: list[Group]) -> list[list[int]]:
+    return [member.ids for group in batch for member in group.members]
+
+
+def test_cached_logps_equal_uncached_ones(model, record_property):
+    """Prompt, two turns, a picture in the prompt and one in the result: the cache, the merge and the positions."""
+    batch = groups(5, 4)
+    run(model, batch)
+    made = episodes(batch)
+    lengths = {sum(e.loss_mask) for e in made}
+    assert len(lengths) > 5, "turns should end at many lengths"
+    ours, sampled = recomputed(model, made)
+    assert len(ours) == sum(sum(e.loss_mask) for e in made)
+    gap = (ours - sampled).abs().max().item()
+    report(record_property, "sampled against trainer log-probabilities", gap)
+    assert gap < 1e-5
+
+
+def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
+    alone, crowd = groups(1, 3, first=4), groups(9, 3)
+    run(model, alone)
+    run(model, crowd)
+    assert texts(alone) == texts(crowd[4:5])
+
+
+@pytest.mark.parametrize("slots", [4, 7, 36])
+def test_tokens_do_not_depend_on_the_number_of_slots(model, slots):
+    """Queueing, reuse of slots and rows, and moving the tail of a batch to the front change nothing."""
+    wide, narrow = groups(9, 4), groups(9, 4)
+    run(model, wide, slots=64)
+    run(model, narrow, slots=slots, prefill_tokens=40)
+    assert texts(wide) == texts(narrow)
+
+
+def test_fork_equals_separate_prompts(model):
+    forked, separate = groups(1, 4), [groups(1, 1)[0] for _ in range(4)]
+    for group, member in zip(separate, forked[0].members):
+        group.members[0].key = member.key
+    engine, other = run(model, forked), run(model, separate)
+    assert texts(forked) == texts(separate)
+    assert other.counts["prefilled"] - engine.counts["prefilled"] == 3 * len(forked[0].ids)
+    assert engine.counts["images_encoded"] == 2
+
+
+def test_greedy_tokens_equal_transformers_generate(model):
+    batch = groups(3, 1)
+    run(model, batch, turns=1, temperature=0, turn_tokens=20)
+    twin = hf_twin(model)
+    for group in batch:
+        ids, images = torch.tensor(group.ids), group.images
+        out = ids
+        while len(out) < len(ids) + 20 and (len(out) == len(ids) or out[-1] != STOP):
+            kinds = dict(pixel_values=torch.cat([i.patches for _, i in images]))
+            kinds["image_grid_thw"] = torch.tensor([(1, *i.grid) for _, i in images])
+            with torch.no_grad():
+                scores = twin(input_ids=out[None], position_ids=positions(out, images)[:, None], **kinds).logits[0, -1]
+            out = torch.cat([out, scores.masked_fill(BANNED, -1e9).argmax()[None]])
+        assert out[len(ids) :].tolist() == group.members[0].ids
+
+
+def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
+    """A forced first turn gives the same continuation as sampling that very turn did."""
+    free, forced = groups(2, 2), groups(2, 2)
+    run(model, free)
+    for group, other in zip(free, forced):
+        for member, twin in zip(group.members, other.members):
+            first = member.loss_mask.index(0)
+            twin.force(member.ids[: first + len(RESULT[0])], [(first + at, image) for at, image in RESULT[1]])
+    run(model, forced, turns=1)
+    assert texts(free) == texts(forced)
+
+
+def test_member_out_of_room_stops_and_prompt_without_room_is_refused(model):
+    batch = groups(2, 2)
+    longest = max(len(group.ids) for group in batch)
+    engine = Engine(model, 299, BANNED, slots=8, max_tokens=longest, turn_tokens=50)
+    refused = engine.submit(batch)
+    assert refused and all(len(m.group.ids if m.group else batch[1].ids) <= longest for m in refused)
+    while engine.busy:
+        for member in engine.step():
+            assert not member.stopped and len(member.group.ids) + len(member.ids) == longest
+            engine.finish(member)
+
+
+def test_banned_ids_are_never_sampled_and_sampling_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    scores = probabilities.clamp(min=1e-30).log().masked_fill(probabilities == 0, -1e30).expand(20_000, 4)
+    noise = uniform(torch.full((20_000,), sampling_key("x")), torch.arange(20_000))
+    tokens, logps = sample(scores, noise, greedy=False)
+    share = torch.bincount(tokens, minlength=4) / 20_000
+    assert share[1] == 0
+    assert (share - probabilities).abs().max() < 0.015
+    torch.testing.assert_close(logps, probabilities[tokens].log())
+    edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sample(scores[:2], edge, greedy=False)[0].tolist() == [0, 3]
+
+
+def test_uniform_is_uniform_and_uncorrelated_between_keys_and_tokens():
+    keys = torch.tensor([sampling_key(0, step, group) for step in range(40) for group in range(50)])
+    draws = torch.stack([uniform(keys, torch.full_like(keys, t)) for t in range(50)], 1)  # (2000, 50)
+    assert 0 <= draws.min() and draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 0.004 and abs(draws.var() - 1 / 12) < 0.002
+    for a, b in [(draws[:, :-1], draws[:, 1:]), (draws[:-1], draws[1:])]:
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.01

@@ -1,0 +1,82 @@
+"""Hand-worked numbers and finite differences for the equations of grpo.py."""
+
+import math
+
+import pytest
+import torch
+
+from mmsr.grpo import episode_weights, group_advantages, token_losses
+
+
+def test_advantage_equals_the_hand_worked_one():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.9, 0.1], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 7, 7])
+    advantages, varied = group_advantages(rewards, groups, eps=0.05)
+    std = math.sqrt(4 * 0.25 / 3)  # unbiased
+    want = [0.5 / (std + 0.05), -0.5 / (std + 0.05)]
+    pair = 0.4 / (math.sqrt(0.32) + 0.05)
+    torch.testing.assert_close(advantages, torch.tensor([want[0], want[1], want[1], want[0], pair, -pair]).double())
+    assert varied.all()
+
+
+def test_group_of_equal_rewards_has_no_advantage_and_no_nan():
+    advantages, varied = group_advantages(torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1]), eps=0.0)
+    assert advantages.tolist() == [0, 0, 0, 0] and not varied.any()
+
+
+def test_episode_left_out_changes_neither_mean_nor_std():
+    groups = torch.tensor([0, 0, 0])
+    keep = torch.tensor([True, True, False])
+    with_failure, varied = group_advantages(torch.tensor([1.0, 0.0, -50.0]), groups, 1e-6, keep)
+    without, _ = group_advantages(torch.tensor([1.0, 0.0]), groups[:2], 1e-6)
+    assert with_failure.tolist() == [*without.tolist(), 0.0]
+    assert varied.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, loss, slope",
+    [
+        (2.0, 1.0, -2.0, -2.0),
+        (2.0, 1.5, -2.6, 0.0),  # clipped at 1 + .3
+        (2.0, 0.5, -1.0, -1.0),  # below the range, but the minimum keeps the gradient
+        (-2.0, 0.5, 1.6, 0.0),  # clipped at 1 − .2
+        (-2.0, 1.5, 3.0, 3.0),
+    ],
+)
+def test_surrogate_is_clipped_on_the_right_side_only(advantage, ratio, loss, slope):
+    """`slope` is d loss / d log π = −A · ratio where the gradient lives."""
+    logps = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    losses = token_losses(logps, torch.zeros(1).double(), torch.tensor([advantage]).double(), 0.2, 0.3)
+    losses.loss.sum().backward()
+    assert losses.loss.item() == pytest.approx(loss)
+    assert logps.grad.item() == pytest.approx(slope)
+    assert bool(losses.clipped) == (slope == 0)
+
+
+def test_k3_is_nonnegative_and_its_gradient_right():
+    logps = torch.tensor([-1.0, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.5, -0.5, -0.1], dtype=torch.float64)
+    zero = torch.zeros(3).double()
+    losses = token_losses(logps, logps.detach(), zero, 0.2, 0.2, ref, kl=0.5)
+    want = [math.exp(d) - d - 1 for d in (-0.5, 1.5, 0.0)]
+    torch.testing.assert_close(losses.kl, torch.tensor(want).double())
+    losses.loss.sum().backward()
+    torch.testing.assert_close(logps.grad, 0.5 * (1 - (ref - logps.detach()).exp()))
+
+
+def test_gradient_equals_finite_differences():
+    torch.manual_seed(0)
+    logps = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    old, ref, advantages = (torch.randn(50, dtype=torch.float64) for _ in range(3))
+    importance = torch.rand(50, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: token_losses(x, old, advantages, 0.2, 0.3, ref, 0.1, importance).loss, (logps,)
+    )
+
+
+def test_weights_are_the_two_means():
+    lengths = [4, 1, 5]
+    assert episode_weights(lengths, "token") == [0.1] * 3
+    assert episode_weights(lengths, "sequence") == pytest.approx([1 / 12, 1 / 3, 1 / 15])
+    for norm in ("token", "sequence"):
+        assert sum(w * n for w, n in zip(episode_weights(lengths, norm), lengths)) == pytest.approx(1)

@@ -1,0 +1,469 @@
+"""The decoder, positions, log-probabilities and folders against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    IMAGE,
+    conversation,
+    edit_json,
+    hf_logits,
+    hf_twin,
+    largest_difference,
+    packed_logits,
+    random_image,
+    report,
+    tiny_config,
+    tiny_model,
+)
+from mmsr.attention import Packed, SharedPrefix
+from mmsr.episode import UserError
+from mmsr.model import ModelConfig, Qwen2_5_VL, load, log_probs, logits, mrope_positions, resolve, save, save_weights
+from safetensors.torch import load_file, save_file
+
+FIRST, SECOND, THIRD = random_image(10, 14, 1), random_image(4, 4, 2), random_image(2, 22, 3)
+
+
+def sequences():
+    """Text alone, one picture, pictures in later turns and at both ends: four lengths."""
+    return [
+        conversation(0, 7),
+        conversation(1, 5, FIRST, 9),
+        conversation(2, 3, SECOND, 6, THIRD, 1, FIRST, 4),
+        conversation(3, SECOND, 2, SECOND),
+    ]
+
+
+# ---- positions
+
+
+def test_positions_differ_from_transformers():
+    twin = hf_twin(tiny_model()).model
+    for ids, images in sequences()[1:]:
+        kinds = (ids == IMAGE).int()
+        grids = torch.tensor([(1, *image.grid) for _, image in images])
+        theirs, delta = twin.get_rope_index(ids[None], mm_token_type_ids=kinds[None], image_grid_thw=grids)
+        ours, following = mrope_positions(len(ids), [(offset, image.grid) for offset, image in images])
+        # transformers cannot tell two neighbouring pictures apart; ours needs no such rule, and none of these touch.
+        assert torch.equal(ours, theirs[:, 0]) and following == len(ids) + delta.item()
+
+
+def test_positions_jump_between_the_pieces_of_a_conversation():
+    turns = [(5, [(1, (4, 4))]), (9, []), (12, [(0, (2, 6)), (8, (4, 2))]), (0, []), (3, [])]
+    start, pieces, whole, done = 0, [], [], 0
+    for length, images in turns:
+        piece, start = mrope_positions(length, images, start)
+        pieces.append(piece)
+        whole += [(done + offset, grid) for offset, grid in images]
+        done += length
+    together, following = mrope_positions(done, whole)
+    assert torch.equal(torch.cat(pieces, 1), together) and start == following == together.max() + 1
+
+
+@pytest.mark.parametrize("images", [[(3, (4, 4))], [(0, (4, 4)), (3, (2, 2))]])
+def test_a_picture_over_the_edge_is_squeezed_in(images):
+    with pytest.raises(ValueError, match="image tokens 3"):
+        mrope_positions(6, images)
+
+
+# ---- forward and backward
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_logits_differ_from_transformers_one_at_a_time(tied, record_property):
+    model = tiny_model(tie_word_embeddings=tied)
+    twin = hf_twin(model)
+    with torch.no_grad():
+        ours = packed_logits(model, sequences())
+        theirs = torch.cat([hf_logits(twin, *sequence) for sequence in sequences()])
+    difference = largest_difference(ours, theirs) / theirs.abs().max().item()
+    report(record_property, f"logits, relative to the largest, {'tied' if tied else 'untied'}", difference)
+    assert ours.shape == theirs.shape and difference < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_differ_from_transformers(tied, record_property):
+    model = tiny_model(tie_word_embeddings=tied)
+    twin = hf_twin(model)
+    torch.logsumexp(packed_logits(model, sequences()), -1).sum().backward()
+    torch.logsumexp(torch.cat([hf_logits(twin, *sequence) for sequence in sequences()]), -1).sum().backward()
+    theirs = dict(twin.named_parameters())
+    worst = 0.0
+    for name, parameter in model.named_parameters():
+        name = name.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1)
+        scale = theirs[name].grad.abs().max().item()
+        worst = max(worst, largest_difference(parameter.grad, theirs[name].grad) / scale)
+    report(record_property, f"gradients, relative to each tensor's largest, {'tied' if tied else 'untied'}", worst)
+    assert len(theirs) == len(list(model.parameters())) and worst < 1e-5
+
+
+def test_half_precision_strays_further_than_transformers(record_property):
+    exact = tiny_model()
+    ids, images = sequences()[1]
+    with torch.no_grad():
+        wanted = packed_logits(exact, [(ids, images)])
+        theirs = hf_logits(hf_twin(exact).bfloat16(), ids, images)
+        ours = packed_logits(exact.bfloat16(), [(ids, images)])
+    ours_off, theirs_off = ((x.float() - wanted).pow(2).mean().sqrt().item() for x in (ours, theirs))
+    report(record_property, "bf16 logits from fp32 ones, root mean square: ours", ours_off)
+    report(record_property, "bf16 logits from fp32 ones, root mean square: transformers", theirs_off)
+    assert ours_off < 1.2 * theirs_off
+
+
+def output_and_gradients(ids, where, attend, copies, keep, recompute):
+    """Logits at `keep` and the gradient of every parameter, of a pass that holds SECOND `copies` times."""
+    model = tiny_model()
+    model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
+    features = model.encode_images([SECOND]).repeat(copies, 1)
+    out = model(ids, where, attend, features, (ids == IMAGE).nonzero()[:, 0], read=logits)[keep]
+    out.logsumexp(-1).square().sum().backward()
+    return [out, *(parameter.grad for parameter in model.parameters())]
+
+
+def shared_and_repeated(recompute: bool):
+    """A prompt with three members' suffixes: the prompt once in the pass, and once per member."""
+    prompt, images = conversation(0, 4, SECOND, 5)
+    members = [conversation(seed, length)[0] for seed, length in ((1, 6), (2, 1), (3, 9))]
+    prompt_at, following = mrope_positions(len(prompt), [(offset, image.grid) for offset, image in images])
+    members_at = [mrope_positions(len(member), [], following)[0] for member in members]
+    lens = [len(member) for member in members]
+
+    once = torch.cat([prompt, *members]), torch.cat([prompt_at, *members_at], 1)
+    layout = SharedPrefix([(len(prompt), lens)], "cpu")
+    shared = output_and_gradients(*once, layout, 1, slice(len(prompt), None), recompute)
+
+    whole = [torch.cat([prompt, member]) for member in members]
+    where = torch.cat([torch.cat([prompt_at, at], 1) for at in members_at], 1)
+    keep = torch.cat([torch.arange(len(ids)) >= len(prompt) for ids in whole])
+    layout = Packed([len(ids) for ids in whole], "cpu")
+    return shared, output_and_gradients(torch.cat(whole), where, layout, len(members), keep, recompute)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharing_a_prompt_changes_the_update(recompute, record_property):
+    worst = 0.0
+    for shared, repeated in zip(*shared_and_repeated(recompute)):
+        worst = max(worst, largest_difference(shared, repeated) / repeated.abs().max().item())
+    report(record_property, f"shared against repeated prompt, {'recomputed' if recompute else 'kept'} blocks", worst)
+    assert worst < 1e-5
+
+
+def test_a_forward_pass_without_gradient_recomputes_blocks(monkeypatch):
+    monkeypatch.setattr("mmsr.vision.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
+    model = tiny_model()
+    model.checkpoint_blocks = model.visual.checkpoint_blocks = True
+    with torch.no_grad():
+        packed_logits(model, sequences()[:2])
+
+
+# ---- log-probabilities
+
+
+def scored(rows: int = 11, size: int = 8, vocabulary: int = 30):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(rows, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
+    banned = torch.zeros(vocabulary, dtype=torch.bool)
+    banned[:4] = True
+    return hidden, head, torch.randint(4, vocabulary, (rows,)), banned
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+def test_chunks_change_log_probabilities(chunk):
+    hidden, head, targets, banned = scored()
+    logps, entropy = log_probs(hidden, head, targets, 0.7, banned, chunk)
+    wanted = torch.distributions.Categorical(logits=(hidden @ head[4:].T) / 0.7)
+    torch.testing.assert_close(logps, wanted.log_prob(targets - 4))
+    torch.testing.assert_close(entropy, wanted.entropy())
+    ours = torch.autograd.grad(logps.square().sum(), (hidden, head))
+    for a, b in zip(ours, torch.autograd.grad(wanted.log_prob(targets - 4).square().sum(), (hidden, head))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_banned_token_makes_entropy_nan_or_keeps_probability():
+    hidden, head, targets, banned = scored()
+    banned[5:] = True  # one token is left, its probability 1
+    logps, entropy = log_probs(hidden, head, torch.full_like(targets, 4), banned=banned)
+    assert torch.equal(entropy, torch.zeros(11)) and not entropy.requires_grad
+    logps.sum().backward()
+    assert hidden.grad.isfinite().all() and logits(hidden, head, 1.0, banned).softmax(-1)[:, banned].max() == 0
+
+
+def test_no_rows_to_score_raise():
+    hidden, head, targets, _ = scored(rows=0)
+    logps, entropy = log_probs(hidden, head, targets)
+    assert logps.shape == entropy.shape == (0,)
+
+
+def test_half_precision_gives_half_precision_log_probabilities():
+    hidden, head, targets, _ = scored()
+    logps, entropy = log_probs(hidden.bfloat16(), head.bfloat16(), targets)
+    assert logps.dtype == entropy.dtype == torch.float32
+
+
+# ---- folders
+
+
+def same_weights(one, other) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_folder_opens_otherwise_in_transformers(tied, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = tiny_model(tie_word_embeddings=tied)
+    save(model, tmp_path)
+    twin, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        ours = packed_logits(load(tmp_path), sequences()[1:2])
+        assert torch.equal(ours, packed_logits(model, sequences()[1:2]))
+        theirs = hf_logits(twin, *sequences()[1])
+    assert largest_difference(ours, theirs) < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_saved_by_transformers_opens_otherwise_here(tied, tmp_path):
+    model = tiny_model(tie_word_embeddings=tied)
+    hf_twin(model).save_pretrained(tmp_path)  # nested config.json
+    assert "text_config" in json.loads((tmp_path / "config.json").read_text())
+    opened = load(tmp_path)
+    assert opened.config == model.config and same_weights(opened, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
+def test_a_round_trip_changes_weights(dtype, shard_bytes, tmp_path):
+    model = tiny_model().to(dtype)
+    save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=shard_bytes)
+    shards = list(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) == 0 if shard_bytes == 10**9 else len(shards) > 3
+    opened = load(tmp_path, dtype)
+    assert opened.config == model.config and same_weights(opened, model)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_sharded_folder_does_not_open_in_transformers(tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = tiny_model()
+    save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=40_000)
+    twin = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_earlier_sharded_save_shadows_a_later_one(tmp_path):
+    old, new = tiny_model(0), tiny_model(1)
+    save_weights(old.config, old.state_dict(), tmp_path, shard_bytes=40_000)
+    save(new, tmp_path)
+    assert same_weights(load(tmp_path), new)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    save_weights(old.config, old.state_dict(), tmp_path, shard_bytes=40_000)
+    assert same_weights(load(tmp_path), old)
+
+
+def test_in_memory_weight_names_are_not_understood(tmp_path):
+    model = tiny_model()
+    save(model, tmp_path)
+    renamed = {}
+    for name, value in model.state_dict().items():
+        name = f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+        renamed[name] = value
+    save_file(renamed | {"model.rotary.inv_freq": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert same_weights(load(tmp_path), model)
+
+
+def test_tokenizer_files_stay_behind(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "optimizer.pt"):
+        (base / name).write_text(name)
+    save(tiny_model(), out, tokenizer_files_from=base)
+    save(tiny_model(), out, tokenizer_files_from=out)
+    assert {f.name for f in out.iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
+    }
+
+
+def test_a_loaded_parameter_is_on_meta_or_a_view_of_the_file(tmp_path):
+    model = tiny_model()
+    save(model, tmp_path)
+    opened = load(tmp_path)
+    save(tiny_model(1), tmp_path)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.write(b"\0" * 100_000)
+    assert not list(opened.buffers()) and same_weights(opened, model)
+    assert all(p.device.type == "cpu" and p.requires_grad and p.is_leaf for p in opened.parameters())
+
+
+def test_a_load_holds_every_weight_twice(tmp_path, monkeypatch):
+    """Ours are the tensors read, not copies of them; a second set of parameters is never allocated."""
+    save(tiny_model(), tmp_path)
+    read = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *a, **k: read.append(to(*a, **k)) or read[-1])
+    opened = load(tmp_path)
+    monkeypatch.undo()
+    assert {p.data_ptr() for p in opened.parameters()} == {tensor.data_ptr() for tensor in read}
+
+
+# ---- configuration
+
+
+def test_the_hub_and_transformers_forms_are_read_differently():
+    config = tiny_config(tie_word_embeddings=True)
+    flat = config.to_dict()
+    nested = {key: flat[key] for key in ("model_type", "image_token_id", "video_token_id", "vision_config")}
+    nested |= {key: flat[key] for key in ("vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}
+    text = {key: value for key, value in flat.items() if key not in (*nested, "rope_scaling", "rope_theta")}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+    assert ModelConfig.from_dict(nested | {"text_config": text | {"rope_parameters": rope}}) == config
+    assert ModelConfig.from_dict(json.loads(json.dumps(flat))) == config
+
+
+def hub_config(size, intermediate, layers, heads, kv_heads, vocabulary, tied) -> dict:
+    """config.json as published, with keys that mean nothing here."""
+    vision = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    vision |= {"in_chans": 3, "out_hidden_size": size, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112}
+    vision |= {"spatial_patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31], "temporal_patch_size": 2}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_act": "silu",
+        "hidden_size": size,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "vision_config": vision,
+        "vocab_size": vocabulary,
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes, total, tower",
+    [
+        ((3584, 18944, 28, 28, 4, 152064, False), 8.292, 0.677),  # 7B
+        ((2048, 11008, 36, 16, 2, 151936, True), 3.755, 0.669),  # 3B
+    ],
+)
+def test_a_published_size_has_another_number_of_parameters(sizes, total, tower):
+    with torch.device("meta"):
+        model = Qwen2_5_VL(ModelConfig.from_dict(hub_config(*sizes)))
+    count = [sum(p.numel() for p in module.parameters()) / 1e9 for module in (model, model.visual)]
+    assert [round(billions, 3) for billions in count] == [total, tower]
+
+
+def test_keys_missing_from_a_vision_config_are_an_error():
+    vision = ModelConfig.from_dict({"model_type": "qwen2_5_vl", "vision_config": {"hidden_size": 1280}}).vision
+    assert (vision.depth, vision.intermediate_size, vision.window_size) == (32, 3420, 112)
+    assert vision.fullatt_block_indexes == (7, 15, 23, 31) and vision.out_hidden_size == 3584
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen2_vl"}, "qwen2_vl"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"vision_config": {"patch_size": 16}}, "patch_size is 16"),
+    ],
+)
+def test_another_architecture_runs_with_wrong_results(change, message, tmp_path):
+    save(tiny_model(), tmp_path)
+    edit_json(tmp_path / "config.json", **change)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# ---- folders that are unfit
+
+
+def truncate(folder: Path):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def garble(folder: Path):
+    (folder / "model.safetensors").write_bytes(b"<html>rate limited</html>")
+
+
+def drop_weights(folder: Path):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if "layers.1." not in name}, folder / "model.safetensors")
+
+
+def widen(folder: Path):
+    edit_json(folder / "config.json", intermediate_size=128)
+
+
+def lose_shard(folder: Path):
+    model = load(folder)
+    save_weights(model.config, model.state_dict(), folder, shard_bytes=40_000)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+SPOILERS = {
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config.json is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    "config.json is a list": (lambda folder: (folder / "config.json").write_text("[]"), "not an object"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "truncated": (truncate, "truncated or corrupt"),
+    "not safetensors": (garble, "truncated or corrupt"),
+    "weights missing": (drop_weights, r"12 of \d+ weights are missing \(model\.layers\.1\."),
+    "another size": (widen, r"down_proj.weight has shape \(64, 96\), config.json says \(64, 128\)"),
+    "shard missing": (lose_shard, "model-00002-of"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILERS)
+def test_an_unfit_folder_gives_a_traceback(what, tmp_path):
+    spoil, message = SPOILERS[what]
+    save(tiny_model(), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_gives_a_traceback(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load(tmp_path / "nowhere")
+
+
+# ---- names
+
+
+def test_a_model_name_means_another_checkpoint(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(repository, allow_patterns):
+        asked.append(repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert resolve(str(tmp_path)) == resolve("Qwen2.5-VL-7B") == resolve("someone/tuned") == tmp_path
+    assert asked == ["Qwen/Qwen2.5-VL-7B-Instruct", "someone/tuned"]
+
+
+def test_a_model_that_cannot_be_fetched_gives_a_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="Qwen/Qwen2.5-VL-3B-Instruct.*no route.*local folder") as caught:
+        resolve("Qwen2.5-VL-3B")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,202 @@
+"""Packs and updates: one gradient, however the batch is cut and whether or not prompts are shared."""
+
+import copy
+
+import pytest
+import torch
+from helpers import IMAGE, conversation, random_image, report, tiny_model
+
+from mmsr.episode import Episode, Example
+from mmsr.pack import cut, pack, trained_length, unique_tokens
+from mmsr.update import ImageFeatures, MasterWeights, Trainer, split
+
+BANNED = torch.zeros(300, dtype=torch.bool)
+BANNED[IMAGE:] = True
+EXAMPLE = Example("e", b"", "", ())
+
+
+def made(groups: int = 3, members: int = 4) -> list[Episode]:
+    """Groups with a picture in the prompt; members of unequal length, some with a forced middle and a thumbnail."""
+    episodes = []
+    for g in range(groups):
+        ids, images = conversation(g, 3, random_image(4, 6, g), 4 + g)
+        for m in range(members):
+            turn, _ = conversation(50 + 7 * g + m, 2 + (3 * m + g) % 5)
+            all_ids, mask, pictures = ids.tolist() + turn.tolist(), [0] * len(ids) + [1] * len(turn), list(images)
+            if m % 2:
+                back, thumbs = conversation(g + m, 4, random_image(4, 4, g), 3)
+                pictures += [(len(all_ids) + at, image) for at, image in thumbs]
+                last, _ = conversation(90 + m, 3)
+                all_ids += back.tolist() + last.tolist()
+                mask += [0] * len(back) + [1] * len(last)
+            logps = [-5.0 * x for x in mask]
+            advantage = float((-1) ** m * (1 + g))
+            episodes.append(Episode(EXAMPLE, g, m, all_ids, mask, logps, pictures, len(ids), advantage=advantage))
+    return episodes
+
+
+def trainer(model, **options) -> Trainer:
+    return Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), BANNED, **options)
+
+
+def gradient(episodes: list[Episode], **options) -> dict[str, torch.Tensor]:
+    """The gradient of one update, all parameters, before clipping."""
+    model = tiny_model(1)
+    subject = trainer(model, **({"max_grad_norm": 1e9} | options))
+    kept = {}
+    subject.optimizer.step = lambda lr: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    subject.step([episodes], 0.1)
+    return kept
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference over all parameters, relative to the largest gradient."""
+    assert a.keys() == b.keys() and a
+    scale = max(g.abs().max() for g in a.values())
+    return max(((a[n] - b[n]).abs().max() / scale).item() for n in a)
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token"])
+def test_gradient_does_not_depend_on_the_micro_batch_cut(norm, record_property):
+    episodes = made()
+    options = dict(loss_norm=norm, reference=tiny_model(2), kl=0.3)
+    whole = gradient(episodes, **options)
+    for budget in (1, 60, 97):
+        assert len(cut(episodes, budget)) > 1
+        difference = relative(gradient(episodes, micro_tokens=budget, **options), whole)
+        report(record_property, f"gradient cut at {budget} tokens, {norm}", difference)
+        assert difference < 1e-5
+
+
+def test_gradient_with_shared_prompts_equals_the_one_without(record_property):
+    shared = made()
+    apart = [copy.copy(episode) for episode in shared]
+    for i, episode in enumerate(apart):
+        episode.group_id = i
+    assert unique_tokens(apart) > 1.3 * unique_tokens(shared)
+    difference = relative(gradient(apart), gradient(shared))
+    report(record_property, "gradient with shared prompts against unshared", difference)
+    assert difference < 1e-5
+
+
+def test_gradient_of_sft_is_the_likelihood_gradient():
+    """Against plain autograd on −mean log p, one episode at a time, computed without packs."""
+    from mmsr.attention import Packed
+    from mmsr.model import logits, mrope_positions
+
+    episodes = made(2, 3)
+    model = tiny_model(1)
+    total = 0
+    for e in episodes:
+        where, _ = mrope_positions(len(e.input_ids), [(at, image.grid) for at, image in e.images])
+        index = torch.cat([torch.arange(at, at + image.tokens) for at, image in e.images])
+        features = model.encode_images([image for _, image in e.images])
+        ids = torch.tensor(e.input_ids)
+        scores = model(ids, where, Packed([len(ids)], "cpu"), features, index, read=logits).masked_fill(BANNED, -1e30)
+        picked = scores.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        total = total - (picked * torch.tensor(e.loss_mask[1:])).sum()
+    (total / sum(sum(e.loss_mask) for e in episodes)).backward()
+    plain = {name: p.grad for name, p in model.named_parameters()}
+    assert relative(gradient(episodes, sft=True, loss_norm="token"), plain) < 1e-5
+
+
+def test_images_of_an_update_go_through_the_tower_once():
+    episodes = made()
+    model = tiny_model(1)
+    seen = []
+    encode = model.encode_images
+    model.encode_images = lambda images: seen.extend(i.key for i in images) or encode(images)
+    metrics = trainer(model, micro_tokens=50).step([episodes], 0.1)
+    assert len(seen) == len(set(seen)) == len({i.key for e in episodes for _, i in e.images}) == metrics["encoded"]
+
+
+def test_trained_tokens_are_unique_tokens_when_nothing_is_cut():
+    episodes = made()
+    metrics = trainer(tiny_model(1)).step([episodes], 0.1)
+    assert metrics["trained"] == metrics["trained_unique"] == unique_tokens(episodes)
+    cut_up = trainer(tiny_model(1), micro_tokens=60).step([episodes], 0.1)
+    assert cut_up["trained"] > cut_up["trained_unique"] == metrics["trained_unique"]
+
+
+def test_second_update_of_a_batch_is_clipped_against_the_first():
+    """With π_old recomputed, or taken from after the first update, nothing would ever be clipped."""
+    first, second = split(made(4), 2)
+    assert {e.group_id for e in first} == {0, 1} and {e.group_id for e in second} == {2, 3}
+    model = tiny_model(1)
+    once = trainer(model, clip_low=0.01, clip_high=0.01, max_grad_norm=10.0).step([first + second], 0.3)
+    twice = trainer(tiny_model(1), clip_low=0.01, clip_high=0.01, max_grad_norm=10.0).step([first, second], 0.3)
+    assert once["clip_fraction"] == 0 < twice["clip_fraction"]
+
+
+def test_second_update_moves_by_the_clipped_surrogate():
+    """Two updates of `step` against the same two done by hand with `token_losses`."""
+    from mmsr import grpo
+
+    halves = split(made(4), 2)
+    options = dict(clip_low=0.05, clip_high=0.02, max_grad_norm=1e9, loss_norm="token")
+    model = tiny_model(1)
+    trainer(model, **options).step(halves, 0.05)
+    hand = tiny_model(1)
+    helper = trainer(hand, **options)
+    packs = [pack(half, cut(half, 10**6)[0], "cpu") for half in halves]
+    with torch.no_grad():
+        olds = [helper.log_probs(hand, p, ImageFeatures(hand, p.images, False))[0] for p in packs]
+    for half, batch, old in zip(halves, packs, olds):
+        features = ImageFeatures(hand, batch.images, True)
+        logps, _ = helper.log_probs(hand, batch, features)
+        advantages = torch.tensor([e.advantage for e in half])[batch.episode_index]
+        grpo.token_losses(logps, old, advantages, 0.05, 0.02).loss.mean().backward()
+        features.backward()
+        with torch.no_grad():
+            for p in hand.parameters():
+                p -= 0.05 * p.grad
+                p.grad = None
+    for (name, a), b in zip(model.named_parameters(), hand.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_reference_equal_to_the_policy_gives_no_kl():
+    metrics = trainer(tiny_model(1), reference=tiny_model(1), kl=1.0).step([made()], 0.1)
+    assert abs(metrics["kl"]) < 1e-9
+    assert trainer(tiny_model(1), reference=tiny_model(2), kl=1.0).step([made()], 0.1)["kl"] > 1e-3
+
+
+def test_episode_without_trained_tokens_changes_nothing():
+    episodes = made()
+    empty = copy.copy(episodes[0])
+    empty.loss_mask = [0] * len(empty.input_ids)
+    assert relative(gradient([*episodes, empty]), gradient(episodes)) < 1e-6
+    assert trainer(tiny_model(1)).step([[empty]], 0.1)["loss"] == 0
+
+
+def test_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
+    episodes = made()
+    episodes[0].advantage = float("nan")
+    model = tiny_model(1)
+    metrics = trainer(model).step([episodes], 0.1)
+    assert metrics["skipped_updates"] == 1
+    for a, b in zip(model.parameters(), tiny_model(1).parameters()):
+        assert torch.equal(a, b)
+
+
+def test_small_learning_rate_moves_bf16_weights_through_their_masters():
+    model = tiny_model(1).bfloat16()
+    subject = Trainer(model, MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0)), BANNED)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(30):
+        subject.step([made(2, 2)], 2e-5)
+    moved = sum((model.state_dict()[n] != before[n]).sum().item() for n in before)
+    lost = copy.deepcopy(before["model.layers.0.mlp.up_proj.weight"])
+    for _ in range(30):
+        lost -= 2e-5
+    assert moved > 1000
+    assert (lost != before["model.layers.0.mlp.up_proj.weight"]).float().mean() < 0.2, "bf16 alone would lose these"
+
+
+def test_pack_drops_what_no_trained_token_needs():
+    episode = made(1, 2)[1]
+    episode.input_ids += [11, 12, 13]  # forced tokens behind the last sampled one
+    episode.loss_mask += [0, 0, 0]
+    episode.logps += [0.0] * 3
+    batch = pack([episode], [0], "cpu")
+    assert len(batch.input_ids) == trained_length(episode) == len(episode.input_ids) - 4
