@@ -18,7 +18,7 @@ from mmsr.assemble import Setup, assemble
 from mmsr.config import Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
-from mmsr.toy import LOOK_IT_UP
+from mmsr.toy import LOOK_IT_UP, MIX
 from mmsr.update import MasterWeights, Trainer, split
 
 
@@ -75,7 +75,7 @@ def make_trainer(setup: Setup) -> Trainer:
 
 
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> tuple[set[int], int]:
-    """Set every episode's advantage. Returns the identities of those to train on, and the number of groups all alike."""
+    """Set every episode's advantage. Returns the `id`s of those to train on, and how many groups are all alike."""
     sound = [e.status != TOOL_ERROR for e in episodes]
     if config.algorithm == "sft":  # rejection sampling: imitate what was right
         for episode in episodes:
@@ -151,7 +151,8 @@ class Output:
         """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them."""
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
-            modes |= {"always_search": (1.0, lambda example, sample: [LOOK_IT_UP], False), "never_search": (1.0, None, True)}
+            modes["always_search"] = (1.0, lambda example, sample: [LOOK_IT_UP], False)
+            modes["never_search"] = (1.0, None, True)
         found = {}
         for name, (temperature, scripts, direct) in modes.items():
             with progress(name.replace("_", " "), len(setup.eval_questions)) as on_done:
@@ -164,9 +165,14 @@ class Output:
 
     def finish(self, setup: Setup, table: dict[str, dict]) -> None:
         modeling.save(setup.model, self.folder / "model", tokenizer_files_from=setup.folder)
-        names = {"eval": "greedy", "eval_sampled": "T = 1", "always_search": "always search", "never_search": "never search"}
-        rows = {f"{when}, {names[mode]}": row for when, found in table.items() for mode, row in found.items()}
-        print(f"\n{evaluate.table('', rows)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/")
+        names = {"eval": "greedy", "eval_sampled": "T = 1"}
+        rows = {
+            f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
+            for when, found in table.items()
+            for mode, row in found.items()
+        }
+        mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
+        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/")
 
 
 class Clock:

@@ -110,5 +110,6 @@ def _eval_questions(config: Config, world: toy.World | None, questions: Sequence
     if config.eval_data:
         questions = read_examples(config.eval_data)
     elif config.data == "toy":
-        return [example for category in toy.CATEGORIES for example in world.questions(category, config.eval_size, "eval")]
+        pools = [world.questions(category, config.eval_size, "eval") for category in toy.CATEGORIES]
+        return [example for pool in pools for example in pool]
     return [questions[i] for i in range(min(config.eval_size, len(questions)))]

@@ -1,9 +1,9 @@
 """Attention over packed sequences: one function, three kernels behind it, and the layouts built on it.
 
 Nothing here is padded. Sequences lie one after another along a single token axis, and a *segment* says which queries
-see which keys: segment i's `q_lens[i]` queries attend to its `k_lens[i]` keys, causally from the bottom right (the last
-query sees every key). With q_lens == k_lens that is ordinary attention; with k_lens > q_lens the extra keys in front are
-a prefix: a shared prompt in training, a cache in generation.
+see which keys: segment i's `q_lens[i]` queries attend to its `k_lens[i]` keys, causally from the bottom right (the
+last query sees every key). With q_lens == k_lens that is ordinary attention; with k_lens > q_lens the extra keys in
+front are a prefix: a shared prompt in training, a cache in generation.
 
 Shape letters: N packed queries, M packed keys, H query heads, K key/value heads, D head size.
 """
@@ -45,7 +45,7 @@ TORCH_VARLEN = _torch_varlen()
 
 
 def backend(q: Tensor) -> str:
-    """The kernel that will serve `q`: "flash" (flash-attn), "varlen" (torch), both CUDA half precision only, or "sdpa"."""
+    """The kernel that will serve `q`: "flash" (flash-attn) or "varlen" (torch) for CUDA half precision, else "sdpa"."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     if half and FLASH_ATTN is not None:
         return "flash"
@@ -71,7 +71,7 @@ class Segments:
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel: str | None = None) -> Tensor:
-    """softmax(q kᵀ / √D) v within each segment. q (N, H, D), k and v (M, K, D), H a multiple of K; returns (N, H, D)."""
+    """softmax(q kᵀ / √D) v within each segment: q (N, H, D), k and v (M, K, D), H a multiple of K → (N, H, D)."""
     kernel = kernel or backend(q)
     if kernel == "sdpa":
         return _sdpa(q, k, v, segments)
@@ -137,9 +137,9 @@ class Packed:
 class SharedPrefix:
     """The layout of groups whose shared prompt stands once: [prompt, member, member, ..., prompt, member, ...].
 
-    Linear layers see every prompt token once. Inside attention a member's queries attend to [prompt keys; own keys]; the
-    keys are repeated there by `gather`, a plain index, so the pass stays a pure function that autograd and activation
-    checkpointing need not know anything about.
+    Linear layers see every prompt token once. Inside attention a member's queries attend to [prompt keys; own keys];
+    the keys are repeated there by `gather`, a plain index, so the pass stays a pure function that autograd and
+    activation checkpointing need not know anything about.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]], device):
@@ -171,10 +171,10 @@ def decode_attention(
 ) -> Tensor:
     """One query per slot over [the prompt that its group shares; its own tokens], merged by log-sum-exp.
 
-    q (S, H, D). `prefix`: keys and values (R, K, P, D), the first `prefix_lens` (R,) of P valid, read once per row for all
-    of its members. `members` (R, G) slot per member of a row (any slot where a row has fewer); `place` (S,) the flat index
-    of each slot in `members`. `suffix`: keys and values (S, K, L, D), the first `suffix_lens` (S,) valid. Returns (S, H, D).
-    No gradient: this is for sampling.
+    q (S, H, D). `prefix`: keys and values (R, K, P, D), the first `prefix_lens` (R,) of P valid, read once per row for
+    all of its members. `members` (R, G): the slot of each member of a row (any slot where a row has fewer); `place`
+    (S,): the flat index of each slot in `members`. `suffix`: keys and values (S, K, L, D), the first `suffix_lens`
+    (S,) valid. Returns (S, H, D). No gradient: this is for sampling.
     """
     slots, heads, size = q.shape
     kv_heads = suffix[0].shape[1]

@@ -133,13 +133,15 @@ class Config:
 
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
-        bounds = dict(steps=1, questions=1, mini_batch=1, group_size=1, max_turns=1, turn_tokens=1, max_tokens=2, slots=1,
-                      micro_tokens=1, max_images=0, max_texts=0, eval_size=1)  # fmt: skip
+        bounds = dict(
+            steps=1, questions=1, mini_batch=1, group_size=1, max_turns=1, turn_tokens=1, max_tokens=2, slots=1,
+            micro_tokens=1, max_images=0, max_texts=0, eval_size=1,
+        )  # fmt: skip
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give at least {least}")
         if self.algorithm == "grpo" and self.group_size < 2:
-            raise UserError("--group-size 1: GRPO compares rollouts of one question; give at least 2, or --algorithm sft")
+            raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}")
         if self.group_size > self.slots:

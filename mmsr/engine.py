@@ -7,8 +7,9 @@ other members decode on meanwhile: there is no barrier between turns, and freed 
 
 All that changes per token lives in tensors on the device: a decode step costs one synchronisation, whatever the batch.
 
-Sampling is a pure function of (seed key, token index): inverse-CDF with a counter-based uniform, no generator, no state.
-Shape letters: S slots, R prefix rows, G members, K key/value heads, P prompt room, L suffix room, D head size, V vocabulary.
+Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
+Shape letters: S slots, R prefix rows, G members, K key/value heads, P prompt room, L suffix room, D head size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def uniform(key: Tensor, index: Tensor) -> Tensor:
 
 
 def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-    """Token ids (n,) and their log-probabilities (n,) under softmax(`scores` (n, V)), by inverse CDF of `noise` (n,)."""
+    """Token ids and their log-probabilities (n,) under softmax(`scores` (n, V)), by inverse CDF of `noise` (n,)."""
     logps = scores.log_softmax(-1)
     if greedy:
         tokens = scores.argmax(-1)
@@ -109,7 +110,7 @@ class Cache:
 
 
 class Engine:
-    """Generates for `model`. Use: `submit` groups once, then `step` while `busy`, finishing or extending what it returns."""
+    """Generates for `model`: `submit` groups once, then `step` while `busy`; finish or extend what it returns."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class Engine:
     # ---- what a caller uses -----------------------------------------------------------------------------------------
 
     def submit(self, groups: Sequence[Group]) -> list[Member]:
-        """Queue groups and make room for them. Returns members that have no room to answer; their groups will not run."""
+        """Queue groups and make room for them. Returns members without room to answer; their groups will not run."""
         refused = []
         for group in groups:
             known = len(group.ids) + max(len(member.ids) for member in group.members)

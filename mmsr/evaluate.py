@@ -39,14 +39,18 @@ def tool_failures(episodes: Sequence[Episode]) -> int:
     return sum(not observation.ok and observation.source != "limit" for observation in seen)
 
 
-def table(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Text table of several evaluations: `rows` maps a name to its `by_category`; columns are the categories."""
+def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:
+    """Text table of several evaluations: `rows` maps a name to its `by_category`.
+
+    The last columns are overall means, the categories weighted by `mix`, or else by their number of questions.
+    """
     categories = list(dict.fromkeys(category for row in rows.values() for category in row))
-    head = [title, *(f"search {c}" for c in categories), *(f"accuracy {c}" for c in categories), "reward"]
-    lines = [head]
+    keys = ("search_ratio", "accuracy")
+    lines = [["", *(f"{key.split('_')[0]} {c}" for key in keys for c in categories), "accuracy", "reward"]]
     for name, row in rows.items():
-        cells = [f"{row[c][key]:.3f}" for key in ("search_ratio", "accuracy") for c in categories]
-        total = sum(row[c]["n"] for c in categories)
-        lines.append([name, *cells, f"{sum(row[c]['reward'] * row[c]['n'] for c in categories) / total:.3f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        share = {c: (mix or {}).get(c, 0 if mix else row[c]["n"]) for c in categories}
+        overall = [sum(row[c][k] * share[c] for c in categories) / sum(share.values()) for k in ("accuracy", "reward")]
+        cells = [*(row[c][key] for key in keys for c in categories), *overall]
+        lines.append([name, *(f"{cell:.3f}" for cell in cells)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

@@ -8,15 +8,16 @@ For G rollouts o_1 … o_G of one question with rewards R_i, token t of rollout 
 
 and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the model sampled itself, where the weights
 
-    sequence:  w_it = 1 / (number of rollouts · tokens of rollout i)        token:  w_it = 1 / (tokens of all rollouts)   (4)
+    sequence:  w_it = 1 / (number of rollouts · tokens of rollout i)    token:  w_it = 1 / (tokens of all rollouts)  (4)
 
 are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how it is cut.
 
 Where this departs from the paper [P], its blog [B] and the official code [C], and why:
-- ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing searches.
+- ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing
+  searches.
 - [C] averages tokens per micro-batch, which makes the gradient depend on the micro-batch size. (4) is global.
-- Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them in
-  the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
+- Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them
+  in the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
 - With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several (the paper's
   512 / 128) π_old comes from a trainer pass before the first update.
 - Optionally a token's loss is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what the
@@ -32,8 +33,10 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, eps: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Equation (2). `rewards` and `group_ids` (E,); `keep` (E,) bool leaves episodes out of mean and std (their A is 0).
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, eps: float, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Equation (2). `rewards`, `group_ids` (E,); `keep` (E,) bool: the others count in no mean or std, their A is 0.
 
     Returns advantages (E,) and `varied` (E,): whether the episode counts in a group whose rewards are not all equal.
     """

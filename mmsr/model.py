@@ -54,7 +54,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1_000_000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)  # rotary frequencies that turn with time, row and column
-    max_position_embeddings: int = 32768  # not used here; other programs that open a saved folder read it
+    max_position_embeddings: int = 32768  # this and the next two are for other programs that open a saved folder
+    bos_token_id: int = 151643
+    eos_token_id: int = 151645
     tie_word_embeddings: bool = False
     image_token_id: int = 151655
     video_token_id: int = 151656

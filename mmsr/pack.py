@@ -1,7 +1,8 @@
 """Episodes → training batches in which a group's shared prompt stands once.
 
 A pack lays groups out as [prompt, member, member, …, prompt, member, …] along one token axis without padding. Hidden
-states are read only where a sampled token is predicted. Shape letters: N packed tokens, R trained tokens, M image tokens.
+states are read only where a sampled token is predicted. Shape letters: N packed tokens, R trained tokens, M image
+tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Pack:
 
 
 def trained_length(episode: Episode) -> int:
-    """Number of leading tokens a forward pass must see to predict every trained token: the last one itself is not fed."""
+    """Number of leading tokens that a forward pass must see: the last trained token is predicted, not fed."""
     for t in range(len(episode.loss_mask) - 1, -1, -1):
         if episode.loss_mask[t]:
             return t

@@ -48,7 +48,7 @@ class _Run:
 
 
 class Rollout:
-    """Runs one batch of groups to its end. One use per object; afterwards `counts` holds its token and image counters."""
+    """Runs one batch of groups to its end. One use per object; afterwards `counts` has its tokens and images."""
 
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, limits: Limits, direct: bool = False):
         """`direct`: ask without tools, in one turn."""

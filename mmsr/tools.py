@@ -1,8 +1,8 @@
 """The tool interface: what a rollout may call, and the box that calls it.
 
-A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets the query and the
-question's image as bytes — never the example, so it cannot cheat — and returns an `Observation` (or plain text, which
-becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
+A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets the query and
+the question's image as bytes — never the example, so it cannot cheat — and returns an `Observation` (or plain text,
+which becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One optimizer update: micro-batches, one global denominator, image features computed once.
 
-The gradient of an update is a sum over its trained tokens, so it does not depend on how they are cut into micro-batches.
-The distinct images of an update go through the vision tower once: their features are detached leaves that every
-micro-batch reads and adds gradient to, and one backward pass through the tower follows the last micro-batch.
+The gradient of an update is a sum over its trained tokens, so it does not depend on how they are cut into
+micro-batches. The distinct images of an update go through the vision tower once: their features are detached leaves
+that every micro-batch reads and adds gradient to, and one backward pass through the tower follows the last micro-batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ImageFeatures:
 
 
 class MasterWeights:
-    """An optimizer over fp32 copies of half-precision parameters: at learning rates near 1e-6 a bf16 weight never moves.
+    """An optimizer over fp32 copies of half-precision parameters: at rates near 1e-6 a bf16 weight never moves.
 
     In fp32 the parameters are their own masters. Costs 4 bytes per parameter otherwise.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import largest_difference, report
+
 from mmsr import attention
 from mmsr.attention import Packed, Segments, SharedPrefix, packed_attention
 

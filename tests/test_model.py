@@ -20,10 +20,11 @@ from helpers import (
     tiny_config,
     tiny_model,
 )
+from safetensors.torch import load_file, save_file
+
 from mmsr.attention import Packed, SharedPrefix
 from mmsr.episode import UserError
 from mmsr.model import ModelConfig, Qwen2_5_VL, load, log_probs, logits, mrope_positions, resolve, save, save_weights
-from safetensors.torch import load_file, save_file
 
 FIRST, SECOND, THIRD = random_image(10, 14, 1), random_image(4, 4, 2), random_image(2, 22, 3)
 

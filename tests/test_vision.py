@@ -11,6 +11,7 @@ import PIL.ImageFile
 import pytest
 import torch
 from helpers import hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
+
 from mmsr.vision import MAX_FILE_BYTES, inverse_frequencies, load_image, patchify, smart_resize, window_order
 
 # Rows and columns in patches: one window, windows that do not divide, a strip, a column, a window exactly filled.
