@@ -48,17 +48,24 @@ def group_advantages(
         if members.sum() < 2:
             continue
         r = rewards[members]
-        if r.max() > r.min():
+        if r.max() != r.min():  # so that a reward that is not a number reaches the update's guard
             advantages[members] = (r - r.mean()) / (r.std() + eps)
             varied |= members
     return advantages, varied
 
 
-def episode_weights(trained_tokens: Sequence[int], norm: str) -> list[float]:
-    """Equation (4): the weight of each token of each episode, given every episode's number of trained tokens."""
+def episode_weights(
+    trained_tokens: Sequence[int], norm: str, episodes: int | None = None, tokens: int | None = None
+) -> list[float]:
+    """Equation (4): the weight of each token of each episode, given every episode's number of trained tokens.
+
+    `episodes` and `tokens` are those of the whole update, where these are only a part of it.
+    """
+    episodes = len(trained_tokens) if episodes is None else episodes
+    tokens = sum(trained_tokens) if tokens is None else tokens
     if norm == "token":
-        return [1.0 / max(sum(trained_tokens), 1)] * len(trained_tokens)
-    return [1.0 / (len(trained_tokens) * max(n, 1)) for n in trained_tokens]
+        return [1.0 / max(tokens, 1)] * len(trained_tokens)
+    return [1.0 / (episodes * max(n, 1)) for n in trained_tokens]
 
 
 class Losses(NamedTuple):

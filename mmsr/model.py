@@ -335,25 +335,34 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.d
 
     Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
     """
-    folder = Path(folder)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(read_config(folder))
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    weights: dict[str, Tensor] = {}
-    for file, name, tensor in _stored_tensors(folder):
-        if name not in shapes:
-            continue  # e.g. lm_head beside tied embeddings
-        if tensor.shape != shapes[name]:
-            found, wanted = tuple(tensor.shape), tuple(shapes[name])
-            raise UserError(f"{file}: {name} has shape {found}, config.json says {wanted}: not of the same model")
-        # A copy even where nothing changes: the tensor read is a view of the file, which may be overwritten.
-        weights[name] = tensor.to(device, dtype, copy=True)
-    missing = [name for name in shapes if name not in weights]
-    if missing:
-        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{folder}: {len(missing)} of {len(shapes)} weights are missing ({listed}): fetch it again")
+    model = skeleton(folder)
+    # A copy even where nothing changes: the tensor read is a view of the file, which may be overwritten.
+    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored_weights(folder, model)}
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def skeleton(folder: Path | str) -> Qwen2_5_VL:
+    """The model of a Hugging Face folder on the meta device: without weights."""
+    with torch.device("meta"):
+        return Qwen2_5_VL(read_config(folder))
+
+
+def stored_weights(folder: Path | str, model: Qwen2_5_VL) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each parameter of `model`, one at a time. Raises UserError for one missing or misshapen."""
+    missing = {name: parameter.shape for name, parameter in model.named_parameters()}
+    total = len(missing)
+    for file, name, tensor in _stored_tensors(Path(folder)):
+        shape = missing.pop(name, None)
+        if shape is None:
+            continue  # e.g. lm_head beside tied embeddings
+        if tensor.shape != shape:
+            found, wanted = tuple(tensor.shape), tuple(shape)
+            raise UserError(f"{file}: {name} has shape {found}, config.json says {wanted}: not of the same model")
+        yield name, tensor
+    if missing:
+        listed = ", ".join([*missing][:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{folder}: {len(missing)} of {total} weights are missing ({listed}): fetch it again")
 
 
 def read_config(folder: Path | str) -> ModelConfig:

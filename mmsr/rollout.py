@@ -64,13 +64,17 @@ class Rollout:
         seed: tuple = (),
         scripts: Callable[[Example, int], list[str]] | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
+        slots: Sequence[int] | None = None,
     ) -> list[Episode]:
         """Roll out `group_size` episodes per example, in order; group i belongs to examples[i].
+
+        `slots`: the examples' group ids, where they are not all of a batch and so not 0, 1, 2, ...
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
         model turns to force (replay, RAG): their tools really run, their tokens are not trained.
         """
-        groups = [self._open(example, i, group_size, seed, scripts) for i, example in enumerate(examples)]
+        slots = range(len(examples)) if slots is None else slots
+        groups = [self._open(example, slot, group_size, seed, scripts) for slot, example in zip(slots, examples)]
         episodes = [self.runs[member].episode for group in groups for member in group.members]
         self.on_done = on_done
         self._play_openings()
