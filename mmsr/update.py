@@ -1,35 +1,50 @@
 """One optimizer update: micro-batches, one global denominator, image features computed once.
 
 The gradient of an update is a sum over its trained tokens, so it does not depend on how they are cut into
-micro-batches. The distinct images of an update go through the vision tower once: their features are detached leaves
-that every micro-batch reads and adds gradient to, and one backward pass through the tower follows the last micro-batch.
+micro-batches, nor on how its episodes are dealt over ranks. The distinct images of a rank's share go through the vision
+tower once: their features are detached leaves that every micro-batch reads and adds gradient to, and one backward pass
+through the tower follows the last micro-batch.
+
+With several ranks each holds some of the episodes. Weights come from counts over all of them, and every rank runs the
+same passes: who has fewer micro-batches runs empty ones, and who has no picture encodes an empty one. An update that
+meets a value which is not finite is skipped by all, and one that finds no room on some rank is begun again by all with
+smaller micro-batches.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
+from dataclasses import dataclass
 from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import grpo
-from .episode import Episode
+from .episode import Episode, Example, UserError
 from .model import Qwen2_5_VL, log_probs
 from .pack import Pack, cut, pack, unique_tokens
+from .parallel import SINGLE, Lockstep, OutOfRoom, Ranks
+from .vision import MERGE, PATCH_VALUES, Image
+
+NO_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
 
 
 class ImageFeatures:
     """Features of the distinct images of some packs, (M, d), each image encoded once."""
 
-    def __init__(self, model: Qwen2_5_VL, images: Sequence, train: bool):
+    def __init__(self, model: Qwen2_5_VL, images: Sequence, train: bool, idle: bool = False):
+        """`idle`: run the tower, on an empty picture, even where there is none."""
         distinct = {image.key: image for image in images}
         self.start, total = {}, 0
         for key, image in distinct.items():
             self.start[key] = total
             total += image.tokens
         self.encoded = len(distinct)
+        if idle and not distinct:
+            distinct = {NO_PICTURE.key: NO_PICTURE}
         with torch.set_grad_enabled(train):
             self.output = model.encode_images(list(distinct.values())) if distinct else None
         self.leaf = self.output.detach().requires_grad_(train) if distinct else None
@@ -43,14 +58,15 @@ class ImageFeatures:
 
     def backward(self) -> None:
         """Send the summed gradients of all micro-batches through the vision tower."""
-        if self.output is not None and self.leaf.grad is not None:
-            self.output.backward(self.leaf.grad)
+        if self.output is not None:
+            self.output.backward(torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad)
 
 
 class MasterWeights:
     """An optimizer over fp32 copies of half-precision parameters: at rates near 1e-6 a bf16 weight never moves.
 
-    In fp32 the parameters are their own masters. Costs 4 bytes per parameter otherwise.
+    In fp32 the parameters are their own masters. Costs 4 bytes per parameter otherwise. Sharded parameters have sharded
+    masters.
     """
 
     def __init__(self, model: nn.Module, make: Callable[[list[Tensor]], torch.optim.Optimizer]):
@@ -83,6 +99,16 @@ class Stats:
         for name, value in values.items():
             self.sums[name] += float(value.detach().sum() if isinstance(value, Tensor) else value)
 
+    def over(self, ranks: Ranks) -> Stats:
+        """The same of all ranks together."""
+        whole = Stats()
+        whole.sums, whole.gap_max = Counter(ranks.sum(self.sums)), ranks.max(self.gap_max)
+        return whole
+
+    def merge(self, other: Stats) -> None:
+        self.sums.update(other.sums)
+        self.gap_max = max(self.gap_max, other.gap_max)
+
     def metrics(self) -> dict[str, float]:
         per_update = {k: self.sums[k] / max(self.sums["updates"], 1) for k in ("loss", "grad_norm")}
         n = max(self.sums["tokens"], 1)
@@ -91,10 +117,33 @@ class Stats:
         return {**per_update, **per_token, "logp_gap_max": self.gap_max, **counts}
 
 
+@dataclass(frozen=True)
+class Share:
+    """This rank's episodes of one update, and what all ranks' shares hold together."""
+
+    episodes: Sequence[Episode]
+    tokens: int  # trained ones, of all ranks, as are the next three
+    trained: int  # episodes with trained tokens
+    pictures: int
+    unsound: int  # episodes whose reward or advantage is not finite
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], ranks: Ranks) -> Share:
+        learnt = [e for e in episodes if any(e.loss_mask)]
+        counts = dict(
+            tokens=sum(sum(e.loss_mask) for e in learnt),
+            trained=len(learnt),
+            pictures=sum(len(e.images) for e in learnt),
+            unsound=sum(not (math.isfinite(e.reward) and math.isfinite(e.advantage)) for e in learnt),
+        )
+        return cls(episodes, **ranks.sum(counts))
+
+
 class Trainer:
     """Updates `model` on scored episodes (their `advantage` set).
 
     `sft` replaces the policy loss by the negative log-likelihood: advantage 1, no clip, no reference.
+    With several `ranks`, model and reference are sharded over them and every method is collective.
     """
 
     def __init__(
@@ -112,60 +161,122 @@ class Trainer:
         temperature: float = 1.0,
         micro_tokens: int = 16384,
         max_grad_norm: float = 1.0,
+        max_skipped: int = 5,
         sft: bool = False,
+        ranks: Ranks = SINGLE,
     ):
         self.model, self.optimizer, self.banned, self.reference = model, optimizer, banned, reference
         self.kl, self.clip_low, self.clip_high, self.loss_norm = kl, clip_low, clip_high, loss_norm
         self.importance_cap, self.temperature, self.sft = importance_cap, temperature, sft
-        self.micro_tokens, self.max_grad_norm = micro_tokens, max_grad_norm
-        self.device = banned.device
+        self.micro_tokens, self.max_grad_norm, self.max_skipped = micro_tokens, max_grad_norm, max_skipped
+        self.device, self.ranks, self.lockstep = banned.device, ranks, Lockstep(ranks, [model, reference])
+        self.skipped_in_a_row = self.longest = 0
+        self.idle = _idle_episode(int((~banned).nonzero()[0]))
+        self.rehearsed = ranks.size == 1
 
     def step(self, mini_batches: Sequence[Sequence[Episode]], lr: float) -> dict[str, float]:
-        """One optimizer update per mini-batch, over the episodes in it; returns the step's metrics and counters.
+        """One optimizer update per mini-batch, over all ranks' episodes in it; returns the step's metrics and counters.
 
-        With several mini-batches π_old is frozen first, by a pass over all of them; with one it is π itself.
+        With several mini-batches π_old is frozen first, by a pass over all of them; with one it is π itself. Raises
+        UserError when too many updates in a row had to be skipped, or when one episode is too long for the memory.
         """
+        if not self.rehearsed:
+            self._rehearse()
         stats = Stats()
-        mini_batches = [batch for batch in mini_batches if any(any(e.loss_mask) for e in batch)]
-        old = [self._old_logps(batch) for batch in mini_batches] if len(mini_batches) > 1 else [None]
-        for batch, old_logps in zip(mini_batches, old):
-            self._update(batch, old_logps, lr, stats)
+        shares = [share for batch in mini_batches if (share := Share.of(batch, self.ranks)).tokens]
+        several = len(shares) > 1
+        old = [self._with_room(self._old_logps, share) if several else None for share in shares]
+        for share, old_logps in zip(shares, old):
+            self._update(share, old_logps, lr, stats)
         return stats.metrics()
 
-    def _update(self, episodes: Sequence[Episode], old_logps, lr: float, stats: Stats) -> None:
-        indices = cut(episodes, self.micro_tokens)
-        packs = [pack(episodes, part, self.device) for part in indices]
-        images = [image for p in packs for image in p.images]
-        weights, advantages = self._per_episode(episodes)
-        features = ImageFeatures(self.model, images, train=True)
-        reference = ImageFeatures(self.reference, images, train=False) if self.reference else None
-        for number, batch in enumerate(packs):
-            logps, entropy = self.log_probs(self.model, batch, features)
-            old = logps.detach() if old_logps is None else old_logps[number]
-            ref = None
-            if reference:
-                with torch.no_grad():
-                    ref, _ = self.log_probs(self.reference, batch, reference)
-            losses = self._losses(logps, old, ref, advantages[batch.episode_index], batch.sampled_logps)
-            loss = (losses.loss * weights[batch.episode_index]).sum()
-            loss.backward()
-            gap = (old - batch.sampled_logps).abs()
-            stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
-            stats.add(tokens=len(gap))
-            stats.gap_max = max(stats.gap_max, float(gap.max()))
-        features.backward()
-        norm = self._apply(lr)
-        stats.add(updates=1, grad_norm=norm, skipped_updates=not math.isfinite(norm), encoded=features.encoded)
-        stats.add(trained=sum(len(p.input_ids) for p in packs), trained_unique=unique_tokens(episodes))
+    def _update(self, share: Share, old_logps, lr: float, stats: Stats) -> None:
+        norm = math.nan
+        if not share.unsound:
+            found = self._with_room(self._gradient, share, old_logps).over(self.ranks)
+            norm = self._clip()
+        if math.isfinite(norm) and math.isfinite(found.sums["loss"]):
+            self.optimizer.step(lr)
+            found.add(updates=1, grad_norm=norm)
+            stats.merge(found)
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(stats)
+        self.model.zero_grad(set_to_none=True)
 
-    def _per_episode(self, episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
-        lengths = [sum(e.loss_mask) for e in episodes]
+    def _skip(self, stats: Stats) -> None:
+        stats.add(skipped_updates=1)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row were skipped: a reward, the loss or the gradient was not "
+                "finite; lower --lr, check the reward, or raise --max-skipped"
+            )
+
+    # ---- the gradient -----------------------------------------------------------------------------------------------
+
+    def _gradient(self, share: Share, old_logps: Sequence[Tensor] | None) -> Stats:
+        """Leave the gradient of one update in the parameters; returns what this rank saw on the way."""
+        parts, packs = self._packs(share.episodes)
+        images = [image for p in packs for image in p.images]
+        weights, advantages = self._per_episode(share)
+        reference = None
+        with self._phase("vision pass"):
+            features = ImageFeatures(self.model, images, True, idle=share.pictures > 0)
+            if self.reference:
+                reference = ImageFeatures(self.reference, images, False, idle=share.pictures > 0)
+        stats = Stats()
+        for part, batch in zip(parts, packs):
+            old = None if old_logps is None else torch.cat([old_logps[i] for i in part])
+            seen = stats if part[0] < len(share.episodes) else None
+            with self._phase("micro-batch", final=len(part) == 1):
+                self._micro_batch(batch, features, reference, weights, advantages, old, seen)
+        if share.pictures:
+            with self._phase("vision backward pass"):
+                features.backward()
+        trained = sum(len(p.input_ids) for part, p in zip(parts, packs) if part[0] < len(share.episodes))
+        stats.add(encoded=features.encoded, trained=trained, trained_unique=unique_tokens(share.episodes))
+        return stats
+
+    def _packs(self, episodes: Sequence[Episode]) -> tuple[list[list[int]], list[Pack]]:
+        """Micro-batches: indices, and their packs. As many on every rank; the empty ones hold the idle episode."""
+        parts = cut(episodes, self.micro_tokens)
+        wanted = max(1, int(self.ranks.max(len(parts))))
+        parts += [[len(episodes)]] * (wanted - len(parts))
+        packs = [pack([*episodes, self.idle], part, self.device) for part in parts]
+        self.longest = max(len(p.input_ids) for p in packs)
+        return parts, packs
+
+    def _micro_batch(
+        self, batch: Pack, features: ImageFeatures, reference: ImageFeatures | None,
+        weights: Tensor, advantages: Tensor, old: Tensor | None, stats: Stats | None,
+    ) -> None:  # fmt: skip
+        """Forward and backward pass; `weights` and `advantages` per episode, `old` (R,) or None for π itself."""
+        logps, entropy = self.log_probs(self.model, batch, features)
+        old = logps.detach() if old is None else old
+        ref = None
+        if reference:
+            with torch.no_grad():
+                ref, _ = self.log_probs(self.reference, batch, reference)
+        losses = self._losses(logps, old, ref, advantages[batch.episode_index], batch.sampled_logps)
+        loss = (losses.loss * weights[batch.episode_index]).sum()
+        (loss * self.ranks.size).backward()  # FSDP takes the mean over the ranks
+        if stats is None:
+            return  # an empty micro-batch
+        gap = (old - batch.sampled_logps).abs()
+        stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
+        stats.add(tokens=len(gap))
+        stats.gap_max = max(stats.gap_max, float(gap.max()))
+
+    def _per_episode(self, share: Share) -> tuple[Tensor, Tensor]:
+        """Weight of a token and advantage of each episode, the idle one last, with 0 and 0."""
+        lengths = [sum(e.loss_mask) for e in share.episodes]
         rows = [i for i, n in enumerate(lengths) if n]
-        weights = torch.zeros(len(episodes), device=self.device)
-        share = grpo.episode_weights([lengths[i] for i in rows], self.loss_norm)
-        weights[rows] = torch.tensor(share, device=self.device)
-        advantages = torch.tensor([e.advantage for e in episodes], device=self.device, dtype=torch.float32)
-        return weights, advantages
+        weights = torch.zeros(len(lengths) + 1, device=self.device)
+        each = grpo.episode_weights([lengths[i] for i in rows], self.loss_norm, share.trained, share.tokens)
+        weights[rows] = torch.tensor(each, device=self.device)
+        advantages = [e.advantage for e in share.episodes] + [0.0]
+        return weights, torch.tensor(advantages, device=self.device, dtype=torch.float32)
 
     def _losses(self, logps, old, ref, advantages, sampled) -> grpo.Losses:
         if self.sft:
@@ -185,23 +296,71 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _old_logps(self, episodes: Sequence[Episode]) -> list[Tensor]:
-        packs = [pack(episodes, part, self.device) for part in cut(episodes, self.micro_tokens)]
-        features = ImageFeatures(self.model, [image for p in packs for image in p.images], train=False)
-        return [self.log_probs(self.model, p, features)[0] for p in packs]
+    def _old_logps(self, share: Share) -> list[Tensor]:
+        """Log-probabilities of each episode's trained tokens, the idle one last: they outlive how the batch is cut."""
+        parts, packs = self._packs(share.episodes)
+        with self._phase("first vision pass"):
+            images = [image for p in packs for image in p.images]
+            features = ImageFeatures(self.model, images, False, idle=share.pictures > 0)
+        found = [torch.empty(0, device=self.device)] * len(share.episodes)
+        found.append(torch.zeros(1, device=self.device))
+        for part, batch in zip(parts, packs):
+            with self._phase("first pass", final=len(part) == 1):
+                logps, _ = self.log_probs(self.model, batch, features)
+            for i in part:
+                found[i] = logps[batch.episode_index == i]
+        return found
 
-    def _apply(self, lr: float) -> float:
-        """Clip, step, clear. A gradient that is not finite changes nothing. Returns the norm before clipping."""
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        if math.isfinite(norm):
-            self.optimizer.step(lr)
+    def _clip(self) -> float:
+        """Scale the gradient down to the largest norm allowed. Returns its norm before, over all ranks."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
+        return float(norm)
+
+    # ---- room -------------------------------------------------------------------------------------------------------
+
+    def _phase(self, name: str, final: bool = True):
+        return self.lockstep.phase(name, final)
+
+    def _with_room(self, work: Callable, *args):
+        """work(*args), and again with micro-batches half as long for as long as some rank runs out of memory."""
+        while True:
+            try:
+                return work(*args)
+            except OutOfRoom as error:
+                reason, final = str(error), error.final
+            self.model.zero_grad(set_to_none=True)
+            if final:
+                raise UserError(
+                    f"{reason}, which cannot be cut any smaller: lower --max-tokens, --max-pixels or --mini-batch, or "
+                    "train on more devices"
+                )
+            self.micro_tokens = int(min(self.micro_tokens, self.ranks.max(self.longest))) // 2
+            if self.ranks.main:
+                print(f"{reason}: going on with --micro-tokens {self.micro_tokens}", file=sys.stderr)
+
+    def _rehearse(self) -> None:
+        """An update on nothing, so that `lockstep` learns what each pass consists of."""
+        nothing = Share([], tokens=1, trained=1, pictures=1, unsound=0)
+        self._old_logps(nothing)
+        self._gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)
-        return norm
+        self.rehearsed = True
 
 
-def split(episodes: Sequence[Episode], parts: int) -> list[list[Episode]]:
-    """Deal whole groups, in order of group id, into `parts` mini-batches."""
-    groups = sorted({e.group_id for e in episodes})
-    size = math.ceil(len(groups) / parts) if groups else 1
-    place = {group: i // size for i, group in enumerate(groups)}
+def _idle_episode(token: int) -> Episode:
+    """One token after another, of weight 0: what a rank runs when it has nothing left and others have."""
+    return Episode(Example("", b"", "", ()), -1, 0, [token] * 2, [0, 1], [0.0] * 2, prompt_length=1)
+
+
+def split(episodes: Sequence[Episode], parts: int, groups: int | None = None) -> list[list[Episode]]:
+    """Deal whole groups, in order of group id, into `parts` mini-batches.
+
+    `groups`: how many there are, numbered from 0, where `episodes` are only one rank's.
+    """
+    ids = sorted({e.group_id for e in episodes}) if groups is None else range(groups)
+    size = math.ceil(len(ids) / parts) if ids else 1
+    place = {group: i // size for i, group in enumerate(ids)}
     return [[e for e in episodes if place[e.group_id] == part] for part in range(parts)]

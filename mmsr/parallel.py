@@ -1,0 +1,457 @@
+"""Several processes: who they are, what they agree on, and models whose weights lie in shards (FSDP2).
+
+Started by torchrun, every process ("rank") runs the same program on its own share of each step's questions. Ranks work
+alone while they roll out and score, and meet to update: FSDP gathers a block's weights just before they are used and
+adds up the ranks' gradients just after. In a single process nothing here does anything, and no process group exists.
+
+This is the only module that imports torch.distributed. What it keeps to, each learnt from a failure:
+- Embedding, head and norms lie in the root unit: tied weights in two units are refused.
+- Inputs are not cast: rotary angles would arrive in bfloat16.
+- Every unit gives its weights back after each forward pass, the root too. Each forward and backward pass is then the
+  same row of collectives, which `Lockstep` relies on.
+- FSDP averages gradients and gloo refuses another divisor, so whoever wants the sum multiplies the loss by `size`.
+- Small facts (flags, sums, names) travel over gloo also where the weights travel over NCCL: they wait for no kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+
+from .episode import UserError
+
+T = TypeVar("T")
+
+# Their names since torch 2.13, and before.
+_gather_shards = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_shards = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# ---- ranks
+
+
+class Stopped(Exception):
+    """Another rank failed, and this one stops with it. `status` is the exit status that they share."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size` of them. Every method but `main` is collective: call it on all ranks or on none."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    node_size: int = 1  # ranks on one machine
+    store: Any = field(default=None, repr=False, compare=False)  # what ranks can leave each other without meeting
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank is the one that prints and writes."""
+        return self.rank == 0
+
+    def everyone(self, value: T) -> list[T]:
+        """Every rank's `value`, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, items: list[T]) -> list[T]:
+        """All ranks' items one after another on the main rank, nothing on the others."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size if self.main else None
+        dist.gather_object(items, parts)
+        return [item for part in parts or () for item in part]
+
+    def sum(self, values: Mapping[Any, float]) -> Mapping[Any, float]:
+        """Values added up by key. A rank may lack a key."""
+        if self.size == 1:
+            return values
+        total: dict[Any, float] = {}
+        for part in self.everyone(dict(values)):
+            for key, value in part.items():
+                total[key] = total.get(key, 0) + value
+        return total
+
+    def max(self, value: float) -> float:
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def barrier(self) -> None:
+        self.everyone(None)
+
+    def agree(self, error: Exception | None) -> None:
+        """Go on only if no rank has an error: otherwise the first of them raises its own, and the others `Stopped`."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        mine = None if error is None else (f"{type(error).__name__}: {error}", _status(error))
+        for rank, failure in enumerate(self.everyone(mine)):
+            if failure is not None and rank == self.rank:
+                raise error
+            if failure is not None:
+                raise Stopped(f"rank {rank} failed: {failure[0]}", failure[1])
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For work without collectives inside: when all ranks have done with it, they agree on whether it succeeded."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+
+    def first(self, name: str, work: Callable[[], T]) -> T:
+        """work() on the main rank, and on the others when it is done there: what it made lies on disk by then.
+
+        They wait for as long as it takes, whatever the time-out. `name` may be used once.
+        """
+        if self.size == 1:
+            return work()
+        if not self.main:
+            self.store.wait([name], timedelta(days=30))
+        result = work()
+        if self.main:
+            self.store.set(name, "done")
+        return result
+
+
+SINGLE = Ranks()
+
+
+@contextmanager
+def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, or be the only one. `timeout`: seconds that a rank waits for another.
+
+    A failure in the block ends this process at once, after one rank has said what happened; of a single process it is
+    raised. Raises UserError for a device that is not there.
+    """
+    ranks = _join(device, timeout)
+    if ranks.size == 1:
+        yield ranks
+        return
+    try:
+        yield ranks
+    except BaseException as error:
+        _leave(ranks, error)
+    dist.destroy_process_group()
+
+
+def _join(device: str, timeout: float) -> Ranks:
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if size == 1:
+        return Ranks(device=_device(device))
+    place = _device(device, local)
+    cuda = place.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(place)
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=place if cuda else None
+    )
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return Ranks(rank, size, place, node_size, dist.PrefixStore("mmsr", store))
+
+
+def _device(name: str, local_rank: int | None = None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if local_rank is not None and ":" in name:
+        raise UserError(f"--device {name}: with several processes each takes its own; leave the number out")
+    if local_rank is not None and name != "cpu":
+        name = f"{name}:{local_rank}"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return error.status if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1
+
+
+def _leave(ranks: Ranks, error: BaseException) -> NoReturn:
+    """Say what happened unless another rank has, and end this process.
+
+    Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish.
+    """
+    who = f"rank {ranks.rank} of {ranks.size}"
+    if not isinstance(error, (Stopped, SystemExit)) and _claim(ranks, who):
+        if isinstance(error, UserError):
+            print(f"{os.path.basename(sys.argv[0])}: {error} [{who}]", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"Interrupted [{who}].", file=sys.stderr)
+        else:
+            print(f"{who} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(_status(error))
+
+
+def _claim(ranks: Ranks, who: str) -> bool:
+    """Whether this rank is the first to fail. What follows elsewhere (lost connections) is no news."""
+    try:
+        return ranks.store.add("failures", 1) == 1
+    except RuntimeError:  # the store lived in the main rank, and that is gone
+        print(f"{who}: lost the main rank.", file=sys.stderr)
+        return False
+
+
+def deal(loads: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices of `loads` in `parts` ascending lists whose lengths differ by at most one and whose loads balance.
+
+    Heaviest first, each to the part that has least and still has room. A function of its arguments, so that all ranks
+    deal alike.
+    """
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    least, more = divmod(len(loads), parts)
+    for index in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
+        full = sum(len(hand) > least for hand in hands)  # of these there may be `more`
+        open_parts = [p for p in range(parts) if len(hands[p]) < least + (full < more)]
+        part = min(open_parts, key=lambda p: (totals[p], p))
+        hands[part].append(index)
+        totals[part] += loads[index]
+    return [sorted(hand) for hand in hands]
+
+
+# ---- sharded models
+
+
+def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype, across: str = "node") -> nn.Module:
+    """Spread the weights of `model` (a Qwen2_5_VL, on the meta device or in memory) over the ranks, in place.
+
+    Units: each decoder block, each vision block, and the root with all the rest. Weights are kept in the dtype they
+    have, used in `compute`, and their gradients added up in fp32. `across` "all": one shard per rank. "node": one per
+    rank of a machine, the machines holding copies, which spares the slower network between them.
+    """
+    if ranks.size == 1:
+        return model
+    stored = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute == stored else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    options = dict(mesh=_mesh(ranks, across), mp_policy=policy, reshard_after_forward=True)
+    for block in (*model.visual.blocks, *model.model.layers):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "encode_images")
+    return model
+
+
+@lru_cache
+def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
+    nodes = ranks.size // ranks.node_size
+    if across == "all" or nodes == 1 or ranks.node_size == 1:
+        return init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(ranks.device.type, (nodes, ranks.node_size), mesh_dim_names=("replicate", "shard"))
+
+
+def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> nn.Module:
+    """Give a sharded model on the meta device its weights, read on the main rank alone, one tensor at a time.
+
+    `weights` (name, whole tensor) is not looked at on the other ranks. Beside its shards no rank holds more than one
+    whole tensor. An error of the reading is raised on all ranks.
+    """
+    model.to_empty(device=ranks.device)
+    parameters, source = dict(model.named_parameters()), iter(weights)
+    while True:
+        name, tensor, failure = None, None, None
+        if ranks.main:
+            try:
+                name, tensor = next(source, (None, None))
+            except UserError as error:
+                failure = error
+        ranks.agree(failure)
+        name = ranks.everyone(name)[0]
+        if name is None:
+            return model
+        target = parameters[name]
+        if tensor is None:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=ranks.device)
+        else:
+            whole = tensor.to(ranks.device, target.dtype).contiguous()
+        with torch.no_grad():
+            target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
+
+
+def gathered(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Whole weights by name, in `dtype` on the CPU of the main rank; nothing on the others. Collective.
+
+    In a single process the model's own state dict.
+    """
+    if ranks.size == 1:
+        return model.state_dict()
+    whole = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().full_tensor()
+        if ranks.main:
+            whole[name] = tensor.to("cpu", dtype)
+    return whole
+
+
+@contextmanager
+def generation(model: nn.Module) -> Iterator[None]:
+    """Hold all weights whole, so that ranks may run any number of forward passes (no gradient) without meeting."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    for unit in _units(model):
+        unit.unshard()
+    try:
+        yield
+    finally:
+        model.set_reshard_after_forward(True)
+        _reset(model)
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reset(model: nn.Module) -> None:
+    """Back to shards, whatever FSDP was in the middle of."""
+    if hasattr(model, "reset_iter_state"):  # torch 2.13; also forgets the forward passes that no backward pass followed
+        return model.reset_iter_state()
+    for unit in _units(model):
+        unit.reshard()
+
+
+# ---- out of memory
+
+
+class OutOfRoom(Exception):
+    """Some rank ran out of memory, and all know. `final`: in something that cannot be cut into smaller pieces."""
+
+    def __init__(self, rank: int, what: str, final: bool):
+        super().__init__(f"rank {rank} ran out of memory in its {what}")
+        self.final = final
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One collective that FSDP issued: its kind, elements in and out, and where."""
+
+    kind: str  # "gather" or "reduce"
+    size_in: int
+    size_out: int
+    dtype: torch.dtype
+    group: Any
+
+    def repeat(self, device: torch.device, replicas: Any) -> None:
+        """The same collective on values that nobody will use."""
+        source = torch.zeros(self.size_in, dtype=self.dtype, device=device)
+        target = torch.zeros(self.size_out, dtype=self.dtype, device=device)
+        if self.kind == "gather":
+            _gather_shards(target, source, group=self.group)
+            return
+        _reduce_shards(target, source, group=self.group)
+        if replicas is not None:
+            dist.all_reduce(target, group=replicas)  # FSDP's next step, with nothing in between that could fail
+
+
+class _Recorder:
+    """FSDP's collectives of one kind, written down as they are issued."""
+
+    def __init__(self, kind: str, calls: list[_Call]):
+        self.kind, self.calls = kind, calls
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False, op: Any = None):
+        if self.kind == "gather":
+            work = _gather_shards(output_tensor, input_tensor, group=group, async_op=async_op)
+        else:
+            work = _reduce_shards(output_tensor, input_tensor, op, group=group, async_op=async_op)
+        self.calls.append(_Call(self.kind, input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group))
+        return work
+
+
+class Lockstep:
+    """Lets one rank run out of memory in the middle of a pass without leaving the others waiting for ever.
+
+    A pass is a fixed row of collectives. The rank that fails after some of them issues the rest on dummy values, so
+    that the others come through; then all know, throw the pass away, and may try smaller pieces. A row is learnt from
+    the pass's last success: `phase` an empty one first.
+    """
+
+    def __init__(self, ranks: Ranks, models: Sequence[nn.Module]):
+        self.ranks, self.models = ranks, [model for model in models if isinstance(model, FSDPModule)]
+        self.calls: list[_Call] = []
+        self.rows: dict[str, list[_Call]] = {}
+        for unit in (unit for model in self.models for unit in _units(model)):
+            unit.set_custom_all_gather(_Recorder("gather", self.calls))
+            unit.set_custom_reduce_scatter(_Recorder("reduce", self.calls))
+
+    @contextmanager
+    def phase(self, name: str, final: bool = True) -> Iterator[None]:
+        """One pass. Raises OutOfRoom on all ranks when one of them ran out of memory in it."""
+        self.calls.clear()
+        failure = 0
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.models and not (name in self.rows and hasattr(self.models[0], "reset_iter_state")):
+                raise  # the others cannot be helped: this rank's end is theirs
+            failure = 2 if final else 1
+            traceback.clear_frames(error.__traceback__)  # their variables hold the activations
+        if failure:
+            self._finish(name)
+        else:
+            self.rows[name] = list(self.calls)
+        if self.ranks.max(failure):
+            self.reset()
+            failures = self.ranks.everyone(failure)
+            raise OutOfRoom(failures.index(max(failures)), name, max(failures) == 2) from None
+
+    def _finish(self, name: str) -> None:
+        rest = self.rows[name][len(self.calls) :] if self.models else []
+        self.reset()
+        for call in rest:
+            call.repeat(self.ranks.device, self._replicas)
+
+    @property
+    def _replicas(self) -> Any:
+        mesh = next(self.models[0].parameters()).device_mesh
+        return mesh.get_group("replicate") if mesh.ndim == 2 else None
+
+    def reset(self) -> None:
+        """Throw away gradients, whole weights and cached memory."""
+        for model in self.models:
+            model.zero_grad(set_to_none=True)  # of whole weights: nothing else would ever clear those
+            _reset(model)
+            model.zero_grad(set_to_none=True)  # of shards
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
