@@ -1,13 +1,18 @@
-"""Train a vision-language model with GRPO to search when it must: `python train.py --help`."""
+"""Train a vision-language model with GRPO to search when it must: `python train.py --help`.
+
+On several devices: `torchrun --nproc-per-node 8 train.py …`. Every process runs this same loop on its own share of each
+step's questions; `ranks` has what they must know of each other.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -18,39 +23,40 @@ from mmsr.assemble import Setup, assemble
 from mmsr.config import Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
+from mmsr.parallel import Ranks, gathered, start
 from mmsr.toy import LOOK_IT_UP, MIX
 from mmsr.update import MasterWeights, Trainer, split
 
 
-def train(config: Config) -> None:
-    setup = assemble(config)
-    out = Output(config)
+def train(config: Config, ranks: Ranks) -> None:
+    setup = assemble(config, ranks)
+    with ranks.alone():
+        out = Output(config, ranks)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
     table = {"before": out.evaluation(0, setup)}
-    bar = tqdm(range(1, config.steps + 1), desc="train", unit="step")
+    bar = tqdm(range(1, config.steps + 1), desc="train", unit="step", disable=not ranks.main)
     try:
         for step in bar:
             clock = Clock()
             with clock("rollout"):
-                examples = [setup.questions[i] for i in sampler.take(config.questions)]
-                rollout = setup.rollout(config.temperature)
-                with progress("rollouts", config.questions * config.group_size) as on_done:
-                    episodes = rollout(examples, config.group_size, (config.seed, step), setup.scripts, on_done)
-            with clock("reward"):
+                episodes, counts = roll_out(step, setup, sampler)
+            with clock("reward"), ranks.alone():
                 setup.score(episodes)
                 trained, zero_std = assign_advantages(episodes, config)
             with clock("update"):
-                batches = split(episodes, config.questions // config.mini_batch)
+                batches = split(episodes, config.questions // config.mini_batch, config.questions)
                 chosen = [[e for e in batch if id(e) in trained] for batch in batches]
                 update = trainer.step(chosen, learning_rate(config, step))
-            metrics = step_metrics(step, config, episodes, rollout.counts, update, zero_std, clock.seconds)
+            metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes)
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 out.evaluation(step, setup)
         table["after"] = out.evaluation(step, setup)
     except KeyboardInterrupt:
+        if ranks.size > 1:  # they were interrupted in different places, and cannot finish together
+            raise
         bar.close()
         print(f"Interrupted: keeping what {out.steps} finished steps made.")
     out.finish(setup, table)
@@ -58,11 +64,20 @@ def train(config: Config) -> None:
         raise SystemExit(130)
 
 
+def roll_out(step: int, setup: Setup, sampler: Sampler) -> tuple[list[Episode], Mapping[str, int]]:
+    """This rank's episodes of a step, not scored yet, and the counts of all ranks' tokens and images."""
+    c = setup.config
+    examples = [setup.questions[i] for i in sampler.take(c.questions)]
+    with progress("rollouts", c.questions * c.group_size, setup.ranks) as on_done:
+        return setup.roll_out(
+            examples, c.group_size, (c.seed, step), c.temperature, stretch=c.mini_batch, scripts=setup.scripts,
+            on_done=on_done,
+        )  # fmt: skip
+
+
 def make_trainer(setup: Setup) -> Trainer:
     c = setup.config
-    reference = None
-    if c.kl and c.algorithm == "grpo":
-        reference = modeling.load(setup.folder, setup.dtype, setup.device).requires_grad_(False)
+    reference = setup.reference() if c.kl and c.algorithm == "grpo" else None
 
     def adam(params) -> torch.optim.Optimizer:
         return torch.optim.AdamW(params, lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=0.0, fused=True)
@@ -70,7 +85,8 @@ def make_trainer(setup: Setup) -> Trainer:
     return Trainer(
         setup.model, MasterWeights(setup.model, adam), setup.banned, reference=reference, kl=c.kl,
         clip_low=c.clip_low, clip_high=c.clip_high, loss_norm=c.loss_norm, importance_cap=c.importance_cap,
-        temperature=c.temperature, micro_tokens=c.micro_tokens, max_grad_norm=c.max_grad_norm, sft=c.algorithm == "sft",
+        temperature=c.temperature, micro_tokens=c.micro_tokens, max_grad_norm=c.max_grad_norm,
+        max_skipped=c.max_skipped, sft=c.algorithm == "sft", ranks=setup.ranks,
     )  # fmt: skip
 
 
@@ -82,8 +98,9 @@ def assign_advantages(episodes: Sequence[Episode], config: Config) -> tuple[set[
             episode.advantage = 1.0
         return {id(e) for e, ok in zip(episodes, sound) if ok and e.reward_parts["accuracy"] == 1}, 0
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-    group_ids = torch.tensor([e.group_id for e in episodes])
-    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, torch.tensor(sound))
+    group_ids = torch.tensor([e.group_id for e in episodes], dtype=torch.long)
+    keep = torch.tensor(sound, dtype=torch.bool)
+    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)
     for episode, advantage in zip(episodes, advantages.tolist()):
         episode.advantage = advantage
     groups = len(group_ids.unique())
@@ -103,21 +120,28 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def step_metrics(
-    step: int, config: Config, episodes: Sequence[Episode], counts: dict, update: dict, zero_std: int, seconds: dict
+    step: int, setup: Setup, episodes: Sequence[Episode], counts: Mapping, update: dict, zero_std: int, seconds: dict
 ) -> dict:
-    """One line of metrics.jsonl."""
-    whole = evaluate.summary(episodes)
-    whole.pop("n")
+    """One line of metrics.jsonl. `episodes` and `zero_std` are this rank's, the other numbers those of all."""
+    whole = evaluate.summary(episodes, setup.ranks)
+    n = whole.pop("n")
+    sums = {
+        "format": sum(e.reward_parts["format"] for e in episodes),
+        "tool_failures": evaluate.tool_failures(episodes),
+        "response_tokens": sum(sum(e.loss_mask) for e in episodes),
+        "zero_std_groups": zero_std,
+    }
+    sums = setup.ranks.sum(sums)
     loss = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
     return {
         "step": step,
         **whole,
-        "format": sum(e.reward_parts["format"] for e in episodes) / len(episodes),
-        "tool_failures": evaluate.tool_failures(episodes),
-        "response_tokens": sum(sum(e.loss_mask) for e in episodes) / len(episodes),
-        "zero_std_groups": zero_std,
+        "format": sums["format"] / n,
+        "tool_failures": sums["tool_failures"],
+        "response_tokens": sums["response_tokens"] / n,
+        "zero_std_groups": sums["zero_std_groups"],
         **{key: update[key] for key in loss},
-        "lr": learning_rate(config, step),
+        "lr": learning_rate(setup.config, step),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "tokens": {
             **{key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")},
@@ -128,22 +152,31 @@ def step_metrics(
 
 
 class Output:
-    """The files of a run. The folder is made when everything has been opened; one that is not empty is refused."""
+    """The files of a run. The folder is made when everything has been opened; one that is not empty is refused.
 
-    def __init__(self, config: Config):
-        self.folder, self.steps = Path(config.out), 0
+    Every rank has one and calls it, but the main one alone writes and prints.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.folder, self.steps, self.ranks = Path(config.out), 0, ranks
+        if not ranks.main:
+            return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"--out {self.folder} is not empty: name another folder, or remove it")
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
         config.save(self.folder)
 
     def _line(self, record: dict) -> None:
+        if not self.ranks.main:
+            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode]) -> None:
-        lines = "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in episodes)
-        (self.folder / "rollouts" / f"step-{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        lines = [(e.group_id, e.sample, json.dumps(e.record(), ensure_ascii=False) + "\n") for e in episodes]
+        lines = "".join(line for _, _, line in sorted(self.ranks.gather(lines)))
+        if self.ranks.main:
+            (self.folder / "rollouts" / f"step-{step:06d}.jsonl").write_text(lines, encoding="utf-8")
         self._line(metrics)
         self.steps = step
 
@@ -155,16 +188,22 @@ class Output:
             modes["never_search"] = (1.0, None, True)
         found = {}
         for name, (temperature, scripts, direct) in modes.items():
-            with progress(name.replace("_", " "), len(setup.eval_questions)) as on_done:
-                rollout = setup.rollout(temperature, direct)
-                episodes = rollout(setup.eval_questions, 1, (setup.config.seed, name), scripts, on_done)
-            setup.score(episodes)
-            found[name] = evaluate.by_category(episodes)
+            with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
+                episodes, _ = setup.roll_out(
+                    setup.eval_questions, 1, (setup.config.seed, name), temperature, direct=direct, scripts=scripts,
+                    on_done=on_done,
+                )  # fmt: skip
+            with setup.ranks.alone():
+                setup.score(episodes)
+            found[name] = evaluate.by_category(episodes, setup.ranks)
         self._line({"step": step, **found})
         return found
 
     def finish(self, setup: Setup, table: dict[str, dict]) -> None:
-        modeling.save(setup.model, self.folder / "model", tokenizer_files_from=setup.folder)
+        weights = gathered(setup.model, setup.ranks, setup.dtype)
+        if not self.ranks.main:
+            return
+        modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
         names = {"eval": "greedy", "eval_sampled": "T = 1"}
         rows = {
             f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
@@ -189,15 +228,21 @@ class Clock:
 
 
 @contextmanager
-def progress(name: str, total: int):
-    """A progress bar that is gone when its work is done; yields what to call per finished episode."""
-    with tqdm(total=total, desc=name, unit="rollout", leave=False, position=1) as bar:
+def progress(name: str, total: int, ranks: Ranks):
+    """A progress bar that is gone when its work is done; yields what to call per episode finished on this rank.
+
+    The main rank's own is taken for all: it counts its share of `total`.
+    """
+    total = math.ceil(total / ranks.size)
+    with tqdm(total=total, desc=name, unit="rollout", leave=False, position=1, disable=not ranks.main) as bar:
         yield lambda episode: bar.update()
 
 
 def main(argv: Sequence[str]) -> None:
     try:
-        train(parse(argv))
+        config = parse(argv)
+        with start(config.device, config.timeout) as ranks:
+            train(config, ranks)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,20 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 
 from . import model as modeling
-from . import toy
+from . import parallel, toy
 from .chat import PROMPTS, Chat
 from .config import Config
 from .data import Replay, read_examples, recorded_turns
 from .engine import Engine
 from .episode import Episode, Example, UserError
+from .parallel import SINGLE, Ranks
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
 from .tools import NoSearch, Toolbox, search_tools
+from .vision import image_tokens
 
 
 @dataclass
@@ -29,10 +31,10 @@ class Setup:
     """The parts of a run, opened and checked."""
 
     config: Config
-    device: torch.device
-    dtype: torch.dtype
+    ranks: Ranks
+    dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
     folder: Path  # the checkpoint that training starts from
-    model: modeling.Qwen2_5_VL
+    model: modeling.Qwen2_5_VL  # sharded over the ranks
     chat: Chat
     toolbox: Toolbox
     questions: Sequence[Example]
@@ -41,7 +43,11 @@ class Setup:
 
     @property
     def banned(self) -> torch.Tensor:
-        return self.chat.banned(self.model.config.vocab_size).to(self.device)
+        return self.chat.banned(self.model.config.vocab_size).to(self.ranks.device)
+
+    def reference(self) -> modeling.Qwen2_5_VL:
+        """A frozen copy of the model as it was in the beginning."""
+        return load_model(self.folder, self.dtype, self.dtype, self.ranks, self.config.shard).requires_grad_(False)
 
     def rollout(self, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of the present weights."""
@@ -53,36 +59,70 @@ class Setup:
         limits = Limits(c.max_turns, c.min_pixels, c.max_pixels, stop_on_tool_error=c.on_tool_error == "drop")
         return Rollout(engine, self.chat, self.toolbox, limits, direct)
 
+    def roll_out(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        seed: tuple,
+        temperature: float,
+        *,
+        stretch: int | None = None,
+        direct: bool = False,
+        scripts: Callable[[Example, int], list[str]] | None = None,
+        on_done: Callable[[Episode], None] = lambda episode: None,
+    ) -> tuple[list[Episode], Mapping[str, int]]:
+        """This rank's share of the examples' groups, rolled out by the present weights, and all ranks' `counts`.
+
+        Group ids are places in `examples`. Each `stretch` of them is dealt by itself: what an update needs.
+        """
+        mine = self._mine(examples, stretch or len(examples))
+        rollout = self.rollout(temperature, direct)
+        with parallel.generation(self.model), self.ranks.alone():
+            episodes = rollout([examples[i] for i in mine], group_size, seed, scripts, on_done, mine)
+        return episodes, self.ranks.sum(rollout.counts)
+
+    def _mine(self, examples: Sequence[Example], stretch: int) -> list[int]:
+        """The examples that are this rank's. Prompts are known to balance by, answers are not."""
+        c, ranks = self.config, self.ranks
+        if ranks.size == 1:
+            return list(range(len(examples)))
+        loads = [image_tokens(e.image, c.min_pixels, c.max_pixels) + len(e.question) / 4 for e in examples]
+        starts = range(0, len(examples), stretch)
+        hands = [parallel.deal(loads[start : start + stretch], ranks.size)[ranks.rank] for start in starts]
+        return [start + i for start, hand in zip(starts, hands) for i in hand]
+
     def score(self, episodes: Sequence[Episode]) -> None:
         score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
 
 
-def assemble(config: Config) -> Setup:
+def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     """Open everything that `config` names. Raises UserError where something is missing or wrong."""
-    device = _device(config.device)
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
-    questions = world.train if config.data == "toy" else read_examples(config.data)
-    backend, scripts = _backend(config, world, questions)
+    with ranks.alone():
+        questions = world.train if config.data == "toy" else read_examples(config.data)
+        backend, scripts = _backend(config, world, questions)
+        evaluation = _eval_questions(config, world, questions)
     tools = search_tools(backend, config.max_images, config.max_texts)
     prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
-    folder = modeling.resolve(config.model) if config.model else toy.base_model(world)
-    chat = Chat(folder, prompts, tools)
-    model = modeling.load(folder, dtype, device)
+    find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
+    folder = ranks.first("model folder", find)
+    with ranks.alone():
+        chat = Chat(folder, prompts, tools)
+    model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
-    evaluation = _eval_questions(config, world, questions)
-    return Setup(config, device, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
 
 
-def _device(name: str) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
+def load_model(
+    folder: Path, compute: torch.dtype, stored: torch.dtype, ranks: Ranks, across: str
+) -> modeling.Qwen2_5_VL:
+    """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
+    if ranks.size == 1:
+        return modeling.load(folder, stored, ranks.device)
+    model = parallel.shard(modeling.skeleton(folder).to(stored), ranks, compute, across)
+    return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
 def _backend(config: Config, world: toy.World | None, questions: Sequence[Example]):

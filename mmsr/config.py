@@ -72,6 +72,8 @@ class Config:
     """Second-moment decay of AdamW (the first is .9)."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    max_skipped: int = 5
+    """Stop after so many updates in a row that a value which is not finite made void."""
     kl: float = 0.001
     """β of the k3 KL term. 0: no reference model is loaded."""
     clip_low: float = 0.2
@@ -115,11 +117,15 @@ class Config:
     slots: int = 256
     """Conversations decoded at once; what does not fit waits for a free slot."""
     micro_tokens: int = 32768
-    """Packed tokens per forward and backward pass."""
+    """Packed tokens per forward and backward pass; halved where memory runs out."""
     device: str = ""
-    """cpu, cuda, …; empty: cuda where there is one."""
+    """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Compute type; empty: bfloat16 on CUDA, float32 elsewhere. The optimizer keeps fp32 master weights."""
+    shard: Literal["node", "all"] = "node"
+    """Several machines: each holds a whole copy of the weights, sharded over its devices, or all hold one together."""
+    timeout: int = 1800
+    """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
     """Fix the schedule too: tools run inline, so equal seeds give equal bits."""
     eval_data: str = ""
@@ -135,7 +141,7 @@ class Config:
         self.out = self.out or f"runs/{self.recipe}"
         bounds = dict(
             steps=1, questions=1, mini_batch=1, group_size=1, max_turns=1, turn_tokens=1, max_tokens=2, slots=1,
-            micro_tokens=1, max_images=0, max_texts=0, eval_size=1,
+            micro_tokens=1, max_images=0, max_texts=0, eval_size=1, max_skipped=1, timeout=1,
         )  # fmt: skip
         for name, least in bounds.items():
             if getattr(self, name) < least:

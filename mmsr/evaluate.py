@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from .episode import Episode
+from .parallel import SINGLE, Ranks
 from .tools import IMAGE_SEARCH, TEXT_SEARCH
 
 
-def summary(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Means over scored episodes. `search_ratio`: share of episodes with at least one executed search."""
-    n = max(len(episodes), 1)
-
-    def mean(values) -> float:
-        return sum(values) / n
-
-    return {
-        "n": len(episodes),
-        "accuracy": mean(e.reward_parts["accuracy"] for e in episodes),
-        "search_ratio": mean(e.searches() > 0 for e in episodes),
-        "search_ratio_image": mean(e.searches(IMAGE_SEARCH) > 0 for e in episodes),
-        "search_ratio_text": mean(e.searches(TEXT_SEARCH) > 0 for e in episodes),
-        "reward": mean(e.reward for e in episodes),
-    }
+def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, float]:
+    """Means over all ranks' scored episodes. `search_ratio`: share of episodes with at least one executed search."""
+    return _means(ranks.sum(_sums(episodes)))
 
 
-def by_category(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
+def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, dict[str, float]]:
     """`summary` per category, in order of first appearance. An example without a category counts under "all"."""
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:
         groups.setdefault(episode.example.category or "all", []).append(episode)
-    return {category: summary(members) for category, members in groups.items()}
+    sums = ranks.sum({(category, key): value for category in groups for key, value in _sums(groups[category]).items()})
+    return {
+        category: _means({key: value for (its, key), value in sums.items() if its == category})
+        for category in dict.fromkeys(category for category, _ in sums)
+    }
+
+
+def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
+    return {
+        "n": len(episodes),
+        "accuracy": sum(e.reward_parts["accuracy"] for e in episodes),
+        "search_ratio": sum(e.searches() > 0 for e in episodes),
+        "search_ratio_image": sum(e.searches(IMAGE_SEARCH) > 0 for e in episodes),
+        "search_ratio_text": sum(e.searches(TEXT_SEARCH) > 0 for e in episodes),
+        "reward": sum(e.reward for e in episodes),
+    }
+
+
+def _means(sums: Mapping[str, float]) -> dict[str, float]:
+    n = max(sums["n"], 1)
+    return {key: value if key == "n" else value / n for key, value in sums.items()}
 
 
 def tool_failures(episodes: Sequence[Episode]) -> int:

@@ -230,8 +230,7 @@ def _claim(ranks: Ranks, who: str) -> bool:
 def deal(loads: Sequence[float], parts: int) -> list[list[int]]:
     """Indices of `loads` in `parts` ascending lists whose lengths differ by at most one and whose loads balance.
 
-    Heaviest first, each to the part that has least and still has room. A function of its arguments, so that all ranks
-    deal alike.
+    Heaviest first, each to the part that has least and still has room.
     """
     hands: list[list[int]] = [[] for _ in range(parts)]
     totals = [0.0] * parts

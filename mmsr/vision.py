@@ -73,6 +73,16 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
     return Image(patchify(pixels), (height // PATCH, width // PATCH), key)
 
 
+def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> int:
+    """How many tokens `load_image` would make of a picture file, from its header alone; 0 for one that it refuses."""
+    try:
+        width, height = PIL.Image.open(io.BytesIO(data), formats=FORMATS).size
+        height, width = smart_resize(height, width, PATCH * MERGE, min_pixels, max_pixels)
+    except Exception:  # whatever it is, loading it will say so
+        return 0
+    return height * width // (PATCH * MERGE) ** 2
+
+
 def _decode(data: bytes) -> PIL.Image.Image:
     """RGB picture. Size is read from the header and refused before any pixel is decoded, so a bomb costs nothing."""
     if len(data) > MAX_FILE_BYTES:
