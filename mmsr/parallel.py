@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -206,25 +207,36 @@ def _leave(ranks: Ranks, error: BaseException) -> NoReturn:
 
     Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish.
     """
-    who = f"rank {ranks.rank} of {ranks.size}"
-    if not isinstance(error, (Stopped, SystemExit)) and _claim(ranks, who):
-        if isinstance(error, UserError):
-            print(f"{os.path.basename(sys.argv[0])}: {error} [{who}]", file=sys.stderr)
-        elif isinstance(error, KeyboardInterrupt):
-            print(f"Interrupted [{who}].", file=sys.stderr)
-        else:
-            print(f"{who} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
+    first = not isinstance(error, (Stopped, SystemExit)) and _first_to_fail(ranks)
+    if first:
+        print(_obituary(f"rank {ranks.rank} of {ranks.size}", error), file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
+    if not first or _lost(error):
+        time.sleep(3)  # torchrun ends all when it sees one end, and names that one: let it be the one that failed
     os._exit(_status(error))
 
 
-def _claim(ranks: Ranks, who: str) -> bool:
-    """Whether this rank is the first to fail. What follows elsewhere (lost connections) is no news."""
+def _first_to_fail(ranks: Ranks) -> bool:
+    """What follows on other ranks (lost connections) is no news."""
     try:
         return ranks.store.add("failures", 1) == 1
-    except RuntimeError:  # the store lived in the main rank, and that is gone
-        print(f"{who}: lost the main rank.", file=sys.stderr)
+    except RuntimeError:  # the store was the main rank's, and went with it
         return False
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a collective failed, for want of another rank."""
+    return isinstance(error, RuntimeError) and "c10d" in traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def _obituary(who: str, error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return f"{os.path.basename(sys.argv[0])}: {error} [{who}]"
+    if isinstance(error, KeyboardInterrupt):
+        return f"Interrupted [{who}]."
+    if _lost(error):
+        return f"{who} lost another rank, or waited for it too long: {str(error).splitlines()[0]}"
+    return f"{who} failed:\n{''.join(traceback.format_exception(error))}"
 
 
 def deal(loads: Sequence[float], parts: int) -> list[list[int]]:
@@ -332,19 +344,12 @@ def generation(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_reshard_after_forward(True)
-        _reset(model)
+        for unit in _units(model):
+            unit.reshard()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _reset(model: nn.Module) -> None:
-    """Back to shards, whatever FSDP was in the middle of."""
-    if hasattr(model, "reset_iter_state"):  # torch 2.13; also forgets the forward passes that no backward pass followed
-        return model.reset_iter_state()
-    for unit in _units(model):
-        unit.reshard()
 
 
 # ---- out of memory
@@ -423,7 +428,7 @@ class Lockstep:
             yield
         except torch.OutOfMemoryError as error:
             if self.models and not (name in self.rows and hasattr(self.models[0], "reset_iter_state")):
-                raise  # the others cannot be helped: this rank's end is theirs
+                raise  # too early, or torch before 2.13: the others cannot be helped, this rank's end is theirs
             failure = 2 if final else 1
             traceback.clear_frames(error.__traceback__)  # their variables hold the activations
         if failure:
@@ -450,7 +455,7 @@ class Lockstep:
         """Throw away gradients, whole weights and cached memory."""
         for model in self.models:
             model.zero_grad(set_to_none=True)  # of whole weights: nothing else would ever clear those
-            _reset(model)
+            model.reset_iter_state()  # back to shards, whatever FSDP was in the middle of
             model.zero_grad(set_to_none=True)  # of shards
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -50,7 +50,7 @@ class Crew:
     def __call__(self, function: Callable[..., Any], *args) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
-        for pipe, process in zip(self.pipes, self.processes):
+        for pipe in self.pipes:
             assert pipe.poll(100), "a rank gives no answer: do they wait for each other?"
         results = [pipe.recv() for pipe in self.pipes]
         failures = [text for ok, text in results if not ok]

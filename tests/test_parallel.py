@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
+import test_engine
 import torch
-from crew import Crew, on_one
-from helpers import conversation, random_image, report, tiny_model
+from crew import Crew, environment, free_port, on_one
+from helpers import conversation, report, tiny_config, tiny_model
 from test_update import BANNED, EXAMPLE, made, relative
 
-from mmsr.episode import Episode
-from mmsr.parallel import Ranks, gathered, shard
-from mmsr.update import MasterWeights, Trainer, split
+from mmsr import model as modeling
+from mmsr import toy
+from mmsr.assemble import load_model
+from mmsr.chat import PROMPTS, Chat
+from mmsr.episode import Episode, UserError
+from mmsr.parallel import Ranks, Stopped, deal, gathered, generation, shard
+from mmsr.tools import search_tools
+from mmsr.update import MasterWeights, Trainer
+from mmsr.vision import image_tokens, load_image
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +116,396 @@ def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, deal, record_p
 def test_gradient_of_tied_head_token_mean_and_recomputed_blocks(pair, record_property):
     changes = {"tie_word_embeddings": True}
     check_gradient(pair, record_property, "tied", "even", {"loss_norm": "token"}, changes, True)
+
+
+# ---- guards
+
+
+class Once:
+    """Raises an error the n-th time it is called."""
+
+    def __init__(self, n: int, error: type[Exception]):
+        self.left, self.error = n, error
+
+    def __call__(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("simulated")
+
+
+def fail_in(trainer: Trainer, place: str, once: Once) -> None:
+    """Have `once` called in the middle of a forward or a backward pass."""
+    block = trainer.model.visual.blocks[1] if "vision" in place else trainer.model.model.layers[0]
+    inner = block.mlp
+    if place.endswith("backward"):
+
+        def hook(_, __, out) -> None:
+            if out.requires_grad:
+                out.register_hook(once)
+
+        inner.register_forward_hook(hook)
+    else:
+        inner.register_forward_pre_hook(once)
+
+
+def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, tokens: int = 120, dealt="even"):
+    """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
+    trainer = build(ranks, {"kl": 0.3, "micro_tokens": tokens}, {})
+    trainer.step([[]], 0.0)  # the rehearsal
+    fail_in(trainer, place, Once(n if ranks.rank == failing else 0, torch.OutOfMemoryError))
+    kept = []
+    trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
+    for _ in range(2):
+        trainer.step([share(ranks, dealt)], 0.0)
+    return kept, trainer.micro_tokens
+
+
+@pytest.mark.parametrize("place, failing, n", [("forward", 1, 2), ("backward", 0, 1), ("backward", 1, 2)])
+def test_out_of_memory_on_one_rank_leads_to_the_same_gradient(pair, place, failing, n, record_property):
+    alone, _ = on_one(gradient, "even", {"kl": 0.3})
+    for kept, tokens in pair(gradient_after_running_out, place, failing, n):
+        assert tokens < 120
+        for found in kept:
+            difference = relative(found, alone)
+            report(record_property, f"gradient after running out of memory, {place} pass {n}", difference)
+            assert difference < 1e-5
+
+
+def test_out_of_memory_of_a_single_process_leads_to_the_same_gradient():
+    alone, _ = on_one(gradient, "even", {"kl": 0.3})
+    kept, tokens = on_one(gradient_after_running_out, "backward", 0, 1, 10**6)
+    assert all(relative(found, alone) < 1e-5 for found in kept) and len(kept) == 2 and tokens < 400
+
+
+def test_out_of_memory_in_one_episode_is_a_user_error_on_all_ranks(pair):
+    for message in pair(message_of_running_out, "vision forward"):
+        assert "rank 1 ran out of memory in its vision pass" in message and "--max-pixels" in message
+    for message in pair(message_of_running_out, "backward"):
+        assert "rank 1 ran out of memory in its micro-batch" in message
+
+
+def message_of_running_out(ranks: Ranks, place: str) -> str:
+    trainer = build(ranks, {"micro_tokens": 1}, {})
+    trainer.step([[]], 0.0)
+    fail_in(trainer, place, Once(int(ranks.rank == 1), torch.OutOfMemoryError))
+    with pytest.raises(UserError) as error:
+        trainer.step([share(ranks, "even")], 0.0)
+    return str(error.value)
+
+
+def rows_of_two_updates(ranks: Ranks):
+    """The collectives of each kind of pass, of an empty update and of three real ones."""
+    trainer = build(ranks, {"kl": 0.3}, {})
+    rows = []
+    for deal_ in (None, "even", "one rank has text only", "one rank has nothing"):
+        trainer.step([share(ranks, deal_)] if deal_ else [[]], 0.1)
+        rows.append({name: [(c.kind, c.size_in, c.dtype) for c in row] for name, row in trainer.lockstep.rows.items()})
+    return rows
+
+
+def test_passes_are_always_the_same_row_of_collectives(pair):
+    """What a rank that runs out of memory counts on."""
+    first, second = pair(rows_of_two_updates)
+    assert first == second and all(rows == first[0] for rows in first) and all(first[0].values())
+
+
+def skipped(ranks: Ranks, what: str):
+    trainer = build(ranks, {"max_skipped": 2}, {})
+    before = gathered(trainer.model, ranks, torch.float32)
+    before = {name: value.clone() for name, value in before.items()}
+    bad, good = share(ranks, "even"), share(ranks, "even")
+    if ranks.rank == ranks.size - 1:
+        if what == "loss":
+            bad[0].logps = [math.nan] * len(bad[0].logps)
+            trainer.importance_cap = 2.0
+        else:
+            setattr(bad[0], what, math.inf)
+    found = [trainer.step([bad], 0.1)]
+    after = gathered(trainer.model, ranks, torch.float32)
+    same = all(torch.equal(after[name], before[name]) for name in before)
+    found.append(trainer.step([good], 0.0))
+    with pytest.raises(UserError, match="2 updates in a row"):
+        trainer.step([bad, bad], 0.1)
+    return same, found
+
+
+@pytest.mark.parametrize("what", ["reward", "advantage", "loss"])
+def test_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(pair, what):
+    for same, (bad, good) in [on_one(skipped, what), *pair(skipped, what)]:
+        assert same and bad["skipped_updates"] == 1 and good["skipped_updates"] == 0
+        assert math.isfinite(bad["loss"]) and good["loss"] != 0
+
+
+def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
+    """Whole weights after steps of the optimizer that train.py uses, clipped, two updates each."""
+    model = shard(tiny_model(1).to(dtype), ranks, dtype)
+    optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
+    trainer = Trainer(model, optimizer, BANNED, micro_tokens=60, max_grad_norm=0.5, ranks=ranks)
+    episodes = share(ranks, "even")
+    for _ in range(steps):
+        trainer.step([[e for e in episodes if e.group_id < 2], [e for e in episodes if e.group_id >= 2]], 1e-4)
+    return gathered(model, ranks, dtype)
+
+
+def test_weights_after_some_steps_equal_those_of_one_process(pair, record_property):
+    alone = on_one(trained_weights)
+    main, other = pair(trained_weights)
+    difference = max((main[name] - alone[name]).abs().max().item() for name in alone)
+    report(record_property, "weights after 6 updates of AdamW at rate 1e-4", difference)
+    assert main.keys() == alone.keys() and not other
+    assert difference < 2e-5, "Adam magnifies noise where a gradient is nearly 0, but not beyond a part of a step"
+
+
+def test_bf16_shards_have_fp32_masters(pair):
+    alone, (main, _) = on_one(trained_weights, torch.bfloat16), pair(trained_weights, torch.bfloat16)
+    before = tiny_model(1).bfloat16().state_dict()
+    moved = sum((main[name] != before[name]).sum().item() for name in before)
+    apart = max((main[name].float() - alone[name].float()).abs().max().item() for name in before)
+    assert moved > 1000 and apart < 0.02
+
+
+# ---- generation and weights
+
+
+def generated(ranks: Ranks, dtype=torch.float32):
+    """Tokens of groups dealt unevenly, rounds of training in between; the second round has one rank idle."""
+    model = tiny_model(4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    model = shard(model, ranks, dtype)
+    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), BANNED, ranks=ranks)
+    found, steps = {}, []
+    for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
+        mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
+        batch = [group for i in mine for group in test_engine.groups(1, 3, first=i)]
+        with generation(model):
+            steps.append(test_engine.run(model, batch).counts["decode_steps"] if batch else 0)
+        found.setdefault("tokens", []).append(dict(zip(mine, test_engine.texts(batch)[::3])))
+        trainer.step([share(ranks, "even")], 0.05)
+    return found["tokens"], steps
+
+
+def test_tokens_do_not_depend_on_the_number_of_ranks(pair):
+    """Ranks with different numbers of decode steps, or none, between updates of the weights."""
+    alone, _ = on_one(generated)
+    (first, steps), (second, other_steps) = pair(generated)
+    assert steps != other_steps and steps[1] == 0
+    assert [a | b for a, b in zip(first, second)] == alone
+    assert alone[0] != alone[2], "training should have changed what is sampled"
+
+
+def in_bf16(ranks: Ranks):
+    """fp32 shards used in bfloat16: types inside, and a gradient."""
+    model = shard(tiny_model(1), ranks, torch.bfloat16)
+    optimizer = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = Trainer(model, optimizer, BANNED, max_grad_norm=1e9, ranks=ranks)
+    kept = {}
+    trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
+    trainer.step([share(ranks, "even")], 0.1)
+    with generation(model):
+        whole = {p.dtype for p in model.parameters()}
+    return kept, whole, {p.dtype for p in model.parameters()}
+
+
+def test_fp32_shards_compute_in_bf16(pair):
+    alone, _ = on_one(gradient, "even")
+    for kept, whole, kept_as in pair(in_bf16):
+        assert whole == {torch.bfloat16} and kept_as == {torch.float32}
+        assert relative(kept, alone) < 0.1
+
+
+def loaded(ranks: Ranks, folder: str):
+    model = load_model(Path(folder), torch.float32, torch.float32, ranks, "node")
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+    return gathered(model, ranks, torch.float32), local
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_a_folder_gives_each_rank_its_shards(pair, tied, tmp_path):
+    model = tiny_model(3, tie_word_embeddings=tied)
+    modeling.save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=10**5)
+    (main, first), (_, second) = pair(loaded, str(tmp_path))
+    assert main.keys() == model.state_dict().keys()
+    assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
+    whole = sum(p.numel() for p in model.parameters())
+    assert first + second == whole and max(first, second) < 0.6 * whole
+
+
+def load_error(ranks: Ranks, folder: str) -> str:
+    with pytest.raises((UserError, Stopped)) as error:
+        loaded(ranks, folder)
+    return str(error.value)
+
+
+def test_broken_folder_is_an_error_on_all_ranks(pair, tmp_path):
+    weights = tiny_model().state_dict()
+    weights.pop("model.norm.weight")
+    modeling.save_weights(tiny_config(), weights, tmp_path)
+    first, second = pair(load_error, str(tmp_path))
+    assert "model.norm.weight" in first and second.startswith("rank 0 failed") and "model.norm.weight" in second
+
+
+# ---- what ranks tell each other
+
+
+def told(ranks: Ranks):
+    total = ranks.sum({"a": 1, ("b", ranks.rank): 0.5})
+    with pytest.raises((ValueError, Stopped)) as error, ranks.alone():
+        if ranks.rank == 1:
+            raise ValueError("row 7")
+    made_by = ranks.first("once", lambda: (time.sleep(0.3 * ranks.main), time.monotonic())[1])
+    return total, ranks.max(ranks.rank * 2), ranks.gather([ranks.rank]), str(error.value), made_by
+
+
+def test_ranks_add_up_agree_and_wait(pair):
+    (total, most, items, stopped, first), (total_, most_, items_, own, second) = pair(told)
+    assert total == total_ == {"a": 2, ("b", 0): 0.5, ("b", 1): 0.5} and most == most_ == 2
+    assert items == [0, 1] and items_ == [] and first < second
+    assert own == "row 7" and stopped == "rank 1 failed: ValueError: row 7"
+
+
+def test_groups_are_dealt_evenly_by_load():
+    assert deal([1, 1, 1], 1) == [[0, 1, 2]] and deal([], 2) == [[], []] and deal([5], 2) == [[0], []]
+    loads = [(37 * i) % 23 + 1 for i in range(41)]
+    hands = deal(loads, 4)
+    assert sorted(i for hand in hands for i in hand) == list(range(41))
+    assert {len(hand) for hand in hands} == {10, 11} and all(hand == sorted(hand) for hand in hands)
+    sums = [sum(loads[i] for i in hand) for hand in hands]
+    assert max(sums) - min(sums) <= max(loads) / 2, sums
+
+
+def test_image_tokens_are_those_of_the_loaded_picture():
+    from helpers import picture_bytes
+
+    for size in [(60, 40), (300, 200), (28, 400)]:
+        data = picture_bytes(*size)
+        assert image_tokens(data, 56 * 56, 200 * 200) == load_image(data, 56 * 56, 200 * 200).tokens
+    assert image_tokens(b"no picture") == 0
+
+
+# ---- four ranks, two machines
+
+
+@pytest.fixture(scope="module")
+def four():
+    crew = Crew(4, node_size=2)
+    yield crew
+    crew.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", ["all", "node"])
+@pytest.mark.parametrize("deal_", ["four", "one rank has nothing"])
+def test_gradient_on_four_ranks(four, deal_, across, record_property):
+    """`node`: two machines of two ranks each, which hold copies of each other's shards."""
+    check_gradient(four, record_property, f"{deal_}, {across}", deal_, {"kl": 0.3}, {}, False, across)
+
+
+@pytest.mark.slow
+def test_out_of_memory_with_hybrid_shards(four, record_property):
+    alone, _ = on_one(gradient, "four", {"kl": 0.3})
+    for place, failing, n in [("forward", 3, 1), ("backward", 0, 1)]:
+        for kept, _ in four(gradient_after_running_out, place, failing, n, 120, "four"):
+            assert max(relative(found, alone) for found in kept) < 1e-5
+
+
+@pytest.mark.slow
+def test_loading_with_hybrid_shards(four, tmp_path):
+    model = tiny_model(3)
+    modeling.save(model, tmp_path)
+    (main, *_), *others = four(loaded, str(tmp_path))
+    assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
+    assert all(local < 0.6 * sum(p.numel() for p in model.parameters()) for _, local in others)
+
+
+# ---- train.py
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model of the toy world that has barely learnt the format, so that its rewards differ."""
+    folder, world = tmp_path_factory.mktemp("newborn"), toy.World(0)
+    tokenizer = toy.build_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
+    model = modeling.random_model(toy.model_config(tokenizer), 0)
+    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
+    trainer = Trainer(model, optimizer, chat.banned(model.config.vocab_size), loss_norm="token", sft=True)
+    traces = toy.Traces(world, chat, 0)
+    for step in range(25):
+        trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
+    modeling.save(model, folder)
+    return folder
+
+
+def train(size: int, out: Path, folder: Path, *options: str, script: str = "train.py") -> list[subprocess.Popen]:
+    """train.py in `size` processes, as torchrun starts them, or in one, as a shell does."""
+    line = [sys.executable, script, "--recipe", "toy", "--model", folder, "--out", out, "--steps", 2, "--eval-size", 2]
+    line += ["--questions", 6, "--mini-batch", 3, "--group-size", 4, *options]
+    port = free_port()
+    places = [environment(rank, size, port) if size > 1 else {} for rank in range(size)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return [subprocess.Popen([str(part) for part in line], env=base | place, **pipes) for place in places]
+
+
+def read(out: Path) -> tuple[list[dict], list[dict]]:
+    """Metrics and rollouts without what a clock says."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for f in sorted((out / "rollouts").iterdir()) for line in f.read_text().splitlines()]
+    for line in metrics:
+        line.pop("seconds", None)
+    for turn in (turn for rollout in rollouts for turn in rollout["turns"]):
+        turn.get("observation", {}).pop("seconds", None)
+    return metrics, rollouts
+
+
+def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path):
+    runs = {1: train(1, tmp_path / "1", folder), 2: train(2, tmp_path / "2", folder)}
+    for processes in runs.values():
+        said = [process.communicate(timeout=100) for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert not said[1][0], "only the main rank prints"
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(tmp_path / "1"), read(tmp_path / "2")
+    assert any(line.get("grad_norm") for line in metrics), "somebody should have learnt something"
+    for one, two in zip(metrics, metrics_2, strict=True):
+        numbers = {key for key, value in one.items() if isinstance(value, float)}
+        assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
+        assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 48
+    assert [(r["group"], r["sample"]) for r in rollouts_2] == [(r["group"], r["sample"]) for r in rollouts]
+    weights = [modeling.load(tmp_path / name / "model").state_dict() for name in "12"]
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
+
+
+BROKEN = """
+import os, sys, train
+from mmsr import episode, rollout, update
+
+def broken(self, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise {error}
+    return whole(self, *args, **kwargs)
+
+whole, {place} = {place}, broken
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "place, error, status",
+    [
+        ("rollout.Rollout.__call__", "episode.UserError('row 7 is broken; mend it')", 2),
+        ("update.Trainer._micro_batch", "ValueError('a bug')", 1),
+    ],
+)
+def test_exception_on_one_rank_ends_all_and_is_told_once(folder, tmp_path, place, error, status):
+    (tmp_path / "broken.py").write_text(BROKEN.format(place=place, error=error))
+    begun = time.monotonic()
+    processes = train(2, tmp_path / "out", folder, script=tmp_path / "broken.py")
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert time.monotonic() - begun < 40
+    assert processes[1].returncode == status and processes[0].returncode in (1, 2)
+    message = "row 7 is broken" if status == 2 else "a bug"
+    assert "rank 1 of 2" in said[1] and message in said[1] and message not in said[0]
+    assert said[1].count("Traceback") == (status == 1) and "Traceback" not in said[0], said[0]
