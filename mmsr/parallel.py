@@ -149,7 +149,7 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one. `timeout`: seconds that a rank waits for another.
 
     A failure in the block ends this process at once, after one rank has said what happened; of a single process it is
-    raised. Raises UserError for a device that is not there.
+    raised. SystemExit is no failure: let all ranks leave by it together. UserError for a device that is not there.
     """
     ranks = _join(device, timeout)
     if ranks.size == 1:
@@ -157,6 +157,9 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
         return
     try:
         yield ranks
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
     except BaseException as error:
         _leave(ranks, error)
     dist.destroy_process_group()
@@ -197,8 +200,6 @@ def _device(name: str, local_rank: int | None = None) -> torch.device:
 def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
     return error.status if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1
 
 
@@ -207,7 +208,7 @@ def _leave(ranks: Ranks, error: BaseException) -> NoReturn:
 
     Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish.
     """
-    first = not isinstance(error, (Stopped, SystemExit)) and _first_to_fail(ranks)
+    first = not isinstance(error, Stopped) and _first_to_fail(ranks)
     if first:
         print(_obituary(f"rank {ranks.rank} of {ranks.size}", error), file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
@@ -372,6 +373,7 @@ class _Call:
     size_out: int
     dtype: torch.dtype
     group: Any
+    op: Any  # of a "reduce"
 
     def repeat(self, device: torch.device, replicas: Any) -> None:
         """The same collective on values that nobody will use."""
@@ -380,9 +382,9 @@ class _Call:
         if self.kind == "gather":
             _gather_shards(target, source, group=self.group)
             return
-        _reduce_shards(target, source, group=self.group)
+        _reduce_shards(target, source, self.op, group=self.group)
         if replicas is not None:
-            dist.all_reduce(target, group=replicas)  # FSDP's next step, with nothing in between that could fail
+            dist.all_reduce(target, self.op, replicas)  # FSDP's next step, with nothing in between that could fail
 
 
 class _Recorder:
@@ -399,7 +401,7 @@ class _Recorder:
             work = _gather_shards(output_tensor, input_tensor, group=group, async_op=async_op)
         else:
             work = _reduce_shards(output_tensor, input_tensor, op, group=group, async_op=async_op)
-        self.calls.append(_Call(self.kind, input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group))
+        self.calls.append(_Call(self.kind, input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group, op))
         return work
 
 
@@ -408,7 +410,7 @@ class Lockstep:
 
     A pass is a fixed row of collectives. The rank that fails after some of them issues the rest on dummy values, so
     that the others come through; then all know, throw the pass away, and may try smaller pieces. A row is learnt from
-    the pass's last success: `phase` an empty one first.
+    the pass's first success: run an empty one.
     """
 
     def __init__(self, ranks: Ranks, models: Sequence[nn.Module]):
@@ -434,7 +436,7 @@ class Lockstep:
         if failure:
             self._finish(name)
         else:
-            self.rows[name] = list(self.calls)
+            self.rows.setdefault(name, list(self.calls))
         if self.ranks.max(failure):
             self.reset()
             failures = self.ranks.everyone(failure)
