@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -12,31 +15,35 @@ from typing import Sequence
 import torch
 from tqdm import tqdm
 
-from mmsr import evaluate, grpo
+from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.assemble import Setup, assemble
-from mmsr.config import Config, parse
+from mmsr.config import CONFIG, CONFIG_SIDE, Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
+from mmsr.interrupt import Interrupts
 from mmsr.toy import LOOK_IT_UP, MIX
 from mmsr.update import MasterWeights, Trainer, split
 
 
 def train(config: Config) -> None:
-    setup = assemble(config)
     out = Output(config)
+    setup = assemble(config)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
-    table = {"before": out.evaluation(0, setup)}
-    bar = tqdm(range(1, config.steps + 1), desc="train", unit="step")
-    try:
+    saved = Checkpoints(setup, trainer, sampler)
+    out.begin(saved.resume())
+    steps = range(saved.done + 1, config.steps + 1)
+    with Interrupts() as stop, tqdm(steps, "train", config.steps, initial=saved.done, unit="step") as bar:
         for step in bar:
+            if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
+                stop.breakable(out.evaluation, step - 1, setup)
             clock = Clock()
             with clock("rollout"):
-                examples = [setup.questions[i] for i in sampler.take(config.questions)]
-                rollout = setup.rollout(config.temperature)
-                with progress("rollouts", config.questions * config.group_size) as on_done:
-                    episodes = rollout(examples, config.group_size, (config.seed, step), setup.scripts, on_done)
+                rollouts = stop.breakable(roll_out, step, setup, sampler)
+            if stop.requested:
+                break  # what was rolled out is dropped: the last step is whole, this one is not there
+            episodes, counts = rollouts
             with clock("reward"):
                 setup.score(episodes)
                 trained, zero_std = assign_advantages(episodes, config)
@@ -44,18 +51,27 @@ def train(config: Config) -> None:
                 batches = split(episodes, config.questions // config.mini_batch)
                 chosen = [[e for e in batch if id(e) in trained] for batch in batches]
                 update = trainer.step(chosen, learning_rate(config, step))
-            metrics = step_metrics(step, config, episodes, rollout.counts, update, zero_std, clock.seconds)
+            metrics = step_metrics(step, config, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes)
+            saved.finished(step)
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                out.evaluation(step, setup)
-        table["after"] = out.evaluation(step, setup)
-    except KeyboardInterrupt:
-        bar.close()
-        print(f"Interrupted: keeping what {out.steps} finished steps made.")
-    out.finish(setup, table)
-    if "after" not in table:
-        raise SystemExit(130)
+        stop.breakable(out.evaluation, config.steps, setup)
+        if stop.requested:
+            bar.close()
+            setup.toolbox.drop()
+            saved.leave()
+            raise SystemExit(stop.status)
+        out.finish(setup)
+
+
+def roll_out(step: int, setup: Setup, sampler: Sampler) -> tuple[list[Episode], dict[str, int]]:
+    """The episodes of a step, not scored yet, and the counts of their tokens and images."""
+    config = setup.config
+    examples = [setup.questions[i] for i in sampler.take(config.questions)]
+    rollout = setup.rollout(config.temperature)
+    with progress("rollouts", config.questions * config.group_size) as on_done:
+        episodes = rollout(examples, config.group_size, (config.seed, step), setup.scripts, on_done)
+    return episodes, rollout.counts
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -127,27 +143,98 @@ def step_metrics(
     }
 
 
+class Checkpoints:
+    """When a run saves what: every --save-every steps, after the last, and when it is interrupted."""
+
+    def __init__(self, setup: Setup, trainer: Trainer, sampler: Sampler):
+        self.setup, self.config, self.sampler, self.optimizer = setup, setup.config, sampler, trainer.optimizer
+        self.root = Path(self.config.out) / "checkpoints"
+        self.done = self.saved = 0  # the last step that is finished; that is saved
+        self.cursor = 0  # of the sampler when that step was finished
+        kind = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else setup.device.type
+        self.versions = {"torch": torch.__version__, "device": kind, "dtype": str(setup.dtype)}
+
+    def resume(self) -> int:
+        """Take up the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
+        state = checkpoint.resume(self.root, self.setup.model, self.optimizer) if self.config.resume else None
+        if state is None:
+            if self.config.resume:
+                print(f"--resume: no checkpoint in {self.root}: starting afresh.")
+            return 0
+        self.done = self.saved = state["step"]
+        self.cursor = self.sampler.cursor = state["cursor"]
+        print(f"Resumed after step {self.done}.")
+        changed = {key: old for key, old in state["versions"].items() if self.versions.get(key) != old}
+        if changed:
+            listed = ", ".join(f"{key} {old}, now {self.versions.get(key)}" for key, old in changed.items())
+            print(f"Saved with {listed}: weights and data order are exact, what is sampled may differ.")
+        return self.done
+
+    def finished(self, step: int) -> None:
+        self.done, self.cursor = step, self.sampler.cursor
+        if step == self.config.steps or self.config.save_every and step % self.config.save_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        if self.saved == self.done:
+            return
+        config = dataclasses.asdict(self.config)
+        state = {"step": self.done, "cursor": self.cursor, "config": config, "versions": self.versions}
+        checkpoint.save(self.root, self.done, self.setup.model, self.optimizer, state, self.config.keep)
+        self.saved = self.done
+
+    def leave(self) -> None:
+        """Save and say so, before the program ends early."""
+        self.save()
+        kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
+        print(f"Interrupted; {kept}. Go on with --resume.")
+
+
 class Output:
-    """The files of a run. The folder is made when everything has been opened; one that is not empty is refused."""
+    """The files of a run, each step's written whole or not at all. A folder in use is refused, or resumed."""
 
     def __init__(self, config: Config):
-        self.folder, self.steps = Path(config.out), 0
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"--out {self.folder} is not empty: name another folder, or remove it")
-        (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        config.save(self.folder)
+        self.config, self.folder = config, Path(config.out)
+        used = self.folder.exists() and (
+            not self.folder.is_dir() or any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir())
+        )
+        if used and not config.resume:
+            raise UserError(f"--out {self.folder} is not empty: name another folder, remove it, or go on with --resume")
+        if used:
+            config.check_resumes(self.folder)
+        self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
+
+    def begin(self, done: int) -> None:
+        """Make the folder, or take it back to where `done` steps were finished and the evaluation after them was not.
+
+        A step saved but not yet evaluated looks the same, so that evaluation is made in either case.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / CONFIG).exists():
+            self.config.save(self.folder)
+        self.rollouts.mkdir(exist_ok=True)
+        kept = {f"step-{step:06d}.jsonl" for step in range(1, done + 1)}
+        for file in self.rollouts.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        with open(self.metrics, "a+b") as file:
+            file.seek(0)
+            file.truncate(sum(len(line) for line in itertools.takewhile(lambda line: _stays(line, done), file)))
 
     def _line(self, record: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            _sync(file)
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode]) -> None:
-        lines = "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in episodes)
-        (self.folder / "rollouts" / f"step-{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        side = self.rollouts / f".step-{step:06d}.tmp"
+        with open(side, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in episodes)
+            _sync(file)
+        side.replace(self.rollouts / f"step-{step:06d}.jsonl")
         self._line(metrics)
-        self.steps = step
 
-    def evaluation(self, step: int, setup: Setup) -> dict[str, dict]:
+    def evaluation(self, step: int, setup: Setup) -> None:
         """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them."""
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
@@ -161,18 +248,35 @@ class Output:
             setup.score(episodes)
             found[name] = evaluate.by_category(episodes)
         self._line({"step": step, **found})
-        return found
 
-    def finish(self, setup: Setup, table: dict[str, dict]) -> None:
+    def finish(self, setup: Setup) -> None:
         modeling.save(setup.model, self.folder / "model", tokenizer_files_from=setup.folder)
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        evaluations = [record for record in map(json.loads, lines) if "eval" in record]
         names = {"eval": "greedy", "eval_sampled": "T = 1"}
         rows = {
             f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
-            for when, found in table.items()
+            for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
             for mode, row in found.items()
+            if mode != "step"
         }
         mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/")
+        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/, checkpoints/")
+
+
+def _stays(line: bytes, done: int) -> bool:
+    """Whether a line of metrics.jsonl is of the first `done` steps, and not of the evaluation after them."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # cut short by a crash
+        return False
+    return line.endswith(b"\n") and (record["step"] < done or record["step"] == done and "eval" not in record)
+
+
+def _sync(file) -> None:
+    """Onto the disk: a checkpoint, which is, must not know of steps that the other files lack."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Clock:
@@ -201,6 +305,8 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the first step: there is nothing to keep
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
