@@ -6,8 +6,11 @@ step's questions; `ranks` has what they must know of each other.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -17,30 +20,38 @@ from typing import Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from mmsr import evaluate, grpo
+from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.assemble import Setup, assemble
-from mmsr.config import Config, parse
+from mmsr.config import CONFIG, CONFIG_SIDE, Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
+from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered, start
 from mmsr.toy import LOOK_IT_UP, MIX
 from mmsr.update import MasterWeights, Trainer, split
 
 
 def train(config: Config, ranks: Ranks) -> None:
-    setup = assemble(config, ranks)
     with ranks.alone():
         out = Output(config, ranks)
+    setup = assemble(config, ranks)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
-    table = {"before": out.evaluation(0, setup)}
-    bar = tqdm(range(1, config.steps + 1), desc="train", unit="step", disable=not ranks.main)
-    try:
+    saved = Checkpoints(setup, trainer, sampler)
+    out.begin(saved.resume())
+    steps = range(saved.done + 1, config.steps + 1)
+    bar = tqdm(steps, "train", config.steps, initial=saved.done, unit="step", disable=not ranks.main)
+    with Interrupts() as stop, bar:
         for step in bar:
+            if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
+                out.evaluation(step - 1, setup, stop)
             clock = Clock()
             with clock("rollout"):
-                episodes, counts = roll_out(step, setup, sampler)
+                rollouts = roll_out(step, setup, sampler, stop)
+            if rollouts is None:
+                break  # interrupted: the last step is whole, this one is not there
+            episodes, counts = rollouts
             with clock("reward"), ranks.alone():
                 setup.score(episodes)
                 trained, zero_std = assign_advantages(episodes, config)
@@ -50,28 +61,26 @@ def train(config: Config, ranks: Ranks) -> None:
                 update = trainer.step(chosen, learning_rate(config, step))
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes)
+            saved.finished(step)
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                out.evaluation(step, setup)
-        table["after"] = out.evaluation(step, setup)
-    except KeyboardInterrupt:
-        if ranks.size > 1:  # they were interrupted in different places, and cannot finish together
-            raise
-        bar.close()
-        print(f"Interrupted: keeping what {out.steps} finished steps made.")
-    out.finish(setup, table)
-    if "after" not in table:
-        raise SystemExit(130)
+        else:
+            out.evaluation(config.steps, setup, stop)
+        if status := int(ranks.max(stop.status)):
+            bar.close()
+            setup.toolbox.drop()
+            saved.leave()
+            raise SystemExit(status)
+        out.finish(setup)
 
 
-def roll_out(step: int, setup: Setup, sampler: Sampler) -> tuple[list[Episode], Mapping[str, int]]:
-    """This rank's episodes of a step, not scored yet, and the counts of all ranks' tokens and images."""
+def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tuple[list[Episode], Mapping] | None:
+    """This rank's episodes of a step, not scored yet, and all ranks' counts of tokens and images. None: interrupted."""
     c = setup.config
     examples = [setup.questions[i] for i in sampler.take(c.questions)]
     with progress("rollouts", c.questions * c.group_size, setup.ranks) as on_done:
         return setup.roll_out(
             examples, c.group_size, (c.seed, step), c.temperature, stretch=c.mini_batch, scripts=setup.scripts,
-            on_done=on_done,
+            on_done=on_done, attempt=stop.breakable,
         )  # fmt: skip
 
 
@@ -151,37 +160,119 @@ def step_metrics(
     }
 
 
+class Checkpoints:
+    """When a run saves what: every --save-every steps, after the last, and when it is interrupted."""
+
+    def __init__(self, setup: Setup, trainer: Trainer, sampler: Sampler):
+        self.setup, self.config, self.sampler, self.optimizer = setup, setup.config, sampler, trainer.optimizer
+        self.root = Path(self.config.out) / "checkpoints"
+        self.done = self.saved = 0  # the last step that is finished; that is saved
+        self.cursor = 0  # of the sampler when that step was finished
+        device = setup.ranks.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.versions = {"torch": torch.__version__, "device": kind, "dtype": str(setup.dtype)}
+        self.versions["processes"] = setup.ranks.size
+
+    def resume(self) -> int:
+        """Take up the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
+        state = checkpoint.resume(self.root, self.setup.model, self.optimizer) if self.config.resume else None
+        if state is None:
+            if self.config.resume:
+                self.say(f"--resume: no checkpoint in {self.root}: starting afresh.")
+            return 0
+        self.done = self.saved = state["step"]
+        self.cursor = self.sampler.cursor = state["cursor"]
+        self.say(f"Resumed after step {self.done}.")
+        changed = {key: old for key, old in state["versions"].items() if self.versions.get(key) != old}
+        if changed:
+            listed = ", ".join(f"{key} {old}, now {self.versions.get(key)}" for key, old in changed.items())
+            self.say(f"Saved with {listed}: weights and data order are exact, what is sampled may differ.")
+        return self.done
+
+    def finished(self, step: int) -> None:
+        self.done, self.cursor = step, self.sampler.cursor
+        if step == self.config.steps or self.config.save_every and step % self.config.save_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        if self.saved == self.done:
+            return
+        config = dataclasses.asdict(self.config)
+        state = {"step": self.done, "cursor": self.cursor, "config": config, "versions": self.versions}
+        checkpoint.save(self.root, self.done, self.setup.model, self.optimizer, state, self.config.keep)
+        self.saved = self.done
+
+    def leave(self) -> None:
+        """Save and say so, before the program ends early."""
+        self.save()
+        kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
+        self.say(f"Interrupted; {kept}. Go on with --resume.")
+
+    def say(self, text: str) -> None:
+        if self.setup.ranks.main:
+            print(text)
+
+
 class Output:
-    """The files of a run. The folder is made when everything has been opened; one that is not empty is refused.
+    """The files of a run, each step's written whole or not at all. A folder in use is refused, or resumed.
 
     Every rank has one and calls it, but the main one alone writes and prints.
     """
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.folder, self.steps, self.ranks = Path(config.out), 0, ranks
-        if not ranks.main:
+        self.config, self.folder, self.ranks = config, Path(config.out), ranks
+        self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
+        used = self.folder.exists() and (
+            not self.folder.is_dir() or any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir())
+        )
+        if used and not config.resume:
+            raise UserError(f"--out {self.folder} is not empty: name another folder, remove it, or go on with --resume")
+        if used:
+            config.check_resumes(self.folder)
+
+    def begin(self, done: int) -> None:
+        """Make the folder, or take it back to where `done` steps were finished and the evaluation after them was not.
+
+        A step saved but not yet evaluated looks the same, so that evaluation is made in either case.
+        """
+        if not self.ranks.main:
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"--out {self.folder} is not empty: name another folder, or remove it")
-        (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        config.save(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / CONFIG).exists():
+            self.config.save(self.folder)
+        self.rollouts.mkdir(exist_ok=True)
+        kept = {f"step-{step:06d}.jsonl" for step in range(1, done + 1)}
+        for file in self.rollouts.iterdir():
+            if file.name not in kept:
+                file.unlink()
+        with open(self.metrics, "a+b") as file:
+            file.seek(0)
+            file.truncate(sum(len(line) for line in itertools.takewhile(lambda line: _stays(line, done), file)))
 
     def _line(self, record: dict) -> None:
         if not self.ranks.main:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            _sync(file)
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode]) -> None:
         lines = [(e.group_id, e.sample, json.dumps(e.record(), ensure_ascii=False) + "\n") for e in episodes]
-        lines = "".join(line for _, _, line in sorted(self.ranks.gather(lines)))
-        if self.ranks.main:
-            (self.folder / "rollouts" / f"step-{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+        lines = sorted(self.ranks.gather(lines))
+        if not self.ranks.main:
+            return
+        side = self.rollouts / f".step-{step:06d}.tmp"
+        with open(side, "w", encoding="utf-8") as file:
+            file.writelines(line for _, _, line in lines)
+            _sync(file)
+        side.replace(self.rollouts / f"step-{step:06d}.jsonl")
         self._line(metrics)
-        self.steps = step
 
-    def evaluation(self, step: int, setup: Setup) -> dict[str, dict]:
-        """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them."""
+    def evaluation(self, step: int, setup: Setup, stop: Interrupts) -> None:
+        """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them.
+
+        Nothing is written of one that is interrupted.
+        """
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
             modes["always_search"] = (1.0, lambda example, sample: [LOOK_IT_UP], False)
@@ -189,29 +280,49 @@ class Output:
         found = {}
         for name, (temperature, scripts, direct) in modes.items():
             with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
-                episodes, _ = setup.roll_out(
+                rollouts = setup.roll_out(
                     setup.eval_questions, 1, (setup.config.seed, name), temperature, direct=direct, scripts=scripts,
-                    on_done=on_done,
+                    on_done=on_done, attempt=stop.breakable,
                 )  # fmt: skip
+            if rollouts is None:
+                return
+            episodes, _ = rollouts
             with setup.ranks.alone():
                 setup.score(episodes)
             found[name] = evaluate.by_category(episodes, setup.ranks)
         self._line({"step": step, **found})
-        return found
 
-    def finish(self, setup: Setup, table: dict[str, dict]) -> None:
+    def finish(self, setup: Setup) -> None:
         weights = gathered(setup.model, setup.ranks, setup.dtype)
         if not self.ranks.main:
             return
         modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        evaluations = [record for record in map(json.loads, lines) if "eval" in record]
         names = {"eval": "greedy", "eval_sampled": "T = 1"}
         rows = {
             f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
-            for when, found in table.items()
+            for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
             for mode, row in found.items()
+            if mode != "step"
         }
         mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/")
+        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/, checkpoints/")
+
+
+def _stays(line: bytes, done: int) -> bool:
+    """Whether a line of metrics.jsonl is of the first `done` steps, and not of the evaluation after them."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # cut short by a crash
+        return False
+    return line.endswith(b"\n") and (record["step"] < done or record["step"] == done and "eval" not in record)
+
+
+def _sync(file) -> None:
+    """Onto the disk: a checkpoint, which is, must not know of steps that the other files lack."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Clock:
@@ -246,6 +357,8 @@ def main(argv: Sequence[str]) -> None:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the first step: there is nothing to keep
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

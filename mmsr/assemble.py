@@ -70,15 +70,19 @@ class Setup:
         direct: bool = False,
         scripts: Callable[[Example, int], list[str]] | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
-    ) -> tuple[list[Episode], Mapping[str, int]]:
+        attempt: Callable = lambda work, *args: work(*args),
+    ) -> tuple[list[Episode], Mapping[str, int]] | None:
         """This rank's share of the examples' groups, rolled out by the present weights, and all ranks' `counts`.
 
-        Group ids are places in `examples`. Each `stretch` of them is dealt by itself: what an update needs.
+        Group ids are places in `examples`. Each `stretch` of them is dealt by itself: what an update needs. The rollout
+        is run by `attempt`; where that breaks it off and gives None on one rank, all get None.
         """
         mine = self._mine(examples, stretch or len(examples))
         rollout = self.rollout(temperature, direct)
         with parallel.generation(self.model), self.ranks.alone():
-            episodes = rollout([examples[i] for i in mine], group_size, seed, scripts, on_done, mine)
+            episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, mine)
+        if self.ranks.max(episodes is None):
+            return None
         return episodes, self.ranks.sum(rollout.counts)
 
     def _mine(self, examples: Sequence[Example], stretch: int) -> list[int]:

@@ -192,8 +192,16 @@ def decode_attention(
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over part of the keys: output (B, K, Q, D) and log-sum-exp (B, K, Q, 1), both fp32, for the merge."""
-    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5  # (B, K, Q, keys)
+    scores = _product(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, K, Q, keys)
     hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
     scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
     lse = scores.logsumexp(-1, keepdim=True)
-    return (scores - lse).exp().to(v.dtype) @ v, lse
+    return _product((scores - lse).exp().to(v.dtype), v), lse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, also of half-precision factors: rounded scores would part the sampler from the trainer."""
+    if a.is_cuda and a.dtype != torch.float32:
+        out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+        return out.unflatten(0, a.shape[:2])
+    return a.float() @ b.float()

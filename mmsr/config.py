@@ -17,11 +17,14 @@ from typing import Literal, Sequence
 
 from .episode import UserError
 
+CONFIG, CONFIG_SIDE = "config.json", ".config.json.tmp"
+
 _PAPER = dict(
     data="lmms-lab/FVQA", search="replay:fvqa", questions=512, mini_batch=128, lr=2e-6, kl=0.001, loss_norm="token",
     group_eps=1e-6, reward="paper", prompts="real", zero_std="keep", steps=50, deterministic=False,
     max_turns=3, max_images=1, max_texts=2, adam_beta2=0.999, min_pixels=512 * 512, max_pixels=672 * 672 * 2,
     max_tokens=8192, turn_tokens=2048, micro_tokens=16384, slots=64, lr_schedule="constant", eval_every=0,
+    save_every=10,
 )  # fmt: skip
 
 RECIPES: dict[str, dict] = {
@@ -37,6 +40,11 @@ RECIPES: dict[str, dict] = {
 }  # fmt: skip
 
 
+# What a resumed run may change. The rest changes what comes out of it, or the files that say so.
+RESUME_FREELY = {"out", "save_every", "keep", "resume", "timeout", "max_skipped"}
+RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}  # where equal bits are not promised
+
+
 @dataclass
 class Config:
     recipe: Literal["toy", "blog", "paper", "released"] = "toy"
@@ -48,7 +56,7 @@ class Config:
     search: str = "toy"
     """Back-end: toy, none, or replay:FILE (recorded conversations)."""
     out: str = ""
-    """Folder of the run; empty: runs/RECIPE. One that is not empty is refused."""
+    """Folder of the run; empty: runs/RECIPE. One that is not empty is refused without --resume."""
     seed: int = 0
     """Seeds the data order, the sampling and the toy world."""
     algorithm: Literal["grpo", "sft"] = "grpo"
@@ -134,6 +142,12 @@ class Config:
     """Questions per evaluation; with the toy world, per category."""
     eval_every: int = 0
     """Evaluate every so many steps, besides before the first and after the last."""
+    save_every: int = 0
+    """Save a checkpoint every so many steps, besides after the last and when interrupted."""
+    keep: int = 2
+    """Keep this many checkpoints, the newest; at least 2, in case one is damaged."""
+    resume: bool = False
+    """Go on from the newest sound checkpoint in --out, or start afresh where there is none."""
     toy: Literal["basic"] = "basic"
     """Which toy world."""
 
@@ -141,7 +155,7 @@ class Config:
         self.out = self.out or f"runs/{self.recipe}"
         bounds = dict(
             steps=1, questions=1, mini_batch=1, group_size=1, max_turns=1, turn_tokens=1, max_tokens=2, slots=1,
-            micro_tokens=1, max_images=0, max_texts=0, eval_size=1, max_skipped=1, timeout=1,
+            micro_tokens=1, max_images=0, max_texts=0, eval_size=1, max_skipped=1, timeout=1, save_every=0, keep=2,
         )  # fmt: skip
         for name, least in bounds.items():
             if getattr(self, name) < least:
@@ -160,8 +174,26 @@ class Config:
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        """Write `folder`/config.json, whole or not at all."""
+        side = folder / CONFIG_SIDE
+        side.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        side.replace(folder / CONFIG)
+
+    def check_resumes(self, folder: Path) -> None:
+        """Raises UserError unless this configuration continues the run in `folder`: what comes out is the same."""
+        try:
+            before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            before.keys()
+        except FileNotFoundError:
+            raise UserError(f"--out {folder} is not empty and holds no {CONFIG} of a run: name another") from None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / CONFIG} cannot be read ({error}): name another --out") from None
+        free = RESUME_FREELY if self.deterministic else RESUME_FREELY | RESUME_UNDETERMINED
+        now = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if changed:
+            listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
+            raise UserError(f"--resume: the run in {folder} differs in {listed}: give the same, or another --out")
 
 
 def parse(argv: Sequence[str]) -> Config:

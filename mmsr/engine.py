@@ -15,15 +15,18 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Packed, Segments, decode_attention, packed_attention
-from .model import Qwen2_5_VL, logits, mrope_positions
+from .model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 
 
 @dataclass(eq=False)
@@ -94,19 +97,25 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
 
 
 class Cache:
-    """Keys and values of every layer: prefix rows (R, K, P, D) and suffix slots (S, K, L, D)."""
+    """Keys and values of every layer: prefix rows (R, K, P, D) and suffix slots (S, K, L, D). L grows as it is needed.
 
-    def __init__(self, config, rows: int, prompt_room: int, slots: int, suffix_room: int, device, dtype):
-        heads, size = config.num_key_value_heads, config.head_dim
+    Zeros, because attention multiplies what lies beyond a sequence by 0, and 0 · NaN is NaN.
+    """
 
-        def room(n: int, length: int) -> list[tuple[Tensor, Tensor]]:
-            shape = (n, heads, length, size)
-            return [
-                (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-                for _ in range(config.num_hidden_layers)
-            ]
+    def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, device, dtype):
+        def room(n: int, length: int) -> list[tuple[Tensor, ...]]:
+            shape, layers = (n, config.num_key_value_heads, length, config.head_dim), range(config.num_hidden_layers)
+            return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv") for _ in layers]
 
-        self.prefix, self.suffix = room(rows, prompt_room), room(slots, suffix_room)
+        self.prefix, self.suffix = room(rows, prompt_room), room(slots, 32)
+
+    def fit(self, length: int) -> None:
+        """Make the suffix slots at least `length` tokens long, one layer at a time."""
+        now = self.suffix[0][0].shape[2]
+        if length > now:
+            more = (0, 0, 0, max(length, 2 * now) - now)
+            for layer, pair in enumerate(self.suffix):
+                self.suffix[layer] = tuple(F.pad(store, more) for store in pair)
 
 
 class Engine:
@@ -193,7 +202,7 @@ class Engine:
         width = min(self.slots, sum(len(group.members) for group in self.queue))
         rows, room = min(len(prompts), width), self.max_tokens - min(prompts) + 1
         config, dtype = self.model.config, next(self.model.parameters()).dtype
-        self.cache = Cache(config, rows, max(prompts), width, room, self.device, dtype)
+        self.cache = Cache(config, rows, max(prompts), width, self.device, dtype)
         self.free_slots, self.free_rows = list(range(width)), list(range(rows))
         self.layout = None
 
@@ -293,13 +302,14 @@ class Engine:
 
     def _feed(self) -> list[Member]:
         """Prefill the forced tokens of waiting members: each sees its prompt, its own past, and the new tokens."""
-        members, self.feeding = self.feeding, []
+        members = self._next_to_feed()
         slots, prompts = [m.slot for m in members], [len(m.group.ids) for m in members]
         total = [len(m.ids) for m in members]
         prefix_at = _ragged([m.group.row for m in members], [(0, n) for n in prompts], self.device)
         suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
         new_at = _ragged(slots, [(m.cached, n) for m, n in zip(members, total)], self.device)
         order = _alternate(prompts, total, self.device)
+        self.cache.fit(max(total))
         news = [n - m.cached for m, n in zip(members, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
@@ -315,6 +325,13 @@ class Engine:
         for member, position in zip(members, positions):
             member.cached, member.position = len(member.ids), position
         return self._start(scores, members)
+
+    def _next_to_feed(self) -> list[Member]:
+        """As many waiting members, in order, as one prefill pass may hold; at least one."""
+        tokens = list(accumulate(len(member.ids) - member.cached for member in self.feeding))
+        n = max(1, bisect_right(tokens, self.prefill_tokens))
+        members, self.feeding = self.feeding[:n], self.feeding[n:]
+        return members
 
     def _forward(self, pieces: Sequence[tuple[list[int], list, int]], attend) -> tuple[Tensor, list[int]]:
         """Forward packed `pieces` (ids, images, first position): scores after each (pieces, V) and next positions."""
@@ -369,6 +386,7 @@ class Engine:
             self.layout = self._lay_out()
         n, rows, prefix_lens, members, place = self.layout
         self.reach += 1
+        self.cache.fit(self.reach)
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

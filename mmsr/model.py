@@ -272,11 +272,10 @@ def log_probs(
     """
 
     def score(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        values = logits(hidden, head, temperature, banned)
-        total = values.logsumexp(-1)
-        logps = values.gather(-1, targets[:, None])[:, 0] - total
+        # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
+        every = logits(hidden, head, temperature, banned).log_softmax(-1)
+        logps = every.gather(-1, targets[:, None])[:, 0]
         with torch.no_grad():  # stands last: recomputing stops at the last value that the backward pass needs
-            every = values - total[:, None]
             entropy = -(every.exp() * every).sum(-1)
         return logps, entropy
 

@@ -61,6 +61,11 @@ class Toolbox:
         done.set_result(_observe(self.tools[name], query, image))
         return done
 
+    def drop(self) -> None:
+        """Give up calls that wait for a thread: Python would make them all before it exits, paid ones too."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
 
 def _observe(tool: Tool, query: str, image: bytes) -> Observation:
     start = time.perf_counter()

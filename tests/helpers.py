@@ -104,23 +104,24 @@ def positions(ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
 
 
 def packed_logits(model: Qwen2_5_VL, sequences: list[tuple[Tensor, list[tuple[int, Image]]]]) -> Tensor:
-    """Logits (N, V) of whole sequences in one packed pass."""
-    ids = torch.cat([ids for ids, _ in sequences])
-    where = torch.cat([positions(*sequence) for sequence in sequences], 1)
+    """Logits (N, V) of whole sequences in one packed pass, wherever the model is."""
+    device = model.head_weight.device
+    ids = torch.cat([ids for ids, _ in sequences]).to(device)
+    where = torch.cat([positions(*sequence) for sequence in sequences], 1).to(device)
     pictures = [image for _, images in sequences for _, image in images]
     features = model.encode_images(pictures) if pictures else None
     index = (ids == IMAGE).nonzero()[:, 0] if pictures else None
-    attend = Packed([len(ids) for ids, _ in sequences], "cpu")
+    attend = Packed([len(ids) for ids, _ in sequences], device)
     return model(ids, where, attend, features, index, read=logits)
 
 
 def hf_logits(twin, ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
     """Logits (N, V) of one sequence by transformers. Without explicit positions it would fall back to 1-D ones."""
-    pictures = {}
+    inputs = {"input_ids": ids[None], "position_ids": positions(ids, images)[:, None]}
     if images:
-        pictures["pixel_values"] = torch.cat([image.patches for _, image in images])
-        pictures["image_grid_thw"] = torch.tensor([(1, *image.grid) for _, image in images])
-    return twin(input_ids=ids[None], position_ids=positions(ids, images)[:, None], **pictures).logits[0]
+        inputs["pixel_values"] = torch.cat([image.patches for _, image in images])
+        inputs["image_grid_thw"] = torch.tensor([(1, *image.grid) for _, image in images])
+    return twin(**{name: value.to(twin.device) for name, value in inputs.items()}).logits[0]
 
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:

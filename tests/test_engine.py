@@ -39,7 +39,7 @@ def groups(n: int, members: int, seed: int = 0, first: int = 0) -> list[Group]:
 def run(model, batch: list[Group], turns: int = 2, result=RESULT, **options) -> Engine:
     """Generate `turns` turns per member, extended by `result` in between."""
     options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
-    engine = Engine(model, STOP, BANNED, **options)
+    engine = Engine(model, STOP, BANNED.to(model.head_weight.device), **options)
     assert engine.submit(batch) == []
     left = Counter({member: turns for group in batch for member in group.members})
     while engine.busy:
@@ -66,11 +66,12 @@ def episodes(batch: list[Group]) -> list[Episode]:
 
 def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     """Trainer's and sampled log-probabilities of all sampled tokens."""
-    trainer = Trainer(model, None, BANNED)
+    device = model.head_weight.device
+    trainer = Trainer(model, None, BANNED.to(device))
     ours, theirs = [], []
     with torch.no_grad():
         for part in cut(made, 400):
-            batch = pack(made, part, "cpu")
+            batch = pack(made, part, device)
             ours.append(trainer.log_probs(model, batch, ImageFeatures(model, batch.images, False))[0])
             theirs.append(batch.sampled_logps)
     return torch.cat(ours), torch.cat(theirs)

@@ -1,0 +1,155 @@
+"""The command line and the recipes, held to the contract's table."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from mmsr.config import RECIPES, Config, _field_docs, parse
+from mmsr.episode import UserError
+
+# The contract's table, column by column.
+SAME = dict(lr=2e-6, kl=0.001, clip_low=0.2, clip_high=0.2, max_images=1, search="replay:fvqa", data="lmms-lab/FVQA")
+TABLE = {
+    "toy": dict(
+        questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, clip_low=0.2, clip_high=0.2, loss_norm="sequence",
+        group_eps=0.05, max_turns=2, max_images=1, max_texts=0, reward="paper", data="toy", search="toy",
+    ),
+    "blog": dict(
+        SAME, questions=512, mini_batch=128, group_size=32, loss_norm="token", group_eps=1e-6, max_turns=2, max_texts=0,
+        reward="blog",
+    ),
+    "paper": dict(
+        SAME, questions=512, mini_batch=128, group_size=8, loss_norm="sequence", group_eps=1e-6, max_turns=3,
+        max_texts=2, reward="paper",
+    ),
+    "released": dict(
+        SAME, questions=32, mini_batch=32, group_size=4, loss_norm="token", group_eps=1e-6, max_turns=3, max_texts=2,
+        reward="paper",
+    ),
+}  # fmt: skip
+
+
+def refused(capsys, *argv) -> str:
+    """The one line on standard error that this command line gets, with exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_recipe_is_the_contracts(recipe):
+    config = dataclasses.asdict(parse(["--recipe", recipe]))
+    assert {name: config[name] for name in TABLE[recipe]} == TABLE[recipe]
+    assert config["recipe"] == recipe and config["out"] == f"runs/{recipe}" and config["algorithm"] == "grpo"
+    assert config["deterministic"] == (recipe == "toy")
+
+
+def test_recipes_are_these_four_and_know_every_option_they_set():
+    assert set(RECIPES) == set(TABLE)
+    names = {field.name for field in dataclasses.fields(Config)}
+    assert all(set(recipe) <= names for recipe in RECIPES.values())
+
+
+def test_dataclass_defaults_are_the_toy_recipe():
+    toy = parse([])
+    differing = {
+        field.name for field in dataclasses.fields(Config) if getattr(toy, field.name) != getattr(Config(), field.name)
+    }
+    assert differing <= {"lr_schedule", "adam_beta2"}
+
+
+def test_recipe_defaults_to_toy_and_with_a_model_to_blog():
+    assert parse([]).recipe == "toy"
+    assert parse(["--model", "Qwen2.5-VL-7B"]).recipe == "blog"
+    assert parse(["--model", "Qwen2.5-VL-7B", "--recipe", "released"]).group_size == 4
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_dataclass():
+    config = parse(["--recipe", "blog", "--lr", "1e-5", "--no-deterministic", "--out", "x", "--max-turns=4"])
+    assert (config.lr, config.max_turns, config.deterministic, config.out) == (1e-5, 4, False, "x")
+    assert config.questions == RECIPES["blog"]["questions"] != Config().questions
+    assert config.clip_low == Config().clip_low
+    assert parse(["--deterministic", "--recipe", "paper"]).deterministic, "the order of options does not matter"
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    docs, names = _field_docs(), {field.name for field in dataclasses.fields(Config)}
+    assert all(re.search(rf"--{name.replace('_', '-')}[ ,]", text) for name in names)
+    assert set(docs) == names, "an option without a word of help"
+    squeezed = "".join(text.split())
+    for name, words in docs.items():
+        assert "".join(words.split()) in squeezed, name
+
+
+def test_config_json_makes_the_same_config_again(tmp_path):
+    config = parse(["--recipe", "released", "--seed", "7", "--kl", "0", "--model", "x"])
+    config.save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert Config(**saved) == config
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--unknown", "1"], "--unknown"),
+        (["--lear", "1"], "--lear"),
+        (["--seeds", "1"], "--seeds"),
+        (["--seed"], "--seed"),
+        (["--seed", "one"], "one"),
+        (["--seed", "1.5"], "1.5"),
+        (["--lr", "fast"], "fast"),
+        (["--recipe", "tasty"], "tasty"),
+        (["--reward", "none"], "none"),
+        (["--deterministic", "yes"], "yes"),
+        (["stray"], "stray"),
+    ],
+)
+def test_unknown_or_ill_typed_option_is_one_line_and_exit_2(capsys, argv, said):
+    assert said in refused(capsys, *argv)
+
+
+def test_option_cannot_be_abbreviated(capsys):
+    assert "--group " in refused(capsys, "--group", "8") + " "
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--group-size", "1"], "--group-size 1"),
+        (["--questions", "32", "--mini-batch", "24"], "--mini-batch 24"),
+        (["--questions", "0"], "--questions 0"),
+        (["--steps", "0"], "--steps 0"),
+        (["--steps", "-3"], "--steps -3"),
+        (["--slots", "4"], "--slots 4"),
+        (["--temperature", "0"], "--temperature"),
+        (["--lr", "-1"], "--lr"),
+        (["--kl", "-1"], "--kl"),
+        (["--max-texts", "-1"], "--max-texts -1"),
+        (["--min-pixels", "100000"], "--min-pixels"),
+        (["--force-searches"], "--force-searches"),
+    ],
+)
+def test_number_out_of_range_names_its_option(argv, said):
+    with pytest.raises(UserError) as error:
+        parse(argv)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["--lr", "--kl", "--temperature", "--group-eps", "--clip-high", "--max-grad-norm"])
+def test_not_a_number_is_refused(option):
+    """nan passes every comparison with a bound, and trains a model of nan."""
+    with pytest.raises((UserError, SystemExit)):
+        parse([option, "nan"])
+
+
+def test_one_rollout_a_question_is_enough_for_imitation():
+    assert parse(["--algorithm", "sft", "--group-size", "1"]).group_size == 1

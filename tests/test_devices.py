@@ -1,0 +1,111 @@
+"""What must hold on every device, in the precision that large models run in. CUDA skips itself by name where there is none.
+
+`pytest -m gpu` runs the CUDA half of this file and the kernels of test_attention.py.
+"""
+
+import copy
+
+import pytest
+import torch
+from helpers import conversation, hf_logits, hf_twin, packed_logits, random_image, report, tiny_model
+from test_engine import BANNED, STOP, episodes, groups, recomputed, run
+from test_update import made
+
+from mmsr.engine import Engine
+from mmsr.update import MasterWeights, Trainer
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request):
+    return request.param
+
+
+@torch.no_grad()
+def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(device, record_property):
+    sequence = conversation(5, 20, random_image(8, 6, 1), 30)
+    model = tiny_model(2)
+    exact = packed_logits(model, [sequence])
+    ours = packed_logits(copy.deepcopy(model).to(device, torch.bfloat16), [sequence]).float().cpu()
+    theirs = hf_logits(hf_twin(model).to(device, torch.bfloat16), *sequence).float().cpu()
+    error, peer = ((x - exact).pow(2).mean().sqrt().item() for x in (ours, theirs))
+    report(record_property, f"bf16 logits on {device}, ours, root mean square", error)
+    report(record_property, f"bf16 logits on {device}, transformers', root mean square", peer)
+    assert error < 1.25 * peer
+
+
+@torch.no_grad()
+def test_bf16_gap_between_sampler_and_trainer_is_of_the_size_of_transformers_own(device, record_property):
+    """Ours: log-probability while sampling against the trainer's. Theirs: with a cache, token by token, against without."""
+    model = tiny_model(4)
+    model.lm_head.weight.mul_(4)
+    half = copy.deepcopy(model).to(device, torch.bfloat16)
+    batch = groups(4, 4)
+    run(half, batch, turns=1, turn_tokens=20)
+    ours, sampled = recomputed(half, episodes(batch))
+    gap = (ours - sampled).abs().mean().item()
+    twin = hf_twin(model).to(device, torch.bfloat16)
+    peer = torch.cat([_cached_gap(twin, group, member) for group in batch for member in group.members]).mean().item()
+    report(record_property, f"bf16 gap on {device}, ours, mean", gap)
+    report(record_property, f"bf16 gap on {device}, transformers', mean", peer)
+    assert gap < 1.6 * peer  # goal: no larger, to be measured on a GPU; both round the same logits
+
+
+def _cached_gap(twin, group, member) -> torch.Tensor:
+    """|log p with a cache − log p without| of a member's tokens, by transformers."""
+    from helpers import positions
+
+    prompt, n = torch.tensor(group.ids), len(group.ids)
+    whole = torch.tensor(group.ids + member.ids)
+    full = hf_logits(twin, whole, group.images).float()
+    where = positions(whole, group.images)[:, None].to(twin.device)
+    images = [image for _, image in group.images]
+    out = twin(
+        input_ids=prompt[None].to(twin.device), position_ids=where[:, :, :n], use_cache=True,
+        pixel_values=torch.cat([image.patches for image in images]).to(twin.device),
+        image_grid_thw=torch.tensor([(1, *image.grid) for image in images]).to(twin.device),
+    )  # fmt: skip
+    steps = [out.logits[0, -1]]
+    for t in range(n, len(whole) - 1):
+        token = whole[t][None, None].to(twin.device)
+        out = twin(input_ids=token, position_ids=where[:, :, t : t + 1], past_key_values=out.past_key_values)
+        steps.append(out.logits[0, -1])
+    banned = BANNED.to(twin.device)
+    cached, uncached = (
+        x.float().masked_fill(banned, -1e9).log_softmax(-1) for x in (torch.stack(steps), full[n - 1 : -1])
+    )
+    tokens = torch.tensor(member.ids, device=twin.device)[:, None]
+    return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.5)])
+def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, most, record_property):
+    model = tiny_model(4).to(device, dtype)
+    batch = groups(3, 4)
+    run(model, batch)
+    ours, sampled = recomputed(model, episodes(batch))
+    gap = (ours - sampled).abs().max().item()
+    report(record_property, f"{dtype} gap on {device}, largest", gap)
+    assert gap < most * (10 if device == "cuda" else 1)
+    optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, fused=True))
+    metrics = Trainer(model, optimizer, BANNED.to(device), micro_tokens=60).step([made()], 1e-3)
+    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
+
+
+def test_tokens_are_the_same_on_every_device_when_greedy(device):
+    """fp32 ties aside, which these weights have none of."""
+    here, there = groups(3, 2), groups(3, 2)
+    model = tiny_model(4)
+    run(model, here, temperature=0)
+    run(copy.deepcopy(model).to(device), there, temperature=0)
+    assert [m.ids for g in here for m in g.members] == [m.ids for g in there for m in g.members]
+
+
+def test_engine_lives_where_its_model_does(device):
+    engine = Engine(tiny_model(4).to(device), STOP, BANNED.to(device), slots=4, max_tokens=60, turn_tokens=2)
+    assert engine.submit(groups(1, 2)) == []
+    engine.step()
+    assert engine.cache.suffix[0][0].device.type == engine.token.device.type == device

@@ -1,0 +1,597 @@
+"""`train.py` as a user runs it, on a base model that was made in seconds (conftest.py); and once for real (slow)."""
+
+import json
+import math
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_json, picture_bytes
+from safetensors.torch import load_file, save_file
+
+import train
+from mmsr import model as modeling
+from mmsr import reward, toy
+from mmsr.chat import PROMPTS, Chat
+from mmsr.engine import Engine, Group, Member
+from mmsr.tools import search_tools
+from mmsr.update import MasterWeights, Trainer
+from mmsr.vision import load_image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FVQA, TRANSCRIPTS = SHARED / "fvqa_sample.parquet", SHARED / "mmsearch_r1_7b_transcripts.jsonl"
+
+SMALL = dict(recipe="toy", data="toy", search="toy", steps=2, questions=4, mini_batch=4, group_size=4, eval_size=3)
+
+METRICS = {
+    *("step", "reward", "accuracy", "format", "search_ratio", "search_ratio_image", "search_ratio_text"),
+    *("tool_failures", "response_tokens", "zero_std_groups", "loss", "kl", "entropy", "clip_fraction", "logp_gap"),
+    *("logp_gap_max", "grad_norm", "lr", "seconds", "tokens", "images"),
+}
+EVALUATION = {"n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"}
+ROLLOUT = {
+    *("id", "group", "sample", "question", "answers", "category", "status", "turns", "answer", "reward"),
+    *("reward_parts", "advantage", "tokens"),
+}
+
+
+def arguments(model, out, **changes) -> list[str]:
+    given = {"model": model, **SMALL, "out": out, **changes}
+    argv = []
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        argv += [option] if value is True else [option, str(value)]
+    return argv
+
+
+class Run:
+    """What a run left in its folder."""
+
+    def __init__(self, out: Path):
+        self.out = out
+        self.lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        self.steps = [line for line in self.lines if "reward" in line]
+        self.evaluations = [line for line in self.lines if "eval" in line]
+        self.rollouts = [
+            [json.loads(line) for line in file.read_text().splitlines()]
+            for file in sorted((out / "rollouts").iterdir())
+        ]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.out / "model" / "model.safetensors")
+
+    @property
+    def untimed(self) -> list[dict]:
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in self.lines]
+
+
+def run(model, out, **changes) -> Run:
+    train.main(arguments(model, out, **changes))
+    return Run(out)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worlds_are_made_once():
+    """Rendering a world's pictures takes longer than a small run. That it is a function of the seed: test_toy.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "World", lru_cache(toy.World))
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(miniature, tmp_path_factory) -> Run:
+    return run(miniature, tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def every_other_right(monkeypatch):
+    """A scorer by which the odd samples of a group are right: every group has something to learn."""
+    monkeypatch.setattr(reward, "answer_score", lambda episode, rule: float(episode.sample % 2))
+
+
+def refused(capsys, model, out, said, **changes) -> str:
+    """Exit status 2, one line on standard error with `said` in it, and no output folder."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(model, out, **changes))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in err and said in err
+    assert not out.exists()
+    return err
+
+
+# ---- what a run writes ----------------------------------------------------------------------------------------------
+
+
+def test_run_writes_every_file_of_the_contract(first):
+    assert {"config.json", "metrics.jsonl", "rollouts", "model"} <= {file.name for file in first.out.iterdir()}
+    assert {file.name for file in (first.out / "rollouts").iterdir()} == {"step-000001.jsonl", "step-000002.jsonl"}
+    config = json.loads((first.out / "config.json").read_text())
+    assert config["group_size"] == 4 and config["seed"] == 0
+
+
+def test_metrics_have_every_key_of_the_contract(first):
+    assert [line["step"] for line in first.steps] == [1, 2]
+    for line in first.steps:
+        assert METRICS <= line.keys()
+        assert line["seconds"].keys() >= {"rollout", "reward", "update"}
+        assert line["tokens"].keys() == {"prefilled", "prefilled_unique", "sampled", "trained", "trained_unique"}
+        assert line["images"].keys() == {"distinct", "encoded"}
+        flat = [*line.values(), *line["seconds"].values(), *line["tokens"].values(), *line["images"].values()]
+        assert all(math.isfinite(value) for value in flat if not isinstance(value, dict))
+
+
+def test_metrics_agree_with_the_rollouts(first):
+    for line, episodes in zip(first.steps, first.rollouts):
+        n = len(episodes)
+        assert n == 16 and sorted({(e["group"], e["sample"]) for e in episodes}) == [
+            (g, s) for g in range(4) for s in range(4)
+        ]
+
+        def mean(value, episodes=episodes, n=n):
+            return pytest.approx(sum(map(value, episodes)) / n)
+
+        assert line["reward"] == mean(lambda e: e["reward"])
+        assert line["accuracy"] == mean(lambda e: e["reward_parts"]["accuracy"])
+        assert line["format"] == mean(lambda e: e["reward_parts"]["format"])
+        assert line["search_ratio"] == mean(lambda e: any(turn["role"] == "tool" for turn in e["turns"]))
+        assert line["response_tokens"] == mean(lambda e: e["tokens"]["sampled"])
+        assert line["tokens"]["sampled"] == sum(e["tokens"]["sampled"] for e in episodes)
+        groups = [{e["reward"] for e in episodes if e["group"] == g} for g in range(4)]
+        assert line["zero_std_groups"] == sum(len(rewards) == 1 for rewards in groups)
+
+
+def test_rollout_lines_have_every_key_of_the_contract(first):
+    turns = [turn for episodes in first.rollouts for e in episodes for turn in e["turns"]]
+    assert all(ROLLOUT <= e.keys() for episodes in first.rollouts for e in episodes)
+    assert all({"role", "text", "action", "query"} <= turn.keys() for turn in turns)
+    seen = [turn["observation"] for turn in turns if turn["role"] == "tool"]
+    keys = {"ok", "error", "source", "titles", "text", "images", "seconds", "cached"}
+    assert seen and all(observation.keys() == keys for observation in seen)
+
+
+def test_evaluations_stand_before_the_first_step_and_after_the_last(first):
+    assert (
+        [line["step"] for line in first.lines] == [0, 1, 2, 2]
+        and "eval" in first.lines[0]
+        and "eval" in first.lines[-1]
+    )
+    for line in first.evaluations:
+        for mode in ("eval", "eval_sampled"):
+            assert list(line[mode]) == ["familiar", "unfamiliar", "held_out"]
+            assert all(found.keys() == EVALUATION and found["n"] == 3 for found in line[mode].values())
+    fixed = first.lines[0]
+    assert all(found["search_ratio"] == 1 for found in fixed["always_search"].values())
+    assert all(found["search_ratio"] == 0 for found in fixed["never_search"].values())
+
+
+def test_evaluation_every_so_many_steps(miniature, tmp_path):
+    found = run(miniature, tmp_path / "out", steps=3, eval_every=1, questions=2, mini_batch=2)
+    assert [line["step"] for line in found.evaluations] == [0, 1, 2, 3]
+
+
+def test_nothing_is_trained_or_encoded_twice(first):
+    for line in first.steps:
+        tokens, images = line["tokens"], line["images"]
+        assert 0 < tokens["trained"] == tokens["trained_unique"]
+        assert tokens["prefilled_unique"] <= tokens["prefilled"] <= 1.05 * tokens["prefilled_unique"]
+        assert images["distinct"] == 4 and images["encoded"] <= 2 * images["distinct"]
+
+
+def test_trainer_and_sampler_agree_on_log_probabilities(first):
+    assert all(0 < line["logp_gap"] <= line["logp_gap_max"] <= 1e-5 for line in first.steps)
+
+
+# ---- the same again, and otherwise ----------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_bits(first, miniature, tmp_path):
+    again = run(miniature, tmp_path / "again")
+    assert not equal(first.weights, load_file(miniature / "model.safetensors")), "nothing was learnt"
+    assert equal(first.weights, again.weights) and first.untimed == again.untimed
+    for a, b in zip(first.rollouts, again.rollouts):
+        assert [(e["id"], e["turns"][0]["text"], e["advantage"]) for e in a] == [
+            (e["id"], e["turns"][0]["text"], e["advantage"]) for e in b
+        ]
+
+
+def test_another_seed_gives_another_run(first, miniature, tmp_path):
+    other = run(miniature, tmp_path / "other", seed=1)
+    assert not equal(first.weights, other.weights)
+    assert [e["id"] for e in first.rollouts[0]] != [e["id"] for e in other.rollouts[0]]
+
+
+def test_every_step_has_randomness_of_its_own(miniature, tmp_path):
+    """One example, no learning: with the same keys every step would sample the same rollouts again."""
+    found = run(
+        miniature,
+        tmp_path / "out",
+        lr=0,
+        data=questions(tmp_path / "data", 1),
+        search="none",
+        questions=1,
+        mini_batch=1,
+    )
+    said = [[turn["text"] for e in episodes for turn in e["turns"]] for episodes in found.rollouts]
+    assert said[0] != said[1]
+
+
+def test_tools_in_threads_give_the_same_run(first, miniature, tmp_path):
+    """Only the last bits may differ."""
+    train.main([*arguments(miniature, tmp_path / "out"), "--no-deterministic"])
+    found = Run(tmp_path / "out")
+    assert [[e["turns"][-1]["text"] for e in step] for step in found.rollouts[:1]] == [
+        [e["turns"][-1]["text"] for e in step] for step in first.rollouts[:1]
+    ]
+    assert all(line["logp_gap_max"] <= 1e-5 for line in found.steps)
+
+
+def test_kl_of_nought_loads_no_reference(miniature, tmp_path, monkeypatch):
+    loaded, load = [], modeling.load
+    monkeypatch.setattr(modeling, "load", lambda *given: loaded.append(given) or load(*given))
+    with_kl = run(miniature, tmp_path / "kl", kl=0.001)
+    assert len(loaded) == 2 and with_kl.steps[1]["kl"] > 0
+    without = run(miniature, tmp_path / "none", kl=0)
+    assert len(loaded) == 3 and [line["kl"] for line in without.steps] == [0, 0]
+
+
+def test_mini_batches_make_several_updates_against_one_frozen_policy(
+    miniature, tmp_path, monkeypatch, every_other_right
+):
+    taken, step = [], MasterWeights.step
+    monkeypatch.setattr(MasterWeights, "step", lambda self, lr: taken.append(lr) or step(self, lr))
+    found = run(miniature, tmp_path / "out", mini_batch=2, lr=3e-3, lr_schedule="constant")
+    assert taken == [3e-3] * 4
+    assert found.steps[0]["clip_fraction"] > 0, "the second update must be clipped against the policy that sampled"
+    assert all(line["tokens"]["trained"] == line["tokens"]["trained_unique"] for line in found.steps)
+    whole = run(miniature, tmp_path / "whole", lr=3e-3, lr_schedule="constant")
+    assert [line["clip_fraction"] for line in whole.steps] == [0, 0] and len(taken) == 6
+
+
+def test_policy_moves_towards_what_was_rewarded(miniature, tmp_path, monkeypatch):
+    """Search is made right and everything else wrong: the ratio must go up; and the other way round down."""
+    ratios = {}
+    for wanted in (0, 1):
+        monkeypatch.setattr(
+            reward, "answer_score", lambda episode, rule, w=wanted: float((episode.searches() > 0) == w)
+        )
+        changes = dict(steps=5, questions=8, mini_batch=8, lr=1e-3, lr_schedule="constant")
+        found = run(miniature, tmp_path / str(wanted), **changes)
+        ratios[wanted] = sum(line["search_ratio"] for line in found.steps[-3:]) / 3
+    assert ratios[0] < 0.3 and ratios[1] > 0.75
+
+
+def test_sft_imitates_the_right_rollouts_only(miniature, tmp_path, monkeypatch, every_other_right):
+    chosen, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, batches, lr: chosen.extend(batches) or step(self, batches, lr))
+    found = run(miniature, tmp_path / "out", algorithm="sft")
+    assert [{e.sample for e in batch} for batch in chosen] == [{1, 3}, {1, 3}]
+    assert all(line["loss"] > 0 and line["kl"] == 0 and line["clip_fraction"] == 0 for line in found.steps)
+    assert not equal(found.weights, load_file(miniature / "model.safetensors"))
+
+
+def test_sft_with_nothing_right_changes_nothing(miniature, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "answer_score", lambda episode, rule: 0.0)
+    found = run(miniature, tmp_path / "out", algorithm="sft")
+    assert equal(found.weights, load_file(miniature / "model.safetensors"))
+    assert all(line["loss"] == 0 and line["tokens"]["trained"] == 0 for line in found.steps)
+
+
+def test_failed_tools_are_counted_and_can_be_left_out(miniature, tmp_path, monkeypatch, every_other_right):
+    def down(self, image):
+        raise OSError("down")
+
+    monkeypatch.setattr(toy.Web, "image_search", down)
+    told = run(miniature, tmp_path / "told", steps=1)
+    calls = sum(turn["role"] == "tool" for e in told.rollouts[0] for turn in e["turns"])
+    assert told.steps[0]["tool_failures"] == calls > 0
+    assert "tool-error" not in {e["status"] for e in told.rollouts[0]}
+    dropped = run(miniature, tmp_path / "dropped", steps=1, on_tool_error="drop", zero_std="keep")
+    stopped = [e for e in dropped.rollouts[0] if e["status"] == "tool-error"]
+    assert len(stopped) == dropped.steps[0]["tool_failures"] == calls
+    assert all(e["advantage"] == 0 for e in stopped), "an episode that its tool broke must teach nothing"
+
+
+@pytest.mark.skipif(not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA} and {TRANSCRIPTS.name} are not there")
+def test_forced_searches_replay_recorded_turns_in_half_of_each_group(miniature, tmp_path, every_other_right):
+    found = run(
+        miniature, tmp_path / "out", data=FVQA, search=f"replay:{TRANSCRIPTS}", force_searches=True, zero_std="keep",
+        steps=1, questions=3, mini_batch=3, max_turns=3, max_texts=2, max_tokens=2500, eval_size=2, lr=1e-3,
+    )  # fmt: skip
+    recorded = {line["data_id"]: line["turns"] for line in map(json.loads, TRANSCRIPTS.read_text().splitlines())}
+    forced = {0: 0, 1: 0}
+    for episode in found.rollouts[0]:
+        turns, searches = (
+            episode["turns"],
+            [t for t in recorded[episode["id"]] if "tool_result" in t and t["tool_result"]],
+        )
+        replayed = [turn for turn in turns if turn.get("forced")]
+        assert [turn["text"] for turn in replayed] == [
+            turn["response"] for turn in searches[: len(replayed)] if episode["sample"] < 2
+        ]
+        forced[episode["sample"] < 2] += len(replayed)
+        if replayed and replayed[0]["action"] == "image_search":
+            back = next(turn for turn in turns if turn["role"] == "tool")
+            titles = searches[0]["tool_result"]["titles"]
+            assert back["observation"]["titles"] == titles and back["observation"]["source"] == "replay"
+            words = " ".join(title.split()[0] for title in titles if title.split() and title.split()[0].isalnum())
+            assert all(word in back["text"] for word in words.split())
+    assert forced[True] > 0 == forced[False]
+    assert found.steps[0]["tokens"]["trained"] > 0
+    assert not equal(found.weights, load_file(miniature / "model.safetensors"))
+
+
+# ---- the model it leaves --------------------------------------------------------------------------------------------
+
+
+def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder = first.out / "model"
+    chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
+    model, twin = modeling.load(folder), Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    banned = chat.banned(model.config.vocab_size)
+    example = world.questions("familiar", 1, "transformers")[0]
+    prompt = chat.prompt(example.question, load_image(example.image, 56 * 56, 56 * 56))
+    engine = Engine(model, chat.stop_id, banned, slots=1, max_tokens=128, turn_tokens=32, temperature=0)
+    member = Member(0)
+    engine.submit([Group(prompt.ids, prompt.images, [member])])
+    while not engine.step():
+        pass
+    ids, image = torch.tensor([prompt.ids]), prompt.images[0][1]
+    theirs = twin.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=image.patches,
+        image_grid_thw=torch.tensor([(1, *image.grid)]), mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        do_sample=False, max_new_tokens=32, eos_token_id=chat.stop_id, pad_token_id=chat.stop_id,
+        suppress_tokens=banned.nonzero()[:, 0].tolist(),
+    )  # fmt: skip
+    assert member.stopped and theirs[0, len(prompt.ids) :].tolist() == member.ids
+
+
+def test_run_can_start_from_the_model_of_another(first, tmp_path):
+    assert run(first.out / "model", tmp_path / "out", steps=1).steps[0]["step"] == 1
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def interrupting(monkeypatch, owner, name, nth):
+    calls, whole = [], getattr(owner, name)
+
+    def once(self, *given, **more):
+        calls.append(1)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return whole(self, *given, **more)
+
+    monkeypatch.setattr(owner, name, once)
+
+
+def test_interrupt_keeps_what_was_learnt(miniature, tmp_path, monkeypatch):
+    interrupting(monkeypatch, Trainer, "step", 3)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(miniature, tmp_path / "out", steps=5))
+    found = Run(tmp_path / "out")
+    assert stop.value.code == 130 and [line["step"] for line in found.lines] == [0, 1, 2] and len(found.rollouts) == 2
+    assert not equal(found.weights, load_file(miniature / "model.safetensors"))
+    modeling.load(tmp_path / "out" / "model")
+    monkeypatch.undo()
+    whole = run(miniature, tmp_path / "whole", lr_schedule="constant", eval_size=1)
+    assert equal(found.weights, whole.weights), "the interrupted step must leave no trace"
+
+
+def test_interrupt_before_the_first_step_is_no_traceback(miniature, tmp_path, monkeypatch):
+    """The first evaluation of a large model takes minutes."""
+    interrupting(monkeypatch, Engine, "step", 2)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments(miniature, tmp_path / "out"))
+    except KeyboardInterrupt:  # let through, it would end the whole test run
+        pytest.fail("the KeyboardInterrupt came out of train.main")
+    assert stop.value.code == 130
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_out_folder_that_is_not_empty_is_refused(capsys, miniature, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(miniature, tmp_path / "out"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "not empty" in err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(miniature, tmp_path / "out" / "precious.txt"))
+    assert stop.value.code == 2 and (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_out_folder_is_looked_at_before_minutes_of_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "_warm_start", lambda *given: pytest.fail("the warm start ran before --out was checked"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+
+
+def test_out_folder_that_is_empty_is_used(miniature, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run(miniature, tmp_path / "out", steps=1).steps
+
+
+def test_out_folder_below_a_file_is_refused(capsys, miniature, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(capsys, miniature, tmp_path / "file" / "out", "file")
+
+
+@pytest.fixture
+def spoilt(miniature, tmp_path):
+    """A copy of the base model to spoil."""
+    return Path(shutil.copytree(miniature, tmp_path / "spoilt"))
+
+
+def test_model_folder_without_weights(capsys, spoilt, tmp_path):
+    (spoilt / "model.safetensors").unlink()
+    refused(capsys, spoilt, tmp_path / "out", "model.safetensors")
+
+
+def test_model_folder_that_is_not_there(capsys, tmp_path):
+    refused(capsys, tmp_path / "nowhere", tmp_path / "out", "nowhere")
+
+
+def test_model_of_another_architecture(capsys, spoilt, tmp_path):
+    edit_json(spoilt / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    refused(capsys, spoilt, tmp_path / "out", "Qwen2.5-VL")
+
+
+def test_model_with_missing_tensors(capsys, spoilt, tmp_path):
+    weights = load_file(spoilt / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, spoilt / "model.safetensors")
+    refused(capsys, spoilt, tmp_path / "out", name)
+
+
+def test_model_cut_short(capsys, spoilt, tmp_path):
+    whole = (spoilt / "model.safetensors").read_bytes()
+    (spoilt / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(capsys, spoilt, tmp_path / "out", "model.safetensors")
+
+
+def test_model_without_tokenizer(capsys, spoilt, tmp_path):
+    (spoilt / "tokenizer.json").unlink()
+    refused(capsys, spoilt, tmp_path / "out", "tokenizer.json")
+
+
+def test_tokenizer_of_another_model(capsys, spoilt, tmp_path):
+    """A vocabulary larger than the model's."""
+    tokens = json.loads((spoilt / "tokenizer.json").read_text())["added_tokens"]
+    edit_json(spoilt / "tokenizer.json", added_tokens=[{**token, "id": token["id"] + 100} for token in tokens])
+    refused(capsys, spoilt, tmp_path / "out", "vocabulary")
+
+
+def questions(folder: Path, n: int = 6, **changes) -> Path:
+    """A small JSONL data set with its pictures; `changes` of the last row, None removes a key."""
+    folder.mkdir()
+    lines = []
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(picture_bytes(56, 56, seed=i))
+        line = {
+            "id": f"row{i}",
+            "image": f"{i}.png",
+            "question": "what is this ?",
+            "answers": ["a"],
+            "category": "made",
+        }
+        lines.append(
+            {key: value for key, value in (line | changes if i == n - 1 else line).items() if value is not None}
+        )
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "data.jsonl"
+
+
+def test_data_file_of_ones_own(miniature, tmp_path):
+    found = run(miniature, tmp_path / "out", data=questions(tmp_path / "data"), search="none", steps=1)
+    assert list(found.evaluations[0]["eval"]) == ["made"] and "always_search" not in found.evaluations[0]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"answers": None}, "row 5, column answers"),
+        ({"question": "  "}, "row 5, column question"),
+        ({"id": None}, "row 5, column id"),
+        ({"answers": "a"}, "row 5, column answers"),
+    ],
+)
+def test_data_with_a_spoilt_row(capsys, miniature, tmp_path, changes, said):
+    data = questions(tmp_path / "data", **changes)
+    refused(capsys, miniature, tmp_path / "out", said, data=data, search="none")
+
+
+def test_parquet_with_other_columns(capsys, miniature, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "other.parquet")
+    refused(capsys, miniature, tmp_path / "out", "prompt", data=tmp_path / "other.parquet", search="none")
+
+
+def test_broken_picture_among_the_first_rows_is_seen_before_the_run(capsys, miniature, tmp_path):
+    data = questions(tmp_path / "data")
+    (tmp_path / "data" / "1.png").write_bytes(b"no picture")
+    refused(capsys, miniature, tmp_path / "out", "row 1, column image", data=data, search="none")
+
+
+def test_broken_picture_met_later_ends_the_run_with_one_line(capsys, miniature, tmp_path):
+    """Pictures are checked when used: the run has begun, but nothing else may change."""
+    data = questions(tmp_path / "data")
+    (tmp_path / "data" / "5.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(miniature, tmp_path / "out", data=data, search="none", questions=6, mini_batch=6))
+    err = capsys.readouterr().err
+    last = err.rstrip("\n").split("\n")[-1]
+    assert stop.value.code == 2 and "Traceback" not in err and "row 5, column image" in last
+    assert last.startswith("train.py: "), "the line must not hang on a progress bar"
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(colour="red"), "--colour"),
+        (dict(lr="fast"), "fast"),
+        (dict(group_size=1), "--group-size 1"),
+        (dict(mini_batch=3), "--mini-batch 3"),
+        (dict(search="telepathy"), "telepathy"),
+        (dict(search="replay:"), "replay:"),
+        (dict(search="replay:/nowhere.jsonl"), "/nowhere.jsonl"),
+        (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
+        (dict(data="file.csv"), "file.csv"),
+        (dict(eval_data="nowhere.jsonl"), "nowhere.jsonl"),
+        (dict(prompts="/no/such/folder"), "/no/such/folder"),
+        (dict(device="warp"), "--device warp"),
+        (dict(toy="full"), "full"),
+    ],
+)
+def test_wrong_option_is_one_line(capsys, miniature, tmp_path, changes, said):
+    refused(capsys, miniature, tmp_path / "out", said, **changes)
+
+
+def test_empty_data_set_is_refused_before_the_run(capsys, miniature, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused(capsys, miniature, tmp_path / "out", "empty", data=tmp_path / "empty.jsonl", search="none")
+
+
+def test_prompts_folder_of_ones_own(miniature, tmp_path):
+    shutil.copytree(PROMPTS / "toy", tmp_path / "prompts")
+    (tmp_path / "prompts" / "user.txt").write_text("{question} search or no search ?")
+    assert run(miniature, tmp_path / "out", prompts=tmp_path / "prompts", steps=1).steps
+
+
+# ---- for real -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path):
+    """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
+    model = toy.base_model(toy.World(0))
+    found = run(model, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
+    before, after = found.evaluations[0], found.evaluations[-1]
+    greedy = {category: row["search_ratio"] for category, row in after["eval"].items()}
+    print(greedy)
+    assert greedy["familiar"] <= 0.25 and greedy["unfamiliar"] >= 0.85 and greedy["held_out"] >= 0.85
+
+    def accuracy(line):
+        return sum(toy.MIX[category] * row["accuracy"] for category, row in line["eval_sampled"].items())
+
+    assert accuracy(after) >= accuracy(before) + 0.15
+    assert all(line["tokens"]["prefilled"] <= 1.05 * line["tokens"]["prefilled_unique"] for line in found.steps)
+    assert all(line["logp_gap_max"] <= 1e-4 for line in found.steps)
