@@ -6,11 +6,13 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
+from tqdm import tqdm
 
 from . import model as modeling
 from . import toy
@@ -22,6 +24,7 @@ from .episode import Episode, Example, UserError
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
 from .tools import NoSearch, Toolbox, search_tools
+from .vision import check_image
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Setup:
     eval_questions: Sequence[Example]
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
 
-    @property
+    @cached_property
     def banned(self) -> torch.Tensor:
         return self.chat.banned(self.model.config.vocab_size).to(self.device)
 
@@ -62,16 +65,17 @@ def assemble(config: Config) -> Setup:
     device = _device(config.device)
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
-    questions = world.train if config.data == "toy" else read_examples(config.data)
-    backend, scripts = _backend(config, world, questions)
+    questions = _questions(config.data, world)
+    evaluation = _eval_questions(config, world, questions)
+    backend, scripts = _backend(config, world, [questions, evaluation])
     tools = search_tools(backend, config.max_images, config.max_texts)
     prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
     folder = modeling.resolve(config.model) if config.model else toy.base_model(world)
     chat = Chat(folder, prompts, tools)
     model = modeling.load(folder, dtype, device)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
+    model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
-    evaluation = _eval_questions(config, world, questions)
     return Setup(config, device, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
 
 
@@ -85,17 +89,36 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
 
 
-def _backend(config: Config, world: toy.World | None, questions: Sequence[Example]):
-    """The search back-end, and the recorded turns to force where that is asked for."""
+def _questions(name: str, world: toy.World | None) -> Sequence[Example]:
+    """The toy world's training questions, or those of a file, every picture of which can be opened."""
+    if name == "toy":
+        return world.train
+    questions = read_examples(name)
+    if not len(questions):
+        raise UserError(f"{name}: there is no question in it; give a file with at least one")
+    for row in tqdm(range(len(questions)), desc="checking pictures", unit="picture", leave=False, disable=None):
+        try:
+            check_image(questions[row].image)
+        except ValueError as error:
+            raise UserError(f"{name}: row {row}: {error}; mend or remove this row") from None
+    return questions
+
+
+def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[Example]]):
+    """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
     kind, _, file = config.search.partition(":")
     if kind == "toy" and not file:
+        if config.data != "toy":
+            raise UserError("--search toy knows the toy world's pictures only: give --search none or replay:FILE")
         return world.web, None
     if kind == "none" and not file:
         return NoSearch(), None
+    if kind == "replay" and file == "fvqa":
+        raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
     if kind == "replay" and file:
         recorded = recorded_turns(file)
         scripts = partial(_recorded_script, recorded, config.group_size) if config.force_searches else None
-        return Replay(recorded, questions), scripts
+        return Replay(recorded, chain(*known)), scripts
     raise UserError(f"--search {config.search}: unknown back-end; give toy, none or replay:FILE")
 
 
@@ -107,9 +130,9 @@ def _recorded_script(recorded: dict, group_size: int, example: Example, sample: 
 
 
 def _eval_questions(config: Config, world: toy.World | None, questions: Sequence[Example]) -> list[Example]:
-    if config.eval_data:
-        questions = read_examples(config.eval_data)
-    elif config.data == "toy":
+    if config.eval_data and config.eval_data != "toy":
+        questions = _questions(config.eval_data, world)
+    elif world and "toy" in (config.data, config.eval_data):
         pools = [world.questions(category, config.eval_size, "eval") for category in toy.CATEGORIES]
         return [example for pool in pools for example in pool]
     return [questions[i] for i in range(min(config.eval_size, len(questions)))]

@@ -25,6 +25,7 @@ class ImageFeatures:
 
     def __init__(self, model: Qwen2_5_VL, images: Sequence, train: bool):
         distinct = {image.key: image for image in images}
+        train = train and any(p.requires_grad for p in model.visual.parameters())
         self.start, total = {}, 0
         for key, image in distinct.items():
             self.start[key] = total
@@ -85,7 +86,7 @@ class Stats:
 
     def metrics(self) -> dict[str, float]:
         per_update = {k: self.sums[k] / max(self.sums["updates"], 1) for k in ("loss", "grad_norm")}
-        n = max(self.sums["tokens"], 1)
+        n = self.sums["tokens"] or float("nan")  # a mean over nothing is no number, and not 0
         per_token = {k: self.sums[k] / n for k in ("kl", "entropy", "clip_fraction", "logp_gap")}
         counts = {k: int(self.sums[k]) for k in ("trained", "trained_unique", "encoded", "skipped_updates")}
         return {**per_update, **per_token, "logp_gap_max": self.gap_max, **counts}

@@ -73,6 +73,12 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
     return Image(patchify(pixels), (height // PATCH, width // PATCH), key)
 
 
+def check_image(data: bytes) -> None:
+    """Raise the ValueError that `load_image` would for this picture file."""
+    picture = _decode(data)
+    smart_resize(picture.height, picture.width)
+
+
 def _decode(data: bytes) -> PIL.Image.Image:
     """RGB picture. Size is read from the header and refused before any pixel is decoded, so a bomb costs nothing."""
     if len(data) > MAX_FILE_BYTES:
