@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Mapping, Sequence
@@ -39,9 +40,11 @@ def train(config: Config, ranks: Ranks) -> None:
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
     saved = Checkpoints(setup, trainer, sampler)
-    out.begin(saved.resume())
-    steps = range(saved.done + 1, config.steps + 1)
-    bar = tqdm(steps, "train", config.steps, initial=saved.done, unit="step", disable=not ranks.main)
+    done = saved.resume()
+    with ranks.alone():
+        out.begin(done)
+    steps = range(done + 1, config.steps + 1)
+    bar = tqdm(steps, "train", config.steps, initial=done, unit="step", disable=not ranks.main)
     with Interrupts() as stop, bar:
         for step in bar:
             if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
@@ -54,11 +57,11 @@ def train(config: Config, ranks: Ranks) -> None:
             episodes, counts = rollouts
             with clock("reward"), ranks.alone():
                 setup.score(episodes)
-                trained, zero_std = assign_advantages(episodes, config)
+                zero_std = assign_advantages(episodes, config)
             with clock("update"):
                 batches = split(episodes, config.questions // config.mini_batch, config.questions)
-                chosen = [[e for e in batch if id(e) in trained] for batch in batches]
-                update = trainer.step(chosen, learning_rate(config, step))
+                trained = [[e for e in batch if e.trained] for batch in batches]
+                update = trainer.step(trained, learning_rate(config, step))
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes)
             saved.finished(step)
@@ -69,6 +72,7 @@ def train(config: Config, ranks: Ranks) -> None:
             bar.close()
             setup.toolbox.drop()
             saved.leave()
+            out.model(setup)
             raise SystemExit(status)
         out.finish(setup)
 
@@ -99,27 +103,26 @@ def make_trainer(setup: Setup) -> Trainer:
     )  # fmt: skip
 
 
-def assign_advantages(episodes: Sequence[Episode], config: Config) -> tuple[set[int], int]:
-    """Set every episode's advantage. Returns the `id`s of those to train on, and how many groups are all alike."""
+def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
+    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal."""
     sound = [e.status != TOOL_ERROR for e in episodes]
     if config.algorithm == "sft":  # rejection sampling: imitate what was right
-        for episode in episodes:
-            episode.advantage = 1.0
-        return {id(e) for e, ok in zip(episodes, sound) if ok and e.reward_parts["accuracy"] == 1}, 0
+        for episode, ok in zip(episodes, sound):
+            episode.advantage, episode.trained = 1.0, ok and episode.reward_parts["accuracy"] == 1
+        return 0
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
     group_ids = torch.tensor([e.group_id for e in episodes], dtype=torch.long)
     keep = torch.tensor(sound, dtype=torch.bool)
     advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)
-    for episode, advantage in zip(episodes, advantages.tolist()):
-        episode.advantage = advantage
-    groups = len(group_ids.unique())
     chosen = varied.tolist() if config.zero_std == "drop" else sound
-    return {id(e) for e, keep in zip(episodes, chosen) if keep}, groups - len(group_ids[varied].unique())
+    for episode, advantage, trained in zip(episodes, advantages.tolist(), chosen):
+        episode.advantage, episode.trained = advantage, trained
+    return len(group_ids.unique()) - len(group_ids[varied].unique())
 
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of a step counted from 1: linear warm-up, then the schedule, to a tenth at the end."""
-    share = (step - 1) / max(config.steps - 1, 1)
+    share = max(0.0, (step - config.warmup - 1) / max(config.steps - config.warmup - 1, 1))
     decay = {
         "constant": 1.0,
         "half-decay": 1 - 0.9 * max(0.0, 2 * share - 1),
@@ -150,6 +153,7 @@ def step_metrics(
         "response_tokens": sums["response_tokens"] / n,
         "zero_std_groups": sums["zero_std_groups"],
         **{key: update[key] for key in loss},
+        "status": setup.ranks.sum(dict(Counter(e.status for e in episodes))),
         "lr": learning_rate(setup.config, step),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "tokens": {
@@ -237,7 +241,10 @@ class Output:
         """
         if not self.ranks.main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be made ({error.strerror}); name another folder") from None
         if not (self.folder / CONFIG).exists():
             self.config.save(self.folder)
         self.rollouts.mkdir(exist_ok=True)
@@ -253,7 +260,7 @@ class Output:
         if not self.ranks.main:
             return
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
             _sync(file)
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode]) -> None:
@@ -292,11 +299,15 @@ class Output:
             found[name] = evaluate.by_category(episodes, setup.ranks)
         self._line({"step": step, **found})
 
-    def finish(self, setup: Setup) -> None:
+    def model(self, setup: Setup) -> None:
         weights = gathered(setup.model, setup.ranks, setup.dtype)
+        if self.ranks.main:
+            modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
+
+    def finish(self, setup: Setup) -> None:
+        self.model(setup)
         if not self.ranks.main:
             return
-        modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         evaluations = [record for record in map(json.loads, lines) if "eval" in record]
         names = {"eval": "greedy", "eval_sampled": "T = 1"}
@@ -317,6 +328,13 @@ def _stays(line: bytes, done: int) -> bool:
     except ValueError:  # cut short by a crash
         return False
     return line.endswith(b"\n") and (record["step"] < done or record["step"] == done and "eval" not in record)
+
+
+def _finite(value):
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync(file) -> None:
@@ -342,10 +360,10 @@ class Clock:
 def progress(name: str, total: int, ranks: Ranks):
     """A progress bar that is gone when its work is done; yields what to call per episode finished on this rank.
 
-    The main rank's own is taken for all: it counts its share of `total`.
+    The main rank shows its own share of `total`.
     """
-    total = math.ceil(total / ranks.size)
-    with tqdm(total=total, desc=name, unit="rollout", leave=False, position=1, disable=not ranks.main) as bar:
+    total, hidden = math.ceil(total / ranks.size), None if ranks.main else True
+    with tqdm(total=total, desc=name, unit="rollout", leave=False, position=1, disable=hidden) as bar:
         yield lambda episode: bar.update()
 
 

@@ -6,11 +6,13 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
 import torch
+from tqdm import tqdm
 
 from . import model as modeling
 from . import parallel, toy
@@ -23,7 +25,7 @@ from .parallel import SINGLE, Ranks
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
 from .tools import NoSearch, Toolbox, search_tools
-from .vision import image_tokens
+from .vision import check_image, image_tokens
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Setup:
     eval_questions: Sequence[Example]
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
 
-    @property
+    @cached_property
     def banned(self) -> torch.Tensor:
         return self.chat.banned(self.model.config.vocab_size).to(self.ranks.device)
 
@@ -104,9 +106,9 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
     with ranks.alone():
-        questions = world.train if config.data == "toy" else read_examples(config.data)
-        backend, scripts = _backend(config, world, questions)
-        evaluation = _eval_questions(config, world, questions)
+        questions = _questions(config.data, world, ranks)
+        evaluation = _eval_questions(config, world, questions, ranks)
+        backend, scripts = _backend(config, world, [questions, evaluation])
     tools = search_tools(backend, config.max_images, config.max_texts)
     prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
@@ -115,6 +117,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
         chat = Chat(folder, prompts, tools)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
+    model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
     return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
 
@@ -129,17 +132,37 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
-def _backend(config: Config, world: toy.World | None, questions: Sequence[Example]):
-    """The search back-end, and the recorded turns to force where that is asked for."""
+def _questions(name: str, world: toy.World | None, ranks: Ranks) -> Sequence[Example]:
+    """The toy world's training questions, or those of a file, every picture of which some rank has opened."""
+    if name == "toy":
+        return world.train
+    questions = read_examples(name)
+    if not len(questions):
+        raise UserError(f"{name}: there is no question in it; give a file with at least one")
+    rows, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
+    for row in tqdm(rows, desc="checking pictures", unit="picture", leave=False, disable=hidden):
+        try:
+            check_image(questions[row].image)
+        except ValueError as error:
+            raise UserError(f"{name}: row {row}: {error}; mend or remove this row") from None
+    return questions
+
+
+def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[Example]]):
+    """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
     kind, _, file = config.search.partition(":")
     if kind == "toy" and not file:
+        if config.data != "toy":
+            raise UserError("--search toy knows the toy world's pictures only: give --search none or replay:FILE")
         return world.web, None
     if kind == "none" and not file:
         return NoSearch(), None
+    if kind == "replay" and file == "fvqa":
+        raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
     if kind == "replay" and file:
         recorded = recorded_turns(file)
         scripts = partial(_recorded_script, recorded, config.group_size) if config.force_searches else None
-        return Replay(recorded, questions), scripts
+        return Replay(recorded, chain(*known)), scripts
     raise UserError(f"--search {config.search}: unknown back-end; give toy, none or replay:FILE")
 
 
@@ -150,10 +173,12 @@ def _recorded_script(recorded: dict, group_size: int, example: Example, sample: 
     return [turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None]
 
 
-def _eval_questions(config: Config, world: toy.World | None, questions: Sequence[Example]) -> list[Example]:
-    if config.eval_data:
-        questions = read_examples(config.eval_data)
-    elif config.data == "toy":
+def _eval_questions(
+    config: Config, world: toy.World | None, questions: Sequence[Example], ranks: Ranks
+) -> list[Example]:
+    if config.eval_data and config.eval_data != "toy":
+        questions = _questions(config.eval_data, world, ranks)
+    elif world and "toy" in (config.data, config.eval_data):
         pools = [world.questions(category, config.eval_size, "eval") for category in toy.CATEGORIES]
         return [example for pool in pools for example in pool]
     return [questions[i] for i in range(min(config.eval_size, len(questions)))]

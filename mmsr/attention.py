@@ -42,6 +42,8 @@ def _torch_varlen():
 
 FLASH_ATTN = _flash_attn()
 TORCH_VARLEN = _torch_varlen()
+# torch's own kernel has changed its keywords between releases, so ask it which it has.
+VARLEN_OPTIONS = frozenset(inspect.signature(TORCH_VARLEN).parameters) if TORCH_VARLEN else frozenset()
 
 
 def backend(q: Tensor) -> str:
@@ -82,15 +84,13 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sizes: tuple, causal: bool) -> Tensor:
-    """torch's own variable-length kernel. Its keywords moved between releases, so ask it which it has."""
-    known = inspect.signature(TORCH_VARLEN).parameters
     options = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
+        if "enable_gqa" in VARLEN_OPTIONS:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    if "window_size" in known:
+    if "window_size" in VARLEN_OPTIONS:
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
         options["is_causal"] = causal

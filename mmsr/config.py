@@ -24,25 +24,41 @@ _PAPER = dict(
     group_eps=1e-6, reward="paper", prompts="real", zero_std="keep", steps=50, deterministic=False,
     max_turns=3, max_images=1, max_texts=2, adam_beta2=0.999, min_pixels=512 * 512, max_pixels=672 * 672 * 2,
     max_tokens=8192, turn_tokens=2048, micro_tokens=16384, slots=64, lr_schedule="constant", eval_every=0,
-    save_every=10,
+    save_every=10, recompute=True,
 )  # fmt: skip
 
 RECIPES: dict[str, dict] = {
     "toy": dict(
         data="toy", search="toy", questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, loss_norm="sequence",
         group_eps=0.05, max_turns=2, max_images=1, max_texts=0, reward="paper", prompts="toy", zero_std="drop",
-        steps=60, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=128,
+        steps=100, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=128,
         turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
     ),
-    "blog": {**_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog"},
+    "blog": {**_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "steps": 100},
     "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
-    "released": {**_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45},
+    "released": {
+        **_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45,
+        "steps": 4690,  # 30 epochs of 5,000 questions
+    },
 }  # fmt: skip
 
 
 # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
 RESUME_FREELY = {"out", "save_every", "keep", "resume", "timeout", "max_skipped"}
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}  # where equal bits are not promised
+
+
+# The numbers that make sense, both ends included; a Config outside them is refused.
+_MANY = 10**12
+_BOUNDS = {
+    **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "max_turns", "turn_tokens"), (1, _MANY)),
+    **dict.fromkeys(("slots", "micro_tokens", "eval_size", "max_skipped", "timeout"), (1, _MANY)),
+    **dict.fromkeys(("seed", "warmup", "max_images", "max_texts", "eval_every", "save_every"), (0, _MANY)),
+    **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
+    "max_tokens": (2, _MANY), "keep": (2, _MANY), "lr": (0, 1), "adam_beta2": (0, 0.999999),
+    "max_grad_norm": (1e-12, 1e12), "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6),
+    "group_eps": (0, 1e6), "importance_cap": (0, 1e6), "temperature": (0.01, 100),
+}  # fmt: skip
 
 
 @dataclass
@@ -62,7 +78,7 @@ class Config:
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: maximise the likelihood of rollouts whose answer is right (rejection sampling), same trainer."""
 
-    steps: int = 60
+    steps: int = 100
     """Training steps; a step is one batch of rollouts."""
     questions: int = 32
     """Questions per step."""
@@ -126,6 +142,9 @@ class Config:
     """Conversations decoded at once; what does not fit waits for a free slot."""
     micro_tokens: int = 32768
     """Packed tokens per forward and backward pass; halved where memory runs out."""
+    recompute: bool = False
+    """Keep only the inputs of the model's blocks and run them again in the backward pass: a third more time, far less
+    memory."""
     device: str = ""
     """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
     dtype: Literal["", "float32", "bfloat16"] = ""
@@ -135,7 +154,7 @@ class Config:
     timeout: int = 1800
     """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
-    """Fix the schedule too: tools run inline, so equal seeds give equal bits."""
+    """Fix the schedule too: tools run inline, so equal seeds give equal bits on the CPU."""
     eval_data: str = ""
     """Evaluation questions, a file as for --data; empty: fresh toy pictures, or the first rows of --data."""
     eval_size: int = 200
@@ -153,21 +172,15 @@ class Config:
 
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
-        bounds = dict(
-            steps=1, questions=1, mini_batch=1, group_size=1, max_turns=1, turn_tokens=1, max_tokens=2, slots=1,
-            micro_tokens=1, max_images=0, max_texts=0, eval_size=1, max_skipped=1, timeout=1, save_every=0, keep=2,
-        )  # fmt: skip
-        for name, least in bounds.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give at least {least}")
+        for name, (low, high) in _BOUNDS.items():
+            if not low <= getattr(self, name) <= high:  # also refuses NaN
+                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}")
         if self.group_size > self.slots:
             raise UserError(f"--slots {self.slots} is less than --group-size {self.group_size}: raise --slots")
-        if self.temperature <= 0 or self.lr < 0 or self.kl < 0:
-            raise UserError("--temperature must be above 0, --lr and --kl at least 0")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.force_searches and not self.search.startswith("replay:"):

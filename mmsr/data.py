@@ -53,7 +53,7 @@ def read_examples(path: str | Path) -> Dataset:
     path = Path(path)
     readers = {".parquet": ParquetDataset, ".jsonl": JsonlDataset}
     if path.suffix not in readers:
-        raise UserError(f"{path}: cannot tell the data's format; give a file named .parquet or .jsonl")
+        raise UserError(f"{path}: cannot tell the data's format; give --data a file named .parquet or .jsonl")
     return readers[path.suffix](path)
 
 

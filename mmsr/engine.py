@@ -5,7 +5,8 @@ takes a **slot** that holds the keys and values of its own tokens. A turn ends a
 caller then either finishes the member or extends it with what a tool gave, and only those new tokens are prefilled. The
 other members decode on meanwhile: there is no barrier between turns, and freed slots take the next group.
 
-All that changes per token lives in tensors on the device: a decode step costs one synchronisation, whatever the batch.
+All that changes per token lives in tensors on the device. The host waits for it once a decode step, to see whose turn
+is over, and does no work per token.
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
 Shape letters: S slots, R prefix rows, G members, K key/value heads, P prompt room, L suffix room, D head size,
@@ -107,13 +108,13 @@ class Cache:
             shape, layers = (n, config.num_key_value_heads, length, config.head_dim), range(config.num_hidden_layers)
             return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv") for _ in layers]
 
-        self.prefix, self.suffix = room(rows, prompt_room), room(slots, 32)
+        self.prefix, self.suffix = room(rows, prompt_room), room(slots, 0)
 
-    def fit(self, length: int) -> None:
-        """Make the suffix slots at least `length` tokens long, one layer at a time."""
+    def fit(self, length: int, most: int) -> None:
+        """Make the suffix slots at least `length` tokens long, and no longer than `most`, one layer at a time."""
         now = self.suffix[0][0].shape[2]
         if length > now:
-            more = (0, 0, 0, max(length, 2 * now) - now)
+            more = (0, 0, 0, min(most, max(length, 2 * now)) - now)
             for layer, pair in enumerate(self.suffix):
                 self.suffix[layer] = tuple(F.pad(store, more) for store in pair)
 
@@ -152,6 +153,7 @@ class Engine:
 
     def submit(self, groups: Sequence[Group]) -> list[Member]:
         """Queue groups and make room for them. Returns members without room to answer; their groups will not run."""
+        assert not self.seated, "an engine takes its groups once"
         refused = []
         for group in groups:
             known = len(group.ids) + max(len(member.ids) for member in group.members)
@@ -169,7 +171,13 @@ class Engine:
         return bool(self.feeding or self.live_members or (self.queue and self._admissible()))
 
     def extend(self, member: Member, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
-        """Give a waiting member what came back; it samples its next turn after it. `images`: (offset in ids, Image)."""
+        """Give a waiting member what came back; it samples its next turn after it. `images`: (offset in ids, Image).
+
+        Raises ValueError where that leaves no room for a token: finish the member instead.
+        """
+        known = len(member.group.ids) + len(member.ids) + len(ids)
+        if known >= self.max_tokens:
+            raise ValueError(f"{len(ids)} more tokens make {known}, which leaves no room under {self.max_tokens}")
         member.force(ids, images)
         self.feeding.append(member)
 
@@ -200,7 +208,8 @@ class Engine:
         """Size cache and slot state to what is queued."""
         prompts = [len(group.ids) for group in self.queue]
         width = min(self.slots, sum(len(group.members) for group in self.queue))
-        rows, room = min(len(prompts), width), self.max_tokens - min(prompts) + 1
+        rows = min(len(prompts), width // min(len(group.members) for group in self.queue))
+        self.room = room = self.max_tokens - min(prompts) + 1
         config, dtype = self.model.config, next(self.model.parameters()).dtype
         self.cache = Cache(config, rows, max(prompts), width, self.device, dtype)
         self.free_slots, self.free_rows = list(range(width)), list(range(rows))
@@ -309,7 +318,7 @@ class Engine:
         suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
         new_at = _ragged(slots, [(m.cached, n) for m, n in zip(members, total)], self.device)
         order = _alternate(prompts, total, self.device)
-        self.cache.fit(max(total))
+        self.cache.fit(max(total), self.room)
         news = [n - m.cached for m, n in zip(members, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
@@ -386,7 +395,7 @@ class Engine:
             self.layout = self._lay_out()
         n, rows, prefix_lens, members, place = self.layout
         self.reach += 1
-        self.cache.fit(self.reach)
+        self.cache.fit(self.reach, self.room)
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -410,15 +419,16 @@ class Engine:
         over = self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
         ended = slots[over]
         self.live[ended] = False
-        return [self._end_turn(slot) for slot in ended.tolist()]  # the one synchronisation of a step
+        rows = torch.stack([ended, self.length[ended], self.position[ended]], 1).tolist()
+        return [self._end_turn(*row) for row in rows]
 
-    def _end_turn(self, slot: int) -> Member:
-        member, end = self.seated[slot], int(self.length[slot])
+    def _end_turn(self, slot: int, end: int, position: int) -> Member:
+        member = self.seated[slot]
         start = len(member.ids)
         member.ids += self.ids[slot, start : end + 1].tolist()
         member.logps += self.logps[slot, start : end + 1].tolist()
         member.loss_mask += [1] * (end + 1 - start)
-        member.cached, member.position = end, int(self.position[slot])
+        member.cached, member.position = end, position
         member.stopped = member.ids[-1] == self.stop_id
         self.live_members -= 1
         return member

@@ -93,6 +93,7 @@ class Episode:
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
+    trained: bool = True  # takes part in the update
 
     def searches(self, tool: str | None = None) -> int:
         """Number of executed tool calls, of one tool or of all. A call refused over its limit was not executed."""
@@ -116,6 +117,7 @@ class Episode:
             "reward": self.reward,
             "reward_parts": self.reward_parts,
             "advantage": self.advantage,
+            "trained": self.trained,
             "tokens": {"prompt": self.prompt_length, "total": len(self.input_ids), "sampled": sum(self.loss_mask)},
         }
 

@@ -20,8 +20,8 @@ Where this departs from the paper [P], its blog [B] and the official code [C], a
   in the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
 - With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several (the paper's
   512 / 128) π_old comes from a trainer pass before the first update.
-- Optionally a token's loss is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what the
-  sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
+- Optionally a token's policy term is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what
+  the sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
 - The standard deviation is the unbiased one, as in [C].
 """
 

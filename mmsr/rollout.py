@@ -91,7 +91,7 @@ class Rollout:
     @property
     def counts(self) -> dict[str, int]:
         """Tokens and images of the batch; unique = every group's prompt once and what its members do not share."""
-        episodes = [run.episode for run in self.runs.values()]
+        episodes = [run.episode for run in self.runs.values() if run.member.group is not None]  # those that ran
         prompts = {e.group_id: e.prompt_length for e in episodes}
         forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
         return {
@@ -134,7 +134,10 @@ class Rollout:
         text = run.script.pop(0)
         start = len(run.member.ids)
         run.member.force(self.chat.assistant(text))
-        self._act(run, self._turn(run, text, start, forced=True))
+        turn = self._turn(run, text, start, forced=True)
+        if turn.end >= self.engine.max_tokens:
+            return self._end(run, LENGTH)
+        self._act(run, turn)
 
     # ---- turns ------------------------------------------------------------------------------------------------------
 

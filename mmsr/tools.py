@@ -70,9 +70,19 @@ class Toolbox:
 def _observe(tool: Tool, query: str, image: bytes) -> Observation:
     start = time.perf_counter()
     try:
-        seen = tool.run(query, image)
+        seen = _checked(tool, tool.run(query, image))
     except Exception as error:  # the seam: a forker's tool may raise anything, and the rollout must go on
         seen = Observation(ok=False, error=f"{type(error).__name__}: {error}", source=tool.name)
-    if isinstance(seen, str):
-        seen = Observation((Hit(text=seen),), source=tool.name)
     return replace(seen, seconds=seen.seconds or time.perf_counter() - start)
+
+
+def _checked(tool: Tool, seen: object) -> Observation:
+    """Plain text becomes an observation; anything else that is none raises TypeError."""
+    if isinstance(seen, str):
+        return Observation((Hit(text=seen),), source=tool.name)
+    if not isinstance(seen, Observation):
+        raise TypeError(f"tool {tool.name} returned {type(seen).__name__}, not text or an Observation")
+    for hit in seen.hits:
+        if not isinstance(hit, Hit) or not all(isinstance(text, str) for text in (hit.title, hit.url, hit.text)):
+            raise TypeError(f"tool {tool.name} returned a hit that is not a Hit of texts: {hit!r:.80}")
+    return seen

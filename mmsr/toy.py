@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -342,20 +341,28 @@ class WarmStart:
         return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.05))
 
 
+MADE_BY = ("toy", "vision", "attention", "model", "chat", "grpo", "pack", "update")  # modules: a change makes it anew
+
+
 def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     """Folder of the warm-started model for `world`, a Hugging Face checkpoint; made once, then found by its hash.
 
     Raises UserError when the gate is not passed within `recipe.most` steps.
     """
-    made_of = [Path(__file__).read_bytes(), *(p.read_bytes() for p in sorted((PROMPTS / "toy").glob("*.txt")))]
+    modules = [Path(__file__).with_name(f"{name}.py") for name in MADE_BY]
+    made_of = [file.read_bytes() for file in [*modules, *sorted((PROMPTS / "toy").glob("*.txt"))]]
     digest = hashlib.sha256(b"".join([*made_of, repr((world.seed, recipe)).encode()])).hexdigest()[:16]
-    cache = Path(os.environ.get("MMSR_CACHE", Path.home() / ".cache" / "mmsr"))
+    cache = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
     folder = cache / f"toy-base-{digest}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             _warm_start(world, recipe, Path(scratch) / "model")
-            shutil.move(Path(scratch) / "model", folder)
+            try:
+                (Path(scratch) / "model").rename(folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
     return folder
 
 

@@ -38,6 +38,7 @@ class ImageFeatures:
     def __init__(self, model: Qwen2_5_VL, images: Sequence, train: bool, idle: bool = False):
         """`idle`: run the tower, on an empty picture, even where there is none."""
         distinct = {image.key: image for image in images}
+        train = train and any(p.requires_grad for p in model.visual.parameters())
         self.start, total = {}, 0
         for key, image in distinct.items():
             self.start[key] = total
@@ -58,7 +59,7 @@ class ImageFeatures:
 
     def backward(self) -> None:
         """Send the summed gradients of all micro-batches through the vision tower."""
-        if self.output is not None:
+        if self.output is not None and self.output.requires_grad:
             self.output.backward(torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad)
 
 
@@ -111,7 +112,7 @@ class Stats:
 
     def metrics(self) -> dict[str, float]:
         per_update = {k: self.sums[k] / max(self.sums["updates"], 1) for k in ("loss", "grad_norm")}
-        n = max(self.sums["tokens"], 1)
+        n = self.sums["tokens"] or float("nan")  # a mean over nothing is no number, and not 0
         per_token = {k: self.sums[k] / n for k in ("kl", "entropy", "clip_fraction", "logp_gap")}
         counts = {k: int(self.sums[k]) for k in ("trained", "trained_unique", "encoded", "skipped_updates")}
         return {**per_update, **per_token, "logp_gap_max": self.gap_max, **counts}

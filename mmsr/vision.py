@@ -83,6 +83,12 @@ def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MA
     return height * width // (PATCH * MERGE) ** 2
 
 
+def check_image(data: bytes) -> None:
+    """Raise the ValueError that `load_image` would for this picture file."""
+    picture = _decode(data)
+    smart_resize(picture.height, picture.width)
+
+
 def _decode(data: bytes) -> PIL.Image.Image:
     """RGB picture. Size is read from the header and refused before any pixel is decoded, so a bomb costs nothing."""
     if len(data) > MAX_FILE_BYTES:

@@ -522,7 +522,7 @@ def test_signal_saves_the_last_finished_step_and_leaves(base, whole, tmp_path, m
     assert leaving.value.code == 128 + number
     assert newest(out) == done == max(step for step, evaluation in steps_in(out) if not evaluation)
     assert folders(out / "rollouts") == [f"step-{step:06d}.jsonl" for step in range(1, done + 1)]
-    assert not list(out.rglob("*.tmp")) and not (out / "model").exists()
+    assert not list(out.rglob("*.tmp")) and (out / "model").is_dir()
     train.main(arguments(base, out, "--resume", "--save-every", "1"))
     weights = ("model/model.safetensors", "metrics.jsonl", *(f"rollouts/{name}" for name in folders(out / "rollouts")))
     now, then = faults.fingerprint(out), faults.fingerprint(whole)

@@ -181,7 +181,7 @@ def test_chunks_change_log_probabilities(chunk):
     torch.testing.assert_close(entropy, wanted.entropy())
     ours = torch.autograd.grad(logps.square().sum(), (hidden, head))
     for a, b in zip(ours, torch.autograd.grad(wanted.log_prob(targets - 4).square().sum(), (hidden, head))):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5)  # sums of 11 squares of around 10, in fp32
 
 
 def test_a_banned_token_makes_entropy_nan_or_keeps_probability():

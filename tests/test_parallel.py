@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -519,3 +520,27 @@ def test_exception_on_one_rank_ends_all_and_is_told_once(folder, tmp_path, place
     message = "row 7 is broken" if status == 2 else "a bug"
     assert "rank 1 of 2" in said[1] and message in said[1] and message not in said[0]
     assert said[1].count("Traceback") == (status == 1) and "Traceback" not in said[0], said[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder, tmp_path):
+    """One rank alone gets the signal, as from a person with `kill`; the other learns of it where they meet."""
+    whole = train(2, tmp_path / "whole", folder, "--steps", "4")
+    assert all(process.wait(100) == 0 for process in whole)
+    for which, status in [(1, -signal.SIGTERM), (0, -signal.SIGINT)]:
+        out = tmp_path / f"cut {which}"
+        cut = train(2, out, folder, "--steps", "4")
+        while not (out / "rollouts/step-000001.jsonl").is_file() and cut[0].poll() is None:
+            time.sleep(0.05)
+        cut[which].send_signal(-status)
+        said = [process.communicate(timeout=100) for process in cut]
+        assert [process.returncode for process in cut] == [128 - status] * 2, said
+        assert "Go on with --resume" in said[0][0] and not said[1][0]
+        again = train(2, out, folder, "--steps", "4", "--resume")
+        said = [process.communicate(timeout=100) for process in again]
+        assert [process.returncode for process in again] == [0, 0], said
+        assert "Resumed after step" in said[0][0]
+        assert (out / "model/model.safetensors").read_bytes() == (
+            tmp_path / "whole/model/model.safetensors"
+        ).read_bytes()
+        assert read(out) == read(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """`train.py` as a user runs it, on a base model that was made in seconds (conftest.py); and once for real (slow)."""
 
 import json
+import signal
 import math
 import shutil
 from functools import lru_cache
@@ -368,14 +369,14 @@ def interrupting(monkeypatch, owner, name, nth):
     def once(self, *given, **more):
         calls.append(1)
         if len(calls) == nth:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return whole(self, *given, **more)
 
     monkeypatch.setattr(owner, name, once)
 
 
 def test_interrupt_keeps_what_was_learnt(miniature, tmp_path, monkeypatch):
-    interrupting(monkeypatch, Trainer, "step", 3)
+    interrupting(monkeypatch, train, "roll_out", 3)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(miniature, tmp_path / "out", steps=5))
     found = Run(tmp_path / "out")
