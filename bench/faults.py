@@ -202,7 +202,7 @@ def campaign(model: Path, scratch: Path, kills: int, seed: int, guard: bool = Tr
                 counts["mid_save"] += saving
             else:
                 status = ended(pid, wait=True)
-        # Killed between the last save and the removal of older ones, a run keeps one checkpoint more than the reference.
+        # Killed between the last save and the removal of older ones, a run keeps one more than the reference.
         same = status == 0 and wanted.items() <= fingerprint(out).items()
         counts["equal" if same else "stuck" if status else "different"] += 1
         print(f"{counts['kills']:4d} kills, {counts['mid_save']} mid-save; run {out.name}: exit {status}, equal {same}")

@@ -1,4 +1,4 @@
-"""What must hold on every device, in the precision that large models run in. CUDA skips itself by name where there is none.
+"""What must hold on every device, in the precision large models run in. CUDA skips itself by name where there is none.
 
 `pytest -m gpu` runs the CUDA half of this file and the kernels of test_attention.py.
 """
@@ -39,7 +39,7 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(device, recor
 
 @torch.no_grad()
 def test_bf16_gap_between_sampler_and_trainer_is_of_the_size_of_transformers_own(device, record_property):
-    """Ours: log-probability while sampling against the trainer's. Theirs: with a cache, token by token, against without."""
+    """Ours: while sampling against the trainer. Theirs: with a cache, token by token, against without."""
     model = tiny_model(4)
     model.lm_head.weight.mul_(4)
     half = copy.deepcopy(model).to(device, torch.bfloat16)

@@ -1,9 +1,10 @@
 """`train.py` as a user runs it, on a base model that was made in seconds (conftest.py); and once for real (slow)."""
 
 import json
-import signal
 import math
+import os
 import shutil
+import signal
 from functools import lru_cache
 from pathlib import Path
 
@@ -580,8 +581,16 @@ def test_prompts_folder_of_ones_own(miniature, tmp_path):
 # ---- for real -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
-def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path):
+def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path, all_threads):
     """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
     model = toy.base_model(toy.World(0))
     found = run(model, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
