@@ -169,7 +169,7 @@ def decode_attention(
     suffix: tuple[Tensor, Tensor],
     suffix_lens: Tensor,
 ) -> Tensor:
-    """One query per slot over [the prompt that its group shares; its own tokens], merged by log-sum-exp.
+    """One query per slot over [the prompt that its group shares; its own tokens], two partial softmaxes merged.
 
     q (S, H, D). `prefix`: keys and values (R, K, P, D), the first `prefix_lens` (R,) of P valid, read once per row for
     all of its members. `members` (R, G): the slot of each member of a row (any slot where a row has fewer); `place`
@@ -180,23 +180,28 @@ def decode_attention(
     kv_heads = suffix[0].shape[1]
     rows, group = members.shape
     shared = q[members].view(rows, group, kv_heads, -1, size).transpose(1, 2).flatten(2, 3)  # (R, K, G * H/K, D)
-    out_p, lse_p = _partial(shared, *prefix, prefix_lens)
-    out_p, lse_p = (
-        x.unflatten(2, (group, -1)).transpose(1, 2).reshape(rows * group, heads, -1)[place] for x in (out_p, lse_p)
-    )
-    out_s, lse_s = _partial(q.view(slots, kv_heads, -1, size), *suffix, suffix_lens)
-    out_s, lse_s = (x.reshape(slots, heads, -1) for x in (out_s, lse_s))
-    share = torch.sigmoid(lse_p - lse_s)  # of the softmax mass that lies on the prompt
-    return (share * out_p + (1 - share) * out_s).to(q.dtype)
+    on_prefix = [
+        x.unflatten(2, (group, -1)).transpose(1, 2).reshape(rows * group, heads, -1)[place]
+        for x in _partial(shared, *prefix, prefix_lens)
+    ]
+    on_suffix = [x.reshape(slots, heads, -1) for x in _partial(q.view(slots, kv_heads, -1, size), *suffix, suffix_lens)]
+    (sum_p, mass_p, top_p), (sum_s, mass_s, top_s) = on_prefix, on_suffix
+    top = torch.maximum(top_p, top_s)
+    scale_p, scale_s = (top_p - top).exp(), (top_s - top).exp()
+    return ((scale_p * sum_p + scale_s * sum_s) / (scale_p * mass_p + scale_s * mass_s)).to(q.dtype)
 
 
-def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over part of the keys: output (B, K, Q, D) and log-sum-exp (B, K, Q, 1), both fp32, for the merge."""
+def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over part of the keys, in fp32: Σ w v (B, K, Q, D), Σ w and the largest score (B, K, Q, 1) apart.
+
+    w = exp(score − largest). Sums and not a log-sum-exp, which near 30 is ten times coarser than what it would scale.
+    """
     scores = _product(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, K, Q, keys)
     hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
     scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
-    lse = scores.logsumexp(-1, keepdim=True)
-    return _product((scores - lse).exp().to(v.dtype), v), lse
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp()
+    return _product(weights.to(v.dtype), v), weights.sum(-1, keepdim=True), top
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
