@@ -143,8 +143,7 @@ class Config:
     micro_tokens: int = 32768
     """Packed tokens per forward and backward pass; halved where memory runs out."""
     recompute: bool = False
-    """Keep only the inputs of the model's blocks and run them again in the backward pass: a third more time, far less
-    memory."""
+    """Keep only the inputs of the model's blocks and run them again in the backward pass: time for memory."""
     device: str = ""
     """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
     dtype: Literal["", "float32", "bfloat16"] = ""
