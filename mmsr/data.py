@@ -372,7 +372,7 @@ class Replay:
             for turn in _searches(recorded.get(example.id, ()), "image_search"):
                 self.images.setdefault(_digest(example.image), turn.observation)
 
-    def image_search(self, image: bytes) -> Observation:
+    def image_search(self, image: bytes, question: str = "") -> Observation:
         return self.images.get(_digest(image), Observation(source="replay"))
 
     def text_search(self, query: str) -> Observation:

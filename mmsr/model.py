@@ -123,9 +123,7 @@ def _refuse_variants(text: dict[str, Any], rope: dict[str, Any], vision: dict[st
 # ---- positions
 
 
-def mrope_positions(
-    length: int, images: Sequence[tuple[int, tuple[int, int]]], start: int = 0
-) -> tuple[Tensor, int]:
+def mrope_positions(length: int, images: Sequence[tuple[int, tuple[int, int]]], start: int = 0) -> tuple[Tensor, int]:
     """M-RoPE positions (3, length) long of a stretch of tokens, and the position that the next stretch starts at.
 
     `images`: (offset of the first placeholder within the stretch, (rows, columns) in patches), in order. Text advances

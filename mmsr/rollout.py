@@ -19,7 +19,7 @@ from typing import Callable, Sequence
 from .chat import Chat
 from .engine import Engine, Group, Member, sampling_key
 from .episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn, UserError
-from .tools import Toolbox
+from .tools import Call, Toolbox
 from .vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
@@ -173,7 +173,8 @@ class Rollout:
         run.calls[turn.action] = run.calls.get(turn.action, 0) + 1
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
-        self.waiting[self.toolbox.call(turn.action, turn.query, run.episode.example.image)] = run
+        example = run.episode.example
+        self.waiting[self.toolbox.call(turn.action, Call(turn.query, example.image, example.question))] = run
 
     def _collect(self, block: bool) -> None:
         """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one."""

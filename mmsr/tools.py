@@ -1,8 +1,10 @@
 """The tool interface: what a rollout may call, and the box that calls it.
 
-A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets the query and
-the question's image as bytes — never the example, so it cannot cheat — and returns an `Observation` (or plain text,
-which becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
+A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets a `Call` — the
+query, the picture as bytes and the question, never the example, so it cannot cheat — and returns an `Observation` (or
+plain text, which becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
+
+A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
 
 from __future__ import annotations
@@ -10,12 +12,38 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Callable
+from typing import Callable, Protocol
 
 from .episode import Hit, Observation
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
+
+
+class ToolFailure(Exception):
+    """A tool's infrastructure failed. `kind` is one word for machines (timeout, auth, budget, …)."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.message = kind, message
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a tool gets."""
+
+    query: str  # what stood between the tags
+    image: bytes  # the question's picture, an encoded file
+    question: str
+
+
+class Backend(Protocol):
+    """A search engine. No hits are an answer; infrastructure that fails raises, ToolFailure where it knows the kind."""
+
+    def image_search(self, image: bytes, question: str) -> Observation:
+        """What is known of a picture (an encoded file). `question` may guide a summary, nothing else."""
+
+    def text_search(self, query: str) -> Observation: ...
 
 
 @dataclass(frozen=True)
@@ -25,22 +53,29 @@ class Tool:
     name: str
     tag: str
     limit: int  # calls per episode
-    run: Callable[[str, bytes], Observation | str]
+    run: Callable[[Call], Observation | str]
     payload: str | None = None
 
 
-def search_tools(backend, max_images: int, max_texts: int) -> list[Tool]:
-    """The paper's two tools over a back-end with `image_search(image)` and `text_search(query)` -> Observation."""
+def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool]:
+    """The paper's two tools over a search engine."""
+
+    def image_search(call: Call) -> Observation:
+        return backend.image_search(call.image, call.question)
+
+    def text_search(call: Call) -> Observation:
+        return backend.text_search(call.query)
+
     return [
-        Tool(IMAGE_SEARCH, "search", max_images, lambda query, image: backend.image_search(image), payload="<img>"),
-        Tool(TEXT_SEARCH, "text_search", max_texts, lambda query, image: backend.text_search(query)),
+        Tool(IMAGE_SEARCH, "search", max_images, image_search, payload="<img>"),
+        Tool(TEXT_SEARCH, "text_search", max_texts, text_search),
     ]
 
 
 class NoSearch:
     """The back-end `none`: every search honestly finds nothing."""
 
-    def image_search(self, image: bytes) -> Observation:
+    def image_search(self, image: bytes, question: str) -> Observation:
         return Observation(source="none")
 
     def text_search(self, query: str) -> Observation:
@@ -54,11 +89,11 @@ class Toolbox:
         self.tools = {tool.name: tool for tool in tools}
         self.pool = None if inline else ThreadPoolExecutor(workers, thread_name_prefix="tool")
 
-    def call(self, name: str, query: str, image: bytes) -> Future[Observation]:
+    def call(self, name: str, call: Call) -> Future[Observation]:
         if self.pool is not None:
-            return self.pool.submit(_observe, self.tools[name], query, image)
+            return self.pool.submit(_observe, self.tools[name], call)
         done: Future[Observation] = Future()
-        done.set_result(_observe(self.tools[name], query, image))
+        done.set_result(_observe(self.tools[name], call))
         return done
 
     def drop(self) -> None:
@@ -67,10 +102,12 @@ class Toolbox:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _observe(tool: Tool, query: str, image: bytes) -> Observation:
+def _observe(tool: Tool, call: Call) -> Observation:
     start = time.perf_counter()
     try:
-        seen = _checked(tool, tool.run(query, image))
+        seen = _checked(tool, tool.run(call))
+    except ToolFailure as error:
+        seen = Observation(ok=False, error=str(error), source=tool.name)
     except Exception as error:  # the seam: a forker's tool may raise anything, and the rollout must go on
         seen = Observation(ok=False, error=f"{type(error).__name__}: {error}", source=tool.name)
     return replace(seen, seconds=seen.seconds or time.perf_counter() - start)

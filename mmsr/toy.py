@@ -201,7 +201,7 @@ class Web:
         ]
         return [TITLES[rng.integers(len(TITLES))].format(name=c.name, town=c.town) for c in about]
 
-    def image_search(self, image: bytes) -> Observation:
+    def image_search(self, image: bytes, question: str = "") -> Observation:
         digest = hashlib.sha256(image).digest()
         concept = self.pictures.get(digest)
         if concept is None:

@@ -318,8 +318,12 @@ def test_a_bad_jsonl_line_is_refused_when_the_file_is_opened(tmp_path, bad, comp
 
 @pytest.mark.parametrize(
     "image, complaint",
-    [("absent.png", "no readable file 'absent.png'"), (None, "no readable file None"), ("x\0", "no readable file"),
-     ("some.jsonl", "cannot be decoded")],
+    [
+        ("absent.png", "no readable file 'absent.png'"),
+        (None, "no readable file None"),
+        ("x\0", "no readable file"),
+        ("some.jsonl", "cannot be decoded"),
+    ],
 )
 def test_a_bad_jsonl_picture_is_refused_when_its_row_is_used(tmp_path, image, complaint):
     examples = read_examples(jsonl(tmp_path, [line(0), line(1, image=image)]))
@@ -367,15 +371,24 @@ def transcripts(folder, turns):
 
 
 SEARCHES = [
-    {"response": "<search><img></search>", "action": "image_search", "query": None,
-     "tool_result": {"titles": ["A bridge", None], "thumbnail_urls": ["https://example.invalid/1"]}},
-    {"response": "<text_search>Which  River?</text_search>", "action": "text_search", "query": "Which  River?",
-     "tool_result": {
-         "documents": [
-             {"rank": 2, "title": "River", "url": "https://r", "snippet": "cut"},
-             {"rank": 5, "snippet": "S"},
-         ],
-         "summaries": [{"rank": 5, "summary": ""}, {"rank": 2, "summary": "The Tagus."}]}},
+    {
+        "response": "<search><img></search>",
+        "action": "image_search",
+        "query": None,
+        "tool_result": {"titles": ["A bridge", None], "thumbnail_urls": ["https://example.invalid/1"]},
+    },
+    {
+        "response": "<text_search>Which  River?</text_search>",
+        "action": "text_search",
+        "query": "Which  River?",
+        "tool_result": {
+            "documents": [
+                {"rank": 2, "title": "River", "url": "https://r", "snippet": "cut"},
+                {"rank": 5, "snippet": "S"},
+            ],
+            "summaries": [{"rank": 5, "summary": ""}, {"rank": 2, "summary": "The Tagus."}],
+        },
+    },
     {"response": "<answer>Tagus</answer>", "action": "answer", "query": None, "tool_result": None},
 ]
 

@@ -17,7 +17,7 @@ from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation, UserError
 from mmsr.pack import cut, pack
 from mmsr.rollout import Limits, Rollout
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
 from mmsr.update import ImageFeatures, Trainer
 
 SECONDS = 60  # a wait in vain; no test waits for it when all is well
@@ -36,7 +36,7 @@ class FakeWeb:
     def __init__(self, found=TWO_TITLES):
         self.found, self.asked = found, []
 
-    def image_search(self, image):
+    def image_search(self, image, question):
         self.asked.append(image)
         if isinstance(self.found, Exception):
             raise self.found
@@ -383,8 +383,8 @@ def test_slow_tool_holds_nobody_else_up(home):
     """A barrier between turns: the first question's search could not return before the second question is through."""
     finished = threading.Event()
 
-    def run(query, image):
-        if image == question(0).image:
+    def run(call):
+        if call.image == question(0).image:
             return "in time" if finished.wait(SECONDS) else "too late"
         return "at once"
 
@@ -407,7 +407,7 @@ def test_slow_tool_holds_nobody_else_up(home):
 def test_queued_question_takes_the_slot_while_another_waits_for_its_tool(home):
     """One slot of two is parked; the other one works off the whole queue meanwhile."""
     rest, left = threading.Event(), set(range(1, 5))
-    tools = [Tool(TEXT_SEARCH, "text_search", 1, lambda query, image: "in time" if rest.wait(SECONDS) else "too late")]
+    tools = [Tool(TEXT_SEARCH, "text_search", 1, lambda call: "in time" if rest.wait(SECONDS) else "too late")]
 
     def on_done(episode):
         left.discard(episode.group_id)
@@ -426,8 +426,8 @@ def test_order_in_which_tools_return_changes_no_token(home):
     """Tools in threads return in the opposite order of their calls; inline ones in order."""
 
     def tool(events):
-        def run(query, image):
-            n = order.index(image)
+        def run(call):
+            n = order.index(call.image)
             if events and n + 1 < len(order):
                 assert events[n + 1].wait(SECONDS)
             if events:
@@ -480,22 +480,22 @@ def test_forced_tokens_are_prefilled_once(home):
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
-def test_tool_sees_bytes_and_query_only(home):
+def test_tool_sees_picture_question_and_query_only(home):
     """Whoever hands the example over lets a tool cheat with the answer."""
     seen = []
 
-    def run(*given):
-        seen.append(given)
+    def run(call):
+        seen.append(call)
         return "nothing"
 
     tools = [Tool(IMAGE_SEARCH, "search", 1, run, payload="<img>"), Tool(TEXT_SEARCH, "text_search", 1, run)]
     one(home, LOOK, ASK, REPLY, tools=tools)
-    assert [[type(part) for part in given] for given in seen] == [[str, bytes]] * 4
-    assert seen[:2] == [("", question().image), ("bridge lisbon", question().image)]
+    looked = Call("", question().image, question().question)
+    assert [vars(call) for call in seen[:2]] == [vars(looked), {**vars(looked), "query": "bridge lisbon"}]
 
 
 def test_third_tool_needs_no_change_but_its_own_lines(home, monkeypatch):
-    zoom = Tool("zoom", "zoom", 2, lambda query, image: f"{query} half of {len(image)} bytes")
+    zoom = Tool("zoom", "zoom", 2, lambda call: f"{call.query} half of {len(call.image)} bytes")
     monkeypatch.setattr(reward, "LEGAL_SHAPES", reward.LEGAL_SHAPES | {("zoom", "zoom", "answer")})
     look = "<reason>closer</reason> <zoom>left</zoom>"
     tools = [*search_tools(FakeWeb(), 1, 1), zoom]

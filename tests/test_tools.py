@@ -6,9 +6,10 @@ import time
 import pytest
 
 from mmsr.episode import Hit, Observation
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, NoSearch, Tool, Toolbox, search_tools
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, NoSearch, Tool, Toolbox, ToolFailure, search_tools
 
 SECONDS = 30
+NOTHING = Call("", b"", "")
 
 
 def tool(run, limit=1) -> Tool:
@@ -16,11 +17,11 @@ def tool(run, limit=1) -> Tool:
 
 
 def call(run, inline=True, query="q", image=b"bytes") -> Observation:
-    return Toolbox([tool(run)], inline).call("probe", query, image).result(SECONDS)
+    return Toolbox([tool(run)], inline).call("probe", Call(query, image, "who?")).result(SECONDS)
 
 
 def raising(error):
-    def run(query, image):
+    def run(call):
         raise error
 
     return run
@@ -36,6 +37,11 @@ def test_exception_becomes_a_failed_observation(inline, error):
     assert seen.error.startswith(type(error).__name__) and str(error) in seen.error
 
 
+def test_kind_of_a_failure_is_not_lost_on_the_way_to_the_model_and_the_log():
+    seen = call(raising(ToolFailure("rate", "429 of the engine")))
+    assert not seen.ok and seen.error == "rate: 429 of the engine"
+
+
 def test_keyboard_interrupt_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt):
         call(raising(KeyboardInterrupt()))
@@ -43,13 +49,13 @@ def test_keyboard_interrupt_is_not_swallowed():
 
 @pytest.mark.parametrize("inline", [True, False])
 def test_text_becomes_one_hit(inline):
-    seen = call(lambda query, image: f"{query} {len(image)}", inline)
+    seen = call(lambda call: f"{call.query} {len(call.image)}", inline)
     assert seen.ok and seen.hits == (Hit(text="q 5"),) and seen.source == "probe"
 
 
 def test_observation_comes_through_unchanged_but_for_its_seconds():
     given = Observation((Hit("t", "u", "x", b"i", 0.5),), False, "half of it", "somewhere", 0.0, True)
-    seen = call(lambda query, image: given)
+    seen = call(lambda call: given)
     assert seen.seconds > 0
     assert (seen.hits, seen.ok, seen.error, seen.source, seen.cached) == (
         given.hits,
@@ -61,40 +67,40 @@ def test_observation_comes_through_unchanged_but_for_its_seconds():
 
 
 def test_seconds_are_measured_of_failures_too_and_the_tools_own_stand():
-    def slow(query, image):
+    def slow(call):
         time.sleep(0.02)
         raise ValueError
 
     assert call(slow).seconds >= 0.02
-    assert call(lambda query, image: Observation(seconds=7.5)).seconds == 7.5
+    assert call(lambda call: Observation(seconds=7.5)).seconds == 7.5
 
 
 def test_tools_in_threads_run_at_the_same_time():
     both = threading.Barrier(2)
 
-    def run(query, image):
+    def run(call):
         both.wait(SECONDS)
-        return query
+        return call.query
 
     box = Toolbox([tool(run)], inline=False)
-    calls = [box.call("probe", query, b"") for query in "ab"]
+    calls = [box.call("probe", Call(query, b"", "")) for query in "ab"]
     assert [each.result(SECONDS).hits[0].text for each in calls] == ["a", "b"]
 
 
 def test_inline_tool_has_run_when_call_returns():
     caller = []
-    future = Toolbox([tool(lambda query, image: caller.append(threading.current_thread()) or "")], inline=True).call(
-        "probe", "", b""
+    future = Toolbox([tool(lambda call: caller.append(threading.current_thread()) or "")], inline=True).call(
+        "probe", NOTHING
     )
     assert future.done() and caller == [threading.current_thread()]
 
 
 def test_limits_are_the_rollouts_affair():
-    box = Toolbox([tool(lambda query, image: "fine", limit=0)], inline=True)
-    assert all(box.call("probe", "", b"").result().ok for _ in range(3))
+    box = Toolbox([tool(lambda call: "fine", limit=0)], inline=True)
+    assert all(box.call("probe", NOTHING).result().ok for _ in range(3))
 
 
-def test_search_tools_hand_over_the_picture_or_the_query_alone():
+def test_search_tools_hand_over_the_picture_and_question_or_the_query_alone():
     class Web:
         def image_search(self, *given):
             return repr(given)
@@ -105,10 +111,11 @@ def test_search_tools_hand_over_the_picture_or_the_query_alone():
     image, text = search_tools(Web(), 1, 2)
     assert (image.name, image.tag, image.limit, image.payload) == (IMAGE_SEARCH, "search", 1, "<img>")
     assert (text.name, text.tag, text.limit, text.payload) == (TEXT_SEARCH, "text_search", 2, None)
-    assert image.run("query", b"picture") == repr((b"picture",))
-    assert text.run("query", b"picture") == repr(("query",))
+    call = Call("query", b"picture", "who?")
+    assert image.run(call) == repr((b"picture", "who?"))
+    assert text.run(call) == repr(("query",))
 
 
 def test_no_search_finds_nothing_and_does_not_fail():
-    for seen in (NoSearch().image_search(b""), NoSearch().text_search("q")):
+    for seen in (NoSearch().image_search(b"", "who?"), NoSearch().text_search("q")):
         assert seen.ok and not seen.hits and seen.source == "none"
