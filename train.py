@@ -316,8 +316,10 @@ class Output:
 
     def report(self, at_once: bool = False) -> None:
         """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
+        if not self.ranks.main:
+            return
         start = time.perf_counter()
-        if not self.ranks.main or start < self.report_due and not at_once:
+        if not self.metrics.exists() or start < self.report_due and not at_once:
             return
         try:
             write_report(self.folder)

@@ -61,7 +61,7 @@ def _page(data: dict[str, Any]) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return (head + text + tail).encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+    return (head + text + tail).encode("utf-8", "replace")  # JSON may hold lone surrogates, UTF-8 cannot
 
 
 def _csp_hash(text: str) -> str:
