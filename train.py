@@ -350,7 +350,8 @@ class Output:
             if mode != "step"
         }
         mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: report.html, model/, metrics.jsonl, rollouts/, checkpoints/")
+        written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
+        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
 
 
 def _stays(line: bytes, done: int) -> bool:

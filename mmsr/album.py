@@ -25,7 +25,7 @@ class Album:
         self.room = MOST_BYTES - sum(file.stat().st_size for file in folder.glob("*.jpg"))
 
     def new(self, episodes: Sequence[Episode]) -> list[tuple[str, bytes]]:
-        """The episodes' pictures that no call before this one had, made small. One that cannot be opened is left out."""
+        """The episodes' pictures that no call before this had, made small. One that cannot be opened is left out."""
         found = {}
         for picture in {picture for episode in episodes for picture in episode.pictures()}:
             name = digest(picture)

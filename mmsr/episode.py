@@ -137,7 +137,9 @@ class Episode:
         if pieces is None or turn.role != "assistant":
             return {}
         span = slice(turn.start, turn.end)
-        chances = [round(math.exp(logp), 4) if mine else None for mine, logp in zip(self.loss_mask[span], self.logps[span])]
+        chances = [
+            round(math.exp(logp), 4) if mine else None for mine, logp in zip(self.loss_mask[span], self.logps[span])
+        ]
         return {"pieces": list(zip(pieces(self.input_ids[span]), self.loss_mask[span], chances))}
 
 

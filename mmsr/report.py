@@ -20,9 +20,8 @@ import json
 import re
 import sys
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from .episode import UserError
 
@@ -53,7 +52,7 @@ def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
 
 
 def _page(data: dict[str, Any]) -> bytes:
-    """The page with `data` in it. Its policy lets run and apply what is in the file beside this one, and nothing else."""
+    """The page with `data` in it. Its policy lets the script and style of the file beside this one work, no other."""
     page = PAGE.read_text(encoding="utf-8")
     style, script = (re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1] for tag in ("style", "script"))
     page = page.replace("STYLE-HASH", _csp_hash(style)).replace("SCRIPT-HASH", _csp_hash(script))
@@ -92,7 +91,9 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any
 
 def _rollout_files(folder: Path) -> dict[int, Path]:
     """By step; an evaluation's episodes are of no step and stand under 0."""
-    files = {int(file.stem[5:]): file for file in sorted(folder.glob("rollouts/step-*.jsonl")) if file.stem[5:].isdigit()}
+    files = {
+        int(file.stem[5:]): file for file in sorted(folder.glob("rollouts/step-*.jsonl")) if file.stem[5:].isdigit()
+    }
     if (folder / "episodes.jsonl").is_file():
         files[0] = folder / "episodes.jsonl"
     return files
@@ -235,7 +236,9 @@ def _count_lines(file: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m mmsr.report", description="Write report.html for a run, or for several.")
+    parser = argparse.ArgumentParser(
+        "python -m mmsr.report", description="Write report.html for a run, or for several."
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train.py or eval.py")
     parser.add_argument("--out", type=Path, help=f"the file; otherwise RUN/{REPORT}, or ./{REPORT} for several runs")
     parser.add_argument("--rollouts", type=int, default=MOST_ROLLOUTS, help=f"embed at most so many ({MOST_ROLLOUTS})")

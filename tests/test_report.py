@@ -43,7 +43,9 @@ def evaluation(number, accuracy) -> dict:
 
 def a_run(folder, steps: dict[int, list[dict]], lines=None):
     (folder / "rollouts").mkdir(parents=True)
-    lines = [evaluation(0, 0.25), *map(step, steps), evaluation(max(steps, default=0), 0.75)] if lines is None else lines
+    lines = (
+        [evaluation(0, 0.25), *map(step, steps), evaluation(max(steps, default=0), 0.75)] if lines is None else lines
+    )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number, rollouts in steps.items():
         file = folder / "rollouts" / f"step-{number:06d}.jsonl"
@@ -72,7 +74,12 @@ def test_curves_tables_and_rollouts_are_those_of_the_files(tmp_path):
     names = ["before, greedy", "after, greedy", "before, T = 1", "after, T = 1"]
     assert [row["name"] for row in run["tables"]] == names
     assert [row["by"]["new"]["accuracy"] for row in run["tables"]] == [0.25, 0.75, 0.25, 0.75]
-    assert [(r["step"], r["group"], r["sample"]) for r in run["rollouts"]] == [(1, 0, 0), (1, 0, 1), (2, 0, 0), (2, 0, 1)]
+    assert [(r["step"], r["group"], r["sample"]) for r in run["rollouts"]] == [
+        (1, 0, 0),
+        (1, 0, 1),
+        (2, 0, 0),
+        (2, 0, 1),
+    ]
     assert {key: run["rollouts"][0][key] for key in rollout()} == rollout()
 
 
@@ -146,7 +153,7 @@ def test_folder_of_no_run_is_refused_in_one_line(tmp_path, capsys):
 CANARY = "document.documentElement.setAttribute('data-canary','sung')"
 HOSTILE = [
     f"</script><script>{CANARY}</script>",
-    f"<img src=x onerror=\"{CANARY}\">",
+    f'<img src=x onerror="{CANARY}">',
     f"<svg/onload={CANARY}>",
     "<!--<script>",
     "]]>--></style></title></textarea>",
@@ -189,13 +196,24 @@ def test_no_markup_of_the_data_is_in_the_page(tmp_path):
     raw = page.read_text(encoding="utf-8")
     assert raw.count("<") == own.count("<") and "\u2028" not in raw and "\u2029" not in raw
     kept = embedded(page)["runs"][0]["rollouts"]
-    rollouts = json.loads(json.dumps(rollouts, ensure_ascii=False).replace("\ud800", "?"))  # a lone surrogate, which UTF-8 does not have
+    rollouts = json.loads(
+        json.dumps(rollouts, ensure_ascii=False).replace("\ud800", "?")
+    )  # a lone surrogate, which UTF-8 does not have
     assert [{key: found[key] for key in line} for found, line in zip(kept, rollouts, strict=True)] == rollouts
 
 
 def test_page_makes_no_markup_of_text_and_asks_nobody():
     page = report.PAGE.read_text(encoding="utf-8")
-    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "fetch(", " src="):
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "Function(",
+        "fetch(",
+        " src=",
+    ):
         assert way not in page, way
     assert "default-src 'none'" in page and "unsafe" not in page
     assert set(re.findall(r"https?://[\w.]+", page)) == {"http://www.w3.org"}, "but for SVG's name"
@@ -245,12 +263,14 @@ def test_browser_runs_nothing_that_the_data_brings(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         call = f"<img src=http://127.0.0.1:{server.server_port}/asked>"
         control = tmp_path / "control.html"
-        control.write_text(f"<html><body>{call}<img src=x onerror=\"{CANARY}\"></body></html>")
+        control.write_text(f'<html><body>{call}<img src=x onerror="{CANARY}"></body></html>')
         assert "data-canary" in dom(tmp_path, control).split(">")[0] and asked, "this browser can be tempted"
         asked.clear()
         text = call + "".join(HOSTILE)
         lines = [step(1), {"step": 1, "eval": {text: {"n": 1, "accuracy": 1.0}}}]
-        folder = a_run(tmp_path / "run", {1: [hostile_rollout(0, text), hostile_rollout(0, text) | {"sample": 1}]}, lines)
+        folder = a_run(
+            tmp_path / "run", {1: [hostile_rollout(0, text), hostile_rollout(0, text) | {"sample": 1}]}, lines
+        )
         page = write_report(folder)
         for view in ("text", "mask", "probability"):
             shown = dom(tmp_path, page, f"at=0.1.0.0&beside=1&view={view}")

@@ -12,7 +12,10 @@ from mmsr.track import Tracker
 
 LINE = {"step": 3, "reward": 0.5, "kl": None, "seconds": {"rollout": 1.5}}
 EVALUATION = {"step": 3, "eval": {"familiar": {"n": 2, "accuracy": 1.0}}}
-NAMED = [({"train/reward": 0.5, "train/seconds/rollout": 1.5}, 3), ({"eval/familiar/n": 2, "eval/familiar/accuracy": 1.0}, 3)]
+NAMED = [
+    ({"train/reward": 0.5, "train/seconds/rollout": 1.5}, 3),
+    ({"eval/familiar/n": 2, "eval/familiar/accuracy": 1.0}, 3),
+]
 
 
 def fake(monkeypatch, name, **contents):
