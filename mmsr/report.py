@@ -44,6 +44,10 @@ def write_report(folder: str | Path, most_rollouts: int = MOST_ROLLOUTS) -> Path
 def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
     share = 1 / len(folders)
     runs = [_run(folder, most_rollouts * share, MOST_ROLLOUT_BYTES * share) for folder in folders]
+    parts = [folder.resolve().parts for folder in folders]
+    distinct = len({part[-1:] for part in parts}) == len(parts)
+    for run, part in zip(runs, parts):
+        run["name"] = "/".join(part[-1:] if distinct else part[-2:])
     data = {"runs": runs, **_pictures(folders, runs)}
     side = out.with_name(f".{out.name}.tmp")
     side.write_bytes(_page(data))
@@ -80,7 +84,6 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any
         raise UserError(f"{folder}: no metrics.jsonl, rollouts/, results.json or episodes.jsonl; name a run's folder")
     kept, counts, total = _rollouts(files, most_rollouts, most_bytes)
     return {
-        "name": folder.resolve().name,
         "config": _object(folder / "config.json"),
         "columns": _columns(steps, counts),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),

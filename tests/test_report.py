@@ -136,7 +136,14 @@ def test_several_runs_stand_in_one_page(tmp_path, capsys, monkeypatch):
     a_run(tmp_path / "a", {1: [rollout()]}), a_run(tmp_path / "b", {1: [rollout()], 2: [rollout()]})
     report.main(["a", "b"])
     assert capsys.readouterr().out == "report.html\n"
-    assert [len(run["columns"]["step"]) for run in embedded(tmp_path / "report.html")["runs"]] == [1, 2]
+    runs = embedded(tmp_path / "report.html")["runs"]
+    assert [(run["name"], len(run["columns"]["step"])) for run in runs] == [("a", 1), ("b", 2)]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [a_run(tmp_path / name / "out", {1: [rollout()]}) for name in "ab"]
+    report.main([*map(str, folders), "--out", str(tmp_path / "page.html")])
+    assert [run["name"] for run in embedded(tmp_path / "page.html")["runs"]] == ["a/out", "b/out"]
 
 
 def test_folder_of_no_run_is_refused_in_one_line(tmp_path, capsys):
