@@ -254,6 +254,28 @@ def test_browser_draws_filters_and_opens_what_the_address_says(tmp_path):
     assert "The group of 60" in shown and shown.count("A title") == 61
 
 
+def test_clicks_and_filters_are_kept_in_the_address(tmp_path, monkeypatch):
+    """A page whose own script ends with a reader who filters, opens a rollout and another of its group, and closes it."""
+    reader = """start();
+    const said = [], note = () => said.push(location.hash), wait = (ms) => new Promise((then) => setTimeout(then, ms));
+    (async () => {
+      const field = form.elements.outcome;
+      field.value = "wrong"; field.dispatchEvent(new Event("change")); await wait(400); note();
+      document.querySelector(".row").click(); await wait(100); note();
+      document.querySelectorAll("tr.open")[0].click(); await wait(100); note();
+      byId("back").click(); await wait(100); note();
+      document.documentElement.dataset.said = said.join(" ");
+    })();"""
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.html")
+    shown = (report.Path(report.__file__).with_suffix(".html")).read_text(encoding="utf-8")
+    report.PAGE.write_text(shown.replace("\nstart();\n", f"\n{reader}\n"), encoding="utf-8")
+    wrong = rollout(0, 1, reward_parts={"accuracy": 0.0})
+    page = write_report(a_run(tmp_path / "run", {1: [rollout(), wrong]}))
+    said = re.search('data-said="(.*?)"', dom(tmp_path, page))[1].replace("&amp;", "&").split()
+    chosen = "#outcome=wrong&at=0.1.0."
+    assert said == ["#outcome=wrong", chosen + "1", chosen + "0", "#outcome=wrong"]
+
+
 def test_browser_runs_nothing_that_the_data_brings(tmp_path):
     """Every hostile text is opened in every view; a server on this machine counts requests."""
     asked = []
