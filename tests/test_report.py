@@ -255,7 +255,7 @@ def test_browser_draws_filters_and_opens_what_the_address_says(tmp_path):
 
 
 def test_clicks_and_filters_are_kept_in_the_address(tmp_path, monkeypatch):
-    """A page whose own script ends with a reader who filters, opens a rollout and another of its group, and closes it."""
+    """A page whose own script ends with a reader: filters, opens a rollout, another of its group, and closes it."""
     reader = """start();
     const said = [], note = () => said.push(location.hash), wait = (ms) => new Promise((then) => setTimeout(then, ms));
     (async () => {
