@@ -44,7 +44,7 @@ RECIPES: dict[str, dict] = {
 
 
 # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-RESUME_FREELY = {"out", "save_every", "keep", "resume", "timeout", "max_skipped"}
+RESUME_FREELY = {"out", "save_every", "keep", "resume", "timeout", "max_skipped", "log_tokens", "track"}
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}  # where equal bits are not promised
 
 
@@ -164,6 +164,10 @@ class Config:
     """Save a checkpoint every so many steps, besides after the last and when interrupted."""
     keep: int = 2
     """Keep this many checkpoints, the newest; at least 2, in case one is damaged."""
+    log_tokens: bool = True
+    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
+    track: Literal["", "tensorboard", "wandb"] = ""
+    """Send the metrics to a tracker too; its package must be installed."""
     resume: bool = False
     """Go on from the newest sound checkpoint in --out, or start afresh where there is none."""
     toy: Literal["basic"] = "basic"

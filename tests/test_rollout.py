@@ -518,6 +518,6 @@ def test_record_of_an_episode_is_json_with_every_key_of_the_contract(home):
     }
     assert set(record["turns"][0]) >= {"role", "text", "action", "query"}
     assert set(record["turns"][1]["observation"]) == {
-        *("ok", "error", "source", "titles", "text", "images", "seconds", "cached")
+        *("ok", "error", "source", "titles", "urls", "thumbnails", "text", "images", "seconds", "cached")
     }
     assert record["turns"][1]["observation"]["titles"] == ["first title", "second title"]
