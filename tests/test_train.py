@@ -192,7 +192,7 @@ def test_nothing_is_trained_or_encoded_twice(first):
 
 
 def test_trainer_and_sampler_agree_on_log_probabilities(first):
-    assert all(0 < line["logp_gap"] <= line["logp_gap_max"] <= 1e-5 for line in first.steps)
+    assert all(0 <= line["logp_gap"] <= line["logp_gap_max"] <= 2e-6 for line in first.steps)
 
 
 # ---- the same again, and otherwise ----------------------------------------------------------------------------------
