@@ -5,7 +5,8 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
+from . import hub, parallel, toy
 from . import model as modeling
-from . import parallel, toy
 from .chat import PROMPTS, Chat
 from .config import Config
 from .data import Replay, read_examples, recorded_turns
@@ -105,10 +106,11 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     """Open everything that `config` names. Raises UserError where something is missing or wrong."""
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
+    files = _local(config, ranks)
     with ranks.alone():
-        questions = _questions(config.data, world, ranks)
-        evaluation = _eval_questions(config, world, questions, ranks)
-        backend, scripts = _backend(config, world, [questions, evaluation])
+        questions = _questions(files.data, world, ranks)
+        evaluation = _eval_questions(files, world, questions, ranks)
+        backend, scripts = _backend(files, world, [questions, evaluation], ranks)
     tools = search_tools(backend, config.max_images, config.max_texts)
     prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
@@ -132,6 +134,19 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
+def _local(config: Config, ranks: Ranks) -> Config:
+    """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
+    named = {name: hub.hub_file(getattr(config, name)) for name in ("data", "eval_data")}
+    if config.search == "replay:fvqa":
+        named["search"] = hub.FVQA, hub.RESULTS
+    found = {
+        name: str(ranks.first(f"--{name}", partial(hub.published, *place))) for name, place in named.items() if place
+    }
+    if "search" in found:
+        found["search"] = f"replay:{found['search']}"
+    return replace(config, **found)
+
+
 def _questions(name: str, world: toy.World | None, ranks: Ranks) -> Sequence[Example]:
     """The toy world's training questions, or those of a file, every picture of which some rank has opened."""
     if name == "toy":
@@ -148,7 +163,7 @@ def _questions(name: str, world: toy.World | None, ranks: Ranks) -> Sequence[Exa
     return questions
 
 
-def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[Example]]):
+def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks):
     """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
     kind, _, file = config.search.partition(":")
     if kind == "toy" and not file:
@@ -157,13 +172,24 @@ def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[E
         return world.web, None
     if kind == "none" and not file:
         return NoSearch(), None
-    if kind == "replay" and file == "fvqa":
-        raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
+    if kind == "replay" and file.endswith(".pkl"):
+        return _published_results(config, file, known, ranks), None
     if kind == "replay" and file:
         recorded = recorded_turns(file)
         scripts = partial(_recorded_script, recorded, config.group_size) if config.force_searches else None
         return Replay(recorded, chain(*known)), scripts
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none or replay:FILE")
+    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, replay:fvqa or replay:FILE")
+
+
+def _published_results(config: Config, file: str, known: Sequence[Sequence[Example]], ranks: Ranks) -> Replay:
+    if config.force_searches:
+        raise UserError("--force-searches: FVQA's search results hold no model turns; give replay:FILE.jsonl with them")
+    results = hub.search_results(file)
+    thumbnails = [hit.image is not None for seen in results.values() for hit in seen.hits]
+    if ranks.main:
+        absent = f"{thumbnails.count(False)} of {len(thumbnails)} hits have no thumbnail (addresses are not followed)"
+        print(f"{Path(file).name}: image searches of {len(results)} examples; {absent}", file=sys.stderr)
+    return Replay({}, chain(*known), results)
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

@@ -68,9 +68,9 @@ class Config:
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
-    """toy, a .parquet in FVQA's schema, or a .jsonl with its images beside it."""
+    """toy, a .parquet in FVQA's schema, a .jsonl with its images beside it, or OWNER/NAME[:FILE] on the hub."""
     search: str = "toy"
-    """Back-end: toy, none, or replay:FILE (recorded conversations)."""
+    """Back-end: toy, none, replay:FILE (recorded conversations), or replay:fvqa (the results published with FVQA)."""
     out: str = ""
     """Folder of the run; empty: runs/RECIPE. One that is not empty is refused without --resume."""
     seed: int = 0

@@ -13,7 +13,7 @@ import random
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -362,21 +362,35 @@ class Replay:
     text searches by the query, case-folded and with blanks collapsed. The first recording of a search counts.
     """
 
-    def __init__(self, recorded: dict[str, list[RecordedTurn]], examples: Iterable[Example]):
-        self.images: dict[bytes, Observation] = {}
+    def __init__(
+        self,
+        recorded: Mapping[str, list[RecordedTurn]],
+        examples: Iterable[Example],
+        results: Mapping[str, Observation] | None = None,
+    ):
+        """`results`: of image searches by example id, where there are no turns recorded."""
         self.texts: dict[str, Observation] = {}
         for turns in recorded.values():
             for turn in _searches(turns, "text_search"):
                 self.texts.setdefault(_normalise(turn.query or ""), turn.observation)
-        for example in examples:
-            for turn in _searches(recorded.get(example.id, ()), "image_search"):
-                self.images.setdefault(_digest(example.image), turn.observation)
+        searches = {key: _searches(turns, "image_search") for key, turns in recorded.items()}
+        results = {**(results or {}), **{key: turns[0].observation for key, turns in searches.items() if turns}}
+        self.images: dict[bytes, Observation] = {}
+        for image, seen in image_results(examples, results):
+            self.images.setdefault(_digest(image), seen)
 
     def image_search(self, image: bytes, question: str = "") -> Observation:
         return self.images.get(_digest(image), Observation(source="replay"))
 
     def text_search(self, query: str) -> Observation:
         return self.texts.get(_normalise(query), Observation(source="replay"))
+
+
+def image_results(
+    examples: Iterable[Example], results: Mapping[str, Observation]
+) -> Iterator[tuple[bytes, Observation]]:
+    """(picture, what searching it gave) of the examples whose id is in `results`."""
+    return ((example.image, results[example.id]) for example in examples if example.id in results)
 
 
 def _searches(turns: Iterable[RecordedTurn], action: str) -> list[RecordedTurn]:
