@@ -5,6 +5,7 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,7 +16,7 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import hub, parallel, toy
+from . import hub, parallel, plan, toy
 from . import model as modeling
 from .chat import PROMPTS, Chat
 from .config import Config
@@ -117,11 +118,25 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     folder = ranks.first("model folder", find)
     with ranks.alone():
         chat = Chat(folder, prompts, tools)
+    _check_memory(config, modeling.read_config(folder), dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
     return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
+
+
+def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Print the memory plan. Raises UserError where it does not fit, with what would help."""
+    on_cpu = ranks.device.type != "cuda"
+    if on_cpu:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
+    else:
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+    found = plan.check(model, config, capacity, ranks.size, ranks.node_size, dtype.itemsize)
+    if ranks.main:
+        whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
+        print(f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
 
 
 def load_model(
