@@ -179,7 +179,7 @@ def _join(device: str, timeout: float) -> Ranks:
         torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun's store outlives the processes that it restarts: the addresses that the dead ones left are no use to these.
+    # torchrun's store outlives the processes that it restarts: keep these from the addresses that the dead ones left.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(
