@@ -5,7 +5,9 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import attention, parallel, toy
+from . import attention, hub, parallel, plan, toy
 from . import model as modeling
 from .chat import PROMPTS, Chat
 from .config import Config, EvalConfig, Options
@@ -107,10 +109,11 @@ class Setup:
 def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     """Open everything that a training run names. Raises UserError where something is missing or wrong."""
     world = _world(config)
+    files = _local(config, ranks)
     with ranks.alone():
-        questions = _questions(config.data, world, config, ranks)
-        evaluation = _eval_questions(config, world, questions, ranks)
-    setup = _open(config, ranks, world, [questions, evaluation])
+        questions = _questions(files.data, world, config, ranks)
+        evaluation = _eval_questions(files, world, questions, ranks)
+    setup = _open(config, files.search, ranks, world, [questions, evaluation])
     setup.questions, setup.eval_questions = questions, evaluation
     setup.model.checkpoint_blocks = setup.model.visual.checkpoint_blocks = config.recompute
     return setup
@@ -119,9 +122,10 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
 def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setup, dict[str, Sequence[Example]]]:
     """Open everything that an evaluation names; and its questions by data set. Raises UserError likewise."""
     world = _world(config)
+    files = _local(config, ranks)
     with ranks.alone():
-        sets = {name: _evaluated(name, world, config, ranks) for name in config.data}
-    return _open(config, ranks, world, list(sets.values())), sets
+        sets = {name: _evaluated(file, world, config, ranks) for name, file in zip(config.data, files.data)}
+    return _open(config, files.search, ranks, world, list(sets.values())), sets
 
 
 def _world(config: Options) -> toy.World | None:
@@ -129,16 +133,20 @@ def _world(config: Options) -> toy.World | None:
     return toy.World(config.seed) if wanted else None
 
 
-def _open(config: Options, ranks: Ranks, world: toy.World | None, known: Sequence[Sequence[Example]]) -> Setup:
+def _open(
+    config: Options, search: str, ranks: Ranks, world: toy.World | None, known: Sequence[Sequence[Example]]
+) -> Setup:
     """What training and evaluation have in common. `known`: all questions, whose pictures a recording may name."""
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     with ranks.alone():
-        backend, scripts = _backend(config, world, known)
+        backend, scripts = _backend(config, search, world, known, ranks)
     tools = search_tools(backend, config.max_images, config.max_texts)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
         chat = Chat(folder, prompts_folder(config), tools)
+    if isinstance(config, Config):
+        _check_memory(config, modeling.read_config(folder), dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
@@ -150,6 +158,19 @@ def prompts_folder(config: Options) -> Path:
     return PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
 
 
+def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Print the memory plan. Raises UserError where it does not fit, with what would help."""
+    on_cpu = ranks.device.type != "cuda"
+    if on_cpu:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
+    else:
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+    found = plan.check(model, config, capacity, ranks.size, ranks.node_size, dtype.itemsize)
+    if ranks.main:
+        whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
+        print(f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
+
+
 def load_model(
     folder: Path, compute: torch.dtype, stored: torch.dtype, ranks: Ranks, across: str
 ) -> modeling.Qwen2_5_VL:
@@ -158,6 +179,21 @@ def load_model(
         return modeling.load(folder, stored, ranks.device)
     model = parallel.shard(modeling.skeleton(folder).to(stored), ranks, compute, across)
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
+
+
+def _local(config: Options, ranks: Ranks) -> Options:
+    """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
+
+    def here(name: str) -> str:
+        place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
+        return str(ranks.first(f"fetch {name}", partial(hub.published, *place))) if place else name
+
+    found = {"data": tuple(map(here, config.datasets))}
+    if isinstance(config, Config):
+        found = {"data": found["data"][0], "eval_data": here(config.eval_data)}
+    if config.search == "replay:fvqa":
+        found["search"] = f"replay:{here(config.search)}"
+    return replace(config, **found)
 
 
 def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks) -> Sequence[Example]:
@@ -180,7 +216,7 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     return questions
 
 
-def _backend(config: Options, world: toy.World | None, known: Sequence[Sequence[Example]]):
+def _backend(config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks):
     """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
     kind, _, file = config.search.partition(":")
     if kind == "toy" and not file:
@@ -189,14 +225,25 @@ def _backend(config: Options, world: toy.World | None, known: Sequence[Sequence[
         return world.web, None
     if kind == "none" and not file:
         return NoSearch(), None
-    if kind == "replay" and file == "fvqa":
-        raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
+    if kind == "replay" and file.endswith(".pkl"):
+        return _published_results(config, file, known, ranks), None
     if kind == "replay" and file:
         recorded = recorded_turns(file)
         forced = isinstance(config, Config) and config.force_searches
         scripts = partial(_recorded_script, recorded, config.group_size) if forced else None
         return Replay(recorded, chain(*known)), scripts
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none or replay:FILE")
+    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, replay:fvqa or replay:FILE")
+
+
+def _published_results(config: Config, file: str, known: Sequence[Sequence[Example]], ranks: Ranks) -> Replay:
+    if config.force_searches:
+        raise UserError("--force-searches: FVQA's search results hold no model turns; give replay:FILE.jsonl with them")
+    results = hub.search_results(file)
+    thumbnails = [hit.image is not None for seen in results.values() for hit in seen.hits]
+    if ranks.main:
+        absent = f"{thumbnails.count(False)} of {len(thumbnails)} hits have no thumbnail (addresses are not followed)"
+        print(f"{Path(file).name}: image searches of {len(results)} examples; {absent}", file=sys.stderr)
+    return Replay({}, chain(*known), results)
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

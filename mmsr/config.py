@@ -59,7 +59,7 @@ class Options:
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
-    """toy, or a .parquet, .jsonl or .json file of questions about pictures."""
+    """toy, a .parquet, .jsonl or .json file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""
     """How the data file is laid out: fvqa, infoseek, mmsearch, simplevqa, livevqa, civqa or plain. Empty: look."""
     columns: str = ""
@@ -67,7 +67,7 @@ class Options:
     images: str = ""
     """Folder of the picture files that the data names; empty: the data file's own."""
     search: str = "toy"
-    """Back-end: toy, none, or replay:FILE (recorded conversations)."""
+    """Back-end: toy, none, replay:FILE (recorded conversations), or replay:fvqa (the results published with FVQA)."""
     out: str = ""
     """Folder of the run. One that is not empty is refused, unless the same run goes on in it."""
     seed: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,23 @@ class Replay:
     text searches by the query, case-folded and with blanks collapsed. The first recording of a search counts.
     """
 
-    def __init__(self, recorded: dict[str, list[RecordedTurn]], examples: Iterable[Example]):
-        self.images: dict[bytes, Observation] = {}
+    def __init__(
+        self,
+        recorded: Mapping[str, list[RecordedTurn]],
+        examples: Iterable[Example],
+        results: Mapping[str, Observation] | None = None,
+    ):
+        """`results`: of image searches by example id, where there are no turns recorded."""
         self.texts: dict[str, Observation] = {}
         for turns in recorded.values():
             for turn in _searches(turns, "text_search"):
                 self.texts.setdefault(_normalise(turn.query or ""), turn.observation)
+        searches = {key: _searches(turns, "image_search") for key, turns in recorded.items()}
+        results = {**(results or {}), **{key: turns[0].observation for key, turns in searches.items() if turns}}
+        self.images: dict[bytes, Observation] = {}
         for example in examples:
-            for turn in _searches(recorded.get(example.id, ()), "image_search"):
-                self.images.setdefault(_digest(example.image), turn.observation)
+            if example.id in results:
+                self.images.setdefault(_digest(example.image), results[example.id])
 
     def image_search(self, image: bytes, question: str = "") -> Observation:
         return self.images.get(_digest(image), Observation(source="replay"))
