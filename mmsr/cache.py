@@ -67,8 +67,8 @@ class Cached:
             ok = seen.ok
         finally:
             self.store.count("calls" if ok else "failures", key.tool)
-        seen = replace(seen, seconds=seen.seconds or time.perf_counter() - start, cached=False)
-        return seen if self.store.put(key, seen) else self.store.get(key) or seen
+        self.store.put(key, replace(seen, seconds=seen.seconds or time.perf_counter() - start))
+        return replace(self.store.get(key) or seen, cached=False)  # as it is recorded, to the letter
 
 
 class Replayed:

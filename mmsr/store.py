@@ -25,8 +25,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import count, islice, product
@@ -37,19 +36,20 @@ from .episode import Hit, Observation, UserError
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, ToolFailure
 
 APPLICATION, VERSION = 0x6D6D7372, 1  # "mmsr" in the file's header, and the version of the tables
-SCHEMA = f"""
+SCHEMA = """
 CREATE TABLE results (id INTEGER PRIMARY KEY AUTOINCREMENT, tool TEXT, query TEXT, form TEXT, question TEXT,
                       payload TEXT, time REAL, checksum TEXT, UNIQUE (tool, query, form, question));
 CREATE TABLE quarantine (id INTEGER PRIMARY KEY, tool, query, form, question, payload, time, checksum);
 CREATE TABLE thumbnails (digest TEXT PRIMARY KEY, image BLOB);
 CREATE TABLE counters (name TEXT, tool TEXT, n INTEGER, PRIMARY KEY (name, tool));
-CREATE TABLE spend (run TEXT, step INTEGER, provider TEXT, n INTEGER, PRIMARY KEY (run, step, provider));
-PRAGMA application_id={APPLICATION}; PRAGMA user_version={VERSION}
+CREATE TABLE spend (run TEXT, step INTEGER, provider TEXT, n INTEGER, PRIMARY KEY (run, step, provider))
 """
+TABLES = [statement.strip() for statement in SCHEMA.split(";")]
 FIND = """
 SELECT * FROM results WHERE tool=? AND query=? AND form=COALESCE(?, form) AND question IN ('', ?)
 ORDER BY question DESC, id
 """
+DAMAGE = (sqlite3.DatabaseError, UnicodeError)  # the latter where an error message quotes damaged text
 BUSY = 30.0  # seconds that one write waits for another
 POLL = 0.02  # seconds between two looks at a lock that another process holds
 UNWRITTEN = 500  # counts that a kill may lose
@@ -86,6 +86,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path | None, readonly: bool = False):
+        self._folder = None
         if path is None:
             self._folder = tempfile.TemporaryDirectory(prefix="mmsr-searches-", ignore_cleanup_errors=True)
             path = Path(self._folder.name) / "searches.sqlite"
@@ -110,17 +111,21 @@ class Store:
         self._connections.clear()
         if self._locks:
             self._locks.close()
+        if self._folder:
+            self._folder.cleanup()
 
     # ---- results
 
     def get(self, key: Key) -> Observation | None:
         """The recorded result, as it was but for `cached`; None where there is none, or no sound one."""
+        key = Key(*(part and storable(part) for part in key))
         try:
-            rows = self._db.execute(FIND, [part and storable(part) for part in key]).fetchall()
+            rows = self._db.execute(FIND, key).fetchall()
         except sqlite3.Error as error:
             self._warn("cannot be read", error)
             return None
-        return next(filter(None, map(self._sound, rows)), None)
+        meant = (row for row in rows if row[1:3] == key[:2])  # a damaged index gives rows of other keys
+        return next(filter(None, map(self._sound, meant)), None)
 
     def put(self, key: Key, seen: Observation) -> bool:
         """Record a result; on the disk when this returns. False where there is one already or it is not recorded."""
@@ -194,25 +199,21 @@ class Store:
             flight = self._flights.get(key)
             if first := flight is None:
                 flight = self._flights[key] = Future()
+        if first:
+            self._lead(flight, key, work, patience)
+        elif not wait([flight], patience).done:
+            raise _waited(patience)
+        return flight.result() if first else replace(flight.result(), cached=True)
+
+    def _lead(self, flight: Future[Observation], key: Key, work: Callable[[], Observation], patience: float) -> None:
         try:
-            if not first:
-                return replace(flight.result(patience), cached=True)
             with self._alone(1 + int(digest(ascii(key).encode())[:15], 16), patience):
                 flight.set_result(work())
-        except FutureTimeout:
-            failure = ToolFailure("timeout", f"the same search has been under way elsewhere for {patience:g} s")
-            if not first:
-                raise failure from None
-            flight.set_exception(failure)
         except BaseException as error:
-            if not first:
-                raise
             flight.set_exception(error)
         finally:
-            if first:
-                with self._lock:
-                    del self._flights[key]
-        return flight.result()
+            with self._lock:
+                del self._flights[key]
 
     @contextmanager
     def _alone(self, place: int, patience: float) -> Iterator[None]:
@@ -226,7 +227,7 @@ class Store:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     break  # a file system without locks: searches may then be made twice
                 if time.monotonic() > deadline:
-                    raise FutureTimeout from None
+                    raise _waited(patience) from None
                 time.sleep(POLL)
         try:
             yield
@@ -249,13 +250,8 @@ class Store:
     def _write_counts(self, db: sqlite3.Connection) -> None:
         with self._lock:
             counts, self.counts = self.counts, Counter()
-        try:
-            sql = "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
-            db.executemany(sql, [(*name, n) for name, n in counts.items()])
-        except sqlite3.Error:
-            with self._lock:
-                self.counts.update(counts)
-            raise
+        sql = "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
+        db.executemany(sql, [(*name, n) for name, n in counts.items()])
 
     def budget(self, run: str, total: int, per_step: int = 0) -> Budget:
         """The paid calls of a run: at most `total`, and in a step at most `per_step` unless that is 0."""
@@ -300,7 +296,9 @@ class Store:
             modes.append("mode=ro&immutable=1")  # for a folder that cannot be written; it would not see a journal
         for mode in modes:
             try:
-                return _opened(self.path, mode)
+                db = _opened(self.path, mode)
+                db.execute("SELECT 1 FROM sqlite_master")  # only this really opens the file
+                return db
             except sqlite3.OperationalError as error:
                 problem = error
         raise problem
@@ -318,7 +316,7 @@ class Store:
         except sqlite3.OperationalError as error:
             hint = "if its folder is read-only, copy it and its -wal file to another"
             raise UserError(f"{self.path}: cannot be opened ({error}); {hint}") from None
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             complaint = f"no file of recorded searches, or damaged ({error}); get it again"
             raise UserError(f"{self.path}: {complaint}") from None
 
@@ -335,7 +333,7 @@ class Store:
                 self._prepare()
             except sqlite3.OperationalError as error:
                 self._warn("results are not recorded", error)
-            except sqlite3.DatabaseError as error:
+            except DAMAGE as error:
                 self._start_anew(error)
 
     def _prepare(self) -> None:
@@ -347,11 +345,14 @@ class Store:
             raise UserError(f"{self.path}: a database of something else; name a file of recorded searches")
         if not fresh and version != VERSION:
             raise UserError(f"{self.path}: has version {version}, this program reads {VERSION}; name another file")
-        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(" ".join(found.split()))
         if fresh:
             db.execute("PRAGMA journal_mode=WAL")
-            self._write(lambda db: [db.execute(statement) for statement in SCHEMA.split(";")])
+            header = f"PRAGMA application_id={APPLICATION}", f"PRAGMA user_version={VERSION}"
+            self._write(lambda db: [db.execute(statement) for statement in (*TABLES, *header)])
+        if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(" ".join(found.split()))
+        if not {*TABLES} <= {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")}:
+            raise sqlite3.DatabaseError("a table is not as it was made")
 
     def _start_anew(self, error: Exception) -> None:
         """Move a damaged file aside, and take over what can be read of it."""
@@ -455,6 +456,10 @@ def refuse_pickle(path: Path) -> None:
             raise UserError(f"{path}: a pickle, which may run any code when it is read; give a file of another format")
 
 
+def _waited(patience: float) -> ToolFailure:
+    return ToolFailure("timeout", f"the same search has been under way elsewhere for {patience:g} s")
+
+
 def _checksum(fields: Iterable[Any]) -> str:
     return digest(ascii(tuple(fields)).encode())
 
@@ -467,9 +472,10 @@ def _set_aside(db: sqlite3.Connection, number: int) -> None:
 def _salvage(db: sqlite3.Connection, damaged: Path) -> int:
     """Copy what can be read, of each table the rows before the damage and, from the end, those behind it."""
     kept: Counter[str] = Counter()
-    with suppress(sqlite3.Error), closing(_opened(damaged, "mode=ro")) as old:
+    with suppress(*DAMAGE), closing(_opened(damaged, "mode=ro")) as old:
+        old.execute("PRAGMA writable_schema=ON")  # a table whose definition is damaged must not hide the others
         for table, order in product(("spend", "results", "thumbnails"), ("ASC", "DESC")):
-            with suppress(sqlite3.Error):
+            with suppress(*DAMAGE):
                 for row in old.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
                     values = ",".join("?" * len(row))
                     kept[table] += db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({values})", row).rowcount
@@ -480,5 +486,4 @@ def _opened(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?{mode}"
     db = sqlite3.connect(uri, BUSY, isolation_level=None, check_same_thread=False, uri=True)
     db.text_factory = lambda raw: raw.decode(errors="backslashreplace")  # what is damaged fails its checksum later
-    db.execute("SELECT 1 FROM sqlite_master")
     return db
