@@ -58,7 +58,7 @@ def search(engine, name: str) -> str:
     return seen.hits[0].title if seen.hits else ""
 
 
-def worker(folder: Path, seed: int, things: int, total: int) -> None:
+def worker(folder: Path, seed: float, things: int, total: int) -> None:
     random.seed(seed)
     notes = os.open(folder / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     store = Store(folder / "cache.sqlite")
@@ -77,13 +77,12 @@ def storm(folder: Path, calls: int, kills: int, seed: int) -> None:
     random.seed(seed)
     (folder / "notes").touch()
     things, total, fork = calls // 4, calls // 5, multiprocessing.get_context("fork")
-    seeds = iter(range(seed * 10**6, seed * 10**6 + 10**5))
-    crew, killed, done, end = [], 0, 0, time.monotonic() + DEADLINE
-    while done < calls and time.monotonic() < end:
+    crew, killed, done, start = [], 0, 0, time.monotonic()
+    while done < calls and time.monotonic() < start + DEADLINE:
         while len(crew) < PROCESSES:
-            crew.append(fork.Process(target=worker, args=(folder, next(seeds), things, total)))
+            crew.append(fork.Process(target=worker, args=(folder, random.random(), things, total)))
             crew[-1].start()
-        time.sleep(random.uniform(0, 0.2))
+        time.sleep(random.uniform(0, 0.05))
         done = sum(not line.startswith("paid") for line in (folder / "notes").read_text().splitlines())
         if killed < kills * done / calls:
             victim = crew.pop(random.randrange(len(crew)))
@@ -94,10 +93,11 @@ def storm(folder: Path, calls: int, kills: int, seed: int) -> None:
     for process in crew:
         process.kill()
         process.join()
-    report(folder, total, killed + len(crew))
+    print(f"{killed + len(crew)} processes killed in {time.monotonic() - start:.0f} s")
+    report(folder, total)
 
 
-def report(folder: Path, total: int, killed: int) -> None:
+def report(folder: Path, total: int) -> None:
     lines = [line.split() for line in (folder / "notes").read_text().splitlines()]
     seen = [(f"{words[1]} {words[2]}", words[3]) for words in lines if words[0] == "seen"]
     paid = Counter(" ".join(words[1:3]) for words in lines if words[0] == "paid")
@@ -107,7 +107,7 @@ def report(folder: Path, total: int, killed: int) -> None:
         lost = sum(search(replayed, name) != title for name, title in set(seen))
         spent, told = sum(store.spent("storm").values()), store.stats()
     hits = sorted(float(words[4]) for words in lines if words[0] == "seen")
-    print(f"{len(lines) - paid.total()} calls by {PROCESSES} processes, {killed} killed")
+    print(f"{len(lines) - paid.total()} calls by {PROCESSES} processes at a time")
     print(f"{len(seen)} answers acknowledged, of {len(set(seen))} results: {lost} lost or changed")
     print(f"budget {total}: {spent} reserved, {paid.total()} paid for {len(paid)} searches")
     print(f"failures: {dict(failures)}; cache: {told['bytes'] / 1e6:.1f} MB, {told['quarantined']} rows quarantined")
@@ -119,8 +119,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (("--calls", 10_000), ("--kills", 60), ("--seed", 0)):
         parser.add_argument(name, type=int, default=default)
-    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        storm(Path(folder), options.calls, options.kills, options.seed)
-        print(f"{time.perf_counter() - start:.0f} s")
+        storm(Path(folder), **vars(parser.parse_args()))
