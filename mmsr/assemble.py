@@ -18,15 +18,17 @@ from tqdm import tqdm
 
 from . import attention, hub, parallel, plan, toy
 from . import model as modeling
+from .cache import Replayed, import_results, import_transcripts
 from .chat import PROMPTS, Chat
 from .config import Config, EvalConfig, Options
 from .data import read_examples
 from .engine import Engine
 from .episode import Episode, Example, UserError
 from .parallel import SINGLE, Ranks
-from .recorded import Replay, recorded_turns
+from .recorded import recorded_turns
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
+from .store import Store
 from .tools import NoSearch, Toolbox, search_tools
 from .vision import check_image, image_tokens
 
@@ -218,32 +220,41 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
 
 def _backend(config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks):
     """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
-    kind, _, file = config.search.partition(":")
+    kind, _, file = search.partition(":")
     if kind == "toy" and not file:
         if config.datasets != ("toy",):
             raise UserError("--search toy knows the toy world's pictures only: give --search none or replay:FILE")
         return world.web, None
     if kind == "none" and not file:
         return NoSearch(), None
-    if kind == "replay" and file.endswith(".pkl"):
-        return _published_results(config, file, known, ranks), None
     if kind == "replay" and file:
-        recorded = recorded_turns(file)
-        forced = isinstance(config, Config) and config.force_searches
-        scripts = partial(_recorded_script, recorded, config.group_size) if forced else None
-        return Replay(recorded, chain(*known)), scripts
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, replay:fvqa or replay:FILE")
+        return _replay(config, file, known, ranks)
+    raise UserError(f"--search {search}: unknown back-end; give toy, none, replay:fvqa or replay:FILE")
 
 
-def _published_results(config: Config, file: str, known: Sequence[Sequence[Example]], ranks: Ranks) -> Replay:
-    if config.force_searches:
-        raise UserError("--force-searches: FVQA's search results hold no model turns; give replay:FILE.jsonl with them")
+def _replay(config: Options, file: str, known: Sequence[Sequence[Example]], ranks: Ranks):
+    """`_backend` from a file of recorded conversations, of published results, or of recorded searches."""
+    forced = isinstance(config, Config) and config.force_searches
+    if forced and not file.endswith(".jsonl"):
+        raise UserError(f"--force-searches: {file} holds searches without conversations: replay a transcripts .jsonl")
+    scripts, store = None, Store(None)
+    if file.endswith(".jsonl"):
+        import_transcripts(store, file, chain(*known))
+        scripts = partial(_recorded_script, recorded_turns(file), config.group_size) if forced else None
+    elif file.endswith(".pkl"):
+        _import_published(store, file, known, ranks)
+    else:
+        store = Store(file, readonly=True)
+    return Replayed(store, miss="empty"), scripts
+
+
+def _import_published(store: Store, file: str, known: Sequence[Sequence[Example]], ranks: Ranks) -> None:
     results = hub.search_results(file)
+    import_results(store, hub.by_picture(results, chain(*known)))
     thumbnails = [hit.image is not None for seen in results.values() for hit in seen.hits]
     if ranks.main:
         absent = f"{thumbnails.count(False)} of {len(thumbnails)} hits have no thumbnail (addresses are not followed)"
         print(f"{Path(file).name}: image searches of {len(results)} examples; {absent}", file=sys.stderr)
-    return Replay({}, chain(*known), results)
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

@@ -67,7 +67,7 @@ class Options:
     images: str = ""
     """Folder of the picture files that the data names; empty: the data file's own."""
     search: str = "toy"
-    """Back-end: toy, none, replay:FILE (recorded conversations), or replay:fvqa (the results published with FVQA)."""
+    """Back-end: toy, none, replay:FILE (recorded conversations or searches), or replay:fvqa (published with FVQA)."""
     out: str = ""
     """Folder of the run. One that is not empty is refused, unless the same run goes on in it."""
     seed: int = 0

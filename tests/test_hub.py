@@ -17,7 +17,6 @@ from mmsr import hub
 from mmsr.assemble import assemble
 from mmsr.config import parse
 from mmsr.episode import Example, Hit, UserError
-from mmsr.recorded import Replay
 from mmsr.tools import Call
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +88,9 @@ def test_a_pickle_of_something_else(tmp_path, value):
 
 def test_results_are_joined_by_id_with_the_pictures(tmp_path):
     examples = [Example(f"made_{i}", picture(i), "?", ("a",)) for i in range(4)]
-    replay = Replay({}, examples, hub.search_results(written(tmp_path, RESULTS)))
-    assert [hit.title for hit in replay.image_search(picture(0)).hits][:1] == ["A bridge"]
-    assert replay.image_search(picture(2)).source == "fvqa"
-    for number in (3, 9):
-        assert replay.image_search(picture(number)).hits == () and replay.image_search(picture(number)).ok
+    found = dict(hub.by_picture(hub.search_results(written(tmp_path, RESULTS)), examples))
+    assert [hit.title for hit in found[picture(0)].hits][:1] == ["A bridge"]
+    assert found[picture(2)].source == "fvqa" and picture(3) not in found
 
 
 # ---- the hub
