@@ -17,7 +17,7 @@ MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
-def decode(data: bytes) -> PIL.Image.Image:
+def open_image(data: bytes) -> PIL.Image.Image:
     """The RGB picture of an encoded file; transparency is laid on white, an animation gives its first frame.
 
     Raises ValueError, in one line, for a file that is too large, broken, or of another format. Size is read from the
@@ -44,8 +44,8 @@ def check_aspect(width: int, height: int) -> None:
 
 
 def check_image(data: bytes) -> PIL.Image.Image:
-    """`decode`, and the picture's proportions too: what comes back can be shown to the model. Raises ValueError."""
-    picture = decode(data)
+    """`open_image`, and the picture's proportions too: what comes back can be shown to the model. Raises ValueError."""
+    picture = open_image(data)
     check_aspect(*picture.size)
     return picture
 

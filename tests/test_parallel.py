@@ -468,6 +468,7 @@ def read(out: Path) -> tuple[list[dict], list[dict]]:
         line.pop("seconds", None)
     for turn in (turn for rollout in rollouts for turn in rollout["turns"]):
         turn.get("observation", {}).pop("seconds", None)
+        turn["pieces"] = [piece[:2] for piece in turn.get("pieces", ())]  # probabilities are equal but for rounding
     return metrics, rollouts
 
 
