@@ -14,26 +14,28 @@ import PIL.Image
 MAX_ASPECT = 200
 MAX_FILE_BYTES = 32 * 2**20
 MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB
+THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS = 4 * 2**20, 4_000_000  # of a search result, as it comes
+THUMBNAIL_SIDE, THUMBNAIL_BYTES = 448, 64 * 1024  # as it is kept
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
-def decode(data: bytes) -> PIL.Image.Image:
+def decode(data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS) -> PIL.Image.Image:
     """The RGB picture of an encoded file; transparency is laid on white, an animation gives its first frame.
 
     Raises ValueError, in one line, for a file that is too large, broken, or of another format. Size is read from the
     header and refused before any pixel is decoded, so a bomb costs nothing.
     """
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {MAX_FILE_BYTES:,}")
+    if len(data) > max_bytes:
+        raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {max_bytes:,}")
     try:
         picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = picture.size
-        if width * height <= MAX_DECODED_PIXELS:
+        if width * height <= max_pixels:
             return _to_rgb(picture)
     except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({len(data):,} bytes): {reason}") from error
-    raise ValueError(f"picture of {width} x {height} is over the limit of {MAX_DECODED_PIXELS:,} pixels")
+    raise ValueError(f"picture of {width} x {height} is over the limit of {max_pixels:,} pixels")
 
 
 def check_aspect(width: int, height: int) -> None:
@@ -55,3 +57,22 @@ def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     picture = picture.convert("RGBA")
     white = PIL.Image.new("RGBA", picture.size, "white")
     return PIL.Image.alpha_composite(white, picture).convert("RGB")
+
+
+def jpeg(picture: PIL.Image.Image, side: int, max_bytes: int) -> bytes:
+    """The picture as a JPEG without metadata, at most `side` pixels along a side and `max_bytes` bytes long."""
+    while True:
+        picture = picture.copy()
+        picture.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=85)
+        if file.tell() <= max_bytes:
+            return file.getvalue()
+        side = side * 3 // 4
+
+
+def thumbnail(data: bytes) -> bytes:
+    """A stranger's picture file as a small JPEG. Raises ValueError where it is no picture, or too much of one."""
+    picture = decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS)
+    check_aspect(*picture.size)
+    return jpeg(picture, THUMBNAIL_SIDE, THUMBNAIL_BYTES)
