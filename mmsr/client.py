@@ -14,7 +14,6 @@ import json
 import random
 import re
 import socket
-import ssl
 import threading
 import time
 from collections import defaultdict
@@ -24,11 +23,10 @@ from typing import Any, Callable, Sequence
 from urllib.parse import urljoin, urlsplit
 
 import PIL.Image
-import requests
 
 from .pictures import FORMATS
 from .tools import ToolFailure
-from .wire import Answer, Unsent, exchange, failure, keep_secret, require_public
+from .wire import Answer, Unsent, exchange, failure, keep_secret, public_authorities, require_public
 
 BODY_BYTES = 8 * 2**20  # decoded, by default
 HOPS = 5  # redirects followed
@@ -36,7 +34,9 @@ RETRY_AFTER = 60.0  # seconds: what a server may ask for at most
 BACKOFF = 16.0  # seconds: the longest pause of our own
 BREAKER_FAILURES, BREAKER_SECONDS = 8, 30.0
 FATAL = ("auth", "credits")  # no call of this provider can succeed any more
-CREDITS = re.compile(r"run out of searches|not enough credits|insufficient.{0,3}(quota|balance|funds)|current quota")
+CREDITS = re.compile(
+    r"run out of searches|not enough credits|insufficient.{0,3}(quota|balance|funds)|current quota", re.IGNORECASE
+)
 BAD_KEY = re.compile(r"api.?key|unauthori[sz]ed|invalid.{0,9}token", re.IGNORECASE)
 THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
@@ -65,7 +65,7 @@ class Client:
         resolve: Callable = socket.getaddrinfo,
     ):
         self.clock, self.sleep, self.jitter, self.resolve = clock, sleep, jitter, resolve
-        self.tls = ssl.create_default_context(cafile=requests.certs.where())
+        self.tls = public_authorities()
         self._providers: dict[str, _Provider] = defaultdict(_Provider)
         self._lock = threading.Lock()
 

@@ -5,8 +5,8 @@ or Serper, reads the pages with Jina Reader and has them summarised by any OpenA
 passages by BM25 where there is none. `Remote` asks a server that speaks Search-R1's protocol, ours or another's.
 
 Traps learnt: SerpApi answers 200 with an `error` where it found nothing; Lens takes no `data:` address, so a picture is
-uploaded, as a JPEG of at most 500 KB, which also leaves its metadata at home; Jina Reader sends JSON only where Accept is
-exactly that. Every field of every answer may be missing or of another type.
+uploaded, as a JPEG of at most 500 KB, which also leaves its metadata at home; Jina Reader sends JSON only where Accept
+is exactly that. Every field of every answer may be missing or of another type.
 """
 
 from __future__ import annotations
@@ -156,9 +156,7 @@ class Live:
         try:
             small = jpeg(decode(image), UPLOAD_SIDE, UPLOAD_BYTES)
         except ValueError as error:
-            small, why = b"", str(error)
-        if not small:
-            raise failure("format", why)
+            raise failure("format", str(error)) from None
         service = self.services["serpapi"]
         files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
         reply = self.client.request(service.name, "POST", f"{service.url}/image", files=files, data=data).json()
@@ -210,8 +208,11 @@ class Live:
 
     def _pages(self, found: list[Found], query: str, prompt: str) -> tuple[Hit, ...]:
         """What the first `results` readable pages say. Raises the first ToolFailure where all of them failed."""
-        linked = {entry.link: entry for entry in reversed(found) if entry.link}  # the first of equal links
-        waiting, hits, failures = iter(sorted(linked.values(), key=found.index)), [], []
+        linked: dict[str, Found] = {}
+        for entry in found:
+            if entry.link:
+                linked.setdefault(entry.link, entry)
+        waiting, hits, failures = iter(linked.values()), [], []
         while batch := list(islice(waiting, self.results - len(hits))):
             tried = list(self._pool.map(partial(self._page, query=query, prompt=prompt), batch))
             hits += [hit for hit in tried if isinstance(hit, Hit)]
@@ -341,8 +342,9 @@ def _remote_document(entry: object) -> Hit | None:
     document = entry["document"] if scored else entry
     if not isinstance(document, dict):
         return None
-    head, _, body = _text(document.get("contents")).partition("\n")
-    title, text = _text(document.get("title")) or head.strip().strip('"'), body or _text(document.get("text"))
+    head, parted, body = _text(document.get("contents")).partition("\n")
+    title, text = (head.strip().strip('"'), body) if parted else ("", head)
+    title, text = title or _text(document.get("title")), text or _text(document.get("text"))
     url = web_address(document.get("url")) or web_address(document.get("id"))
     return Hit(title, url, text, score=_number(entry.get("score")) if scored else None)
 

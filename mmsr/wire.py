@@ -25,7 +25,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, Mapping
 from urllib.parse import quote, quote_plus, urlsplit
 
@@ -149,10 +149,10 @@ class _Wire:
             for *_, address in found:
                 self.check(address[0])
         error = OSError(f"{connection.host} has no address")
-        for family, kind, protocol, _, address in found:
+        for rest, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found):
             sock = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(self.left())
+                sock.settimeout(self.left() / rest)  # an address that says nothing leaves time for the others
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._guard(sock)
@@ -179,6 +179,12 @@ class _Wire:
             twin.close()
 
 
+@cache
+def public_authorities() -> ssl.SSLContext:
+    """TLS with the certificates that requests brings, read once: that takes longer than many a call."""
+    return ssl.create_default_context(cafile=requests.certs.where())
+
+
 def _connection(kind: type[HTTPConnection], wire: _Wire, **options: Any) -> HTTPConnection:
     connection = kind(**options)
     connection._new_conn = partial(wire.dial, connection)
@@ -203,12 +209,13 @@ def _body(reply: urllib3.BaseHTTPResponse, limit: int) -> bytes:
     if coding not in ("identity", "gzip", "x-gzip", "deflate", ""):
         raise failure("format", f"content encoding {coding} was not asked for")
     unzip = None if coding in ("identity", "") else zlib.decompressobj(zlib.MAX_WBITS | 32)
-    body = bytearray()
+    body, sent = bytearray(), False
     while piece := reply.read(2**16, decode_content=False):
+        sent = True
         body += unzip.decompress(piece, limit + 1 - len(body)) if unzip else piece
         if len(body) > limit:
             raise failure("too-large", f"the reply is over the limit of {limit:,} bytes")
-    if body and unzip and not unzip.eof:
+    if sent and unzip and not unzip.eof:
         raise failure("format", "the compressed reply is cut short")
     return bytes(body)
 
@@ -247,7 +254,8 @@ def exchange(
     except ToolFailure as refused:
         return refused
     except TRANSPORT as error:
-        kind, why = _kind(error, wire), f"{type(error).__name__}: {error}"
+        kind = _kind(error, wire)
+        why = "" if kind == "timeout" else f"{type(error).__name__}: {error}"
     finally:
         wire.close()
     why = why or f"no whole reply within {seconds:.1f} s"
@@ -255,7 +263,8 @@ def exchange(
 
 
 def _kind(error: Exception, wire: _Wire) -> str:
-    if wire.expired or isinstance(error, (TimeoutError, urllib3.exceptions.TimeoutError)):
+    causes = (error, *error.args)  # urllib3 wraps what the dial raised
+    if wire.expired or any(isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)) for cause in causes):
         return "timeout"
     return "format" if isinstance(error, (ValueError, zlib.error)) else "network"
 
