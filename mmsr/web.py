@@ -45,7 +45,8 @@ UPLOAD_BYTES, UPLOAD_SIDE = 500_000, 1600
 PAGE_CHARACTERS = 30_000  # of a page that are read
 SUMMARY_TOKENS, SUMMARY_CHARACTERS = 400, 2_000
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
-FOUND = 20  # results looked at, at most
+REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
+FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
 ANSWERED = ("search_metadata", "search_information", "search_parameters", "searchParameters")  # without any result
 
 
@@ -276,7 +277,7 @@ def passages(query: str, page: str) -> str:
 
 def _found(entry: dict[str, Any]) -> Found:
     title, link, picture = (_text(entry.get(name)) for name in ("title", "link", "thumbnail"))
-    return Found(title, web_address(link), web_address(picture or _text(entry.get("thumbnailUrl"))))
+    return Found(title[:TITLE_CHARACTERS], web_address(link), web_address(picture or _text(entry.get("thumbnailUrl"))))
 
 
 def _text(value: object) -> str:
@@ -330,8 +331,8 @@ def _remote_match(entry: object) -> Hit | None:
         image = thumbnail(base64.b64decode(entry["thumbnail"], validate=True))
     except (KeyError, TypeError, ValueError):
         image = None
-    texts = (_text(entry.get(name)) for name in ("title", "link", "text"))
-    return Hit(*texts, image=image, score=_number(entry.get("score")))
+    title, link, text = (_text(entry.get(name)) for name in ("title", "link", "text"))
+    return Hit(title[:TITLE_CHARACTERS], link, text[:REMOTE_CHARACTERS], image, score=_number(entry.get("score")))
 
 
 def _remote_document(entry: object) -> Hit | None:
@@ -344,7 +345,9 @@ def _remote_document(entry: object) -> Hit | None:
     title, text = (head.strip().strip('"'), body) if parted else ("", head)
     title, text = title or _text(document.get("title")), text or _text(document.get("text"))
     url = web_address(document.get("url")) or web_address(document.get("id"))
-    return Hit(title, url, text, score=_number(entry.get("score")) if scored else None)
+    return Hit(
+        title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(entry.get("score")) if scored else None
+    )
 
 
 def _number(value: object) -> float | None:

@@ -237,7 +237,7 @@ def exchange(
     """
     wire, where = _Wire(seconds, resolve, check), "the address"
     try:
-        headers = {"User-Agent": "mmsr", "Accept": "*/*", "Accept-Encoding": "gzip"} | content.pop("headers", {})
+        headers = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"} | content.pop("headers", {})
         sent = requests.Request(method, url, headers=headers, **content).prepare()
         where = urlsplit(sent.url).hostname
         with _pool(sent.url, wire, tls) as pool:

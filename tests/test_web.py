@@ -215,6 +215,16 @@ def test_serper_is_used_where_it_has_the_only_key(web):
     assert len(web.calls("serpapi.google")) == 1
 
 
+def test_endless_texts_are_cut_to_what_a_turn_can_hold(web):
+    web.results[0]["title"] = web.matches[0]["title"] = "t" * 100_000
+    web.pages = web.answer = lambda _: "w " * 100_000
+    for backend in (live(web), live(web, "serpapi"), live(web, form="summary")):
+        for seen in (backend.text_search("w"), backend.image_search(IMAGE, "w")):
+            assert all(len(hit.title) <= 300 and len(hit.text) <= 2_000 for hit in seen.hits)
+    web.results[0]["snippet"] = "s" * 100_000
+    assert [len(hit.text) for hit in Remote(web.url, results=1).text_search("q").hits] == [8_000]
+
+
 # ---- answers that are none (row 12)
 
 
