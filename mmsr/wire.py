@@ -35,6 +35,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from .tools import ToolFailure
 
+HEADERS = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"}
 SHORTEST_SECRET = 8  # characters: "EMPTY", which local servers take as a key, must not be cut out of every page
 TRANSPORT = (
     requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, zlib.error,
@@ -237,7 +238,7 @@ def exchange(
     """
     wire, where = _Wire(seconds, resolve, check), "the address"
     try:
-        headers = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"} | content.pop("headers", {})
+        headers = HEADERS | content.pop("headers", {})
         sent = requests.Request(method, url, headers=headers, **content).prepare()
         where = urlsplit(sent.url).hostname
         with _pool(sent.url, wire, tls) as pool:
