@@ -51,6 +51,7 @@ PUBLIC_V6 = ipaddress.ip_network("2000::/3")
 
 _lookups = ThreadPoolExecutor(32, thread_name_prefix="lookup")
 _secrets: tuple[str, ...] = ()
+_keeping = threading.Lock()
 
 
 # ---- keys
@@ -61,7 +62,8 @@ def keep_secret(key: str) -> str:
     global _secrets
     key = key.strip()
     if len(key) >= SHORTEST_SECRET:
-        _secrets = tuple(sorted({*_secrets, key, quote(key, safe=""), quote_plus(key)}, key=len, reverse=True))
+        with _keeping:
+            _secrets = tuple(sorted({*_secrets, key, quote(key, safe=""), quote_plus(key)}, key=len, reverse=True))
     return key
 
 
