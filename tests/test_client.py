@@ -157,6 +157,28 @@ def test_breaker_opens_after_failures_in_a_row_and_lets_one_probe_through(web, t
     assert [get(client, web).status for _ in range(3)] == [200] * 3
 
 
+def test_while_the_probe_is_on_its_way_the_others_wait(web, time_):
+    client, arrived, release = time_.client(), threading.Event(), threading.Event()
+    web.always("file", status(500, {}))
+    for _ in range(BREAKER_FAILURES):
+        kind(get, client, web, tries=1)
+    time_.now += BREAKER_SECONDS
+
+    def hold(handler):
+        arrived.set()
+        release.wait(GENEROUS)
+        status(200, {})(handler)
+
+    web.always("file", hold)
+    with ThreadPoolExecutor(1) as pool:
+        probe = pool.submit(get, client, web, tries=1)
+        assert arrived.wait(GENEROUS)
+        assert kind(get, client, web, tries=1) == "breaker"
+        release.set()
+        assert probe.result().status == 200
+    assert get(client, web).status == 200
+
+
 def test_throttling_does_not_open_the_breaker(web, time_):
     client = time_.client()
     web.always("file", status(429, {"error": "slow down"}))
