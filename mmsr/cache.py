@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 from .episode import Example, Hit, Observation, UserError
-from .recorded import recorded_turns
 from .store import Key, Record, Store, demand, digest, image_key, observation, plain, refuse_pickle, storable, text_key
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
@@ -129,6 +128,8 @@ def import_transcripts(store: Store, path: str | Path, examples: Iterable[Exampl
 
     Image searches are joined by id to the pictures of `examples`, which are read once.
     """
+    from .recorded import recorded_turns  # with it comes pyarrow, which no search waits for
+
     refuse_pickle(Path(path))
     recorded, now = recorded_turns(path), time.time()
 
