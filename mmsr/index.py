@@ -198,17 +198,21 @@ def _thumbnail(picture: PIL.Image.Image) -> bytes:
 
 
 def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
-    """The index of a path, read-only unless it may be created. Raises UserError for what is no index."""
-    if not file.is_file() and not (create and not file.exists() and file.parent.is_dir()):
+    """The index of a path; nothing is written unless it may be created. Raises UserError for what is no index."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    if create and not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; make it, or name another file")
+    if not create and not file.exists():
         raise UserError(f"{file}: no such index; make one with: python search.py index --out {file} …")
     try:
-        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'ro'}"
+        # Not "ro": after a kill in the middle of a batch, whoever opens the file next must be able to roll it back.
+        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
         db = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise UserError(f"{file} is a database, but not an index of search.py; name another file")
-        if create:
-            db.executescript(SCHEMA)
+        db.executescript(SCHEMA if create else "PRAGMA query_only = ON")
         return db
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it anew") from None
@@ -306,7 +310,9 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     rows = db.execute("SELECT id, vector FROM pictures ORDER BY id LIMIT ?", (n,))
     for place, (number, vector) in enumerate(rows):
         ids[place], vectors[place] = number, np.frombuffer(vector, dtype=np.float16)
-    if not np.isfinite(vectors.sum()):
+    with np.errstate(invalid="ignore"):
+        sound = np.isfinite(vectors.sum())
+    if not sound:
         raise ValueError("a vector is not finite")
     return ids, vectors
 

@@ -22,7 +22,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from .episode import Hit, Observation, UserError
+from .episode import Hit, UserError
 from .pictures import check_image
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
 
@@ -57,7 +57,7 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from None
-        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=True)
+        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
         self.private = ipaddress.ip_address(self.server_address[0]).is_loopback
         self.room = threading.BoundedSemaphore(MAX_RUNNING)
 
@@ -83,13 +83,16 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
-    def observe(self, tool: str, query: str = "", image: bytes = b"", question: str = "") -> Observation:
-        """One search. Raises Refused where the back-end fails."""
-        seen = self.toolbox.call(tool, Call(query, image, question)).result()
-        if not seen.ok:
-            kind, _, message = (seen.error or "error").partition(": ")
-            raise Refused(502, message or kind, kind=kind)
-        return seen
+    def search(self, tool: str, calls: list[Call]) -> list[tuple[Hit, ...]]:
+        """Hits of each call, all made at once. Raises Refused where the back-end fails one."""
+        futures = [self.toolbox.call(tool, call) for call in calls]
+        for seen in (future.result() for future in futures):
+            if not seen.ok:
+                for future in futures:
+                    future.cancel()  # what has not begun need not be paid for
+                kind, _, message = (seen.error or "error").partition(": ")
+                raise Refused(502, message or kind, kind=kind)
+        return [future.result().hits for future in futures]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -112,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)  # what waits for the client reads an end
 
     def do_GET(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        self.unread = int(length) if re.fullmatch("[0-9]{1,12}", length) else None  # bytes of the body
         try:
             self._check_origin()
             route = ROUTES.get((self.command, self.path.partition("?")[0]))
@@ -119,6 +124,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
             self._reply(200, getattr(self, route)())
         except Refused as refused:
+            self._discard()
             self._reply(refused.status, refused.body)
 
     do_POST = do_GET
@@ -132,15 +138,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "requests from web pages are refused")
 
     def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,12}", length):
+        if self.unread is None:
             raise Refused(411, "Content-Length is missing or no number")
-        if int(length) > MAX_BODY:
-            self._discard(int(length))
+        if self.unread > MAX_BODY:
             raise Refused(413, f"the body is over the limit of {MAX_BODY:,} bytes")
-        data = self.rfile.read(int(length))
+        data = self.rfile.read(self.unread)
         self.deadline.cancel()
-        if len(data) < int(length):
+        self.unread -= len(data)
+        if self.unread:
             raise Refused(408, "the body did not arrive in time")
         try:
             body = json.loads(data)
@@ -150,10 +155,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "the body is not a JSON object")
         return body
 
-    def _discard(self, length: int) -> None:
+    def _discard(self) -> None:
         """Read on for a while: a client that is still sending when the connection closes never sees the answer."""
-        left = min(length, 4 * MAX_BODY)
-        while left > 0 and (piece := self.rfile.read1(1 << 16)):
+        left = min(self.unread or 0, 4 * MAX_BODY)
+        while left > 0 and (piece := self.rfile.read1(min(left, 1 << 16))):
             left -= len(piece)
 
     def health(self) -> dict:
@@ -168,8 +173,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(queries) > MAX_QUERIES:
             raise Refused(400, f"{len(queries):,} queries are over the limit of {MAX_QUERIES:,}")
         most, scored = _top_k(body), body.get("return_scores") is True
-        found = [self.server.observe(TEXT_SEARCH, query=query).hits[:most] for query in queries]
-        return {"result": [[_document(hit, scored) for hit in hits] for hits in found]}
+        found = self.server.search(TEXT_SEARCH, [Call(query, b"", query) for query in queries])
+        return {"result": [[_document(hit, scored) for hit in hits[:most]] for hits in found]}
 
     def image_search(self) -> dict:
         body = self._body()
@@ -181,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
             check_image(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
-        hits = self.server.observe(IMAGE_SEARCH, "<img>", image, question).hits
+        (hits,) = self.server.search(IMAGE_SEARCH, [Call("<img>", image, question)])
         return {"results": [image_result(hit) for hit in hits[:most]]}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

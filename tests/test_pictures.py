@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmsr.pictures import THUMBNAIL_BYTES, check_image, decode, jpeg, thumbnail
+from mmsr.pictures import THUMBNAIL_BYTES, check_image, jpeg, open_image, thumbnail
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,7 +120,7 @@ def test_good_picture_becomes_a_small_jpeg(kind, mode):
 
 
 def test_jpeg_keeps_its_limits_and_leaves_its_argument_alone():
-    picture = decode(saved("PNG", (1200, 900)))
+    picture = open_image(saved("PNG", (1200, 900)))
     file = jpeg(picture, 1600, 50_000)
     assert len(file) <= 50_000 and max(PIL.Image.open(io.BytesIO(file)).size) < 1200 and picture.size == (1200, 900)
     assert PIL.Image.open(io.BytesIO(jpeg(picture.resize((8, 8)), 1600, 100_000))).size == (8, 8)  # never enlarged
