@@ -34,12 +34,12 @@ def index(args: argparse.Namespace) -> int:
 
 
 def image(args: argparse.Namespace) -> int:
-    from mmsr.pictures import MAX_FILE_BYTES, check_image
+    from mmsr.pictures import MAX_FILE_BYTES, decode
 
     try:
         with open(args.file, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-        check_image(data)
+        decode(data)
     except OSError as error:
         raise UserError(f"{args.file}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
@@ -105,10 +105,10 @@ def _show(seen: Observation, seconds: float) -> None:
 
 
 def _size(thumbnail: bytes) -> str:
-    from mmsr.pictures import check_image
+    from mmsr.pictures import decode
 
     try:
-        picture = check_image(thumbnail)
+        picture = decode(thumbnail)
     except ValueError as error:
         return f"that the model will not see: {error}"
     return f"{picture.width} x {picture.height}, {len(thumbnail) / 1000:.1f} kB"

@@ -25,12 +25,13 @@ from .data import read_examples
 from .engine import Engine
 from .episode import Episode, Example, UserError
 from .parallel import SINGLE, Ranks
+from .pictures import decode
 from .recorded import recorded_turns
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
 from .store import Store
 from .tools import NoSearch, Toolbox, search_tools
-from .vision import check_image, image_tokens
+from .vision import image_tokens
 
 
 @dataclass
@@ -212,7 +213,7 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
     for place in tqdm(places, desc="checking pictures", unit="picture", leave=False, disable=hidden):
         try:
-            check_image(questions[place].image)
+            decode(questions[place].image)
         except ValueError as error:
             raise UserError(f"{name}: row {questions.rows[place]}: {error}; mend or remove this row") from None
     return questions

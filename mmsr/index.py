@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .encoders import Encoder, open_encoder
 from .episode import Hit, Observation, UserError
-from .pictures import check_image
+from .pictures import decode
 from .tools import ToolFailure
 
 APPLICATION = 0x6D6D7372  # "mmsr" in the file's header
@@ -182,7 +182,7 @@ def _known(db: sqlite3.Connection, table: str, digest: bytes) -> int | None:
 
 def _open_picture(data: bytes) -> PIL.Image.Image:
     """The picture as it is encoded. Raises ValueError for what is none."""
-    picture = check_image(data)
+    picture = decode(data)
     picture.thumbnail((ENCODED, ENCODED), PIL.Image.Resampling.BICUBIC, reducing_gap=2.0)
     return picture
 

@@ -19,7 +19,7 @@ THUMBNAIL_SIDE, THUMBNAIL_BYTES = 448, 64 * 1024  # as it is kept
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
-def open_image(data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS) -> PIL.Image.Image:
+def decode(data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS) -> PIL.Image.Image:
     """The RGB picture of an encoded file; transparency is laid on white, an animation gives its first frame.
 
     Raises ValueError, in one line, for a file that is too large, too elongated, broken, or of another format. Size is
@@ -53,11 +53,6 @@ def check_aspect(width: int, height: int) -> None:
         raise ValueError(f"picture of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT}")
 
 
-def check_image(data: bytes) -> PIL.Image.Image:
-    """`open_image`, where one only wants to know whether a picture can be shown to the model. Raises ValueError."""
-    return open_image(data)
-
-
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     if "A" not in picture.getbands() and picture.info.get("transparency") is None:
         return picture.convert("RGB")
@@ -80,4 +75,4 @@ def jpeg(picture: PIL.Image.Image, side: int, max_bytes: int) -> bytes:
 
 def thumbnail(data: bytes) -> bytes:
     """A stranger's picture file as a small JPEG. Raises ValueError where it is no picture, or too much of one."""
-    return jpeg(open_image(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS), THUMBNAIL_SIDE, THUMBNAIL_BYTES)
+    return jpeg(decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS), THUMBNAIL_SIDE, THUMBNAIL_BYTES)

@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from .episode import Hit, UserError
-from .pictures import check_image
+from .pictures import decode
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
 
 MAX_BODY = 16 * 2**20  # bytes; a picture of 12 MiB
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, '"image" must be base64 text, and "question", if given, text')
         try:
             image = base64.b64decode(encoded, validate=True)
-            check_image(image)
+            decode(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
         (hits,) = self.server.search(IMAGE_SEARCH, [Call("<img>", image, question)])

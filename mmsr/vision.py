@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, packed_attention
-from .pictures import FORMATS, check_aspect, check_image, open_image  # noqa: F401 - check_image for others
+from .pictures import FORMATS, check_aspect, decode
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token
@@ -64,7 +64,7 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
     key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}".encode()).hexdigest()
-    return prepare(open_image(data), key, min_pixels, max_pixels)
+    return prepare(decode(data), key, min_pixels, max_pixels)
 
 
 def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int) -> Image:

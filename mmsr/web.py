@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from . import bm25
 from .client import FATAL, ChatServer, Client, complaint_of, kind_of, web_address
 from .episode import Hit, Observation, UserError
-from .pictures import jpeg, open_image, thumbnail
+from .pictures import decode, jpeg, thumbnail
 from .tools import ToolFailure
 from .wire import failure, keep_secret
 
@@ -163,7 +163,7 @@ class Live:
 
     def _upload(self, image: bytes) -> str:
         try:
-            small = jpeg(open_image(image), UPLOAD_SIDE, UPLOAD_BYTES)
+            small = jpeg(decode(image), UPLOAD_SIDE, UPLOAD_BYTES)
         except ValueError as error:
             raise failure("format", str(error)) from None
         service = self.services["serpapi"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmsr.pictures import THUMBNAIL_BYTES, check_image, jpeg, open_image, thumbnail
+from mmsr.pictures import THUMBNAIL_BYTES, decode, jpeg, thumbnail
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +55,7 @@ ATTACKS = {
 MEASURE = """
 import json, re, sys, time
 from mmsr import pictures
-act = {"check": pictures.check_image, "thumbnail": pictures.thumbnail}.get(sys.argv[1])
+act = {"check": pictures.decode, "thumbnail": pictures.thumbnail}.get(sys.argv[1])
 if act is None:
     import io, PIL.Image
     act = lambda data: PIL.Image.open(io.BytesIO(data)).convert("RGB")
@@ -107,7 +107,7 @@ def test_without_the_guard_the_bomb_goes_off():
 def test_picture_of_odd_proportions_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(PIL.Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="aspect"):
-        check_image(one_bit_png(1, 1_000_000))
+        decode(one_bit_png(1, 1_000_000))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_good_picture_becomes_a_small_jpeg(kind, mode):
 
 
 def test_jpeg_keeps_its_limits_and_leaves_its_argument_alone():
-    picture = open_image(saved("PNG", (1200, 900)))
+    picture = decode(saved("PNG", (1200, 900)))
     file = jpeg(picture, 1600, 50_000)
     assert len(file) <= 50_000 and max(PIL.Image.open(io.BytesIO(file)).size) < 1200 and picture.size == (1200, 900)
     assert PIL.Image.open(io.BytesIO(jpeg(picture.resize((8, 8)), 1600, 100_000))).size == (8, 8)  # never enlarged
