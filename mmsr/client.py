@@ -294,7 +294,6 @@ class ChatServer:
             wanted = {name: value for name, value in body.items() if name not in self.foreign}
             if "max_tokens" in self.foreign:
                 wanted["max_completion_tokens"] = body["max_tokens"]
-            refused = None
             try:
                 return self.client.request(
                     self.provider, "POST", self.url, headers=headers, json=wanted, seconds=self.seconds, tries=3,

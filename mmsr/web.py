@@ -44,6 +44,10 @@ SUMMARIZER = "gpt-4o-mini"  # the model, where OPENAI_MODEL names none
 UPLOAD_BYTES, UPLOAD_SIDE = 500_000, 1600
 PAGE_CHARACTERS = 30_000  # of a page that are read
 SUMMARY_TOKENS, SUMMARY_CHARACTERS = 400, 2_000
+UPLOAD_SECONDS, SEARCH_SECONDS, PAGE_SECONDS, SUMMARY_SECONDS = 30.0, 90.0, 60.0, 90.0
+MORE_SECONDS = 60.0  # after which no further pages are begun
+LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMARY_SECONDS  # a search takes
+WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
 REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
 FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
@@ -81,7 +85,8 @@ class Live:
 
     `form` is what an image search gives: "thumbnails", titles and pictures of the `results` best matches, or "summary",
     what the pages behind them say about the question. `spend(provider)` is called before every paid request and raises
-    ToolFailure("budget") when nothing is left. `counts` says how many pages and thumbnails came, and how many failed.
+    ToolFailure("budget") when nothing is left. A search takes LONGEST seconds at most. `counts` says how many pages and
+    thumbnails came, and how many failed.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Live:
         self.engine = services["serpapi" if services["serpapi"].key else "serper"]
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(64, thread_name_prefix="page")
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="page")
         self._prompts = {name: (PROMPTS / f"{name}.txt").read_text(encoding="utf-8") for name in ("text", "image")}
 
     @staticmethod
@@ -124,7 +129,7 @@ class Live:
         client, openai, summarizer = client or Client(), services["openai"], None
         if openai.key or environ.get("OPENAI_BASE_URL"):
             model = environ.get("OPENAI_MODEL") or SUMMARIZER
-            summarizer = ChatServer(openai.url, model, openai.key, client, spend=spend, provider="openai")
+            summarizer = ChatServer(openai.url, model, openai.key, client, SUMMARY_SECONDS, spend, "openai")
         return Live(services, client, form, results, summarizer, spend)
 
     # ---- the two searches
@@ -163,8 +168,8 @@ class Live:
             raise failure("format", str(error)) from None
         service = self.services["serpapi"]
         files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
-        reply = self.client.request(service.name, "POST", f"{service.url}/image", files=files, data=data).json()
-        name = reply.get("image_id")
+        form = {"files": files, "data": data, "seconds": UPLOAD_SECONDS, "tries": 3}
+        name = self.client.request(service.name, "POST", f"{service.url}/image", **form).json().get("image_id")
         if isinstance(name, str) and name:
             return name
         raise failure("format", "serpapi: no image_id for an uploaded picture")
@@ -185,8 +190,8 @@ class Live:
 
     def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[Found]:
         """The usable entries of the list `name`. No results is an empty list, anything else raises ToolFailure."""
-        url = service.url + path
-        reply = self.client.request(service.name, method, url, seconds=120, tries=3, spend=self.spend, **content).json()
+        content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend}
+        reply = self.client.request(service.name, method, service.url + path, **content).json()
         listed = reply.get(name)
         if listed is None and (isinstance(reply.get("error"), str) or any(key in reply for key in ANSWERED)):
             return []
@@ -213,13 +218,14 @@ class Live:
     def _pages(self, found: list[Found], query: str, prompt: str) -> tuple[Hit, ...]:
         """What the first `results` readable pages say. Raises the first ToolFailure where all of them failed."""
         waiting = iter({entry.link: entry for entry in found if entry.link}.values())  # each page once
-        hits, failures = [], []
+        hits, failures, until = [], [], self.client.clock() + MORE_SECONDS
         while batch := list(islice(waiting, self.results - len(hits))):
             tried = list(self._pool.map(partial(self._page, query=query, prompt=prompt), batch))
             hits += [hit for hit in tried if isinstance(hit, Hit)]
             failures += [error for error in tried if isinstance(error, ToolFailure)]
-            if any(error.kind in (*FATAL, "budget", "breaker") for error in failures):
-                break  # the next page would fail in the same way
+            hopeless = any(error.kind in (*FATAL, "budget", "breaker") for error in failures)
+            if hopeless or self.client.clock() > until:
+                break
         if failures and not hits:
             raise failure(failures[0].kind, f"none of {len(failures)} pages could be read: {failures[0].message}")
         return tuple(hits)
@@ -241,7 +247,9 @@ class Live:
         if service.key:
             headers["Authorization"] = f"Bearer {service.key}"
         spend = self.spend if service.key else None
-        request = partial(self.client.request, service.name, headers=headers, seconds=60, tries=2, spend=spend)
+        request = partial(
+            self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend
+        )
         if "#" in link:  # in a path it would be cut off
             answer = request("POST", f"{service.url}/", data={"url": link})
         else:

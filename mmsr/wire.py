@@ -257,19 +257,20 @@ def exchange(
     except ToolFailure as refused:
         return refused
     except TRANSPORT as error:
-        kind = _kind(error, wire)
-        why = "" if kind == "timeout" else f"{type(error).__name__}: {error}"
+        cause = next((part for part in error.args if isinstance(part, Exception)), error)  # urllib3 wraps
+        kind = _kind(cause, wire)
+        why = "" if kind == "timeout" else getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
     finally:
         wire.close()
     why = why or f"no whole reply within {seconds:.1f} s"
     return failure(kind, f"{where}: {why}", ToolFailure if wire.guards else Unsent)
 
 
-def _kind(error: Exception, wire: _Wire) -> str:
-    causes = (error, *error.args)  # urllib3 wraps what the dial raised
-    if wire.expired or any(isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)) for cause in causes):
+def _kind(cause: Exception, wire: _Wire) -> str:
+    if wire.expired or isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)):
         return "timeout"
-    return "format" if isinstance(error, (ValueError, zlib.error)) else "network"
+    lasting = isinstance(cause, (ValueError, zlib.error)) and not isinstance(cause, OSError)
+    return "format" if lasting else "network"
 
 
 def _redacted(body: bytes) -> bytes:

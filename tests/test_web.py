@@ -4,13 +4,16 @@ import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import PIL.Image
 import pytest
 from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset, status
 
+from mmsr.cache import Cached
 from mmsr.client import Client
 from mmsr.episode import Hit, Observation, UserError
+from mmsr.store import Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
 from mmsr.web import Live, Remote, passages
 
@@ -153,6 +156,35 @@ def test_fewer_pages_than_wanted_are_still_a_result_and_none_is_a_failure(web):
     web.always("jina", lambda handler: answer_or_422(web, handler, range(1, 9)))
     with pytest.raises(ToolFailure, match="none of 8 pages could be read: jina: HTTP 422: No content available"):
         live(web).text_search("q")
+
+
+def test_no_further_pages_are_begun_when_the_time_for_them_is_over(web):
+    now = [0.0]
+
+    def late(handler):
+        now[0] = 61.0
+        status(422, {"code": 422, "message": "No content available"})(handler)
+
+    web.always("jina", late)
+    client = Client(clock=lambda: now[0], sleep=lambda seconds: None)
+    assert kind(Live.from_environment(environ=web.environ(), client=client, results=3).text_search, "q") == "status"
+    assert len(web.calls("jina")) == 3
+
+
+def test_recorded_searches_are_not_paid_for_again_and_failures_not_recorded(web, tmp_path):
+    """Rows 12 and 13 as the pieces are put together in a run."""
+    with closing(Store(tmp_path / "cache.db")) as store:
+        budget = store.budget("run", 2)
+        environ = web.environ("serpapi")
+        engine = Cached(
+            Live.from_environment(environ=environ, client=quick(), spend=budget.spend), store, "thumbnails/5"
+        )
+        web.then("serpapi.google", raw(b"<html>busy</html>"))
+        assert kind(engine.text_search, "q") == "format"
+        seen = engine.text_search("q")
+        assert engine.text_search("Q ").hits == seen.hits and budget.spent == {"serpapi": 2}
+        assert kind(engine.image_search, IMAGE, "?") == "budget" and not web.calls("serpapi.lens")
+        assert not any(key.encode() in path.read_bytes() for key in KEYS.values() for path in tmp_path.iterdir())
 
 
 def test_pages_are_read_at_the_same_time(web):
