@@ -470,7 +470,8 @@ class Pair:
         self.policy.zero_grad()
         nothing = torch.zeros(self.policy.config.vocab_size, dtype=torch.bool)  # TRL bans in sampling, not in training
         reference = self.reference if self.kl else None
-        trainer = Trainer(self.policy, None, nothing, reference=reference, kl=self.kl, loss_norm=self.norm)
+        optimizer = MasterWeights(self.policy, lambda p: torch.optim.SGD(p, lr=0.0))
+        trainer = Trainer(self.policy, optimizer, nothing, reference=reference, kl=self.kl, loss_norm=self.norm)
         stats = trainer._gradient(Share.of(self.episodes, SINGLE), self.old)
         assert not self.clipped or stats.sums["clip_fraction"] > 0.1 * stats.sums["tokens"]
         return stats.sums["loss"], {name: p.grad.clone() for name, p in self.policy.named_parameters()}
