@@ -38,7 +38,7 @@ from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.parallel import SINGLE
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits
 from mmsr.tools import Toolbox, search_tools
 from mmsr.update import MasterWeights, Share, Trainer
 from mmsr.vision import load_image
@@ -194,14 +194,18 @@ class Counted(GRPOTrainer):
 
 
 class Clock(transformers.TrainerCallback):
+    """Seconds on the wall, and of the processor's time, which other programs on the machine disturb less."""
+
     def __init__(self):
         self.seconds: list[float] = []
+        self.busy: list[float] = []
 
     def on_step_begin(self, *_, **__):
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_, **__):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.perf_counter() - self.start[0])
+        self.busy.append(time.process_time() - self.start[1])
 
 
 class Theirs:
@@ -280,24 +284,11 @@ class TemplateChat(Chat):
         return self.world.piece(self.results[question], images)
 
 
-class ForcedSearch(Rollout):
-    """Searches in turn 1 and answers in turn 2, whatever the model says."""
-
-    def _turn_ended(self, run):
-        run.member.stopped = True
-        super()._turn_ended(run)
-
-    def _turn(self, run, *args, **options):
-        turn = super()._turn(run, *args, **options)
-        turn.action, turn.query = ("image_search", "") if run.turns == 1 else ("answer", "")
-        return turn
-
-
 class Ours:
     """`step` takes one step and adds what it computed to `counts`."""
 
     def __init__(self, world: World):
-        self.world, self.counts, self.seconds = world, Counter(), []
+        self.world, self.counts, self.clock = world, Counter(), Clock()
         self.policy = model.load(world.folder)
         self.tools = search_tools(self, max_images=1, max_texts=0)
         self.chat = TemplateChat(world, self.tools)
@@ -310,14 +301,16 @@ class Ours:
         return Observation(self.hits[self.world.numbers[question]])
 
     def step(self, number: int) -> None:
-        start = time.perf_counter()
+        self.clock.on_step_begin()
         sizes = self.world.sizes
         most = len(self.chat.prompts[self.examples[0].question]) + 2 * sizes.turn + 1000
         engine = Engine(
             self.policy, self.chat.stop_id, self.world.banned, slots=sizes.prompts * sizes.group, max_tokens=most,
             turn_tokens=sizes.turn,
         )  # fmt: skip
-        rollout = ForcedSearch(engine, self.chat, Toolbox(self.tools, inline=True), Limits(2, 56 * 56, MOST_PIXELS))
+        rollout = common.ForcedSearch(
+            engine, self.chat, Toolbox(self.tools, inline=True), Limits(2, 56 * 56, MOST_PIXELS)
+        )
         episodes = rollout(self.examples, sizes.group, (number,))
         rewards = torch.tensor(_reward(episodes))
         groups = torch.tensor([episode.group_id for episode in episodes])
@@ -325,7 +318,7 @@ class Ours:
         for episode, advantage in zip(episodes, advantages.tolist()):
             episode.advantage = advantage
         update = self.trainer.step([episodes], LR)
-        self.seconds.append(time.perf_counter() - start)
+        self.clock.on_step_end()
         assert {sum(e.loss_mask) for e in episodes} == {2 * sizes.turn} and update["grad_norm"] > 0
         seen = rollout.counts
         self.counts += Counter({key: seen[key] for key in ("prefilled", "prefilled_unique")})
@@ -358,9 +351,12 @@ def compare(sizes: Sizes, runs: int, only: str) -> None:
 
 def _rows(ours: Ours, theirs: Theirs, runs: int) -> list[list[str]]:
     rows = []
-    if ours.seconds and theirs.clock.seconds:
-        ratio = statistics.median(theirs.clock.seconds) / statistics.median(ours.seconds)
-        rows.append(["seconds", common.spread(theirs.clock.seconds), common.spread(ours.seconds), f"{ratio:.1f}"])
+    for name, measured in (("seconds", "seconds"), ("processor seconds", "busy")):
+        t, o = getattr(theirs.clock, measured), getattr(ours.clock, measured)
+        if t and o:
+            rows.append(
+                [name, common.spread(t), common.spread(o), f"{statistics.median(t) / statistics.median(o):.1f}"]
+            )
     for name, unique in (("prefilled", "prefilled_unique"), ("trained", "trained_unique"), ("encoded", "distinct")):
         theirs_n, ours_n, least = (c // runs for c in (theirs.counts[name], ours.counts[name], ours.counts[unique]))
         what = "images encoded" if name == "encoded" else f"tokens {name}"

@@ -11,17 +11,19 @@ import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Sequence, TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mmsr import toy  # noqa: E402
 from mmsr.model import ModelConfig  # noqa: E402
+from mmsr.rollout import Rollout  # noqa: E402
 from mmsr.vision import VisionConfig  # noqa: E402
 
 
@@ -57,16 +59,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def seconds(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """How long one call takes, waiting for the device."""
+def timed(work: Callable[[], T], device: torch.device | str = "cpu") -> tuple[float, T]:
+    """Seconds that one call takes, waiting for the device, and its value."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    work()
+    value = work()
     if cuda:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, value
 
 
 def spread(values: Sequence[float]) -> str:
@@ -90,3 +92,16 @@ def picture(side: int, seed: int) -> bytes:
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+class ForcedSearch(Rollout):
+    """Searches in turn 1 and answers in turn 2, whatever the model says."""
+
+    def _turn_ended(self, run):
+        run.member.stopped = True
+        super()._turn_ended(run)
+
+    def _turn(self, run, *args, **options):
+        turn = super()._turn(run, *args, **options)
+        turn.action, turn.query = ("image_search", "") if run.turns == 1 else ("answer", "")
+        return turn
