@@ -99,9 +99,10 @@ class MasterWeights:
                 if value.ndim == 0:
                     moments[key] = value
                     continue
-                store = moments.setdefault(key, torch.empty_like(parameter, requires_grad=False))
+                if key not in moments:
+                    moments[key] = torch.empty_like(parameter, requires_grad=False)
                 seed = zlib.crc32(f"{name}/{key}/{i}/{int(self.steps)}".encode())
-                store.view(-1).split(PIECE)[i].copy_(dither(value, seed))
+                moments[key].view(-1).split(PIECE)[i].copy_(dither(value, seed))
         self.piece.data, self.piece.grad = self.nothing, None
 
     # ---- for checkpoints and plans

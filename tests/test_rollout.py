@@ -3,8 +3,10 @@
 Turns are scripted (forced before sampling begins), or put into the model's mouth by `Puppet`, or left to the model.
 """
 
+import gc
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -476,6 +478,20 @@ def test_forced_tokens_are_prefilled_once(home):
     forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
     prompts = episodes[0].prompt_length + episodes[2].prompt_length
     assert rollout.counts["prefilled"] == rollout.counts["prefilled_unique"] == prompts + forced
+
+
+def test_cache_outlives_the_rollout(home):
+    """The update needs its memory, so nothing that is kept may hold on to it, not even until the next collection."""
+    rollout = make(home, turns=2)
+    gc.collect()
+    gc.disable()
+    try:
+        episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: [LOOK])
+        cache, counts = weakref.ref(rollout.engine.cache), rollout.counts
+        del rollout
+        assert episodes and counts["sampled"] and cache() is None
+    finally:
+        gc.enable()
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
