@@ -7,9 +7,10 @@
 Both sides get one tiny Qwen2.5-VL with the same random weights, one thread, fp32, AdamW, the same questions with a
 picture each, the same tool with the same thumbnails, and token for token the same prompts and tool results: those that
 TRL makes with its qwen3_vl template. A search is forced in turn 1, an answer in turn 2, and stop ids are banned, so
-both sample the same number of tokens. TRL runs as it comes, but for gradient checkpointing, which is off (its default
-would cost it a third more): its default sampler, one micro-batch per question, one update. In `--check` its KL term is
-the plain k3 of the paper, as ours is; by default TRL 1.16 weighs it by the policy's ratio.
+both sample the same number of tokens. TRL runs as it comes: its default
+sampler, one micro-batch per question, one update; but without gradient checkpointing, on by default, which would slow
+it down. In `--check` its KL term is the plain k3 of the paper, as ours is; by default TRL 1.16 weighs it by the
+policy's ratio.
 """
 
 from __future__ import annotations
