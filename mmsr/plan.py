@@ -23,6 +23,7 @@ import torch
 from .config import Config, parse
 from .episode import UserError
 from .model import ModelConfig, Qwen2_5_VL, read_config
+from .optimizer import PIECE
 from .vision import MERGE, PATCH, PATCH_VALUES, VisionConfig
 
 GIB = 2**30
@@ -89,7 +90,7 @@ def plan(model: ModelConfig, c: Config, ranks: int = 1, node: int = 8, item: int
     parts = 1 if ranks == 1 else ranks if c.shard == "all" or node == 1 else node
     stored = item if ranks == 1 else 4
     mine, whole = size.count(parts), size.count()
-    master = 4 * mine if stored < 4 else 0
+    halves = stored < 4  # see optimizer.py
     reference = item * mine if c.kl and c.algorithm == "grpo" else 0
     block, root = _units(model, size) if ranks > 1 else (0, 0)
     groups, update = math.ceil(c.questions / ranks), math.ceil(c.mini_batch / ranks)
@@ -97,22 +98,24 @@ def plan(model: ModelConfig, c: Config, ranks: int = 1, node: int = 8, item: int
     cache = max(kept.cache(groups, c.group_size), kept.cache(tests, 1))
     tokens = max(min(c.micro_tokens, update * c.group_size * c.max_tokens), c.max_tokens)
     pictures = kept.pictures(update)
+    several = update * c.group_size * c.max_tokens > c.micro_tokens
+    gradients = (4 if halves and several else stored) * mine
     features = item * model.hidden_size
     head = kept.head(tokens) + item * model.vocab_size * model.hidden_size
     at_work = max(kept.block(tokens), kept.vision_block(pictures), head, 4 * root)
     return Plan(
         {
             "weights": (stored * mine,) * 3,
-            "fp32 master weights": (master,) * 3,
-            "optimizer moments": (8 * mine,) * 3,
+            "rest of the masters": (2 * mine if halves else 0,) * 3,
+            "optimizer moments": (2 * stored * mine,) * 3,
             "KL reference": (reference,) * 3,
-            "gradients": (0, stored * mine, stored * mine + master),
+            "gradients": (0, gradients, gradients),
             "whole weights": (item * whole if ranks > 1 else 0, 2 * item * root + (3 * item + 4) * block, 0),
             "KV cache": (cache, 0, 0),
             "features of pictures": (features * kept.pictures(max(groups, tests)), 3 * features * pictures, 0),
             "kept of the pictures": (0, kept.tower(pictures), 0),
             "kept of a micro-batch": (0, kept.decoder(tokens), 0),
-            "passes and scores": (max(kept.prefill(), item * root) + kept.sampling(), at_work, 0),
+            "passes and scores": (max(kept.prefill(), item * root) + kept.sampling(), at_work, 32 * PIECE * halves),
         }
     )
 

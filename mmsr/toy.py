@@ -341,7 +341,8 @@ class WarmStart:
         return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.05))
 
 
-MADE_BY = ("toy", "vision", "attention", "model", "chat", "grpo", "pack", "update")  # modules: a change makes it anew
+# Modules whose change makes it anew.
+MADE_BY = ("toy", "vision", "attention", "model", "chat", "grpo", "pack", "optimizer", "update")
 
 
 def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:

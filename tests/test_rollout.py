@@ -3,7 +3,10 @@
 Turns are scripted (forced before sampling begins), or put into the model's mouth by `Puppet`, or left to the model.
 """
 
+import gc
 import threading
+import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -515,6 +518,20 @@ def test_forced_tokens_are_prefilled_once(home):
     assert rollout.counts["prefilled"] == rollout.counts["prefilled_unique"] == prompts + forced
 
 
+def test_cache_outlives_the_rollout(home):
+    """The update needs its memory, so nothing that is kept may hold on to it, not even until the next collection."""
+    rollout = make(home, turns=2)
+    gc.collect()
+    gc.disable()
+    try:
+        episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: [LOOK])
+        cache, counts = weakref.ref(rollout.engine.cache), rollout.counts
+        del rollout
+        assert episodes and counts["sampled"] and cache() is None
+    finally:
+        gc.enable()
+
+
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
@@ -559,3 +576,28 @@ def test_record_of_an_episode_is_json_with_every_key_of_the_contract(home):
         *("ok", "error", "source", "titles", "urls", "thumbnails", "text", "images", "seconds", "cached")
     }
     assert record["turns"][1]["observation"]["titles"] == ["first title", "second title"]
+
+
+def test_slow_tools_run_one_after_another(home, record_property):
+    """16 searches of a quarter of a second: 4 seconds in a row, and hidden behind each other and decoding here."""
+
+    class SlowWeb(FakeWeb):
+        latency = 0.0
+
+        def image_search(self, image, question):
+            time.sleep(self.latency)
+            return super().image_search(image, question)
+
+    def seconds(latency):
+        web = SlowWeb()
+        web.latency = latency
+        rollout = make(home, web, inline=False, say=lambda episode, turn: (LOOK, REPLY)[turn])
+        start = time.perf_counter()
+        episodes = rollout([question(n) for n in range(4)], 4)
+        assert all(episode.status == ANSWERED and episode.searches() == 1 for episode in episodes)
+        return time.perf_counter() - start
+
+    at_once = seconds(0.0)
+    added = seconds(0.25) - at_once
+    report(record_property, "seconds that 16 searches of 0.25 s add to a rollout", added)
+    assert added < 2
