@@ -22,7 +22,7 @@ import torch
 
 from .config import Config, parse
 from .episode import UserError
-from .model import ModelConfig, Qwen2_5_VL, read_config
+from .model import TILE, ModelConfig, Qwen2_5_VL, read_config
 from .optimizer import PIECE
 from .vision import MERGE, PATCH, PATCH_VALUES, VisionConfig
 
@@ -33,8 +33,8 @@ RESPONSE = 512  # tokens of a rollout behind its prompt; says only how often key
 THUMBNAILS = 5  # pictures that an image search brings back, 224 x 224
 THUMBNAIL_TOKENS = 64
 SCORE_BYTES = 24  # per slot and word while sampling: fp32 scores and log-probabilities, two fp64 sums
-LOGIT_BYTES = 20  # per row and word in the head's backward pass: fp32 logits and their gradients
-HEAD_ROWS = 1024  # of logits at a time
+LOGIT_BYTES = 20  # per logit of a tile in the head's backward pass: fp32 logits and their gradients
+STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
 
 _small = VisionConfig(out_hidden_size=2048)
 PUBLISHED = {
@@ -90,7 +90,7 @@ def plan(model: ModelConfig, c: Config, ranks: int = 1, node: int = 8, item: int
     parts = 1 if ranks == 1 else ranks if c.shard == "all" or node == 1 else node
     stored = item if ranks == 1 else 4
     mine, whole = size.count(parts), size.count()
-    halves = stored < 4  # see optimizer.py
+    halves = mine if stored < 4 else 0  # weights that are the upper half of a master
     reference = item * mine if c.kl and c.algorithm == "grpo" else 0
     block, root = _units(model, size) if ranks > 1 else (0, 0)
     groups, update = math.ceil(c.questions / ranks), math.ceil(c.mini_batch / ranks)
@@ -98,24 +98,23 @@ def plan(model: ModelConfig, c: Config, ranks: int = 1, node: int = 8, item: int
     cache = max(kept.cache(groups, c.group_size), kept.cache(tests, 1))
     tokens = max(min(c.micro_tokens, update * c.group_size * c.max_tokens), c.max_tokens)
     pictures = kept.pictures(update)
-    several = update * c.group_size * c.max_tokens > c.micro_tokens
-    gradients = (4 if halves and several else stored) * mine
     features = item * model.hidden_size
-    head = kept.head(tokens) + item * model.vocab_size * model.hidden_size
+    head = kept.head(tokens) + (4 + item) * model.vocab_size * model.hidden_size
+    step = STEP_BYTES * min(PIECE, halves)
     at_work = max(kept.block(tokens), kept.vision_block(pictures), head, 4 * root)
     return Plan(
         {
             "weights": (stored * mine,) * 3,
-            "rest of the masters": (2 * mine if halves else 0,) * 3,
-            "optimizer moments": (2 * stored * mine,) * 3,
+            "rest of the masters": (2 * halves,) * 3,
+            "optimizer moments": (8 * mine - 4 * halves,) * 3,
             "KL reference": (reference,) * 3,
-            "gradients": (0, gradients, gradients),
+            "gradients": (0, 4 * mine, 4 * mine),
             "whole weights": (item * whole if ranks > 1 else 0, 2 * item * root + (3 * item + 4) * block, 0),
             "KV cache": (cache, 0, 0),
             "features of pictures": (features * kept.pictures(max(groups, tests)), 3 * features * pictures, 0),
             "kept of the pictures": (0, kept.tower(pictures), 0),
             "kept of a micro-batch": (0, kept.decoder(tokens), 0),
-            "passes and scores": (max(kept.prefill(), item * root) + kept.sampling(), at_work, 32 * PIECE * halves),
+            "passes and scores": (max(kept.prefill(), item * root) + kept.sampling(), at_work, step),
         }
     )
 
@@ -186,7 +185,7 @@ class Kept:
         return v.depth * each + patches * self.item * (PATCH_VALUES + 5 * v.hidden_size)
 
     def head(self, tokens: int) -> int:
-        return LOGIT_BYTES * min(HEAD_ROWS, tokens) * self.model.vocab_size
+        return LOGIT_BYTES * min(TILE, tokens * self.model.vocab_size)
 
     def prefill(self) -> int:
         """One pass over new prompts and their pictures, without gradient."""
