@@ -55,7 +55,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
     if found["search_precision"] is not None or found["search_recall"] is not None:
         shares = [found[f"search_{what}"] for what in ("precision", "recall")]
         precise, complete = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
-        yield f"{precise} of the searches were called for, and {complete} of the questions that call for one got one"
+        yield f"decision to search: precision {precise}, recall {complete}"
     if found["accuracy_judge"] is not None:
         yield f"the judge agrees with exact match on {100 * found['judge_agreement']:.1f} % of what it judged"
     if found["judge_failures"]:
