@@ -34,6 +34,7 @@ from mmsr.rollout import Opening
 from mmsr.toy import LOOK_IT_UP
 
 JUDGE_TOKENS = 1024
+SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "seconds")  # of a line
 
 
 def run(config: EvalConfig, ranks: Ranks) -> None:
@@ -165,7 +166,7 @@ class Output:
         order = {name: place for place, name in enumerate(self.config.data)}
         lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
         if self.ranks.main:
-            with open(self.episodes, "a", encoding="utf-8") as file:
+            with open(self.episodes, "a", encoding="utf-8", errors="replace") as file:  # JSON may hold lone surrogates
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
@@ -174,7 +175,7 @@ class Output:
         """Judge, sum up, write results.json and print."""
         if not self.ranks.main:
             return
-        lines = list(self._lines())
+        lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
         if self.config.judge:
             judge = Judge(self._judge(), self.config.judge_model, self.folder / "judge.jsonl")
             for line, verdict in zip(lines, judge(lines)):

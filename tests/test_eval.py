@@ -268,6 +268,14 @@ def test_two_ranks_write_the_same_results(miniature, first, tmp_path):
     assert [line["row"] for line in Run(tmp_path / "out").lines] == list(range(12))
 
 
+def test_text_that_is_no_unicode_does_not_end_an_evaluation(miniature, tmp_path):
+    """JSON can say half a surrogate pair, UTF-8 cannot."""
+    data = questions(tmp_path / "data", 2)
+    data.write_text(data.read_text().replace("what is", "what \\ud800 is"))
+    found = run(miniature, tmp_path / "out", data=data, search="none")
+    assert [line["question"] for line in found.lines] == ["what ? is this ?"] * 2
+
+
 # ---- the judge ------------------------------------------------------------------------------------------------------
 
 
