@@ -291,7 +291,7 @@ class EvalConfig(Options):
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS, "limit": (0, _MANY), "temperature": (0, 100),
     }  # fmt: skip
-    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {"limit", "judge", "judge_model"}
+    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {"judge", "judge_model"}
 
     def __post_init__(self) -> None:
         self.data = tuple(self.data)

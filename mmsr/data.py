@@ -72,7 +72,8 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
     if format and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
     table = open_table(path)
-    layouts = {name: _renamed(FORMATS[name], columns) for name in ([format] if format else FORMATS)}
+    names = [format] if format else ["plain", *FORMATS] if columns else FORMATS  # any layout fits if all is renamed
+    layouts = {name: _renamed(FORMATS[name], columns) for name in names}
     usual = "fvqa" if path.suffix == ".parquet" and not format else format or "plain"
     name = next((name for name, layout in layouts.items() if not _lacking(layout, table)), usual)
     if len(table) and _lacking(layouts[name], table):

@@ -199,7 +199,7 @@ def test_training_options_are_unknown_to_evaluation(capsys):
 
 def test_config_json_of_an_evaluation_is_recognised_again(tmp_path):
     evaluation("--mode", "rag").save(tmp_path)
-    evaluation("--mode", "rag", "--limit", "3", "--judge", "http://x", "--judge-model", "y").check_resumes(tmp_path)
+    evaluation("--mode", "rag", "--judge", "http://x", "--judge-model", "y").check_resumes(tmp_path)
     with pytest.raises(UserError, match="--mode"):
         evaluation("--mode", "direct").check_resumes(tmp_path)
 

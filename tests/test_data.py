@@ -296,6 +296,7 @@ def test_columns_of_an_unknown_data_set_are_mapped(tmp_path):
     columns = "id=uid, question=ask,answer=label,image=img,category=region"
     for format in ("civqa", "plain", ""):
         examples = read_examples(path, format, columns)
+        assert examples.format == (format or "plain"), "or another benchmark's numbers would stand beside its own"
         assert examples[0] == Example("c1", picture(), "What festival?", ("Holi",), "Asia")
     refused(lambda: read_examples(path, "civqa"), "column question, answer, image: missing", "--columns")
     refused(lambda: read_examples(path, "civqa", "query=ask"), "--columns query=ask: give PLACE=COLUMN", "question")

@@ -103,3 +103,20 @@ def test_a_transcripts_file_that_is_missing_or_something_else(tmp_path):
     refused(lambda: recorded_turns(tmp_path / "absent.jsonl"), "absent.jsonl", "no such file")
     (tmp_path / "some.jsonl").write_text('{"id": 1}\n')
     refused(lambda: recorded_turns(tmp_path / "some.jsonl"), "some.jsonl", "row 0, column data_id: missing")
+
+
+@real_files
+def test_recorded_verdicts_are_ours_where_only_the_ground_truth_counts():
+    """The record ignores the accepted aliases; each verdict that changes with them is one alias more."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+    import recorded_answers
+
+    rows = [recorded_answers.verdicts(json.loads(line)) for line in TRANSCRIPTS.read_text().splitlines()]
+    assert all(row["ground truth alone"] == row["recorded"] for row in rows)
+    assert all(row["strict"] == row["paper"] >= row["recorded"] for row in rows)
+    assert {row["id"]: row["answer"] for row in rows if row["reason"]} == {
+        "fvqa_train_2791": "Muhammad Ali Jinnah",
+        "fvqa_train_3112": "September 26, 2003",
+    }
