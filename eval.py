@@ -23,6 +23,7 @@ from typing import Any, Iterable, Mapping, Sequence
 from tqdm import tqdm
 
 from mmsr import compare, evaluate
+from mmsr.album import Album
 from mmsr.assemble import Setup, assemble_evaluation, prompts_folder
 from mmsr.chat import PROMPTS
 from mmsr.config import CONFIG_SIDE, EvalConfig, parse
@@ -30,6 +31,7 @@ from mmsr.episode import Episode, Example, UserError
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
 from mmsr.parallel import Ranks, start
+from mmsr.report import write_report
 from mmsr.rollout import Opening
 from mmsr.toy import LOOK_IT_UP
 
@@ -51,12 +53,13 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
     total = math.ceil(sum(map(len, todo.values())) / ranks.size)
     with Interrupts() as stop, tqdm(total=total, unit="question", disable=not ranks.main) as bar:
         for name, rows in chunks:
-            lines = roll_out(name, rows, sets[name], setup, script, stop, bar)
-            if lines is None:
+            setup.begin_step("evaluation")
+            episodes = roll_out(name, rows, sets[name], setup, script, stop, bar)
+            if episodes is None:
                 break
-            out.append(lines)
+            out.append(*episodes)
+    setup.toolbox.drop()  # what still hangs
     if status := int(ranks.max(stop.status)):
-        setup.toolbox.drop()
         out.say("Interrupted; the same command goes on.")
         raise SystemExit(status)
     if ranks.main:  # the others need not wait for a judge
@@ -71,8 +74,8 @@ def roll_out(
     script: list[str] | None,
     stop: Interrupts,
     bar: tqdm,
-) -> list[dict[str, Any]] | None:
-    """This rank's share of some questions of data set `name`, as lines of episodes.jsonl. None: interrupted."""
+) -> tuple[list[dict[str, Any]], list[Episode]] | None:
+    """This rank's share of some questions of data set `name`: lines of episodes.jsonl, episodes. None: interrupted."""
     c, begin, seconds = setup.config, time.perf_counter(), {}
 
     def on_done(episode: Episode) -> None:
@@ -89,12 +92,13 @@ def roll_out(
     episodes, _ = rollouts
     with setup.ranks.alone():
         setup.score(episodes)
-    allowed = calls_allowed(c)
-    return [
-        {"data": name, "row": e.group_id, **e.record(), "measures": evaluate.more_measures(e, allowed)}
+    allowed, pieces = calls_allowed(c), setup.chat.pieces if c.log_tokens else None
+    lines = [
+        {"data": name, "row": e.group_id, **e.record(pieces), "measures": evaluate.more_measures(e, allowed)}
         | {"seconds": seconds[e.group_id]}
         for e in episodes
     ]
+    return lines, episodes
 
 
 def calls_allowed(config: EvalConfig) -> int:
@@ -121,7 +125,7 @@ class Output:
 
     def __init__(self, config: EvalConfig, ranks: Ranks):
         self.config, self.folder, self.ranks = config, Path(config.out), ranks
-        self.episodes = self.folder / "episodes.jsonl"
+        self.episodes, self.album = self.folder / "episodes.jsonl", Album(self.folder / "images")
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is no folder: name another")
         if self.folder.exists() and any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir()):
@@ -161,11 +165,13 @@ class Output:
             raise UserError(f"--out {self.folder}: {changed[0]} has changed since that run began; name another folder")
         _replace(kept, now)
 
-    def append(self, lines: list[dict[str, Any]]) -> None:
-        """Add all ranks' lines, in the order of the questions."""
+    def append(self, lines: list[dict[str, Any]], episodes: Sequence[Episode]) -> None:
+        """Add all ranks' lines, in the order of the questions, and their pictures."""
+        pictures = self.ranks.gather(self.album.new(episodes))
         order = {name: place for place, name in enumerate(self.config.data)}
         lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
         if self.ranks.main:
+            self.album.add(pictures)
             with open(self.episodes, "a", encoding="utf-8", errors="replace") as file:  # JSON may hold lone surrogates
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 file.flush()
@@ -190,7 +196,11 @@ class Output:
             print(f"\n{compare.report(Path(name).name, self.config.mode, result, others)}")
             waited = sum(line["seconds"] for line in of[name]) / len(of[name])
             print(f"{waited:.2f} s from a batch's start to an answer in it, on average")
-        print(f"\n{self.folder}: results.json, episodes.jsonl")
+        try:
+            write_report(self.folder)
+        except Exception as error:  # a page is not worth an evaluation
+            self.say(f"report.html: {type(error).__name__}: {error}")
+        print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
 
     def _judge(self):
         from mmsr.client import ChatServer, Client

@@ -35,6 +35,8 @@ from mmsr.toy import LOOK_IT_UP, MIX
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
+ALARM = 0.05  # share of a step's tool calls that may fail without a word
+
 
 def train(config: Config, ranks: Ranks) -> None:
     with ranks.alone():
@@ -145,17 +147,20 @@ def step_metrics(
     n = whole.pop("n")
     sums = {
         "format": sum(e.reward_parts["format"] for e in episodes),
-        "tool_failures": evaluate.tool_failures(episodes),
+        "tool_calls": sum(e.searches() for e in episodes),
         "response_tokens": sum(sum(e.loss_mask) for e in episodes),
         "zero_std_groups": zero_std,
     }
     sums = setup.ranks.sum(sums)
+    errors = Counter(setup.ranks.sum(evaluate.tool_errors(episodes)))
     loss = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
     return {
         "step": step,
         **whole,
         "format": sums["format"] / n,
-        "tool_failures": sums["tool_failures"],
+        "tool_calls": sums["tool_calls"],
+        "tool_failures": errors.total(),
+        "tool_errors": dict(errors.most_common(3)),
         "response_tokens": sums["response_tokens"] / n,
         "zero_std_groups": sums["zero_std_groups"],
         **{key: update[key] for key in loss},
@@ -291,6 +296,10 @@ class Output:
             _sync(file)
         side.replace(self.rollouts / f"step-{step:06d}.jsonl")
         self._line(metrics)
+        failed, calls = metrics["tool_failures"], metrics["tool_calls"]
+        if failed > ALARM * calls:
+            often = next(iter(metrics["tool_errors"]))
+            tqdm.write(f"step {step}: {failed} of {calls} tool calls failed, most often: {often:.200}", file=sys.stderr)
 
     def evaluation(self, step: int, setup: Setup, stop: Interrupts) -> None:
         """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them.

@@ -68,7 +68,10 @@ class Setup:
             self.model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
         )  # fmt: skip
-        limits = Limits(c.max_turns, c.min_pixels, c.max_pixels, stop_on_tool_error=c.on_tool_error == "drop")
+        limits = Limits(
+            c.max_turns, c.min_pixels, c.max_pixels, tool_seconds=c.tool_timeout,
+            stop_on_tool_error=c.on_tool_error == "drop",
+        )  # fmt: skip
         return Rollout(engine, self.chat, self.toolbox, limits, direct)
 
     def roll_out(

@@ -101,6 +101,8 @@ class Options:
     """Text searches per rollout."""
     on_tool_error: Literal["tell", "drop"] = "tell"
     """A tool's infrastructure failed: tell the model and go on, or end the rollout (training leaves it out)."""
+    tool_timeout: int = 600
+    """Seconds after which a call is given up as failed; with --deterministic tools run inline and are waited for."""
     turn_tokens: int = 32
     """Tokens sampled per turn at most."""
     max_tokens: int = 128
@@ -126,18 +128,22 @@ class Options:
     """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
     """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
+    log_tokens: bool = True
+    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
     toy: Literal["basic"] = "basic"
     """Which toy world."""
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
-        **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout"), (1, _MANY)),
+        **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout", "tool_timeout"), (1, _MANY)),
         **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
         **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
         "max_tokens": (2, _MANY), "results": (1, 100),
     }  # fmt: skip
     # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-    RESUME_FREELY: ClassVar[set[str]] = {"out", "timeout", "search_cache", "budget", "step_budget"}
+    RESUME_FREELY: ClassVar[set[str]] = {
+        *("out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, (low, high) in self.BOUNDS.items():
@@ -239,8 +245,6 @@ class Config(Options):
     """Save a checkpoint every so many steps, besides after the last and when interrupted."""
     keep: int = 2
     """Keep this many checkpoints, the newest; at least 2, in case one is damaged."""
-    log_tokens: bool = True
-    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
     track: Literal["", "tensorboard", "wandb"] = ""
     """Send the metrics to a tracker too; its package must be installed."""
     resume: bool = False
@@ -255,7 +259,7 @@ class Config(Options):
         "importance_cap": (0, 1e6), "temperature": (0.01, 100),
     }  # fmt: skip
     RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
-        *("save_every", "keep", "resume", "max_skipped", "log_tokens", "track"),
+        *("save_every", "keep", "resume", "max_skipped", "track"),
     }  # fmt: skip
 
     def __post_init__(self) -> None:

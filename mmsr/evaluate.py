@@ -9,6 +9,7 @@ and the share of the allowed calls that were made (`calls_ratio`).
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -64,7 +65,7 @@ def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
         "accuracy_strict": answer_score(episode, STRICT),
         "format": episode.reward_parts["format"],
         "calls_ratio": episode.searches() / calls_allowed if calls_allowed else 0.0,
-        "tool_failures": tool_failures([episode]),
+        "tool_failures": tool_errors([episode]).total(),
         "turns": sum(turn.role == "assistant" for turn in episode.turns),
         "tokens": len(episode.input_ids),
         "tokens_sampled": sum(episode.loss_mask),
@@ -84,10 +85,10 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     return {key: value if key == "n" else value / n for key, value in sums.items()}
 
 
-def tool_failures(episodes: Sequence[Episode]) -> int:
-    """Calls whose infrastructure failed. A search that finds nothing, or one over its limit, is none."""
+def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
+    """What calls say whose infrastructure failed. A search that finds nothing, or one over its limit, is none."""
     seen = [turn.observation for e in episodes for turn in e.turns if turn.role == "tool"]
-    return sum(not observation.ok and observation.source != "limit" for observation in seen)
+    return Counter(str(one.error) for one in seen if not one.ok and one.source != "limit")
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:

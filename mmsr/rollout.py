@@ -12,6 +12,7 @@ what comes back is appended as a user turn with mask 0.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
@@ -23,6 +24,7 @@ from .tools import Call, Toolbox
 from .vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
+LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
 
 
 class Opening(str):
@@ -37,6 +39,7 @@ class Limits:
     min_pixels: int
     max_pixels: int
     thumbnail_pixels: int = 224 * 224
+    tool_seconds: float = 600.0  # a call that takes longer is given up, where tools run in threads
     stop_on_tool_error: bool = False  # end the episode (status tool-error) instead of telling the model
 
 
@@ -50,6 +53,7 @@ class _Run:
     begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
+    called: float = 0.0  # when the tool was, by time.monotonic
 
 
 class Rollout:
@@ -189,15 +193,25 @@ class Rollout:
         run.calls[turn.action] = run.calls.get(turn.action, 0) + 1
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
-        example = run.episode.example
+        example, run.called = run.episode.example, time.monotonic()
         self.waiting[self.toolbox.call(turn.action, Call(turn.query, example.image, example.question))] = run
 
     def _collect(self, block: bool) -> None:
-        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one."""
-        if self.waiting:
-            wait(self.waiting, timeout=None if block else 0, return_when=FIRST_COMPLETED)
-            for future in [future for future in self.waiting if future.done()]:
-                self._observe(self.waiting.pop(future), future.result())
+        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.
+
+        A call that hangs is given up: its thread goes on, nobody waits for it.
+        """
+        if not self.waiting:
+            return
+        deadline = min(run.called for run in self.waiting.values()) + self.limits.tool_seconds
+        patience = max(0.0, deadline - time.monotonic()) if block else 0.0
+        wait(self.waiting, timeout=patience, return_when=FIRST_COMPLETED)
+        now = time.monotonic()
+        for future, run in list(self.waiting.items()):
+            late = now >= run.called + self.limits.tool_seconds
+            if future.done() or late:
+                del self.waiting[future]
+                self._observe(run, future.result() if future.done() else LATE)
 
     def _observe(self, run: _Run, seen: Observation) -> None:
         """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""

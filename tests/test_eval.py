@@ -238,12 +238,12 @@ def test_interrupted_it_keeps_whole_batches_and_goes_on(miniature, first, tmp_pa
 
 
 def test_other_options_do_not_go_on_in_its_folder(miniature, first, tmp_path, capsys):
-    before = {file.name: file.read_bytes() for file in first.iterdir()}
+    before = {file.name: file.read_bytes() for file in first.iterdir() if file.is_file()}
     refused(capsys, arguments(miniature, first), "--temperature (was 1.0, is 0.0)")
     refused(capsys, arguments(miniature, first, temperature=1, mode="rag"), "--mode")
     (tmp_path / "thesis.tex").write_text("years of work")
     refused(capsys, arguments(miniature, tmp_path), "holds no config.json")
-    assert {file.name: file.read_bytes() for file in first.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in first.iterdir() if file.is_file()} == before
 
 
 def test_data_that_changed_under_its_name_does_not_go_on(miniature, tmp_path, capsys):

@@ -65,8 +65,8 @@ def test_by_category_by_hand_in_order_of_appearance():
 
 
 def test_failures_count_calls_and_neither_refusals_nor_empty_results():
-    assert evaluate.tool_failures(EPISODES) == 2
-    assert evaluate.tool_failures(EPISODES[3:]) == 0
+    assert evaluate.tool_errors(EPISODES).total() == 2
+    assert evaluate.tool_errors(EPISODES[3:]).total() == 0
 
 
 def cells(text):

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -530,6 +531,20 @@ def test_cache_outlives_the_rollout(home):
         assert episodes and counts["sampled"] and cache() is None
     finally:
         gc.enable()
+
+
+def test_a_tool_that_hangs_holds_its_rollout_for_ever(home):
+    never = threading.Event()
+    tools = [Tool(TEXT_SEARCH, "text_search", 1, lambda call: never.wait(SECONDS) or "late")]
+    say = lambda e, turn: (ASK, REPLY)[turn] if e.group_id == 0 else REPLY  # noqa: E731
+    rollout = make(home, tools=tools, inline=False, say=say)
+    rollout.limits = replace(rollout.limits, tool_seconds=0.2)
+    start = time.monotonic()
+    hung, quick = rollout([question(0), question(1)], 1)
+    assert time.monotonic() - start < SECONDS / 2
+    never.set()
+    assert hung.status == quick.status == ANSWERED
+    assert not hung.turns[1].observation.ok and "timeout" in hung.turns[1].observation.error
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------

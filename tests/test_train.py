@@ -33,7 +33,18 @@ SMALL = dict(recipe="toy", data="toy", search="toy", steps=2, questions=4, mini_
 
 METRICS = {
     *("step", "reward", "accuracy", "format", "search_ratio", "search_ratio_image", "search_ratio_text"),
-    *("tool_failures", "response_tokens", "zero_std_groups", "loss", "kl", "entropy", "clip_fraction", "logp_gap"),
+    *(
+        "tool_calls",
+        "tool_failures",
+        "tool_errors",
+        "response_tokens",
+        "zero_std_groups",
+        "loss",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "logp_gap",
+    ),
     *("logp_gap_max", "grad_norm", "lr", "seconds", "tokens", "images"),
 }
 EVALUATION = {"n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"}
@@ -290,14 +301,17 @@ def test_sft_with_nothing_right_changes_nothing(miniature, tmp_path, monkeypatch
     assert all(line["loss"] == 0 and line["tokens"]["trained"] == 0 for line in found.steps)
 
 
-def test_failed_tools_are_counted_and_can_be_left_out(miniature, tmp_path, monkeypatch, every_other_right):
-    def down(self, image):
+def test_failed_tools_are_counted_told_of_and_can_be_left_out(
+    miniature, tmp_path, monkeypatch, every_other_right, capsys
+):
+    def down(self, image, question):
         raise OSError("down")
 
     monkeypatch.setattr(toy.Web, "image_search", down)
     told = run(miniature, tmp_path / "told", steps=1)
     calls = sum(turn["role"] == "tool" for e in told.rollouts[0] for turn in e["turns"])
-    assert told.steps[0]["tool_failures"] == calls > 0
+    assert told.steps[0]["tool_failures"] == told.steps[0]["tool_calls"] == calls > 0
+    assert f"step 1: {calls} of {calls} tool calls failed, most often: OSError: down" in capsys.readouterr().err
     assert "tool-error" not in {e["status"] for e in told.rollouts[0]}
     dropped = run(miniature, tmp_path / "dropped", steps=1, on_tool_error="drop", zero_std="keep")
     stopped = [e for e in dropped.rollouts[0] if e["status"] == "tool-error"]
@@ -404,7 +418,12 @@ def test_question_with_half_a_character_ends_no_run(tmp_path):
     """JSON has lone surrogates, UTF-8 has not."""
     out = train.Output(Config(out=str(tmp_path / "out")), SINGLE)
     out.begin(0)
-    out.step(1, {"step": 1, "reward": 0.0}, [Episode(Example("e", b"", "why \ud800 ?", ("a",)), 0, 0)], None)
+    out.step(
+        1,
+        {"step": 1, "tool_failures": 0, "tool_calls": 0},
+        [Episode(Example("e", b"", "why \ud800 ?", ("a",)), 0, 0)],
+        None,
+    )
     assert Run(tmp_path / "out").rollouts[0][0]["question"] == "why \ud800 ?"
 
 
