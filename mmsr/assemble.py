@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from . import model as modeling
-from . import parallel, toy
+from . import parallel, toy, toy_base
 from .chat import PROMPTS, Chat
 from .config import Config
 from .data import Replay, read_examples, recorded_turns
@@ -42,6 +42,7 @@ class Setup:
     questions: Sequence[Example]
     eval_questions: Sequence[Example]
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
+    world: toy.World | None  # where anything of the run is the toy world's
 
     @cached_property
     def banned(self) -> torch.Tensor:
@@ -101,17 +102,21 @@ class Setup:
         score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
 
 
-def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
-    """Open everything that `config` names. Raises UserError where something is missing or wrong."""
+def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = None) -> Setup:
+    """Open everything that `config` names. Raises UserError where something is missing or wrong.
+
+    `world`: a toy world of one's own instead of the one that `config.toy` names.
+    """
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
+    if world is None and ("toy" in (config.data, config.search, config.eval_data) or not config.model):
+        world = toy.World(config.seed, toy.SETTINGS[config.toy])
     with ranks.alone():
         questions = _questions(config.data, world, ranks)
         evaluation = _eval_questions(config, world, questions, ranks)
         backend, scripts = _backend(config, world, [questions, evaluation])
     tools = search_tools(backend, config.max_images, config.max_texts)
     prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
-    find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
+    find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
         chat = Chat(folder, prompts, tools)
@@ -119,7 +124,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
-    return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts, world)
 
 
 def load_model(
@@ -179,6 +184,6 @@ def _eval_questions(
     if config.eval_data and config.eval_data != "toy":
         questions = _questions(config.eval_data, world, ranks)
     elif world and "toy" in (config.data, config.eval_data):
-        pools = [world.questions(category, config.eval_size, "eval") for category in toy.CATEGORIES]
-        return [example for pool in pools for example in pool]
+        asked = [world.questions(category, config.eval_size, "eval") for category in world.settings.categories]
+        return [example for category in asked for example in category]
     return [questions[i] for i in range(min(config.eval_size, len(questions)))]

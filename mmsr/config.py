@@ -1,6 +1,6 @@
 """One flat dataclass: the defaults, the command line, and the `config.json` of a run.
 
-A recipe is a dictionary of defaults. What stands on the command line wins over the recipe, and the recipe over the
+A recipe is a dictionary of defaults; the toy recipe differs a little between the toy worlds. What stands on the command line wins over the recipe, and the recipe over the
 dataclass. An unknown or ill-typed option is one line on standard error and exit status 2.
 """
 
@@ -41,6 +41,9 @@ RECIPES: dict[str, dict] = {
         "steps": 4690,  # 30 epochs of 5,000 questions
     },
 }  # fmt: skip
+
+# What the toy recipe has otherwise in the other toy worlds.
+TOY: dict[str, dict] = {"basic": {}, "full": dict(max_turns=3, max_texts=1, max_tokens=192, steps=80)}
 
 
 # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
@@ -166,8 +169,8 @@ class Config:
     """Keep this many checkpoints, the newest; at least 2, in case one is damaged."""
     resume: bool = False
     """Go on from the newest sound checkpoint in --out, or start afresh where there is none."""
-    toy: Literal["basic"] = "basic"
-    """Which toy world."""
+    toy: Literal["basic", "full"] = "basic"
+    """Toy world. full: a town takes a text search too, and a search may mislead; three turns, 80 steps."""
 
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
@@ -213,7 +216,12 @@ def parse(argv: Sequence[str]) -> Config:
     parser = _parser()
     given = vars(parser.parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
-    return Config(**{**RECIPES[recipe], **given, "recipe": recipe})
+    return Config(**{**defaults(recipe, given.get("toy", Config.toy)), **given, "recipe": recipe})
+
+
+def defaults(recipe: str, toy: str) -> dict:
+    """What a recipe sets, in a toy world."""
+    return RECIPES[recipe] | (TOY[toy] if recipe == "toy" else {})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mmsr import toy
+from mmsr import toy, toy_base
 
 torch.set_num_threads(1)  # see helpers.py
 
-MINIATURE = toy.WarmStart(steps=60, batch=16, lr=3e-3, warmup=10, copying=0.0, recall=0.0)
+MINIATURE = toy_base.WarmStart(steps=60, batch=16, lr=3e-3, warmup=10, copying=0.0, recall=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def miniature(world, miniature_cache):
     """Folder of a base model that got the miniature warm start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMSR_CACHE", str(miniature_cache))
-        return toy.base_model(world, MINIATURE)
+        return toy_base.base_model(world, MINIATURE)
 
 
 @pytest.fixture(autouse=True)

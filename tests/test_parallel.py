@@ -19,7 +19,7 @@ from helpers import conversation, report, tiny_config, tiny_model
 from test_update import BANNED, EXAMPLE, made, relative
 
 from mmsr import model as modeling
-from mmsr import toy
+from mmsr import toy, toy_base
 from mmsr.assemble import load_model
 from mmsr.chat import PROMPTS, Chat
 from mmsr.episode import Episode, UserError
@@ -436,13 +436,13 @@ def test_loading_with_hybrid_shards(four, tmp_path):
 def folder(tmp_path_factory) -> Path:
     """A model of the toy world that has barely learnt the format, so that its rewards differ."""
     folder, world = tmp_path_factory.mktemp("newborn"), toy.World(0)
-    tokenizer = toy.build_tokenizer()
+    tokenizer = toy_base.build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-    model = modeling.random_model(toy.model_config(tokenizer), 0)
+    model = modeling.random_model(toy_base.model_config(tokenizer), 0)
     optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
     trainer = Trainer(model, optimizer, chat.banned(model.config.vocab_size), loss_norm="token", sft=True)
-    traces = toy.Traces(world, chat, 0)
+    traces = toy_base.Traces(world, chat, 0)
     for step in range(25):
         trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
     modeling.save(model, folder)

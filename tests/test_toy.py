@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import MINIATURE
 
-from mmsr import toy
+from mmsr import toy, toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.episode import UserError
 from mmsr.model import load
@@ -18,7 +18,7 @@ from mmsr.vision import load_image
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy.build_tokenizer()
+    return toy_base.build_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def fake_warm_start(monkeypatch):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(toy, "_warm_start", made)
+    monkeypatch.setattr(toy_base, "_warm_start", made)
     return calls
 
 
@@ -172,7 +172,7 @@ def test_names_are_three_tokens_and_towns_two(world, tokenizer):
 
 def test_every_word_of_the_traces_is_one_token(tokenizer):
     templates = [path.read_text() for path in (PROMPTS / "toy").glob("*.txt")]
-    said = [toy.LOOK_IT_UP, toy._direct("", ""), toy._copied(""), *toy.QUESTIONS, *toy.TITLES, "user assistant"]
+    said = [toy.LOOK_IT_UP, toy_base.recalled("", ""), toy_base.copied(""), *toy.QUESTIONS, *toy.TITLES, "user assistant"]
     words = {word for text in templates + said for word in text.split() if "{" not in word}
     assert len(words) > 30
     for word in words:
@@ -197,12 +197,12 @@ def test_any_text_round_trips(chat):
 
 
 def test_control_tokens_stand_behind_the_vocabulary_in_qwens_order(tokenizer):
-    ids = [tokenizer.token_to_id(name) for name in toy.SPECIAL]
+    ids = [tokenizer.token_to_id(name) for name in toy_base.SPECIAL]
     assert ids == list(range(ids[0], tokenizer.get_vocab_size()))
 
 
 def test_tokenizer_is_the_same_every_time(tokenizer):
-    assert toy.build_tokenizer().to_str() == tokenizer.to_str()
+    assert toy_base.build_tokenizer().to_str() == tokenizer.to_str()
 
 
 # ---- traces ---------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_tokenizer_is_the_same_every_time(tokenizer):
 def test_traces_train_exactly_the_assistants_words(world, chat):
     opening = chat.assistant("assistant\n")[:-1]
     start, stop = chat.added["<|im_start|>"], chat.stop_id
-    for episode in toy.Traces(world, chat, 1).batch(60):
+    for episode in toy_base.Traces(world, chat, 1).batch(60):
         ids, speaking, mask = episode.input_ids, False, []
         for at, token in enumerate(ids):
             mask.append(int(speaking))
@@ -229,7 +229,7 @@ def test_traces_train_exactly_the_assistants_words(world, chat):
 
 def test_traces_recall_first_or_search_and_copy(world, chat):
     """The direct reason must begin with the name: an opaque one makes every run drift to always-search."""
-    batch = toy.Traces(world, chat, 1).batch(400)
+    batch = toy_base.Traces(world, chat, 1).batch(400)
     known = {word: c for c in world.of("familiar") for word in (c.name, c.town)}
     searches = 0
     for episode in batch:
@@ -246,7 +246,7 @@ def test_traces_recall_first_or_search_and_copy(world, chat):
             assert answer == first[question]
         else:
             name = spoken[0].split()[1]
-            assert spoken[0] == toy._direct(name, answer) and (question == 1 or answer == name)
+            assert spoken[0] == toy_base.recalled(name, answer) and (question == 1 or answer == name)
             if episode.example.category == "familiar":
                 assert known[answer].name == name
     assert 0.4 < searches / 400 < 0.6
@@ -261,7 +261,7 @@ def test_traces_recall_first_or_search_and_copy(world, chat):
 
 
 def test_traces_are_a_function_of_the_seed(world, chat):
-    a, b, c = (toy.Traces(world, chat, seed).batch(8) for seed in (1, 1, 2))
+    a, b, c = (toy_base.Traces(world, chat, seed).batch(8) for seed in (1, 1, 2))
     assert [e.input_ids for e in a] == [e.input_ids for e in b] != [e.input_ids for e in c]
     assert all(torch.equal(x.images[0][1].patches, y.images[0][1].patches) for x, y in zip(a, b))
 
@@ -298,7 +298,7 @@ def test_warm_start_teaches_the_markup(miniature, world):
 def test_warm_start_is_made_once(miniature, miniature_cache, world, monkeypatch, fake_warm_start):
     monkeypatch.setenv("MMSR_CACHE", str(miniature_cache))
     before = {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
-    assert toy.base_model(toy.World(0), MINIATURE) == miniature
+    assert toy_base.base_model(toy.World(0), MINIATURE) == miniature
     assert not fake_warm_start and before == {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
     assert list(miniature_cache.iterdir()) == [miniature]
 
@@ -306,29 +306,29 @@ def test_warm_start_is_made_once(miniature, miniature_cache, world, monkeypatch,
 def test_another_recipe_or_world_is_another_folder(tmp_path, monkeypatch, fake_warm_start, world):
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "one"))
     folders = [
-        toy.base_model(world, MINIATURE),
-        toy.base_model(world, toy.WarmStart(steps=61)),
-        toy.base_model(toy.World(1), MINIATURE),
-        toy.base_model(world, MINIATURE),
+        toy_base.base_model(world, MINIATURE),
+        toy_base.base_model(world, toy_base.WarmStart(steps=61)),
+        toy_base.base_model(toy.World(1), MINIATURE),
+        toy_base.base_model(world, MINIATURE),
     ]
     assert folders[0] == folders[3] and len(set(folders)) == 3 == len(fake_warm_start)
     assert all(folder.parent == tmp_path / "one" for folder in folders)
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "two"))
-    assert toy.base_model(world, MINIATURE).parent == tmp_path / "two"
+    assert toy_base.base_model(world, MINIATURE).parent == tmp_path / "two"
 
 
 def test_cache_is_in_the_home_folder_unless_told_otherwise(tmp_path, monkeypatch, fake_warm_start, world):
     monkeypatch.delenv("MMSR_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert toy.base_model(world).parent == tmp_path / ".cache" / "mmsr"
+    assert toy_base.base_model(world).parent == tmp_path / ".cache" / "mmsr"
 
 
 def test_missed_gate_is_the_users_to_know_and_leaves_nothing(tmp_path, monkeypatch, world):
     measured = []
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "_gate", lambda *given: measured.append(given) or (0.96, 0.5))
+    monkeypatch.setattr(toy_base, "_gate", lambda *given: measured.append(given) or (0.96, 0.5))
     with pytest.raises(UserError) as error:
-        toy.base_model(world, toy.WarmStart(steps=2, batch=4, extra=1, most=4))
+        toy_base.base_model(world, toy_base.WarmStart(steps=2, batch=4, extra=1, most=4))
     assert len(measured) == 3, "at 2, 3 and 4 steps"
     assert "0.500" in str(error.value) and "--seed" in str(error.value) and "\n" not in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -337,8 +337,8 @@ def test_missed_gate_is_the_users_to_know_and_leaves_nothing(tmp_path, monkeypat
 def test_gate_is_passed_by_both_numbers(tmp_path, monkeypatch, world):
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
     found = [(0.96, 0.5), (0.5, 0.96), (0.95, 0.8)]
-    monkeypatch.setattr(toy, "_gate", lambda *given: found.pop(0))
-    folder = toy.base_model(world, toy.WarmStart(steps=1, batch=4, extra=1, most=9))
+    monkeypatch.setattr(toy_base, "_gate", lambda *given: found.pop(0))
+    folder = toy_base.base_model(world, toy_base.WarmStart(steps=1, batch=4, extra=1, most=9))
     assert not found and (folder / "model.safetensors").exists()
 
 
@@ -349,9 +349,9 @@ def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):
         raise KeyboardInterrupt
 
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "_warm_start", interrupted)
+    monkeypatch.setattr(toy_base, "_warm_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        toy.base_model(world)
+        toy_base.base_model(world)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -364,11 +364,11 @@ def test_two_warm_starts_at_a_time_leave_one_sound_folder(tmp_path, monkeypatch,
         (folder / "config.json").write_text("{}")
 
     def overtaken(world, recipe, folder):
-        monkeypatch.setattr(toy, "_warm_start", made)
-        toy.base_model(world, recipe)
+        monkeypatch.setattr(toy_base, "_warm_start", made)
+        toy_base.base_model(world, recipe)
         made(world, recipe, folder)
 
-    monkeypatch.setattr(toy, "_warm_start", overtaken)
-    folder = toy.base_model(world)
+    monkeypatch.setattr(toy_base, "_warm_start", overtaken)
+    folder = toy_base.base_model(world)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     assert list(folder.parent.iterdir()) == [folder]

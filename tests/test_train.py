@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from mmsr import model as modeling
-from mmsr import reward, toy
+from mmsr import reward, toy, toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, Group, Member
 from mmsr.tools import search_tools
@@ -417,7 +417,7 @@ def test_out_folder_that_is_not_empty_is_refused(capsys, miniature, tmp_path):
 
 
 def test_out_folder_is_looked_at_before_minutes_of_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "_warm_start", lambda *given: pytest.fail("the warm start ran before --out was checked"))
+    monkeypatch.setattr(toy_base, "_warm_start", lambda *given: pytest.fail("the warm start ran before --out was checked"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -592,7 +592,7 @@ def all_threads():
 @pytest.mark.slow
 def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path, all_threads):
     """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
-    model = toy.base_model(toy.World(0))
+    model = toy_base.base_model(toy.World(0))
     found = run(model, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
     before, after = found.evaluations[0], found.evaluations[-1]
     greedy = {category: row["search_ratio"] for category, row in after["eval"].items()}
