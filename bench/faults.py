@@ -43,7 +43,7 @@ PAUSE = 0.02  # seconds before each sync, rename and removal of a slowed save: a
 def miniature_base(cache: Path) -> Path:
     """A toy base model that has learned nothing, made in seconds: for tests of the machinery around it."""
     os.environ["MMSR_CACHE"] = str(cache)
-    gate, toy_base._gate = toy_base._gate, lambda *_: (1.0, 1.0)
+    gate, toy_base._gate = toy_base._gate, lambda *_: {}
     try:
         return toy_base.base_model(toy.World(0), toy_base.WarmStart(steps=1, batch=4))
     finally:

@@ -1,7 +1,8 @@
 """One flat dataclass: the defaults, the command line, and the `config.json` of a run.
 
-A recipe is a dictionary of defaults; the toy recipe differs a little between the toy worlds. What stands on the command line wins over the recipe, and the recipe over the
-dataclass. An unknown or ill-typed option is one line on standard error and exit status 2.
+A recipe is a dictionary of defaults; the toy recipe's differ a little between the toy worlds. What stands on the
+command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is one line on
+standard error and exit status 2.
 """
 
 from __future__ import annotations

@@ -25,15 +25,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm import tqdm
 
 from . import model as modeling
+from . import toy
 from .chat import PROMPTS, Chat, Piece
 from .engine import Engine
 from .episode import ANSWERED, Episode, Example, Observation, UserError
 from .rollout import Limits, Rollout
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
-from .toy import (
-    LOOK_IT_UP, NAME, PAGES, QUESTIONS, SIZE, SYLLABLES, TITLES, TOWN, Category, Concept, World, draw_emblems, look_up,
-    made_up, render,
-)  # fmt: skip
+from .toy import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
 from .update import MasterWeights, Trainer
 from .vision import Image, VisionConfig, load_image, patchify
 
@@ -55,9 +53,9 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     templates = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
-    said = [*QUESTIONS, *PAGES, *TITLES, LOOK_IT_UP, look_up(""), copied(""), "user assistant system"]
+    said = [*QUESTIONS, *toy.PAGES, *toy.TITLES, toy.LOOK_IT_UP, toy.look_up(""), copied(""), "user assistant system"]
     words = [word for word in dict.fromkeys(" ".join(templates + said).split()) if "{" not in word]
-    corpus = [form for s in SYLLABLES for form in [s, f" {s}"] for _ in range(2000)]
+    corpus = [form for s in toy.SYLLABLES for form in [s, f" {s}"] for _ in range(2000)]
     corpus += [form for w in words for form in [w, f" {w}"] for _ in range(200)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=100, initial_alphabet=alphabet, show_progress=False)
@@ -121,10 +119,10 @@ class Traces:
 
     def batch(self, n: int) -> list[Episode]:
         rng = self.rng
-        emblems = draw_emblems(rng, n // 2, unlike=self.world.taught)
-        novel = [Concept(emblem, *made_up(rng, 1, 3), "", "novel") for emblem in emblems]
+        emblems = toy.draw_emblems(rng, n // 2, unlike=self.world.taught)
+        novel = [Concept(emblem, *toy.made_up(rng, 1, 3), "", "novel") for emblem in emblems]
         concepts = [self.taught[i] for i in rng.choice(len(self.taught), n - len(novel), p=self.chances)] + novel
-        pictures = render(np.stack([concept.emblem for concept in concepts]), rng)
+        pictures = toy.render(np.stack([concept.emblem for concept in concepts]), rng)
         return [self._episode(concept, picture, i) for i, (concept, picture) in enumerate(zip(concepts, pictures))]
 
     def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
@@ -143,13 +141,13 @@ class Traces:
         two_hops = self.world.settings.two_hops
         by_image, by_text = (self.rng.random(2) < SEARCH) & (not direct)
         if by_image:
-            self._say(episode, LOOK_IT_UP)
+            self._say(episode, toy.LOOK_IT_UP)
             concept = self._read(episode, IMAGE_SEARCH, concept)
             if question == NAME or not two_hops:
                 return self._say(episode, copied(concept.answer(question)))
             concept = self._as_known(concept)
         if by_text and question == TOWN and two_hops:
-            self._say(episode, look_up(concept.name))
+            self._say(episode, toy.look_up(concept.name))
             concept = self._read(episode, TEXT_SEARCH, concept)
             return self._say(episode, copied(concept.town))
         return self._say(episode, recalled(concept, question))
@@ -158,7 +156,7 @@ class Traces:
         """The concept with a town that is made up, unless that is to be known."""
         if self.world.settings.facts(concept.pool) > TOWN:
             return concept
-        return replace(concept, town=made_up(self.rng, 1, 2)[0])
+        return replace(concept, town=toy.made_up(self.rng, 1, 2)[0])
 
     def _read(self, episode: Episode, tool: str, concept: Concept) -> Concept:
         """Show the results of a search for a concept. Returns what the result that is believed is about."""
@@ -258,7 +256,9 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
             if all(reached[what] >= needed[what] for what in reached):
                 break
             if step >= recipe.most:
-                raise UserError(f"the toy warm start is not good enough after {step} steps: {told}; take another --seed")
+                raise UserError(
+                    f"the toy warm start is not good enough after {step} steps: {told}; take another --seed"
+                )
             bar.total = step + recipe.extra
         metrics = trainer.step([traces.batch(recipe.batch)], recipe.rate(step))
         bar.update(), bar.set_postfix(loss=f"{metrics['loss']:.3f}")

@@ -417,7 +417,7 @@ def test_out_folder_that_is_not_empty_is_refused(capsys, miniature, tmp_path):
 
 
 def test_out_folder_is_looked_at_before_minutes_of_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_base, "_warm_start", lambda *given: pytest.fail("the warm start ran before --out was checked"))
+    monkeypatch.setattr(toy_base, "_warm_start", lambda *given: pytest.fail("warm start before --out was checked"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -560,7 +560,7 @@ def test_broken_picture_met_later_ends_the_run_with_one_line(capsys, miniature, 
         (dict(eval_data="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(prompts="/no/such/folder"), "/no/such/folder"),
         (dict(device="warp"), "--device warp"),
-        (dict(toy="full"), "full"),
+        (dict(toy="flat"), "flat"),
     ],
 )
 def test_wrong_option_is_one_line(capsys, miniature, tmp_path, changes, said):
@@ -600,7 +600,7 @@ def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_
     assert greedy["familiar"] <= 0.25 and greedy["unfamiliar"] >= 0.85 and greedy["held_out"] >= 0.85
 
     def accuracy(line):
-        return sum(toy.MIX[category] * row["accuracy"] for category, row in line["eval_sampled"].items())
+        return sum(toy.BASIC.mix[category] * row["accuracy"] for category, row in line["eval_sampled"].items())
 
     assert accuracy(after) >= accuracy(before) + 0.15
     assert all(line["tokens"]["prefilled"] <= 1.05 * line["tokens"]["prefilled_unique"] for line in found.steps)
