@@ -14,8 +14,8 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
+from . import attention, parallel, toy, toy_base
 from . import model as modeling
-from . import parallel, toy, toy_base
 from .chat import PROMPTS, Chat
 from .config import Config
 from .data import Replay, read_examples, recorded_turns
@@ -124,6 +124,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
+    attention.sum_widely(config.deterministic)
     return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts, world)
 
 

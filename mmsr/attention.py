@@ -46,6 +46,22 @@ TORCH_VARLEN = _torch_varlen()
 VARLEN_OPTIONS = frozenset(inspect.signature(TORCH_VARLEN).parameters) if TORCH_VARLEN else frozenset()
 
 
+# Whether attention of fp32 tensors on the CPU is summed in fp64. Attention is the one place where the sampler with its
+# cache and the trainer with its packs add the same numbers up in different orders. Summed widely and rounded once it is
+# equal in both, to the bit but for rare ties, at two to three times its cost. For --deterministic.
+_WIDE = False
+
+
+def sum_widely(on: bool) -> None:
+    """From now on, sum fp32 attention on the CPU in fp64, or (`on` false) in fp32."""
+    global _WIDE
+    _WIDE = on
+
+
+def _sum_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if _WIDE and not q.is_cuda and q.dtype == torch.float32 else q.dtype
+
+
 def backend(q: Tensor) -> str:
     """The kernel that will serve `q`: "flash" (flash-attn) or "varlen" (torch) for CUDA half precision, else "sdpa"."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
@@ -116,12 +132,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 
 def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, q_len: int, k_len: int, causal: bool) -> Tensor:
-    q = q.unflatten(0, (-1, q_len)).transpose(1, 2)  # (B, H, q_len, D)
-    k, v = (x.unflatten(0, (-1, k_len)).transpose(1, 2) for x in (k, v))
+    dtype, wide = q.dtype, _sum_dtype(q)
+    q = q.to(wide).unflatten(0, (-1, q_len)).transpose(1, 2)  # (B, H, q_len, D)
+    k, v = (x.to(wide).unflatten(0, (-1, k_len)).transpose(1, 2) for x in (k, v))
     square = causal and q_len == k_len
     mask = causal_lower_right(q_len, k_len) if causal and not square and q_len > 1 else None
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2).flatten(0, 1)
+    return out.transpose(1, 2).flatten(0, 1).to(dtype)
 
 
 class Packed:
@@ -192,10 +209,11 @@ def decode_attention(
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over part of the keys, in fp32: Σ w v (B, K, Q, D), Σ w and the largest score (B, K, Q, 1) apart.
+    """Attention over part of the keys, in fp32 or wider: Σ w v (B, K, Q, D), Σ w and the largest score (B, K, Q, 1).
 
     w = exp(score − largest). Sums and not a log-sum-exp, which near 30 is ten times coarser than what it would scale.
     """
+    q, k, v = (x.to(_sum_dtype(q)) for x in (q, k, v))
     scores = _product(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, K, Q, keys)
     hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
     scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
@@ -205,8 +223,10 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Ten
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, also of half-precision factors: rounded scores would part the sampler from the trainer."""
-    if a.is_cuda and a.dtype != torch.float32:
+    """a @ b in fp32 or wider, of half-precision factors too: rounded scores would part the sampler from the trainer."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
         out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
         return out.unflatten(0, a.shape[:2])
     return a.float() @ b.float()

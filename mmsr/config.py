@@ -157,7 +157,7 @@ class Config:
     timeout: int = 1800
     """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
-    """Fix the schedule too: tools run inline, so equal seeds give equal bits on the CPU."""
+    """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
     eval_data: str = ""
     """Evaluation questions, a file as for --data; empty: fresh toy pictures, or the first rows of --data."""
     eval_size: int = 200

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmsr import toy, toy_base
+from mmsr import attention, toy, toy_base
 
 torch.set_num_threads(1)  # see helpers.py
 
@@ -33,3 +33,9 @@ def _no_cache_but_our_own(request, monkeypatch, tmp_path):
     """No fast test may find or leave anything in the user's cache."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_run_widens_the_sums_of_the_next_test():
+    yield
+    attention.sum_widely(False)
