@@ -183,7 +183,7 @@ class Traces:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The proven recipe. From `steps` on, training goes on in stretches of `extra` until the gate is passed."""
+    """The proven recipe. After `steps`, training goes on in stretches of `extra` until the gate is passed."""
 
     steps: int = 0  # 0: as many as the pools' exposures take
     batch: int = 64
@@ -191,7 +191,7 @@ class WarmStart:
     warmup: int = 50
     decay_from: float = 0.6
     extra: int = 150
-    most: int = 1800
+    stretches: int = 6
     copying: float = 0.95  # gate: accuracy on unknown concepts when all searches are forced, T = 1
     names: float = 0.75  # gate: accuracy on names that were taught when asked to answer directly, T = 1
     towns: float = 0.6  # gate: the same on towns
@@ -208,7 +208,7 @@ MADE_BY = ("toy", "toy_base", "vision", "attention", "model", "chat", "grpo", "p
 def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     """Folder of the warm-started model for `world`, a Hugging Face checkpoint; made once, then found by its hash.
 
-    Raises UserError when the gate is not passed within `recipe.most` steps.
+    Raises UserError when the gate is not passed after the last of `recipe.stretches`.
     """
     # How well the web retrieves and what is asked later is nothing that the base model can know: worlds share it.
     world = World(world.seed, replace(world.settings, wrong=0.0, categories=()))
@@ -255,7 +255,7 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
             bar.write(f"step {step}: {told}")
             if all(reached[what] >= needed[what] for what in reached):
                 break
-            if step >= recipe.most:
+            if step >= recipe.steps + recipe.stretches * recipe.extra:
                 raise UserError(
                     f"the toy warm start is not good enough after {step} steps: {told}; take another --seed"
                 )

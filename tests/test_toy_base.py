@@ -329,7 +329,7 @@ def test_missed_gate_is_the_users_to_know_and_leaves_nothing(tmp_path, monkeypat
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(toy_base, "_gate", lambda *given: measured.append(given) or reached)
     with pytest.raises(UserError) as error:
-        toy_base.base_model(world, toy_base.WarmStart(steps=2, batch=4, extra=1, most=4))
+        toy_base.base_model(world, toy_base.WarmStart(steps=2, batch=4, extra=1, stretches=2))
     assert len(measured) == 3, "at 2, 3 and 4 steps"
     said = str(error.value)
     assert f"{short} 0.512" in said and "--seed" in said and "\n" not in said
@@ -345,7 +345,7 @@ def test_gate_is_passed_by_all_its_numbers(tmp_path, monkeypatch, world):
         dict(copying=0.95, names=0.75, towns=0.6),
     ]
     monkeypatch.setattr(toy_base, "_gate", lambda *given: found.pop(0))
-    folder = toy_base.base_model(world, toy_base.WarmStart(steps=1, batch=4, extra=1, most=9))
+    folder = toy_base.base_model(world, toy_base.WarmStart(steps=1, batch=4, extra=1))
     assert not found and (folder / "model.safetensors").exists()
 
 
