@@ -36,6 +36,7 @@ QUESTIONS = ("what is this ?", "which town does it belong to ?")
 NAME, TOWN = 0, 1  # places in QUESTIONS; a concept of which n facts are known is one whose first n answers are
 PAGES = ("{name} of {town}", "{name} in {town}", "{name} from {town}")
 TITLES = ("{name} crest", "{name} wiki", "{name} emblem")  # of an image search where they do not tell the town
+ENOUGH = 450  # exposures in the warm start; with fewer a concept is known, but not as surely as training needs
 RESULTS, DISTRACTION = 3, 0.3  # results per search; chance that one below the first is about something else
 LOOK_IT_UP = "<reason> let me look it up . </reason> <search><img></search>"
 SIZE = 56  # picture side in pixels: 4 × 4 patches, 4 image tokens
@@ -56,7 +57,7 @@ class Pool:
     name: str
     size: int
     facts: int = 0  # known of each: none, its name, its name and town
-    exposure: int = 0  # how often the warm start shows each; below 450 the boundary of knowledge blurs
+    exposure: int = 0  # how often the warm start shows each
 
 
 @dataclass(frozen=True)

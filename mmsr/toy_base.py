@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -281,18 +282,22 @@ def _save_tokenizer(folder: Path) -> Tokenizer:
 def _gate(model, chat: Chat, world: World, banned: torch.Tensor) -> dict[str, float]:
     """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly."""
 
-    def accuracy(facts: tuple[int, ...], questions: tuple[int, ...], direct: bool) -> float:
-        pools = tuple(pool.name for pool in world.settings.pools if pool.facts in facts)
-        asked = world.questions(Category(f"gate-{facts}-{questions}", pools, questions), 200, "gate")
+    def pools(known: Callable[[toy.Pool], bool]) -> tuple[str, ...]:
+        return tuple(pool.name for pool in world.settings.pools if known(pool))
+
+    def accuracy(asked: Category, direct: bool) -> float:
         engine = Engine(model, chat.stop_id, banned, slots=256, max_tokens=256, turn_tokens=32)
         limits = Limits(3, SIZE * SIZE, SIZE * SIZE)
         rollout = Rollout(engine, chat, Toolbox(_tools(world), inline=True), limits, direct=direct)
         scripts = None if direct else lambda example, sample: world.always_search(example)
-        episodes = rollout(asked, 1, ("gate", world.seed), scripts)
+        episodes = rollout(world.questions(asked, 200, "gate"), 1, ("gate", world.seed), scripts)
         return sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes) / len(episodes)
 
+    unknown = pools(lambda pool: not pool.facts)
+    named = pools(lambda pool: pool.facts > NAME and pool.exposure >= toy.ENOUGH)
+    placed = pools(lambda pool: pool.facts > TOWN and pool.exposure >= toy.ENOUGH)
     return {
-        "copying": accuracy((0,), (NAME, TOWN), direct=False),
-        "names": accuracy((1, 2), (NAME,), direct=True),
-        "towns": accuracy((2,), (TOWN,), direct=True),
+        "copying": accuracy(Category("copying", unknown), direct=False),
+        "names": accuracy(Category("names", named, (NAME,)), direct=True),
+        "towns": accuracy(Category("towns", placed, (TOWN,)), direct=True),
     }

@@ -349,9 +349,9 @@ def test_gate_is_passed_by_all_its_numbers(tmp_path, monkeypatch, world):
     assert not found and (folder / "model.safetensors").exists()
 
 
-def test_gate_measures_forced_searches_and_direct_recall(monkeypatch, full, chat, miniature):
+def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enough(monkeypatch, chat, miniature):
     """By the questions and the openings that it gives to the rollout, which stands still here."""
-    asked = []
+    asked, full = [], toy.World(0, toy.graded(toy.FULL, (1000, 100)))
 
     class Still:
         def __init__(self, *given, direct):
@@ -367,7 +367,7 @@ def test_gate_measures_forced_searches_and_direct_recall(monkeypatch, full, chat
     assert set(toy_base._gate(model, chat, full, chat.banned(model.config.vocab_size))) == {"copying", "names", "towns"}
     pool = {word: c.pool for c in full.concepts for word in (c.name, c.town)}
     pools = [{pool[e.answers[0]] for e in examples} for examples, _, _ in asked]
-    assert pools == [{"unfamiliar", "held_out"}, {"known", "named"}, {"known"}]
+    assert pools == [{"unfamiliar", "held_out"}, {"known", "named", "exposure_1000"}, {"known"}]
     questions = [{e.question for e in examples} for examples, _, _ in asked]
     assert questions == [set(toy.QUESTIONS), {toy.QUESTIONS[toy.NAME]}, {toy.QUESTIONS[toy.TOWN]}]
     assert [direct for _, direct, _ in asked] == [False, True, True]
