@@ -115,8 +115,8 @@ BASIC = Settings(
 
 FULL = Settings(
     pools=(
-        Pool("known", 24, facts=2, exposure=600),
-        Pool("named", 24, facts=1, exposure=600),
+        Pool("known", 24, facts=2, exposure=500),
+        Pool("named", 24, facts=1, exposure=500),
         Pool("unfamiliar", 300),
         Pool("held_out", 300),
     ),
