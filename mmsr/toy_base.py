@@ -194,8 +194,8 @@ class WarmStart:
     extra: int = 150
     stretches: int = 6
     copying: float = 0.95  # gate: accuracy on unknown concepts when all searches are forced, T = 1
-    names: float = 0.75  # gate: accuracy on names that were taught when asked to answer directly, T = 1
-    towns: float = 0.6  # gate: the same on towns
+    names: float = 0.85  # gate: accuracy on names that were taught when asked to answer directly, T = 1
+    towns: float = 0.85  # gate: the same on towns
 
     def rate(self, step: int) -> float:
         left = (self.steps - step) / (self.steps * (1 - self.decay_from))

@@ -7,7 +7,7 @@ from mmsr import attention, toy, toy_base
 
 torch.set_num_threads(1)  # see helpers.py
 
-MINIATURE = toy_base.WarmStart(steps=60, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
+MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
 
 
 @pytest.fixture(scope="session")
