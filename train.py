@@ -16,20 +16,23 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
 from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
+from mmsr.album import Album
 from mmsr.assemble import Setup, assemble
 from mmsr.config import CONFIG, CONFIG_SIDE, Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered, start
+from mmsr.report import write_report
 from mmsr.toy import World
+from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
 
@@ -64,8 +67,9 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
                 trained = [[e for e in batch if e.trained] for batch in batches]
                 update = trainer.step(trained, learning_rate(config, step))
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
-            out.step(step, metrics, episodes)
+            out.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
             saved.finished(step)
+            out.report()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
         else:
             out.evaluation(config.steps, setup, stop)
@@ -74,6 +78,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             setup.toolbox.drop()
             saved.leave()
             out.model(setup)
+            out.report(at_once=True)
             raise SystemExit(status)
         out.finish(setup)
 
@@ -227,6 +232,9 @@ class Output:
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.folder, self.ranks = config, Path(config.out), ranks
         self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
+        self.album = Album(self.folder / "images")
+        self.track = Tracker(config.track if ranks.main else "")
+        self.report_due, self.report_failed = 0.0, False
         used = self.folder.exists() and (
             not self.folder.is_dir() or any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir())
         )
@@ -246,6 +254,7 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be made ({error.strerror}); name another folder") from None
+        self.track.start(self.folder, dataclasses.asdict(self.config), done)
         if not (self.folder / CONFIG).exists():
             self.config.save(self.folder)
         self.rollouts.mkdir(exist_ok=True)
@@ -260,17 +269,23 @@ class Output:
     def _line(self, record: dict) -> None:
         if not self.ranks.main:
             return
+        record = _finite(record)
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
             _sync(file)
+        self.track(record)
 
-    def step(self, step: int, metrics: dict, episodes: Sequence[Episode]) -> None:
-        lines = [(e.group_id, e.sample, json.dumps(e.record(), ensure_ascii=False) + "\n") for e in episodes]
+    def step(self, step: int, metrics: dict, episodes: Sequence[Episode], pieces: Callable | None) -> None:
+        """A step's files. `pieces` as in `Episode.record`."""
+        lines = [(e.group_id, e.sample, json.dumps(e.record(pieces), ensure_ascii=False) + "\n") for e in episodes]
         lines = sorted(self.ranks.gather(lines))
+        pictures = self.ranks.gather(self.album.new(episodes))
         if not self.ranks.main:
             return
+        self.album.add(pictures)
         side = self.rollouts / f".step-{step:06d}.tmp"
-        with open(side, "w", encoding="utf-8") as file:
+        # JSON may hold lone surrogates, which UTF-8 cannot: escaped with a backslash they are JSON again.
+        with open(side, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(line for _, _, line in lines)
             _sync(file)
         side.replace(self.rollouts / f"step-{step:06d}.jsonl")
@@ -301,6 +316,22 @@ class Output:
             found[name] = evaluate.by_category(episodes, setup.ranks)
         self._line({"step": step, **found})
 
+    def report(self, at_once: bool = False) -> None:
+        """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
+        if not self.ranks.main:
+            return
+        start = time.perf_counter()
+        if not self.metrics.exists() or start < self.report_due and not at_once:
+            return
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            if not self.report_failed:
+                tqdm.write(f"report.html: {type(error).__name__}: {error}; the run goes on without", file=sys.stderr)
+            self.report_failed = True
+        end = time.perf_counter()
+        self.report_due = end + 100 * (end - start)
+
     def model(self, setup: Setup) -> None:
         weights = gathered(setup.model, setup.ranks, setup.dtype)
         if self.ranks.main:
@@ -310,6 +341,7 @@ class Output:
         self.model(setup)
         if not self.ranks.main:
             return
+        self.report(at_once=True)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         evaluations = [record for record in map(json.loads, lines) if "eval" in record]
         names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
@@ -320,7 +352,8 @@ class Output:
             if mode != "step"
         }
         mix = setup.world.settings.mix if setup.config.data == "toy" and not setup.config.eval_data else None
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: model/, metrics.jsonl, rollouts/, checkpoints/")
+        written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
+        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
 
 
 def _stays(line: bytes, done: int) -> bool:

@@ -105,6 +105,7 @@ class Chat:
     def __init__(self, folder: str | Path, prompts: str | Path, tools: list[Tool]):
         self._tokenizer, self.added = _load_tokenizer(Path(folder))
         self._names = {token_id: name for name, token_id in self.added.items()}
+        self._pieces: dict[int, str] = {}  # what single tokens say, as far as anybody asked
         self.stop_id = self.added[STOP]
         self._tools = {tool.tag: tool for tool in tools}
         self._calls: dict[str, list[Part]] = {IMAGE_SEARCH: [], TEXT_SEARCH: []}
@@ -135,6 +136,10 @@ class Chat:
     def assistant(self, text: str) -> list[int]:
         """Ids of a model turn with its stop id, for turns that are forced or imitated instead of sampled."""
         return self._encode([text, self.stop_id]).ids
+
+    def opening(self, text: str) -> list[int]:
+        """Ids of the first words of a model turn, which the model then goes on with."""
+        return self._encode([text]).ids
 
     def observation(self, tool_name: str, observation: Observation, images: list[Any | None], question: str) -> Piece:
         """What follows the stop id of a model turn that called a tool: the result as a user turn.
@@ -240,6 +245,24 @@ class Chat:
             "".join(self._names[i] for i in run) if is_control else self._tokenizer.decode(list(run))
             for is_control, run in groupby(ids, key=self._names.__contains__)
         )
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The text of each of `ids`; joined they are `decode(ids)`.
+
+        A token may end within a character: it gets "", and the one that completes the character all of it.
+        """
+        texts, start = [], 0  # ids before `start` are written
+        for end in range(1, len(ids) + 1):
+            text = self._piece(ids[start]) if end == start + 1 else self.decode(ids[start:end])
+            whole = end == len(ids) or not text.endswith("\ufffd")
+            texts.append(text if whole else "")
+            start = end if whole else start
+        return texts
+
+    def _piece(self, token_id: int) -> str:
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self.decode([token_id])
+        return self._pieces[token_id]
 
     def parse(self, text: str) -> Action:
         """The action of a model turn (its decoded text without the stop id), after the table above. Never raises."""

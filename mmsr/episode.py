@@ -6,8 +6,10 @@ data, the tools or the trainer keeps these and changes one file.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable
 
 
 class UserError(Exception):
@@ -102,17 +104,27 @@ class Episode:
             for turn in self.turns
         )
 
-    def record(self) -> dict[str, Any]:
-        """The JSON form: one line of `rollouts/*.jsonl` and `episodes.jsonl`."""
+    def pictures(self) -> list[bytes]:
+        """The question's picture and the thumbnails that came back, as encoded files."""
+        hits = [hit for turn in self.turns if turn.observation for hit in turn.observation.hits]
+        return [picture for picture in (self.example.image, *(hit.image for hit in hits)) if picture]
+
+    def record(self, pieces: Callable[[list[int]], list[str]] | None = None) -> dict[str, Any]:
+        """The JSON form: one line of `rollouts/*.jsonl` and `episodes.jsonl`.
+
+        `pieces` splits ids into the text of each (`Chat.pieces`): with it, model turns get `"pieces"`, a list of
+        `[text, mask, probability when sampled]` per token.
+        """
         return {
             "id": self.example.id,
             "group": self.group_id,
             "sample": self.sample,
             "question": self.example.question,
+            "image": digest(self.example.image),
             "answers": list(self.example.answers),
             "category": self.example.category,
             "status": self.status,
-            "turns": [_turn_record(turn) for turn in self.turns],
+            "turns": [_turn_record(turn) | self._tokens(turn, pieces) for turn in self.turns],
             "answer": self.answer,
             "reward": self.reward,
             "reward_parts": self.reward_parts,
@@ -120,6 +132,20 @@ class Episode:
             "trained": self.trained,
             "tokens": {"prompt": self.prompt_length, "total": len(self.input_ids), "sampled": sum(self.loss_mask)},
         }
+
+    def _tokens(self, turn: Turn, pieces: Callable[[list[int]], list[str]] | None) -> dict[str, Any]:
+        if pieces is None or turn.role != "assistant":
+            return {}
+        span = slice(turn.start, turn.end)
+        chances = [
+            round(math.exp(logp), 4) if mine else None for mine, logp in zip(self.loss_mask[span], self.logps[span])
+        ]
+        return {"pieces": list(zip(pieces(self.input_ids[span]), self.loss_mask[span], chances))}
+
+
+def digest(picture: bytes) -> str:
+    """Names a picture file, in rollout lines and under OUT/images/."""
+    return hashlib.sha256(picture).hexdigest()[:16]
 
 
 def _turn_record(turn: Turn) -> dict[str, Any]:
@@ -133,6 +159,8 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
             "error": seen.error,
             "source": seen.source,
             "titles": [hit.title for hit in seen.hits],
+            "urls": [hit.url for hit in seen.hits],
+            "thumbnails": [digest(hit.image) if hit.image else None for hit in seen.hits],
             "text": "\n".join(hit.text for hit in seen.hits if hit.text),
             "images": sum(hit.image is not None for hit in seen.hits),
             "seconds": round(seen.seconds, 4),

@@ -316,14 +316,25 @@ def resolve(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository = SHORT_NAMES.get(name, name)
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+    return fetched(
+        "snapshot_download", f"model {name!r} is not a folder, and {repository!r}",
+        "check the name and the network, or pass a local folder",
+        repo_id=repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+    )  # fmt: skip
+
+
+def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
+    """What a function of huggingface_hub's fetches, or finds in its cache. UserError "what … : advice" where it fails.
+
+    The hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
+    """
+    import huggingface_hub  # slow to import, and not needed for files that are here
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(getattr(huggingface_hub, function)(**where))
     except Exception as error:  # of the hub's client, its HTTP library or the file system
         raise UserError(
-            f"model {name!r} is not a folder, and {repository!r} could not be fetched from the Hugging Face hub "
-            f"({_first_line(error)}): check the name and the network, or pass a local folder"
+            f"{what} could not be fetched from the Hugging Face hub ({_first_line(error)}): {advice}"
         ) from error
 
 

@@ -25,6 +25,10 @@ from .vision import Image, load_image
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 
 
+class Opening(str):
+    """In a script, how a model turn begins: these words are forced, the model writes the rest of the turn."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a rollout may use. `max_turns` counts model turns, so it bounds the searches in all at one less."""
@@ -42,7 +46,8 @@ class _Run:
 
     episode: Episode
     member: Member
-    script: list[str] = field(default_factory=list)  # model turns to force before sampling begins
+    script: list[str] = field(default_factory=list)  # model turns to force, then openings of turns
+    begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
 
@@ -71,7 +76,8 @@ class Rollout:
         `slots`: the examples' group ids, where they are not all of a batch and so not 0, 1, 2, ...
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
-        model turns to force (replay, RAG): their tools really run, their tokens are not trained.
+        model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
+        an `Opening` for each of the turns that follow.
         """
         slots = range(len(examples)) if slots is None else slots
         groups = [self._open(example, slot, group_size, seed, scripts) for slot, example in zip(slots, examples)]
@@ -131,6 +137,9 @@ class Rollout:
     def _force_turn(self, run: _Run) -> None:
         if not run.script or run.episode.status:
             return
+        if opening := self._opening(run):
+            run.begun = len(run.member.ids)
+            return run.member.force(opening)
         text = run.script.pop(0)
         start = len(run.member.ids)
         run.member.force(self.chat.assistant(text))
@@ -139,6 +148,11 @@ class Rollout:
             return self._end(run, LENGTH)
         self._act(run, turn)
 
+    def _opening(self, run: _Run) -> list[int]:
+        """Ids of the opening that the script has for the coming turn; none where it has none."""
+        begins = run.script and isinstance(run.script[0], Opening)
+        return self.chat.opening(run.script.pop(0)) if begins else []
+
     # ---- turns ------------------------------------------------------------------------------------------------------
 
     def _turn_ended(self, run: _Run) -> None:
@@ -146,6 +160,8 @@ class Rollout:
         start = len(member.loss_mask)
         while start and member.loss_mask[start - 1]:
             start -= 1
+        if run.begun is not None:
+            start, run.begun = run.begun, None
         text = self.chat.decode(member.ids[start : len(member.ids) - member.stopped])
         turn = self._turn(run, text, start)
         if member.stopped:
@@ -193,13 +209,16 @@ class Rollout:
         run.episode.turns.append(turn)
         if not seen.ok and seen is not OVER_LIMIT and self.limits.stop_on_tool_error:
             return self._end(run, TOOL_ERROR)
-        if start + len(piece.ids) >= self.engine.max_tokens:
+        opening = self._opening(run)
+        if start + len(piece.ids) + len(opening) >= self.engine.max_tokens:
             return self._end(run, LENGTH)
         turn.end += len(piece.ids)
+        run.begun = len(member.ids) + len(piece.ids) if opening else None
         if member.group is not None:
-            return self.engine.extend(member, piece.ids, piece.images)
-        member.force(piece.ids, piece.images)  # still playing its opening
-        self._force_turn(run)
+            return self.engine.extend(member, piece.ids + opening, piece.images)
+        member.force(piece.ids + opening, piece.images)  # before sampling begins
+        if not opening:
+            self._force_turn(run)
 
     def _thumbnail(self, image: bytes | None) -> Image | None:
         if image is None:

@@ -66,7 +66,7 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
     As in transformers, transparency is laid on white, an animation gives its first frame, EXIF rotation is ignored.
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
-    picture = _decode(data)
+    picture = open_image(data)
     height, width = smart_resize(picture.height, picture.width, PATCH * MERGE, min_pixels, max_pixels)
     pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC))
     key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}".encode()).hexdigest()
@@ -85,11 +85,11 @@ def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MA
 
 def check_image(data: bytes) -> None:
     """Raise the ValueError that `load_image` would for this picture file."""
-    picture = _decode(data)
+    picture = open_image(data)
     smart_resize(picture.height, picture.width)
 
 
-def _decode(data: bytes) -> PIL.Image.Image:
+def open_image(data: bytes) -> PIL.Image.Image:
     """RGB picture. Size is read from the header and refused before any pixel is decoded, so a bomb costs nothing."""
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {MAX_FILE_BYTES:,}")

@@ -425,3 +425,24 @@ def test_a_broken_tokenizer_file_is_named_in_one_line(tmp_path, content, message
     with pytest.raises(UserError, match=f"tokenizer\\.json: .*({message})") as caught:
         Chat(tmp_path, PROMPTS / "real", TOOLS)
     assert "\n" not in str(caught.value)
+
+
+# ---- the text of single tokens
+
+
+def test_pieces_join_to_the_turn_where_tokens_split_characters(chat):
+    text = "<reason>Łódź, 東京 and 🌉👩‍👩‍👧 no \ufffd</reason>"
+    ids = chat.assistant(text)
+    pieces = chat.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == chat.decode(ids) == text + "<|im_end|>"
+    assert "🌉" in "".join(pieces) and pieces.count("") >= 3, "a character of several tokens stands at its last one"
+
+
+def test_pieces_of_what_a_model_may_sample_join_to_its_text(chat):
+    """Any ids, in any order: halves of characters, control tokens, rows without a token."""
+    rng = random.Random(0)
+    most = max(chat.added.values()) + 5
+    for _ in range(300):
+        ids = [rng.choice([rng.randrange(256), rng.randrange(most), chat.stop_id]) for _ in range(rng.randint(0, 30))]
+        pieces = chat.pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == chat.decode(ids), ids

@@ -451,8 +451,8 @@ def test_a_missing_folder_gives_a_traceback(tmp_path):
 def test_a_model_name_means_another_checkpoint(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(repository, allow_patterns):
-        asked.append(repository)
+    def fetch(repo_id, allow_patterns):
+        asked.append(repo_id)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

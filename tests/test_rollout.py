@@ -16,7 +16,7 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation, UserError
 from mmsr.pack import cut, pack
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits, Opening, Rollout
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
 from mmsr.update import ImageFeatures, Trainer
 
@@ -350,6 +350,44 @@ def test_forced_opening_then_sampling_trains_the_sampled_turn_only(home):
         assert sum(episode.loss_mask) > 0 and episode.searches() >= episode.sample
 
 
+QUERY = Opening("<reason>a fact</reason> <text_search>")
+
+
+@pytest.mark.parametrize("before", [[], [LOOK]])
+def test_opening_is_part_of_its_turn_and_only_what_the_model_adds_is_trained(home, before):
+    rollout = make(home, turns=3, say=lambda episode, turn: "bridge lisbon</text_search>")
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: [*before, QUERY])
+    spoken = [t for t in episode.turns if t.role == "assistant"]
+    asked = spoken[len(before)]
+    assert asked.text == QUERY + "bridge lisbon</text_search>" and not asked.forced
+    assert (asked.action, asked.query) == (TEXT_SEARCH, "bridge lisbon")
+    mask = episode.loss_mask[asked.start : asked.end]
+    opening = rollout.chat.opening(QUERY)
+    assert mask == [0] * len(opening) + [1] * (len(mask) - len(opening)) and sum(mask) > 0
+    assert episode.input_ids[asked.start :][: len(opening)] == opening
+    assert episode.turns[episode.turns.index(asked) + 1].observation.hits[0].text == "about bridge lisbon"
+
+
+def test_every_turn_may_have_an_opening(home):
+    said = {1: "bridge lisbon</text_search>", 2: " done</reason> <answer>Tagus</answer>"}
+    rollout = make(home, turns=3, say=lambda episode, turn: said[turn])
+    script = [LOOK, QUERY, Opening("<reason>I am")]
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: list(script))
+    assert [t.action for t in episode.turns if t.role == "assistant"] == [IMAGE_SEARCH, TEXT_SEARCH, "answer"]
+    assert (episode.status, episode.answer) == (ANSWERED, "Tagus")
+    assert episode.turns[-1].text == "<reason>I am done</reason> <answer>Tagus</answer>"
+    for turn, following in zip(episode.turns, [*episode.turns[1:], None]):
+        assert turn.end == (following.start if following else len(episode.input_ids))
+
+
+def test_opening_without_room_ends_the_episode(home):
+    rollout = make(home, turns=3)
+    (fits,) = rollout([question()], 1, scripts=lambda example, sample: [LOOK])
+    room = fits.turns[1].end + 1
+    (episode,) = make(home, turns=3, max_tokens=room)([question()], 1, scripts=lambda example, sample: [LOOK, QUERY])
+    assert episode.status == LENGTH and len(episode.input_ids) < room
+
+
 def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
     rollout = make(home, say=lambda episode, turn: REPLY)
     scripts = [[REPLY.replace("Tagus River", "Douro")], [], [LOOK, "nonsense"], [LOOK]]
@@ -518,6 +556,6 @@ def test_record_of_an_episode_is_json_with_every_key_of_the_contract(home):
     }
     assert set(record["turns"][0]) >= {"role", "text", "action", "query"}
     assert set(record["turns"][1]["observation"]) == {
-        *("ok", "error", "source", "titles", "text", "images", "seconds", "cached")
+        *("ok", "error", "source", "titles", "urls", "thumbnails", "text", "images", "seconds", "cached")
     }
     assert record["turns"][1]["observation"]["titles"] == ["first title", "second title"]

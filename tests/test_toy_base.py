@@ -203,7 +203,7 @@ def test_full_traces_tell_what_is_to_be_known_and_make_up_the_rest_each_time(ful
     assert named["known"] <= {c.name for c in full.of("known")} and named["named"] <= {c.name for c in full.of("named")}
     assert min(len(named["known"]), len(named["named"])) > 20 and len(named["novel"]) > 200
     assert towns["known"] <= {(c.name, c.town) for c in full.of("known")}
-    assert len(towns["named"]) > 40 and len({name for name, _ in towns["named"]}) > 20
+    assert len(towns["named"]) > 1.4 * len({name for name, _ in towns["named"]})
 
 
 def test_traces_show_concepts_in_proportion_to_their_exposure(chat):

@@ -1,0 +1,258 @@
+"""report.html: what a run's files say, as one page that needs nothing else: curves, tables, a browser of rollouts.
+
+    python -m mmsr.report RUN…
+
+`report.html` beside this file is the page without data; its script draws what is embedded here. A RUN is a folder of
+train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout; of the
+rollouts themselves, whole groups are embedded, evenly spread, as many as a browser bears.
+
+The traps: `json.dumps` leaves `</script>` as it is, so every `<` of the data is written as \\u003c; a script or a style
+that is not the page's own is refused by its content-security policy; and the page makes elements and text nodes, never
+markup from data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from .episode import UserError
+
+PAGE = Path(__file__).with_suffix(".html")
+REPORT = "report.html"
+MOST_ROLLOUTS = 10_000
+MOST_ROLLOUT_BYTES = 24 * 2**20
+MOST_PICTURE_BYTES = 8 * 2**20
+PLAIN = {"reward", "accuracy", "format", "tool_failures", "response_tokens", "zero_std_groups", "kl", "entropy"}
+PLAIN |= {"search_ratio", "search_ratio_image", "search_ratio_text", "clip_fraction", "logp_gap", "logp_gap_max"}
+PLAIN |= {"grad_norm", "loss", "lr", "seconds"}
+MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
+
+
+def write_report(folder: str | Path, most_rollouts: int = MOST_ROLLOUTS) -> Path:
+    """Write `folder`/report.html, whole or not at all. Raises UserError where the folder is none of a run."""
+    return _write([Path(folder)], Path(folder) / REPORT, most_rollouts)
+
+
+def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
+    share = 1 / len(folders)
+    runs = [_run(folder, most_rollouts * share, MOST_ROLLOUT_BYTES * share) for folder in folders]
+    parts = [folder.resolve().parts for folder in folders]
+    distinct = len({part[-1:] for part in parts}) == len(parts)
+    for run, part in zip(runs, parts):
+        run["name"] = "/".join(part[-1:] if distinct else part[-2:])
+    data = {"runs": runs, **_pictures(folders, runs)}
+    side = out.with_name(f".{out.name}.tmp")
+    side.write_bytes(_page(data))
+    side.replace(out)
+    return out
+
+
+def _page(data: dict[str, Any]) -> bytes:
+    """The page with `data` in it. Its policy lets the script and style of the file beside this one work, no other."""
+    page = PAGE.read_text(encoding="utf-8")
+    style, script = (re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1] for tag in ("style", "script"))
+    page = page.replace("STYLE-HASH", _csp_hash(style)).replace("SCRIPT-HASH", _csp_hash(script))
+    head, tail = page.split("DATA-HERE")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return (head + text + tail).encode("utf-8", "replace")  # JSON may hold lone surrogates, UTF-8 cannot
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ---- a run
+
+
+def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any]:
+    """Everything that the page shows of one run, but the pictures."""
+    lines = list(_records(folder / "metrics.jsonl"))
+    steps = {line["step"]: line for line in lines if "reward" in line and "step" in line}
+    files = _rollout_files(folder)
+    results = _object(folder / "results.json")
+    if not (lines or files or results):
+        raise UserError(f"{folder}: no metrics.jsonl, rollouts/, results.json or episodes.jsonl; name a run's folder")
+    kept, counts, total = _rollouts(files, most_rollouts, most_bytes)
+    return {
+        "config": _object(folder / "config.json"),
+        "columns": _columns(steps, counts),
+        "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
+        "rollouts": kept,
+        "total": total,
+    }
+
+
+def _rollout_files(folder: Path) -> dict[int, Path]:
+    """By step; an evaluation's episodes are of no step and stand under 0."""
+    files = {
+        int(file.stem[5:]): file for file in sorted(folder.glob("rollouts/step-*.jsonl")) if file.stem[5:].isdigit()
+    }
+    if (folder / "episodes.jsonl").is_file():
+        files[0] = folder / "episodes.jsonl"
+    return files
+
+
+def _rollouts(files: dict[int, Path], most: float, most_bytes: float) -> tuple[list[dict], dict[int, Counter], int]:
+    """Rollouts to embed; per step, how often each turn shape and each category's searches came; how many there are.
+
+    Where not all can be embedded it is every n-th group, n a fraction, counted through all steps.
+    """
+    total = sum(_count_lines(file) for file in files.values())
+    size = sum(file.stat().st_size for file in files.values())
+    share = min(1.0, most / max(total, 1), most_bytes / max(size, 1))
+    kept, counts, groups, last = [], {}, 0, None
+    for step, file in files.items():
+        counts[step] = Counter()
+        for rollout in _records(file):
+            count_rollout(counts[step], rollout)
+            group = (step, rollout.get("group"))
+            groups, last = groups + (group != last), group
+            if int(groups * share) > int((groups - 1) * share):
+                kept.append({"step": step, "shape": shape(rollout), **rollout})
+    return kept, counts, total
+
+
+def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
+    category = rollout.get("category") or "all"
+    counts["n"] += 1
+    counts["shape", shape(rollout)] += 1
+    counts["n of", category] += 1
+    counts["search", category] += any(
+        turn.get("role") == "tool" and (turn.get("observation") or {}).get("source") != "limit"
+        for turn in rollout.get("turns", ())
+    )
+
+
+def shape(rollout: dict[str, Any]) -> str:
+    """The model's actions in order, as in "image → answer", and the status where no answer ended it."""
+    actions = [turn.get("action") or "?" for turn in rollout.get("turns", ()) if turn.get("role") == "assistant"]
+    if rollout.get("status") != "answered":
+        actions.append(f"({rollout.get('status')})")
+    return " → ".join(action.removesuffix("_search") for action in actions)
+
+
+def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, list]:
+    """What the curves draw, a list per quantity along the steps. None where a step does not have it."""
+    rows = []
+    for step in sorted(steps.keys() | counts.keys() - {0}):
+        row, seen = {"step": step}, counts.get(step, Counter())
+        for name, value in steps.get(step, {}).items():
+            if name in PLAIN:
+                row |= {f"{name}/{phase}": x for phase, x in value.items()} if name == "seconds" else {name: value}
+        for kind, name in (key for key in seen if isinstance(key, tuple)):
+            if kind == "shape":
+                row[f"shape/{name}"] = seen[kind, name] / seen["n"]
+            elif kind == "search":
+                row[f"search/{name}"] = seen[kind, name] / seen["n of", name]
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_rounded(row.get(name, 0 if name.startswith("shape/") else None)) for row in rows] for name in names}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _evaluations(lines: list[dict]) -> list[dict]:
+    """Rows of the table: the first and the last evaluation, every mode they have."""
+    picked = [("before", lines[0]), ("after", lines[-1])] if len(lines) > 1 else [("before", line) for line in lines]
+    return [
+        {"name": f"{when}, {MODES.get(mode, mode.replace('_', ' '))}", "step": line.get("step"), "by": found}
+        for mode in dict.fromkeys(mode for _, line in picked for mode in line if mode != "step")
+        for when, line in picked
+        if isinstance(found := line.get(mode), dict)
+    ]
+
+
+def _results(results: dict[str, Any]) -> list[dict]:
+    return [
+        {"name": name, "step": None, "by": found.get("by_category") or {}, "all": found}
+        for name, found in results.items()
+        if isinstance(found, dict)
+    ]
+
+
+# ---- pictures
+
+
+def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
+    """Data URLs of the pictures that embedded rollouts name, by digest, while there is room."""
+    found, room, missing = {}, MOST_PICTURE_BYTES, 0
+    for name, folder in dict.fromkeys((n, f) for f, run in zip(folders, runs) for n in _named(run["rollouts"])):
+        file = folder / "images" / f"{name}.jpg"
+        if name in found or not re.fullmatch("[0-9a-f]{16}", name):
+            continue
+        data = file.read_bytes() if file.is_file() else b""
+        if not data or len(data) > room:
+            missing += 1
+            continue
+        room -= len(data)
+        found[name] = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return {"pictures": found, "pictures_missing": missing}
+
+
+def _named(rollouts: list[dict]) -> Iterator[str]:
+    for rollout in rollouts:
+        yield str(rollout.get("image"))
+    for turn in (turn for rollout in rollouts for turn in rollout.get("turns", ())):
+        yield from filter(None, (turn.get("observation") or {}).get("thumbnails", ()))
+
+
+# ---- files that a run may be writing
+
+
+def _records(file: Path) -> Iterator[dict]:
+    """The objects of a .jsonl file; a line cut short, or none of ours, is passed over."""
+    if not file.is_file():
+        return
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line, parse_constant=lambda name: None)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count_lines(file: Path) -> int:
+    with open(file, "rb") as data:
+        return sum(block.count(b"\n") for block in iter(lambda: data.read(2**20), b""))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m mmsr.report", description="Write report.html for a run, or for several."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train.py or eval.py")
+    parser.add_argument("--out", type=Path, help=f"the file; otherwise RUN/{REPORT}, or ./{REPORT} for several runs")
+    parser.add_argument("--rollouts", type=int, default=MOST_ROLLOUTS, help=f"embed at most so many ({MOST_ROLLOUTS})")
+    given = parser.parse_args(argv)
+    out = given.out or (given.runs[0] / REPORT if len(given.runs) == 1 else Path(REPORT))
+    try:
+        print(_write(given.runs, out, given.rollouts))
+    except (UserError, OSError) as error:
+        print(f"mmsr.report: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

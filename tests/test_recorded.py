@@ -1,0 +1,120 @@
+"""Recorded conversations and the back-end that replays them: real ones where they are at hand, and made ones."""
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmsr.data import read_examples
+from mmsr.episode import Example, Hit, UserError
+from mmsr.recorded import Replay, recorded_turns
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FVQA = SHARED / "fvqa_sample.parquet"
+TRANSCRIPTS = SHARED / "mmsearch_r1_7b_transcripts.jsonl"
+real_files = pytest.mark.skipif(
+    not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA.name} and {TRANSCRIPTS.name} are not in {SHARED}"
+)
+
+
+def picture(seed=0):
+    file = io.BytesIO()
+    Image.frombytes("RGB", (8, 8), random.Random(seed).randbytes(192)).save(file, "PNG")
+    return file.getvalue()
+
+
+def refused(act, *words):
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@real_files
+def test_the_real_transcripts_replay_every_recorded_search():
+    examples, recorded = read_examples(FVQA), recorded_turns(TRANSCRIPTS)
+    replay = Replay(recorded, examples)
+    for example in examples:
+        for turn in recorded[example.id]:
+            if turn.action == "image_search":
+                assert turn.observation.hits and replay.image_search(example.image) == turn.observation
+            elif turn.action == "text_search":
+                assert turn.observation.hits and replay.text_search(f"  {turn.query.upper()}\n") == turn.observation
+            else:
+                assert turn.action == "answer" and turn.observation is None and turn.response.endswith("</answer>")
+
+
+@real_files
+def test_a_page_without_a_summary_gives_its_snippet():
+    hits = recorded_turns(TRANSCRIPTS)["fvqa_train_4724"][1].observation.hits
+    assert hits[0].title == "The Hershey Company (HSY)" and hits[0].text.startswith("The Hershey Company (HSY) ; Oct 8")
+    assert hits[1].text.startswith("The webpage does not contain")
+    assert hits[3].url == "https://www.wsj.com/market-data/quotes/HSY" and "August 13, 2026" in hits[3].text
+
+
+def transcripts(folder, turns):
+    path = folder / "transcripts.jsonl"
+    path.write_text(json.dumps({"data_id": "made_0", "turns": turns}) + "\n\n")
+    return path
+
+
+SEARCHES = [
+    {
+        "response": "<search><img></search>",
+        "action": "image_search",
+        "query": None,
+        "tool_result": {"titles": ["A bridge", None], "thumbnail_urls": ["https://example.invalid/1"]},
+    },
+    {
+        "response": "<text_search>Which  River?</text_search>",
+        "action": "text_search",
+        "query": "Which  River?",
+        "tool_result": {
+            "documents": [
+                {"rank": 2, "title": "River", "url": "https://r", "snippet": "cut"},
+                {"rank": 5, "snippet": "S"},
+            ],
+            "summaries": [{"rank": 5, "summary": ""}, {"rank": 2, "summary": "The Tagus."}],
+        },
+    },
+    {"response": "<answer>Tagus</answer>", "action": "answer", "query": None, "tool_result": None},
+]
+
+
+def test_recorded_turns_join_summaries_by_rank(tmp_path):
+    (turns,) = recorded_turns(transcripts(tmp_path, SEARCHES)).values()
+    assert turns[0].observation.hits == (Hit("A bridge"), Hit())
+    assert turns[1].observation.hits == (Hit("River", "https://r", "The Tagus."), Hit(text="S"))
+    assert all(turn.observation.source == "replay" and turn.observation.cached for turn in turns[:2])
+    assert (turns[2].response, turns[2].action, turns[2].observation) == ("<answer>Tagus</answer>", "answer", None)
+
+
+def test_a_search_that_was_not_recorded_honestly_finds_nothing(tmp_path):
+    examples = [Example("made_0", picture(0), "?", ("Tagus",)), Example("other", picture(1), "?", ("Tagus",))]
+    replay = Replay(recorded_turns(transcripts(tmp_path, SEARCHES)), examples)
+    assert replay.image_search(picture(0)).hits[0].title == "A bridge"
+    assert replay.text_search(" which river?\n").hits[0].text == "The Tagus."
+    for miss in (replay.image_search(picture(1)), replay.text_search("which sea?"), replay.text_search("")):
+        assert miss.ok and miss.error is None and miss.hits == () and miss.source == "replay"
+
+
+@pytest.mark.parametrize(
+    "turns, complaint",
+    [
+        (3, "TypeError"),
+        ([{"action": "answer"}], "KeyError: 'response'"),
+        ([SEARCHES[0] | {"tool_result": "none"}], "TypeError"),
+    ],
+)
+def test_an_ill_formed_transcript(tmp_path, turns, complaint):
+    path = transcripts(tmp_path, turns)
+    refused(lambda: recorded_turns(path), f"{path}: row 0, column turns: not as recorded ({complaint}")
+
+
+def test_a_transcripts_file_that_is_missing_or_something_else(tmp_path):
+    refused(lambda: recorded_turns(tmp_path / "absent.jsonl"), "absent.jsonl", "no such file")
+    (tmp_path / "some.jsonl").write_text('{"id": 1}\n')
+    refused(lambda: recorded_turns(tmp_path / "some.jsonl"), "some.jsonl", "row 0, column data_id: missing")
