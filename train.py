@@ -53,6 +53,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
         for step in bar:
             if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
                 out.evaluation(step - 1, setup, stop)
+            setup.begin_step(f"step {step}")
             clock = Clock()
             with clock("rollout"):
                 rollouts = roll_out(step, setup, sampler, stop)
@@ -166,6 +167,7 @@ def step_metrics(
             **{key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")},
             **{key: update[key] for key in ("trained", "trained_unique")},
         },
+        **({"spent": setup.spending.spent} if setup.spending else {}),
         "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
     }
 
@@ -296,6 +298,7 @@ class Output:
 
         Nothing is written of one that is interrupted.
         """
+        setup.begin_step(f"evaluation {step}")
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
             texts = setup.config.max_texts > 0

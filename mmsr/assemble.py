@@ -6,7 +6,6 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -18,17 +17,19 @@ from tqdm import tqdm
 
 from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
+from .backends import Search, Spending, open_backend
 from .chat import PROMPTS, Chat
 from .config import Config, EvalConfig, Options
 from .data import read_examples
 from .engine import Engine
 from .episode import Episode, Example, UserError
 from .parallel import SINGLE, Ranks
-from .recorded import Replay, recorded_turns
+from .pictures import decode
+from .recorded import recorded_turns
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
-from .tools import NoSearch, Toolbox, search_tools
-from .vision import check_image, image_tokens
+from .tools import Toolbox, search_tools
+from .vision import image_tokens
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Setup:
     model: modeling.Qwen2_5_VL  # sharded over the ranks
     chat: Chat
     toolbox: Toolbox
+    spending: Spending | None  # where searches cost money
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
     world: toy.World | None = None  # where anything of the run is the toy world's
     questions: Sequence[Example] = ()  # of training
@@ -50,6 +52,11 @@ class Setup:
     @cached_property
     def banned(self) -> torch.Tensor:
         return self.chat.banned(self.model.config.vocab_size).to(self.ranks.device)
+
+    def begin_step(self, name: str) -> None:
+        """What is spent on searches from now on counts under this name."""
+        if self.spending:
+            self.spending.begin_step(name)
 
     def reference(self) -> modeling.Qwen2_5_VL:
         """A frozen copy of the model as it was in the beginning."""
@@ -143,8 +150,8 @@ def _open(
     """What training and evaluation have in common. `known`: all questions, whose pictures a recording may name."""
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     with ranks.alone():
-        backend, scripts = _backend(config, search, world, known, ranks)
-    tools = search_tools(backend, config.max_images, config.max_texts)
+        engine, scripts = _search(config, search, world, known, ranks)
+    tools = search_tools(engine.backend, config.max_images, config.max_texts)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
@@ -155,7 +162,7 @@ def _open(
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
     attention.sum_widely(config.deterministic)
-    return Setup(config, ranks, dtype, folder, model, chat, toolbox, scripts, world)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world)
 
 
 def prompts_folder(config: Options) -> Path:
@@ -214,40 +221,27 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
     for place in tqdm(places, desc="checking pictures", unit="picture", leave=False, disable=hidden):
         try:
-            check_image(questions[place].image)
+            decode(questions[place].image)
         except ValueError as error:
             raise UserError(f"{name}: row {questions.rows[place]}: {error}; mend or remove this row") from None
     return questions
 
 
-def _backend(config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks):
-    """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
-    kind, _, file = config.search.partition(":")
-    if kind == "toy" and not file:
+def _search(
+    config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks
+) -> tuple[Search, Callable[[Example, int], list[str]] | None]:
+    """The search engine, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
+    if search == "toy":
         if config.datasets != ("toy",):
-            raise UserError("--search toy knows the toy world's pictures only: give --search none or replay:FILE")
-        return world.web, None
-    if kind == "none" and not file:
-        return NoSearch(), None
-    if kind == "replay" and file.endswith(".pkl"):
-        return _published_results(config, file, known, ranks), None
-    if kind == "replay" and file:
-        recorded = recorded_turns(file)
-        forced = isinstance(config, Config) and config.force_searches
-        scripts = partial(_recorded_script, recorded, config.group_size) if forced else None
-        return Replay(recorded, chain(*known)), scripts
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, replay:fvqa or replay:FILE")
-
-
-def _published_results(config: Config, file: str, known: Sequence[Sequence[Example]], ranks: Ranks) -> Replay:
-    if config.force_searches:
-        raise UserError("--force-searches: FVQA's search results hold no model turns; give replay:FILE.jsonl with them")
-    results = hub.search_results(file)
-    thumbnails = [hit.image is not None for seen in results.values() for hit in seen.hits]
-    if ranks.main:
-        absent = f"{thumbnails.count(False)} of {len(thumbnails)} hits have no thumbnail (addresses are not followed)"
-        print(f"{Path(file).name}: image searches of {len(results)} examples; {absent}", file=sys.stderr)
-    return Replay({}, chain(*known), results)
+            raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
+        return Search(world.web), None
+    scripts, file = None, search.removeprefix("replay:")
+    if isinstance(config, Config) and config.force_searches:
+        if not file.endswith(".jsonl"):
+            raise UserError(f"--force-searches: {file} holds no conversations: give replay:FILE.jsonl with some")
+        scripts = partial(_recorded_script, recorded_turns(file), config.group_size)
+    options, ledger = replace(config, search=search), Path(config.out) / "spent.sqlite"
+    return open_backend(options, chain(*known), ledger, quiet=not ranks.main), scripts
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

@@ -15,7 +15,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Mapping, Sequence, TypeVar
+from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
 
 from .episode import UserError
 
@@ -36,7 +36,10 @@ RECIPES: dict[str, dict] = {
         steps=100, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=128,
         turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
     ),
-    "blog": {**_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "steps": 100},
+    "blog": {
+        **_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "image_results": "summary",
+        "steps": 100,
+    },
     "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
     "released": {
         **_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45,
@@ -50,6 +53,9 @@ TOY: dict[str, dict] = {"basic": {}, "full": dict(max_turns=3, max_texts=1, max_
 
 # What a resumed run may change besides, where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
+
+# Those that say how a search engine is opened: search.py has them too.
+SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
 
 _MANY = 10**12
 
@@ -71,7 +77,19 @@ class Options:
     images: str = ""
     """Folder of the picture files that the data names; empty: the data file's own."""
     search: str = "toy"
-    """Back-end: toy, none, replay:FILE (recorded conversations), or replay:fvqa (the results published with FVQA)."""
+    """Back-end: toy, local:FILE, live, replay:FILE (recorded searches), replay:fvqa, remote:URL or none."""
+    results: int = 5
+    """Results per search at most."""
+    image_results: Literal["thumbnails", "summary"] = "thumbnails"
+    """A live image search gives the matches' titles and thumbnails, or what their pages say about the question."""
+    on_miss: Literal["empty", "nearest", "error"] = "empty"
+    """A search that a recording lacks: finds nothing, finds the nearest recorded pages (text), or fails."""
+    search_cache: str = ""
+    """File in which live, remote and local searches are recorded; empty: search.sqlite in ~/.cache/mmsr."""
+    budget: int = 0
+    """Paid calls that the whole run may make; --search live wants it."""
+    step_budget: int = 0
+    """Paid calls that a step may make; 0: as many as --budget has left."""
     out: str = ""
     """Folder of the run. One that is not empty is refused, unless the same run goes on in it."""
     seed: int = 0
@@ -118,12 +136,12 @@ class Options:
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout"), (1, _MANY)),
-        **dict.fromkeys(("seed", "max_images", "max_texts"), (0, _MANY)),
+        **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
         **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
-        "max_tokens": (2, _MANY),
+        "max_tokens": (2, _MANY), "results": (1, 100),
     }  # fmt: skip
     # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-    RESUME_FREELY: ClassVar[set[str]] = {"out", "timeout"}
+    RESUME_FREELY: ClassVar[set[str]] = {"out", "timeout", "search_cache", "budget", "step_budget"}
 
     def __post_init__(self) -> None:
         for name, (low, high) in self.BOUNDS.items():
@@ -319,20 +337,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(options: type[Options], program: str) -> argparse.ArgumentParser:
-    parser = _Parser(program, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = _Parser(program, allow_abbrev=False)
+    add_options(parser, options, [field.name for field in dataclasses.fields(options)])
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, options: type[Options], names: Container[str]) -> None:
+    """Give `parser` those of the options that are named; what is not on its command line will be absent."""
     types, docs = typing.get_type_hints(options), _field_docs(options)
     for field in dataclasses.fields(options):
+        if field.name not in names:
+            continue
         kind, name = types[field.name], f"--{_kebab(field.name)}"
-        text = docs.get(field.name, "").replace("%", "%%")
+        absent = dict(default=argparse.SUPPRESS, help=docs.get(field.name, "").replace("%", "%%"))
         if typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], help=text)
+            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(name, nargs="+", metavar=name[2:].upper(), help=text)
+            parser.add_argument(name, nargs="+", metavar=name[2:].upper(), **absent)
         elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **absent)
         else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=text)
-    return parser
+            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **absent)
 
 
 def _field_docs(options: type[Options]) -> dict[str, str]:

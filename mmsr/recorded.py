@@ -1,14 +1,12 @@
-"""Recorded conversations: what a model said turn by turn, what its searches brought back, and a back-end of these."""
+"""Recorded conversations: what a model said turn by turn, what its searches brought back."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .episode import Example, Hit, Observation, UserError
+from .episode import Hit, Observation, UserError
 from .tables import json_object, lines
 
 
@@ -57,47 +55,3 @@ def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
         Hit(page.get("title") or "", page.get("url") or "", summaries.get(page["rank"]) or page.get("snippet") or "")
         for page in result["documents"]
     )
-
-
-class Replay:
-    """A search back-end that answers from recorded turns; whatever they lack is honestly not found.
-
-    Image searches are known by the picture's SHA-256, joined over the example ids with `examples`, which are read once;
-    text searches by the query, case-folded and with blanks collapsed. The first recording of a search counts.
-    """
-
-    def __init__(
-        self,
-        recorded: Mapping[str, list[RecordedTurn]],
-        examples: Iterable[Example],
-        results: Mapping[str, Observation] | None = None,
-    ):
-        """`results`: of image searches by example id, where there are no turns recorded."""
-        self.texts: dict[str, Observation] = {}
-        for turns in recorded.values():
-            for turn in _searches(turns, "text_search"):
-                self.texts.setdefault(_normalise(turn.query or ""), turn.observation)
-        searches = {key: _searches(turns, "image_search") for key, turns in recorded.items()}
-        results = {**(results or {}), **{key: turns[0].observation for key, turns in searches.items() if turns}}
-        self.images: dict[bytes, Observation] = {}
-        for example in examples:
-            if example.id in results:
-                self.images.setdefault(_digest(example.image), results[example.id])
-
-    def image_search(self, image: bytes, question: str = "") -> Observation:
-        return self.images.get(_digest(image), Observation(source="replay"))
-
-    def text_search(self, query: str) -> Observation:
-        return self.texts.get(_normalise(query), Observation(source="replay"))
-
-
-def _searches(turns: Iterable[RecordedTurn], action: str) -> list[RecordedTurn]:
-    return [turn for turn in turns if turn.action == action and turn.observation is not None]
-
-
-def _digest(image: bytes) -> bytes:
-    return hashlib.sha256(image).digest()
-
-
-def _normalise(query: str) -> str:
-    return " ".join(query.casefold().split())

@@ -17,7 +17,6 @@ from mmsr import hub
 from mmsr.assemble import assemble
 from mmsr.config import parse
 from mmsr.episode import Example, Hit, UserError
-from mmsr.recorded import Replay
 from mmsr.tools import Call
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +88,9 @@ def test_a_pickle_of_something_else(tmp_path, value):
 
 def test_results_are_joined_by_id_with_the_pictures(tmp_path):
     examples = [Example(f"made_{i}", picture(i), "?", ("a",)) for i in range(4)]
-    replay = Replay({}, examples, hub.search_results(written(tmp_path, RESULTS)))
-    assert [hit.title for hit in replay.image_search(picture(0)).hits][:1] == ["A bridge"]
-    assert replay.image_search(picture(2)).source == "fvqa"
-    for number in (3, 9):
-        assert replay.image_search(picture(number)).hits == () and replay.image_search(picture(number)).ok
+    found = dict(hub.by_picture(hub.search_results(written(tmp_path, RESULTS)), examples))
+    assert [hit.title for hit in found[picture(0)].hits][:1] == ["A bridge"]
+    assert found[picture(2)].source == "fvqa" and picture(3) not in found
 
 
 # ---- the hub
@@ -148,7 +145,7 @@ def test_fvqa_and_its_results_serve_a_run_without_a_network(miniature, tmp_path,
     found = run(miniature, tmp_path / "out", steps=1, **FROM_HUB)
     assert {episode["id"] for episode in found.rollouts[0]} <= {f"made_{i}" for i in range(6)}
     said = capsys.readouterr().err
-    assert "image searches of 3 examples; 4 of 5 hits have no thumbnail" in said
+    assert "image searches of 3 questions, 3 of them new here; 4 of their 5 hits have no thumbnail" in said
     setup = assemble(parse(arguments(miniature, tmp_path / "other", **FROM_HUB)))
     call = Call("", picture(0, side=56), "?")
     seen = setup.toolbox.call("image_search", call).result()

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmsr.data import read_examples
-from mmsr.episode import Example, Hit, UserError
-from mmsr.recorded import Replay, recorded_turns
+from mmsr.episode import Hit, UserError
+from mmsr.recorded import recorded_turns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FVQA = SHARED / "fvqa_sample.parquet"
@@ -34,17 +33,12 @@ def refused(act, *words):
 
 
 @real_files
-def test_the_real_transcripts_replay_every_recorded_search():
-    examples, recorded = read_examples(FVQA), recorded_turns(TRANSCRIPTS)
-    replay = Replay(recorded, examples)
-    for example in examples:
-        for turn in recorded[example.id]:
-            if turn.action == "image_search":
-                assert turn.observation.hits and replay.image_search(example.image) == turn.observation
-            elif turn.action == "text_search":
-                assert turn.observation.hits and replay.text_search(f"  {turn.query.upper()}\n") == turn.observation
-            else:
-                assert turn.action == "answer" and turn.observation is None and turn.response.endswith("</answer>")
+def test_the_real_transcripts_lose_a_search_or_its_result():
+    for turn in (turn for turns in recorded_turns(TRANSCRIPTS).values() for turn in turns):
+        if turn.action in ("image_search", "text_search"):
+            assert turn.observation.hits
+        else:
+            assert turn.action == "answer" and turn.observation is None and turn.response.endswith("</answer>")
 
 
 @real_files
@@ -90,15 +84,6 @@ def test_recorded_turns_join_summaries_by_rank(tmp_path):
     assert turns[1].observation.hits == (Hit("River", "https://r", "The Tagus."), Hit(text="S"))
     assert all(turn.observation.source == "replay" and turn.observation.cached for turn in turns[:2])
     assert (turns[2].response, turns[2].action, turns[2].observation) == ("<answer>Tagus</answer>", "answer", None)
-
-
-def test_a_search_that_was_not_recorded_honestly_finds_nothing(tmp_path):
-    examples = [Example("made_0", picture(0), "?", ("Tagus",)), Example("other", picture(1), "?", ("Tagus",))]
-    replay = Replay(recorded_turns(transcripts(tmp_path, SEARCHES)), examples)
-    assert replay.image_search(picture(0)).hits[0].title == "A bridge"
-    assert replay.text_search(" which river?\n").hits[0].text == "The Tagus."
-    for miss in (replay.image_search(picture(1)), replay.text_search("which sea?"), replay.text_search("")):
-        assert miss.ok and miss.error is None and miss.hits == () and miss.source == "replay"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,250 @@
+"""Search by hand, make an index of your own, or serve a search engine to training code.
+
+python search.py index --images DIR --titles FILE.jsonl --pages FILE.jsonl --out my.index
+python search.py image photo.jpg --search local:my.index
+python search.py text "who designed it" --search local:my.index
+python search.py serve --search local:my.index
+python search.py cache import conversations.jsonl --data questions.parquet --out searches.sqlite
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from contextlib import closing
+from typing import NoReturn, Sequence
+
+from mmsr.backends import KNOWN, import_searches, open_backend
+from mmsr.config import SEARCH_OPTIONS, Options, add_options
+from mmsr.episode import Hit, Observation, UserError
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
+
+
+def index(args: argparse.Namespace) -> int:
+    from mmsr.index import build
+
+    if bool(args.images) != bool(args.titles):
+        raise UserError("--images and --titles go together: give the folder, and the file that names what lies in it")
+    if not (args.titles or args.pages):
+        raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
+    counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
+    new = f"{counts['pictures']} new pictures under {counts['titles']} new titles, {counts['pages']} new pages"
+    print(f"{args.out}: {new}; {counts['known']} lines were there already, {counts['broken']} pictures left out")
+    return 0
+
+
+def image(args: argparse.Namespace) -> int:
+    from mmsr.pictures import MAX_FILE_BYTES, decode
+
+    try:
+        with open(args.file, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        decode(data)
+    except OSError as error:
+        raise UserError(f"{args.file}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise UserError(f"{args.file}: {error}") from None
+    return _search(args, IMAGE_SEARCH, Call("<img>", data, args.question))
+
+
+def text(args: argparse.Namespace) -> int:
+    if not args.query.strip():
+        raise UserError("the query is empty: give some words")
+    return _search(args, TEXT_SEARCH, Call(args.query, b"", args.query))
+
+
+def serve(args: argparse.Namespace) -> int:
+    from mmsr.serve import serve
+
+    serve(open_backend(_options(args)).backend, args.search, args.host, args.port)
+    return 0
+
+
+def cache(args: argparse.Namespace) -> int:
+    """search.py cache FILE | import SRC --out FILE | export FILE --out LINES.jsonl"""
+    from mmsr.cache import export_jsonl
+    from mmsr.store import Store
+
+    *verb, file = args.words
+    if verb not in ([], ["import"], ["export"]):
+        raise UserError(f"cache {' '.join(args.words)}: give cache FILE, cache import SRC or cache export FILE")
+    if bool(verb) != bool(args.out):
+        raise UserError("--out names the file that import and export write: give it with these, and with nothing else")
+    if verb == ["import"]:
+        with closing(Store(args.out)) as store:
+            print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")
+        return 0
+    with closing(Store(file, readonly=True)) as store:
+        if verb:
+            print(f"{args.out}: {export_jsonl(store, args.out)} searches")
+        else:
+            print(json.dumps(store.stats(), indent=2))
+    return 0
+
+
+def _examples(data: str):
+    """The questions whose pictures a recording knows by their ids."""
+    if not data:
+        return ()
+    from mmsr.data import read_examples
+
+    return read_examples(data)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if not args.search:
+        raise UserError(f"--search is missing; give {KNOWN}")
+    given = {name: value for name, value in vars(args).items() if name in SEARCH_OPTIONS}
+    return Options(**given, max_images=int(args.run is not text))
+
+
+def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
+    """Search as a rollout does, and show what came. 1 where the back-end failed."""
+    toolbox = Toolbox(search_tools(open_backend(_options(args)).backend, 1, 1), inline=True)
+    start = time.perf_counter()
+    seen = toolbox.call(tool, call).result()
+    seconds = time.perf_counter() - start
+    if args.json:
+        print(json.dumps(_record(seen, tool, seconds)))
+    elif seen.ok:
+        _show(seen, seconds)
+    else:
+        print(f"search.py: {args.search} failed: {_printable(seen.error or 'error')}", file=sys.stderr)
+    return 0 if seen.ok else 1
+
+
+def _record(seen: Observation, tool: str, seconds: float) -> dict:
+    from mmsr.serve import image_result
+
+    if not seen.ok:
+        kind, _, message = (seen.error or "error").partition(": ")
+        return {"ok": False, "error": {"kind": kind, "message": message or kind}}
+    results = [image_result(hit) if tool == IMAGE_SEARCH else _page(hit) for hit in seen.hits]
+    about = {"source": seen.source, "seconds": round(seconds, 4), "cached": seen.cached}
+    return {"ok": True, **about, "results": results}
+
+
+def _page(hit: Hit) -> dict:
+    return {"title": hit.title, "url": hit.url, "text": hit.text, "score": hit.score}
+
+
+def _show(seen: Observation, seconds: float) -> None:
+    """The results as the model gets them, but for thumbnails, whose sizes are given, and what tells about each."""
+    for rank, hit in enumerate(seen.hits, start=1):
+        score = "" if hit.score is None else f"   (score {hit.score:.3f})"
+        print(f"[{rank}] {_printable(hit.title)}{score}")
+        if hit.image:
+            print(f"    thumbnail {_size(hit.image)}")
+        for line in (hit.url, hit.text):
+            if line.strip():
+                print("    " + _printable(line).replace("\n", "\n    "))
+    found = f"{len(seen.hits)} results" if seen.hits else "No results"
+    print(f"{found} from {seen.source}, {'recorded, ' if seen.cached else ''}in {seconds * 1000:.0f} ms")
+
+
+def _size(thumbnail: bytes) -> str:
+    from mmsr.pictures import decode
+
+    try:
+        picture = decode(thumbnail)
+    except ValueError as error:
+        return f"that the model will not see: {error}"
+    return f"{picture.width} x {picture.height}, {len(thumbnail) / 1000:.1f} kB"
+
+
+def _printable(text: str) -> str:
+    """Without what could steer a terminal, or what it cannot show: results are strangers' text."""
+    shown = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "replace").decode(encoding).strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run, summary: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=summary, description=f"{summary} {more}", allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    sub = command(
+        index, "Add pictures and pages to an index of your own.",
+        "The file is made where there is none. Whatever ends this early, the same command goes on from there.",
+    )  # fmt: skip
+    sub.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
+    sub.add_argument(
+        "--titles", metavar="FILE.jsonl", help='a line each: {"file", "title", and "url" if it has a page}'
+    )
+    sub.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "title", "text"}')
+    sub.add_argument("--out", metavar="FILE", required=True, help="the index")
+    sub.add_argument(
+        "--encoder", default="builtin", metavar="NAME",
+        help="what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)",
+    )  # fmt: skip
+
+    sub = command(image, "Search with a picture and show what the model would see.")
+    sub.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
+    sub.add_argument("--question", default="", help="what is asked about it, for back-ends that write summaries")
+    _search_options(sub)
+
+    sub = command(text, "Search with words and show what the model would see.")
+    sub.add_argument("query", metavar="QUERY")
+    _search_options(sub)
+
+    sub = command(
+        serve, "Answer searches over HTTP.",
+        "POST /retrieve is Search-R1's protocol; POST /image_search and GET /health stand beside it.",
+    )  # fmt: skip
+    _backend_options(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
+    sub.add_argument("--port", default=8000, type=int, help="0 takes a free one")
+
+    sub = command(
+        cache, "Show what a file of recorded searches holds, or fill one.",
+        "cache FILE | cache import SRC --out FILE | cache export FILE --out LINES.jsonl. SRC: recorded conversations "
+        "(.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another such file.",
+    )  # fmt: skip
+    sub.add_argument("words", metavar="[import|export] FILE", nargs="+")
+    sub.add_argument("--data", default="", help="the questions whose pictures conversations and results are about")
+    sub.add_argument("--out", default="", metavar="FILE", help="what import and export write")
+    return parser
+
+
+def _search_options(parser: argparse.ArgumentParser) -> None:
+    _backend_options(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object; exit status 1 where the back-end failed")
+
+
+def _backend_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, Options, SEARCH_OPTIONS)
+    parser.set_defaults(search="")
+
+
+def main(argv: Sequence[str]) -> int:
+    warnings.simplefilter("ignore")  # Pillow's, of pictures that are refused anyhow
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # … | head
+        sys.stdout = None
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
