@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from mmsr.judge import Judge
 from mmsr.parallel import Ranks, start
 from mmsr.report import write_report
 from mmsr.rollout import Opening
-from mmsr.toy import LOOK_IT_UP
+from mmsr.toy import World
 
 JUDGE_TOKENS = 1024
 SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "seconds")  # of a line
@@ -42,8 +42,8 @@ SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "s
 def run(config: EvalConfig, ranks: Ranks) -> None:
     with ranks.alone():
         out = Output(config, ranks)
-    script = rag_script(config) if config.mode == "rag" else None
     setup, sets = assemble_evaluation(config, ranks)
+    script = rag_script(config, setup.world) if config.mode == "rag" else None
     with ranks.alone():
         done = out.begin(setup)
     done = ranks.everyone(done)[0]
@@ -71,7 +71,7 @@ def roll_out(
     rows: list[int],
     questions: Sequence[Example],
     setup: Setup,
-    script: list[str] | None,
+    script: Callable[[Example, int], list[str]] | None,
     stop: Interrupts,
     bar: tqdm,
 ) -> tuple[list[dict[str, Any]], list[Episode]] | None:
@@ -84,7 +84,7 @@ def roll_out(
 
     rollouts = setup.roll_out(
         [questions[row] for row in rows], 1, (c.seed, "evaluation", name), c.temperature, group_ids=rows,
-        direct=c.mode == "direct", scripts=script and (lambda example, sample: list(script)),
+        direct=c.mode == "direct", scripts=script,
         on_done=on_done, attempt=stop.breakable,
     )  # fmt: skip
     if rollouts is None:
@@ -106,10 +106,10 @@ def calls_allowed(config: EvalConfig) -> int:
     return 0 if config.mode == "direct" else min(config.max_images + config.max_texts, config.max_turns - 1)
 
 
-def rag_script(config: EvalConfig) -> list[str]:
+def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], list[str]]:
     """The forced image search, and the openings of the turns that follow, as far as the limits go."""
-    if config.prompts == "toy":
-        return [LOOK_IT_UP]
+    if world and config.prompts == "toy":
+        return lambda example, sample: world.always_search(example, config.max_texts > 0)
     own, usual = prompts_folder(config) / "rag.txt", PROMPTS / "real" / "rag.txt"
     turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
     if len(turns) != 3:
@@ -117,7 +117,7 @@ def rag_script(config: EvalConfig) -> list[str]:
         raise UserError(f"{own}: {len(turns)} lines; {complaint}")
     image, query, answer = turns[0], Opening(turns[1]), Opening(turns[2])
     searches = [image] * bool(config.max_images) + [query] * bool(config.max_texts)
-    return [*searches[: config.max_turns - 1], answer]
+    return lambda example, sample: [*searches[: config.max_turns - 1], answer]
 
 
 class Output:

@@ -31,17 +31,18 @@ from mmsr.episode import TOOL_ERROR, Episode, UserError
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered, start
 from mmsr.report import write_report
-from mmsr.toy import LOOK_IT_UP, MIX
+from mmsr.toy import World
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
 ALARM = 0.05  # share of a step's tool calls that may fail without a word
 
 
-def train(config: Config, ranks: Ranks) -> None:
+def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
+    """`world`: a toy world of one's own instead of the one that `config.toy` names."""
     with ranks.alone():
         out = Output(config, ranks)
-    setup = assemble(config, ranks)
+    setup = assemble(config, ranks, world)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
     saved = Checkpoints(setup, trainer, sampler)
@@ -309,7 +310,8 @@ class Output:
         setup.begin_step(f"evaluation {step}")
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
-            modes["always_search"] = (1.0, lambda example, sample: [LOOK_IT_UP], False)
+            texts = setup.config.max_texts > 0
+            modes["always_search"] = (1.0, lambda example, sample: setup.world.always_search(example, texts), False)
             modes["never_search"] = (1.0, None, True)
         found = {}
         for name, (temperature, scripts, direct) in modes.items():
@@ -354,14 +356,14 @@ class Output:
         self.report(at_once=True)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         evaluations = [record for record in map(json.loads, lines) if "eval" in record]
-        names = {"eval": "greedy", "eval_sampled": "T = 1"}
+        names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
         rows = {
-            f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
+            names.get(mode, mode.replace("_", " ")).format(when): row
             for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
             for mode, row in found.items()
             if mode != "step"
         }
-        mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
+        mix = setup.world.settings.mix if setup.config.data == "toy" and not setup.config.eval_data else None
         written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
         print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
 

@@ -15,7 +15,7 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import attention, hub, parallel, plan, toy
+from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, Spending, open_backend
 from .chat import PROMPTS, Chat
@@ -45,6 +45,7 @@ class Setup:
     toolbox: Toolbox
     spending: Spending | None  # where searches cost money
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
+    world: toy.World | None = None  # where anything of the run is the toy world's
     questions: Sequence[Example] = ()  # of training
     eval_questions: Sequence[Example] = ()  # of the evaluations within training
 
@@ -116,9 +117,12 @@ class Setup:
         score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
 
 
-def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
-    """Open everything that a training run names. Raises UserError where something is missing or wrong."""
-    world = _world(config)
+def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = None) -> Setup:
+    """Open everything that a training run names. Raises UserError where something is missing or wrong.
+
+    `world`: a toy world of one's own instead of the one that `config.toy` names.
+    """
+    world = world or _world(config)
     files = _local(config, ranks)
     with ranks.alone():
         questions = _questions(files.data, world, config, ranks)
@@ -140,7 +144,7 @@ def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setu
 
 def _world(config: Options) -> toy.World | None:
     wanted = "toy" in (*config.datasets, config.search) or not config.model
-    return toy.World(config.seed) if wanted else None
+    return toy.World(config.seed, toy.SETTINGS[config.toy]) if wanted else None
 
 
 def _open(
@@ -151,7 +155,7 @@ def _open(
     with ranks.alone():
         engine, scripts = _search(config, search, world, known, ranks)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
-    find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
+    find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
         chat = Chat(folder, prompts_folder(config), tools)
@@ -161,7 +165,7 @@ def _open(
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
     attention.sum_widely(config.deterministic)
-    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world)
 
 
 def prompts_folder(config: Options) -> Path:
@@ -266,5 +270,5 @@ def _evaluated(name: str, world: toy.World | None, config: EvalConfig, ranks: Ra
 
 def _toy_questions(world: toy.World, n: int) -> list[Example]:
     """`n` questions of each category about fresh pictures."""
-    pools = [world.questions(category, n, "eval") for category in toy.CATEGORIES]
-    return [example for pool in pools for example in pool]
+    asked = [world.questions(category, n, "eval") for category in world.settings.categories]
+    return [example for category in asked for example in category]

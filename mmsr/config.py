@@ -1,8 +1,9 @@
 """Flat dataclasses: the defaults, the command line, and the `config.json` of a run.
 
 `Options` is what train.py and eval.py have in common; `Config` adds training, `EvalConfig` evaluation. A recipe is a
-dictionary of defaults, of which each takes what it has. What stands on the command line wins over the recipe, and the
-recipe over the dataclass. An unknown or ill-typed option is one line on standard error and exit status 2.
+dictionary of defaults, of which each takes what it has; the toy recipe's differ a little between the toy worlds. What
+stands on the command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is
+one line on standard error and exit status 2.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ RECIPES: dict[str, dict] = {
         "steps": 4690,  # 30 epochs of 5,000 questions
     },
 }  # fmt: skip
+
+# What the toy recipe has otherwise in the other toy worlds.
+TOY: dict[str, dict] = {"basic": {}, "full": dict(max_turns=3, max_texts=1, max_tokens=192, steps=80)}
 
 
 # What a resumed run may change besides, where equal bits are not promised.
@@ -130,8 +134,8 @@ class Options:
     """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
     log_tokens: bool = True
     """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
-    toy: Literal["basic"] = "basic"
-    """Which toy world."""
+    toy: Literal["basic", "full"] = "basic"
+    """Toy world. full: a town takes a text search too, and a search may mislead; three turns, 80 steps."""
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -158,10 +162,11 @@ class Options:
         return (self.data,)
 
     @classmethod
-    def defaults(cls, recipe: str) -> dict[str, Any]:
-        """What a recipe sets of these options."""
+    def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
+        """What a recipe sets of these options, in a toy world."""
         names = {field.name for field in dataclasses.fields(cls)}
-        return {name: value for name, value in RECIPES[recipe].items() if name in names}
+        recipes = RECIPES[recipe] | (TOY[toy] if recipe == "toy" else {})
+        return {name: value for name, value in recipes.items() if name in names}
 
     def save(self, folder: Path) -> None:
         """Write `folder`/config.json, whole or not at all."""
@@ -313,10 +318,10 @@ class EvalConfig(Options):
         return self.data
 
     @classmethod
-    def defaults(cls, recipe: str) -> dict[str, Any]:
+    def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
         """A recipe's data is for training, and so is its temperature."""
         data = ("toy",) if RECIPES[recipe]["data"] == "toy" else ()
-        return {**super().defaults(recipe), "data": data, "temperature": 0.0}
+        return {**super().defaults(recipe, toy), "data": data, "temperature": 0.0}
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -326,7 +331,7 @@ def parse(argv: Sequence[str], kind: type[AnyOptions] = Config, program: str = "
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     given = vars(_parser(kind, program).parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
-    return kind(**{**kind.defaults(recipe), **given, "recipe": recipe})
+    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **given, "recipe": recipe})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -92,19 +92,30 @@ def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:
-    """Text table of several evaluations: `rows` maps a name to its `by_category`.
+    """Text table of several evaluations, a column each: `rows` maps a name to its `by_category`.
 
-    The last columns are overall means, the categories weighted by `mix`, or else by their number of questions.
+    A cell has the shares of episodes that searched by image and by text (left out where nobody did) and the accuracy.
+    The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
     """
-    categories = list(dict.fromkeys(category for row in rows.values() for category in row))
-    keys = ("search_ratio", "accuracy")
-    lines = [["", *(f"{key.split('_')[0]} {c}" for key in keys for c in categories), "accuracy", "reward"]]
-    for name, row in rows.items():
-        share = {c: (mix or {}).get(c, 0 if mix else row[c]["n"]) for c in categories}
-        overall = [sum(row[c][k] * share[c] for c in categories) / sum(share.values()) for k in ("accuracy", "reward")]
-        cells = [*(row[c][key] for key in keys for c in categories), *overall]
-        lines.append([name, *(f"{cell:.3f}" for cell in cells)])
+    keys = ["search_ratio_image", "search_ratio_text", "accuracy"]
+    if not any(category["search_ratio_text"] for row in rows.values() for category in row.values()):
+        keys.remove("search_ratio_text")
+    means = [_overall(row, mix, [*keys, "reward"]) for row in rows.values()]
+    lines = [["/".join(key.split("_")[-1] for key in keys), *rows]]
+    for name in dict.fromkeys(name for row in rows.values() for name in row):
+        lines.append([name, *(_cell(row[name], keys) for row in rows.values())])
+    lines.append(["mean", *(_cell(mean, keys) for mean in means)])
+    lines.append(["reward", *(f"{mean['reward']:.3f}" for mean in means)])
     return aligned(lines)
+
+
+def _overall(row: dict[str, dict[str, Any]], mix: dict[str, float] | None, keys: Sequence[str]) -> dict[str, float]:
+    share = {name: (mix or {}).get(name, 0 if mix else category["n"]) for name, category in row.items()}
+    return {key: sum(row[name][key] * share[name] for name in row) / sum(share.values()) for key in keys}
+
+
+def _cell(numbers: Mapping[str, float], keys: Sequence[str]) -> str:
+    return " ".join(f"{numbers[key]:.2f}" for key in keys)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -69,6 +69,16 @@ def test_recipe_defaults_to_toy_and_with_a_model_to_blog():
     assert parse(["--model", "Qwen2.5-VL-7B", "--recipe", "released"]).group_size == 4
 
 
+def test_full_toy_world_takes_another_turn_and_leaves_other_recipes_alone():
+    def limits(*argv):
+        config = parse(argv)
+        return config.max_turns, config.max_images, config.max_texts
+
+    assert limits("--toy", "full") == (3, 1, 1) and limits("--toy", "basic") == (2, 1, 0)
+    assert limits("--toy", "full", "--max-texts", "2") == (3, 1, 2), "the command line wins"
+    assert limits("--toy", "full", "--recipe", "blog") == limits("--recipe", "blog") == (2, 1, 0)
+
+
 def test_command_line_wins_over_recipe_and_recipe_over_dataclass():
     config = parse(["--recipe", "blog", "--lr", "1e-5", "--no-deterministic", "--out", "x", "--max-turns=4"])
     assert (config.lr, config.max_turns, config.deterministic, config.out) == (1e-5, 4, False, "x")

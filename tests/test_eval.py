@@ -141,7 +141,8 @@ def test_direct_never_searches_and_rag_always_does(miniature, tmp_path):
 
 
 def rag_script(*argv) -> list[str]:
-    return evaluation.rag_script(parse([*argv, "--mode", "rag", "--data", "x", "--model", "y"], EvalConfig))
+    script = evaluation.rag_script(parse([*argv, "--mode", "rag", "--data", "x", "--model", "y"], EvalConfig), None)
+    return script(None, 0)
 
 
 def test_rag_forces_what_the_limits_allow_and_leaves_the_query_to_the_model():

@@ -69,27 +69,32 @@ def test_failures_count_calls_and_neither_refusals_nor_empty_results():
     assert evaluate.tool_errors(EPISODES[3:]).total() == 0
 
 
-def cells(text):
-    return [line.split("  ") for line in text.splitlines()]
-
-
 def test_table_by_hand():
     rows = {"before": evaluate.by_category(EPISODES), "after, greedy": evaluate.by_category(EPISODES[:2])}
-    head, before, after = evaluate.table(rows).splitlines()
-    assert head.split() == "search new search old accuracy new accuracy old accuracy reward".split()
-    assert before.split() == ["before", "0.667", "0.500", "0.667", "0.500", "0.600", "0.564"]
-    assert after.split() == ["after,", "greedy", "1.000", "0.000", "1.000", "1.000", "1.000", "0.955"]
-    assert all(line == line.rstrip() for line in (head, before, after))
-    starts = [head.index("search new"), head.index("accuracy new")]
-    assert before[starts[0]] == "0" and before[starts[0] - 1] == before[starts[1] - 1] == " ", "columns must line up"
+    lines = evaluate.table(rows).splitlines()
+    head, new, old, mean, reward = lines
+    assert head.split("  ")[0] == "image/text/accuracy" and head.split()[1:] == ["before", "after,", "greedy"]
+    assert new.split() == ["new", "0.67", "0.33", "0.67", "1.00", "0.00", "1.00"]
+    assert old.split() == ["old", "0.00", "0.50", "0.50", "0.00", "0.00", "1.00"]
+    assert mean.split() == ["mean", "0.40", "0.40", "0.60", "0.50", "0.00", "1.00"]
+    assert reward.split() == ["reward", "0.564", "0.955"]
+    assert all(line == line.rstrip() for line in lines)
+    start = head.index("after")
+    assert all(line[start] in "01" and line[start - 1] == " " for line in lines[1:]), "columns must line up"
+
+
+def test_table_has_no_text_searches_where_there_were_none():
+    head, new, *_ = evaluate.table({"x": evaluate.by_category(EPISODES[:2])}).splitlines()
+    assert head.split() == ["image/accuracy", "x"] and new.split() == ["new", "1.00", "1.00"]
 
 
 def test_table_weights_categories_by_the_mix():
     row = evaluate.by_category(EPISODES)
-    line = evaluate.table({"x": row}, {"new": 0.25, "old": 0.75}).splitlines()[1].split()
-    assert line[-2:] == [f"{0.25 * 2 / 3 + 0.75 * 0.5:.3f}", f"{0.25 * 1.91 / 3 + 0.75 * 0.455:.3f}"]
-    only_old = evaluate.table({"x": row}, {"old": 0.5}).splitlines()[1].split()
-    assert only_old[-2:] == ["0.500", "0.455"], "a category outside the mix has no weight"
+    *_, mean, reward = evaluate.table({"x": row}, {"new": 0.25, "old": 0.75}).splitlines()
+    assert mean.split()[-1] == f"{0.25 * 2 / 3 + 0.75 * 0.5:.2f}"
+    assert reward.split()[-1] == f"{0.25 * 1.91 / 3 + 0.75 * 0.455:.3f}"
+    *_, mean, reward = evaluate.table({"x": row}, {"old": 0.5}).splitlines()
+    assert mean.split()[-1] == "0.50" and reward.split()[-1] == "0.455", "a category outside the mix has no weight"
 
 
 # ---- evaluations ----------------------------------------------------------------------------------------------------
