@@ -20,6 +20,7 @@ import gzip
 import io
 import json
 import socket
+import socketserver
 import struct
 import threading
 import time
@@ -40,6 +41,9 @@ def picture(size=(64, 48), colour="red", kind="JPEG") -> bytes:
     file = io.BytesIO()
     PIL.Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
+
+
+THUMBNAILS = {f"/thumbnails/{n}.jpg": picture(colour=(25 * n, 0, 0)) for n in range(1, 9)}
 
 
 @dataclass
@@ -66,8 +70,8 @@ class FakeWeb:
         self.scripts: dict[str, deque[Fault]] = defaultdict(deque)
         self.standing: dict[str, Fault] = {}
         self.delay = 0.0  # seconds before every answer
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self.server.daemon_threads, self.server.web = True, self
+        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server.web = self
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.results = [
             {"position": n, "title": f"Page {n}", "link": f"https://site{n}.example/page", "snippet": f"snippet {n}"}
@@ -80,7 +84,7 @@ class FakeWeb:
         ]  # fmt: skip
         self.pages: Callable[[str], str] = lambda url: f"Text of {url}. The bridge crosses the Tagus."
         self.answer: Callable[[dict], str] = lambda body: "<think>\nhm\n</think>\n\nThe bridge crosses the Tagus."
-        self.files: dict[str, bytes] = {f"/thumbnails/{n}.jpg": picture(colour=(25 * n, 0, 0)) for n in range(1, 9)}
+        self.files: dict[str, bytes] = dict(THUMBNAILS)
 
     def __enter__(self) -> FakeWeb:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -169,6 +173,13 @@ def redirect(location: str, code: int = 302) -> Fault:
 
 
 # ---- the services
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 256
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -245,8 +245,8 @@ def test_without_the_guard_a_bomb_goes_off_and_a_drip_holds(web):
     """What requests does by itself, for scale: it shows that the two tests above can fail."""
     import requests
 
-    web.then("file", bomb(50_000_000))
-    assert len(requests.get(web.url, timeout=5).content) == 50_000_000
+    web.then("file", bomb(20_000_000))
+    assert len(requests.get(web.url, timeout=5).content) == 20_000_000
     web.then("file", drip(every=0.1))
     start, reply = time.monotonic(), requests.get(web.url, timeout=0.3, stream=True)
     assert len([byte for byte, _ in zip(reply.iter_content(1), range(10))]) == 10
@@ -687,8 +687,6 @@ def test_refusal_that_only_mentions_a_field_is_final(web):
 
 def test_hundreds_of_calls_in_flight_get_each_its_own_answer(web):
     web.delay, web.answer = 0.05, lambda body: body["messages"][0]["content"].upper()
-    web.server.request_queue_size = 256
-    web.server.socket.listen(256)
     server = chat(web, Client())
     with ThreadPoolExecutor(200) as pool:
         said = list(pool.map(lambda n: server.complete([{"role": "user", "content": f"call {n}"}], 9), range(400)))
