@@ -72,7 +72,7 @@ def _edges(light: np.ndarray) -> np.ndarray:
     down[1:-1] = light[2:] - light[:-2]
     turn = np.arctan2(down, across) / np.pi % 1 * DIRECTIONS  # an edge from dark to light is one from light to dark
     low = np.minimum(turn.astype(int), DIRECTIONS - 1)
-    share = (turn - low)[..., None]
+    share = (turn - low).astype(np.float32)[..., None]
     eye = np.eye(DIRECTIONS, dtype=np.float32)
     bins = eye[low] * (1 - share) + eye[(low + 1) % DIRECTIONS] * share
     cells = _pool(bins * np.hypot(across, down)[..., None], SHAPE_CELLS, 0.5)

@@ -272,7 +272,7 @@ class Local:
         scores = self.vectors @ self.encoder.encode([picture])[0].astype(np.float32)
         best = np.argpartition(-scores, min(self.k, len(scores)) - 1)[: self.k]
         best = best[np.argsort(-scores[best], kind="stable")]
-        hits = (hit for place in best for hit in self._titles(int(self.ids[place]), float(scores[place])))
+        hits = (hit for place in best for hit in self._titles(int(self.ids[place]), min(float(scores[place]), 1.0)))
         return Observation(tuple(islice(hits, self.k)), source=self.source)
 
     def _titles(self, picture: int, score: float) -> Iterator[Hit]:
@@ -283,7 +283,8 @@ class Local:
     def text_search(self, query: str) -> Observation:
         """The pages that fit the words best, each with the passage around them. Scores are BM25, titles twice."""
         words = match_expression(query)
-        sql = """SELECT title, url, highlight(words, 1, ?, ?), -rank FROM words JOIN pages ON pages.id = words.rowid
+        sql = """SELECT pages.title, url, highlight(words, 1, ?, ?), -rank
+                 FROM words JOIN pages ON pages.id = words.rowid
                  WHERE words MATCH ? AND rank MATCH 'bm25(2.0, 1.0)' ORDER BY rank LIMIT ?"""
         found = self._rows(sql, OPEN, CLOSE, words, self.k) if words else []
         hits = (Hit(title, url, passage(text), score=score) for title, url, text, score in found)
@@ -305,6 +306,8 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     rows = db.execute("SELECT id, vector FROM pictures ORDER BY id LIMIT ?", (n,))
     for place, (number, vector) in enumerate(rows):
         ids[place], vectors[place] = number, np.frombuffer(vector, dtype=np.float16)
+    if not np.isfinite(vectors.sum()):
+        raise ValueError("a vector is not finite")
     return ids, vectors
 
 

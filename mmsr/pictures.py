@@ -33,7 +33,8 @@ def decode(data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_D
         if width * height <= max_pixels:
             return _to_rgb(picture)
     except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        known = not isinstance(error, PIL.UnidentifiedImageError)  # whose text is a Python object's address
+        reason = (" ".join(str(error).split()) or type(error).__name__) if known else "it begins like none of these"
         raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({len(data):,} bytes): {reason}") from error
     raise ValueError(f"picture of {width} x {height} is over the limit of {max_pixels:,} pixels")
 
