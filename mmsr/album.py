@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from .episode import Episode, digest
-from .vision import open_image
+from .pictures import decode
 
 SIDE = 256  # pixels
 MOST_BYTES = 128 * 2**20  # of a run's folder
@@ -51,7 +51,7 @@ class Album:
 
 
 def _small(picture: bytes) -> bytes:
-    opened, file = open_image(picture), io.BytesIO()
+    opened, file = decode(picture), io.BytesIO()
     opened.thumbnail((SIDE, SIDE))
     opened.save(file, "JPEG", quality=85)
     return file.getvalue()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import attention, parallel, toy
 from . import model as modeling
+from .backends import open_backend
 from .chat import PROMPTS, Chat
 from .config import Config
 from .data import Replay, read_examples, recorded_turns
@@ -164,7 +165,9 @@ def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[E
         recorded = recorded_turns(file)
         scripts = partial(_recorded_script, recorded, config.group_size) if config.force_searches else None
         return Replay(recorded, chain(*known)), scripts
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none or replay:FILE")
+    if kind == "local":
+        return open_backend(config.search), None
+    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, local:FILE or replay:FILE")
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

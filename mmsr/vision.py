@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, packed_attention
+from .pictures import FORMATS, check_aspect, check_image, decode  # noqa: F401 - check_image for those who look here
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token
@@ -32,10 +33,6 @@ CHANNELS = 3
 PATCH_VALUES = CHANNELS * FRAMES * PATCH * PATCH  # 1176
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 14 * 14 * 4 * 1280  # the image processor's defaults
-MAX_ASPECT = 200
-MAX_FILE_BYTES = 32 * 2**20
-MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -66,10 +63,14 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
     As in transformers, transparency is laid on white, an animation gives its first frame, EXIF rotation is ignored.
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
-    picture = open_image(data)
+    key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}".encode()).hexdigest()
+    return prepare(decode(data), key, min_pixels, max_pixels)
+
+
+def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int) -> Image:
+    """What `load_image` does once an RGB picture is decoded."""
     height, width = smart_resize(picture.height, picture.width, PATCH * MERGE, min_pixels, max_pixels)
     pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC))
-    key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}".encode()).hexdigest()
     return Image(patchify(pixels), (height // PATCH, width // PATCH), key)
 
 
@@ -83,35 +84,6 @@ def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MA
     return height * width // (PATCH * MERGE) ** 2
 
 
-def check_image(data: bytes) -> None:
-    """Raise the ValueError that `load_image` would for this picture file."""
-    picture = open_image(data)
-    smart_resize(picture.height, picture.width)
-
-
-def open_image(data: bytes) -> PIL.Image.Image:
-    """RGB picture. Size is read from the header and refused before any pixel is decoded, so a bomb costs nothing."""
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {MAX_FILE_BYTES:,}")
-    try:
-        picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height <= MAX_DECODED_PIXELS:
-            return _to_rgb(picture)
-    except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({len(data):,} bytes): {reason}") from error
-    raise ValueError(f"picture of {width} x {height} is over the limit of {MAX_DECODED_PIXELS:,} pixels")
-
-
-def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if "A" not in picture.getbands() and picture.info.get("transparency") is None:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = PIL.Image.new("RGBA", picture.size, "white")
-    return PIL.Image.alpha_composite(white, picture).convert("RGB")
-
-
 def smart_resize(
     height: int,
     width: int,
@@ -123,8 +95,7 @@ def smart_resize(
 
     Raises ValueError when one side is more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"picture of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT}")
+    check_aspect(width, height)
     # Python's round takes halves to the even neighbour, and so did Qwen2-VL's training.
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:

@@ -1,0 +1,246 @@
+"""Any back-end behind HTTP, for training code elsewhere: `POST /retrieve`, `POST /image_search`, `GET /health`.
+
+`/retrieve` speaks Search-R1's protocol, so code written for that finds this server in its place. Every reply is JSON,
+an error is {"error": …} with a status. The server trusts nobody: by default it listens on loopback only, where a web
+page in a browser could still reach it, so a foreign Host or any Origin is refused; bodies, requests at a time and the
+seconds that a client may take to send one are bounded. Each request has a connection of its own (HTTP/1.0).
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import json
+import math
+import re
+import signal
+import socket
+import socketserver
+import sys
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from .episode import Hit, Observation, UserError
+from .pictures import check_image
+from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
+
+MAX_BODY = 16 * 2**20  # bytes; a picture of 12 MiB
+MAX_QUERIES = 1024  # in a request
+MAX_RUNNING = 32  # requests at a time
+SECONDS_TO_SEND = 10.0  # for a whole request, however it drips
+ROUTES = {("POST", "/retrieve"): "retrieve", ("POST", "/image_search"): "image_search", ("GET", "/health"): "health"}
+
+
+LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)  # in a Host header
+
+
+class Refused(Exception):
+    """The request is answered with an error. `more` goes beside it."""
+
+    def __init__(self, status: int, message: str, **more: str):
+        super().__init__(message)
+        self.status, self.body = status, {"error": message, **more}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request in a thread. `server_close` waits for those that run."""
+
+    daemon_threads = False
+    request_queue_size = 128
+
+    def __init__(self, backend: Backend, name: str, host: str = "127.0.0.1", port: int = 8000):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from None
+        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=True)
+        self.private = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.room = threading.BoundedSemaphore(MAX_RUNNING)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are, which may hang
+
+    def process_request(self, request, client_address) -> None:
+        if self.room.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        with suppress(OSError):
+            request.settimeout(1)
+            request.sendall(b'HTTP/1.0 503 Busy\r\nRetry-After: 1\r\n\r\n{"error": "too many requests at a time"}')
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
+
+    def handle_error(self, request, client_address) -> None:
+        """A client that went away is no news; anything else is a bug, and the server goes on."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+    def observe(self, tool: str, query: str = "", image: bytes = b"", question: str = "") -> Observation:
+        """One search. Raises Refused where the back-end fails."""
+        seen = self.toolbox.call(tool, Call(query, image, question)).result()
+        if not seen.ok:
+            kind, _, message = (seen.error or "error").partition(": ")
+            raise Refused(502, message or kind, kind=kind)
+        return seen
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    server_version, sys_version = "mmsr", ""
+    timeout = SECONDS_TO_SEND
+
+    def setup(self) -> None:
+        super().setup()
+        self.deadline = threading.Timer(SECONDS_TO_SEND, self._cut_off)
+        self.deadline.daemon = True
+        self.deadline.start()
+
+    def finish(self) -> None:
+        self.deadline.cancel()
+        super().finish()
+
+    def _cut_off(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)  # what waits for the client reads an end
+
+    def do_GET(self) -> None:
+        try:
+            self._check_origin()
+            route = ROUTES.get((self.command, self.path.partition("?")[0]))
+            if route is None:
+                raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
+            self._reply(200, getattr(self, route)())
+        except Refused as refused:
+            self._reply(refused.status, refused.body)
+
+    do_POST = do_GET
+
+    def _check_origin(self) -> None:
+        """Pages in a browser cannot hide where they come from, nor under which name they found a loopback server."""
+        host = self.headers.get("Host", "localhost").strip()
+        if self.server.private and not LOOPBACK.fullmatch(host):
+            raise Refused(403, "foreign Host: this server answers on loopback only")
+        if "Origin" in self.headers:
+            raise Refused(403, "requests from web pages are refused")
+
+    def _body(self) -> dict[str, Any]:
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,12}", length):
+            raise Refused(411, "Content-Length is missing or no number")
+        if int(length) > MAX_BODY:
+            self._discard(int(length))
+            raise Refused(413, f"the body is over the limit of {MAX_BODY:,} bytes")
+        data = self.rfile.read(int(length))
+        self.deadline.cancel()
+        if len(data) < int(length):
+            raise Refused(408, "the body did not arrive in time")
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise Refused(400, "the body is not a JSON object")
+        return body
+
+    def _discard(self, length: int) -> None:
+        """Read on for a while: a client that is still sending when the connection closes never sees the answer."""
+        left = min(length, 4 * MAX_BODY)
+        while left > 0 and (piece := self.rfile.read1(1 << 16)):
+            left -= len(piece)
+
+    def health(self) -> dict:
+        return {"ok": True, "search": self.server.name}
+
+    def retrieve(self) -> dict:
+        body = self._body()
+        queries = body.get("queries", body.get("query"))
+        queries = [queries] if isinstance(queries, str) else queries
+        if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+            raise Refused(400, '"queries" must be a list of texts')
+        if len(queries) > MAX_QUERIES:
+            raise Refused(400, f"{len(queries):,} queries are over the limit of {MAX_QUERIES:,}")
+        most, scored = _top_k(body), body.get("return_scores") is True
+        found = [self.server.observe(TEXT_SEARCH, query=query).hits[:most] for query in queries]
+        return {"result": [[_document(hit, scored) for hit in hits] for hits in found]}
+
+    def image_search(self) -> dict:
+        body = self._body()
+        encoded, question, most = body.get("image"), body.get("question") or "", _top_k(body)
+        if not isinstance(encoded, str) or not isinstance(question, str):
+            raise Refused(400, '"image" must be base64 text, and "question", if given, text')
+        try:
+            image = base64.b64decode(encoded, validate=True)
+            check_image(image)
+        except ValueError as error:
+            raise Refused(400, f'"image": {error}') from None
+        hits = self.server.observe(IMAGE_SEARCH, "<img>", image, question).hits
+        return {"results": [image_result(hit) for hit in hits[:most]]}
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses: a malformed request, another method."""
+        self._reply(code, {"error": message or self.responses.get(code, ("error",))[0]})
+
+    def _reply(self, status: int, body: dict) -> None:
+        data = json.dumps(body, allow_nan=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Thousands of good requests say nothing."""
+        if int(code) >= 400:
+            super().log_request(code, size)
+
+
+def _top_k(body: dict[str, Any]) -> int | None:
+    most = body.get("topk")
+    if most is not None and (type(most) is not int or most < 1):
+        raise Refused(400, '"topk" must be a whole number, 1 or more')
+    return most
+
+
+def _document(hit: Hit, scored: bool) -> dict:
+    title = " ".join(hit.title.split())
+    document = {"id": hit.url, "contents": f'"{title}"\n{hit.text}'}
+    return {"document": document, "score": _finite(hit.score) or 0.0} if scored else document
+
+
+def image_result(hit: Hit) -> dict:
+    thumbnail = base64.b64encode(hit.image).decode() if hit.image else None
+    score = _finite(hit.score)
+    return {"title": hit.title, "link": hit.url, "score": score, "thumbnail": thumbnail, "text": hit.text}
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and math.isfinite(score) else None
+
+
+def serve(backend: Backend, name: str, host: str, port: int) -> None:
+    """Answer until SIGTERM or Ctrl-C, then finish what runs. A second signal ends the program at once."""
+    server, stop = Server(backend, name, host, port), threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    address = f"[{server.server_address[0]}]" if ":" in host else server.server_address[0]
+    print(f"{name} on http://{address}:{server.server_address[1]}, until Ctrl-C", flush=True)
+    accepting = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
+    accepting.start()
+    stop.wait()
+    server.shutdown()
+    accepting.join()
+    server.server_close()

@@ -1,0 +1,353 @@
+"""Search on the live web, and on search servers elsewhere.
+
+`Live` finds pictures through SerpApi's Google Lens (Serper's, where only an address is given) and pages through SerpApi
+or Serper, reads the pages with Jina Reader and has them summarised by any OpenAI-compatible server, or takes their best
+passages by BM25 where there is none. `Remote` asks a server that speaks Search-R1's protocol, ours or another's.
+
+Traps learnt: SerpApi answers 200 with an `error` where it found nothing; Lens takes no `data:` address, so a picture is
+uploaded, as a JPEG of at most 500 KB, which also leaves its metadata at home; Jina Reader sends JSON only where Accept
+is exactly that. Every field of every answer may be missing or of another type.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import textwrap
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping
+from urllib.parse import urlsplit
+
+from . import bm25
+from .client import FATAL, ChatServer, Client, complaint_of, kind_of, web_address
+from .episode import Hit, Observation, UserError
+from .pictures import decode, jpeg, thumbnail
+from .tools import ToolFailure
+from .wire import failure, keep_secret
+
+PROMPTS = Path(__file__).parent / "prompts" / "search"
+SERVICES = {
+    "serpapi": "https://serpapi.com",
+    "serper": "https://google.serper.dev",
+    "jina": "https://r.jina.ai",
+    "openai": "https://api.openai.com",
+}
+SUMMARIZER = "gpt-4o-mini"  # the model, where OPENAI_MODEL names none
+UPLOAD_BYTES, UPLOAD_SIDE = 500_000, 1600
+PAGE_CHARACTERS = 30_000  # of a page that are read
+SUMMARY_TOKENS, SUMMARY_CHARACTERS = 400, 2_000
+PASSAGES, PASSAGE_CHARACTERS = 3, 500
+FOUND = 20  # results looked at, at most
+ANSWERED = ("search_metadata", "search_information", "search_parameters", "searchParameters")  # without any result
+
+
+@dataclass(frozen=True)
+class Service:
+    name: str
+    url: str  # without a slash at its end
+    key: str  # "" for none
+
+    @staticmethod
+    def from_environment(name: str, environ: Mapping[str, str]) -> Service:
+        """As NAME_API_KEY and NAME_BASE_URL say. Raises UserError for what can be neither."""
+        variable = name.upper()
+        key = keep_secret(environ.get(f"{variable}_API_KEY", ""))
+        if not re.fullmatch("[!-~]*", key):
+            raise UserError(f"{variable}_API_KEY: has blanks or characters that no key has; copy the key again")
+        url = environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name]
+        return Service(name, _base_url(url, f"{variable}_BASE_URL"), key)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry of a search engine's list."""
+
+    title: str
+    link: str
+    thumbnail: str  # its address
+
+
+class Live:
+    """The web as a search back-end.
+
+    `form` is what an image search gives: "thumbnails", titles and pictures of the `results` best matches, or "summary",
+    what the pages behind them say about the question. `spend(provider)` is called before every paid request and raises
+    ToolFailure("budget") when nothing is left. `counts` says how many pages and thumbnails came, and how many failed.
+    """
+
+    def __init__(
+        self,
+        services: Mapping[str, Service],
+        client: Client,
+        form: str = "thumbnails",
+        results: int = 5,
+        summarizer: ChatServer | None = None,
+        spend: Callable[[str], None] = lambda provider: None,
+    ):
+        if form not in ("thumbnails", "summary"):
+            raise ValueError(f"form {form!r} is neither thumbnails nor summary")
+        self.services, self.client, self.form, self.results = services, client, form, results
+        self.summarizer, self.spend = summarizer, spend
+        self.engine = services["serpapi" if services["serpapi"].key else "serper"]
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="page")
+        self._prompts = {name: (PROMPTS / f"{name}.txt").read_text(encoding="utf-8") for name in ("text", "image")}
+
+    @staticmethod
+    def from_environment(
+        form: str = "thumbnails",
+        results: int = 5,
+        spend: Callable[[str], None] = lambda provider: None,
+        images: bool = True,
+        environ: Mapping[str, str] = os.environ,
+        client: Client | None = None,
+    ) -> Live:
+        """With the keys of the environment. `images` says whether pictures will be searched by their bytes.
+
+        Raises UserError, naming the variable, where a key is missing.
+        """
+        services = {name: Service.from_environment(name, environ) for name in SERVICES}
+        if not services["serpapi"].key and not services["serper"].key:
+            raise UserError("--search live: neither SERPAPI_API_KEY nor SERPER_API_KEY is set; export one of them")
+        if images and not services["serpapi"].key:
+            raise UserError("--search live: SERPAPI_API_KEY is not set, and Serper takes no picture files; export it")
+        client, openai, summarizer = client or Client(), services["openai"], None
+        if openai.key or environ.get("OPENAI_BASE_URL"):
+            model = environ.get("OPENAI_MODEL") or SUMMARIZER
+            paid = spend if openai.key else None
+            summarizer = ChatServer(openai.url, model, openai.key, client, spend=paid, provider="openai")
+        return Live(services, client, form, results, summarizer, spend)
+
+    # ---- the two searches
+
+    def image_search(self, image: bytes, question: str) -> Observation:
+        if not self.services["serpapi"].key:
+            raise failure("auth", "SERPAPI_API_KEY is not set, and Serper takes no picture files")
+        return self._seen(self._lens({"image_id": self._upload(image)}), question)
+
+    def image_search_at(self, address: str, question: str) -> Observation:
+        """Image search for a picture that is on the web."""
+        if self.engine.name == "serpapi":
+            return self._seen(self._lens({"url": address}), question)
+        return self._seen(self._serper("/lens", {"url": address}), question)
+
+    def text_search(self, query: str) -> Observation:
+        if self.engine.name == "serpapi":
+            found = self._serpapi("organic_results", {"engine": "google", "q": query, "gl": "us", "num": "10"})
+        else:
+            found = self._serper("/search", {"q": query, "gl": "us", "num": 10})
+        return Observation(self._pages(found, query, "text"), source=self.engine.name)
+
+    def _seen(self, found: list[Found], question: str) -> Observation:
+        hits = self._pages(found, question, "image") if self.form == "summary" else self._thumbnails(found)
+        return Observation(hits, source=self.engine.name)
+
+    # ---- search engines
+
+    def _upload(self, image: bytes) -> str:
+        try:
+            small = jpeg(decode(image), UPLOAD_SIDE, UPLOAD_BYTES)
+        except ValueError as error:
+            raise failure("format", str(error)) from None
+        service = self.services["serpapi"]
+        files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
+        reply = self.client.request(service.name, "POST", f"{service.url}/image", files=files, data=data).json()
+        name = reply.get("image_id")
+        if not isinstance(name, str) or not name:
+            raise failure("format", "serpapi: no image_id for an uploaded picture")
+        return name
+
+    def _lens(self, params: dict[str, str]) -> list[Found]:
+        fixed = {"engine": "google_lens", "type": "visual_matches", "country": "us"}
+        return self._serpapi("visual_matches", fixed | params)
+
+    def _serpapi(self, name: str, params: dict[str, str]) -> list[Found]:
+        service = self.services["serpapi"]
+        params = params | {"hl": "en", "api_key": service.key}
+        return self._list(service, name, "GET", "/search", params=params)
+
+    def _serper(self, path: str, body: dict[str, Any]) -> list[Found]:
+        service = self.services["serper"]
+        headers = {"X-API-KEY": service.key}
+        return self._list(service, "organic", "POST", path, headers=headers, json=body | {"hl": "en"})
+
+    def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[Found]:
+        """The usable entries of the list `name`. No results is an empty list, anything else raises ToolFailure."""
+        url = service.url + path
+        reply = self.client.request(service.name, method, url, seconds=120, tries=3, spend=self.spend, **content).json()
+        listed = reply.get(name)
+        if listed is None and (isinstance(reply.get("error"), str) or any(key in reply for key in ANSWERED)):
+            return []
+        if not isinstance(listed, list):
+            raise failure("format", f"{service.name}: no list {name} in the reply")
+        entries = [_found(entry) for entry in listed[:FOUND] if isinstance(entry, dict)]
+        return [entry for entry in entries if entry.title or entry.link]
+
+    # ---- what stands behind the results
+
+    def _thumbnails(self, found: list[Found]) -> tuple[Hit, ...]:
+        found = found[: self.results]
+        images = self._pool.map(self._thumbnail, found)
+        return tuple(Hit(entry.title, entry.link, image=image) for entry, image in zip(found, images))
+
+    def _thumbnail(self, entry: Found) -> bytes | None:
+        try:
+            image = thumbnail(self.client.fetch_public(entry.thumbnail, seconds=10).body)
+        except (ToolFailure, ValueError):
+            image = None
+        self._count("thumbnails" if image else "thumbnails_failed")
+        return image
+
+    def _pages(self, found: list[Found], query: str, prompt: str) -> tuple[Hit, ...]:
+        """What the first `results` readable pages say. Raises the first ToolFailure where all of them failed."""
+        linked: dict[str, Found] = {}
+        for entry in found:
+            if entry.link:
+                linked.setdefault(entry.link, entry)
+        waiting, hits, failures = iter(linked.values()), [], []
+        while batch := list(islice(waiting, self.results - len(hits))):
+            tried = list(self._pool.map(partial(self._page, query=query, prompt=prompt), batch))
+            hits += [hit for hit in tried if isinstance(hit, Hit)]
+            failures += [error for error in tried if isinstance(error, ToolFailure)]
+            if any(error.kind in (*FATAL, "budget", "breaker") for error in failures):
+                break  # the next page would fail in the same way
+        if failures and not hits:
+            raise failure(failures[0].kind, f"none of {len(failures)} pages could be read: {failures[0].message}")
+        return tuple(hits)
+
+    def _page(self, entry: Found, query: str, prompt: str) -> Hit | ToolFailure:
+        try:
+            title, page = self._read(entry.link)
+            text = self._digest(query, title or entry.title, page, prompt)
+            seen = Hit(entry.title or title, entry.link, text)
+        except ToolFailure as error:
+            seen = error
+        self._count("pages" if isinstance(seen, Hit) else "pages_failed")
+        return seen
+
+    def _read(self, link: str) -> tuple[str, str]:
+        """Title and text of a page, by Jina Reader."""
+        service = self.services["jina"]
+        headers = {"Accept": "application/json", "X-Retain-Images": "none"}
+        paid = {}
+        if service.key:
+            headers["Authorization"] = f"Bearer {service.key}"
+            paid = {"spend": self.spend}
+        request = partial(self.client.request, service.name, headers=headers, seconds=60, tries=2, **paid)
+        if "#" in link:  # in a path it would be cut off
+            answer = request("POST", f"{service.url}/", data={"url": link})
+        else:
+            answer = request("GET", f"{service.url}/{link}")
+        reply = answer.json()
+        data = reply.get("data")
+        text = _text(data.get("content")) if isinstance(data, dict) else ""
+        if not text.strip():
+            code = reply.get("code") if isinstance(reply.get("code"), int) else 200
+            kind = kind_of(code, complaint_of(answer.body)) if code >= 400 else "format"
+            raise failure(kind, f"jina: no text of {link}: {complaint_of(answer.body)}")
+        return _text(data.get("title")), text[:PAGE_CHARACTERS]
+
+    def _digest(self, query: str, title: str, page: str, prompt: str) -> str:
+        if self.summarizer is None:
+            return passages(query, page)
+        fields = {"query": query, "title": title, "page": page}
+        asked = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self._prompts[prompt])
+        summary = self.summarizer.complete([{"role": "user", "content": asked}], SUMMARY_TOKENS)
+        return summary[:SUMMARY_CHARACTERS]
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self.counts[what] += 1
+
+
+def passages(query: str, page: str) -> str:
+    """The stretches of a page that have most to do with the query, in the page's order; its beginning if none has."""
+    stretches = textwrap.wrap(" ".join(page.split()), PASSAGE_CHARACTERS)
+    best = sorted(index for index, _ in bm25.rank(query, stretches)[:PASSAGES])
+    return " … ".join(stretches[index] for index in best or [0])
+
+
+def _found(entry: dict[str, Any]) -> Found:
+    picture = web_address(entry.get("thumbnail")) or web_address(entry.get("thumbnailUrl"))
+    return Found(_text(entry.get("title")), web_address(entry.get("link")), picture)
+
+
+def _text(value: object) -> str:
+    """Text that every file and tokenizer takes, of a field that may hold anything."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
+def _base_url(url: str, where: str) -> str:
+    if not web_address(url) or not url.isprintable():
+        raise UserError(f"{where}: {url!r} is no address; give one such as http://127.0.0.1:8000")
+    return url.rstrip("/")
+
+
+# ---- a search server elsewhere
+
+
+class Remote:
+    """Any server of Search-R1's protocol: POST /retrieve, and POST /image_search where it has that."""
+
+    def __init__(self, url: str, client: Client | None = None, results: int = 5):
+        self.url = _base_url(url.strip(), f"--search remote:{url}").removesuffix("/retrieve")
+        self.client, self.results, self.name = client or Client(), results, urlsplit(self.url).netloc
+
+    def image_search(self, image: bytes, question: str) -> Observation:
+        body = {"image": base64.b64encode(image).decode(), "topk": self.results, "question": question}
+        return self._seen(map(_remote_match, self._ask("/image_search", body, "results")))
+
+    def text_search(self, query: str) -> Observation:
+        body = {"queries": [query], "topk": self.results, "return_scores": True}
+        lists = self._ask("/retrieve", body, "result")
+        if len(lists) != 1 or not isinstance(lists[0], list):
+            raise failure("format", f"{self.name}: not one list of documents for one query")
+        return self._seen(map(_remote_document, lists[0]))
+
+    def _ask(self, path: str, body: dict[str, Any], name: str) -> list[Any]:
+        listed = (
+            self.client.request(self.name, "POST", self.url + path, json=body, seconds=120, tries=3).json().get(name)
+        )
+        if not isinstance(listed, list):
+            raise failure("format", f"{self.name}{path}: no list {name} in the reply")
+        return listed
+
+    def _seen(self, hits: Iterable[Hit | None]) -> Observation:
+        usable = (hit for hit in hits if hit and (hit.title or hit.text or hit.image))
+        return Observation(tuple(islice(usable, self.results)), source=self.name)
+
+
+def _remote_match(entry: object) -> Hit | None:
+    if not isinstance(entry, dict):
+        return None
+    try:
+        image = thumbnail(base64.b64decode(entry["thumbnail"], validate=True))
+    except (KeyError, TypeError, ValueError):
+        image = None
+    texts = (_text(entry.get(name)) for name in ("title", "link", "text"))
+    return Hit(*texts, image=image, score=_number(entry.get("score")))
+
+
+def _remote_document(entry: object) -> Hit | None:
+    """With or without a score around it; its contents are a quoted title, a line end and the text."""
+    scored = isinstance(entry, dict) and isinstance(entry.get("document"), dict)
+    document = entry["document"] if scored else entry
+    if not isinstance(document, dict):
+        return None
+    head, parted, body = _text(document.get("contents")).partition("\n")
+    title, text = (head.strip().strip('"'), body) if parted else ("", head)
+    title, text = title or _text(document.get("title")), text or _text(document.get("text"))
+    url = web_address(document.get("url")) or web_address(document.get("id"))
+    return Hit(title, url, text, score=_number(entry.get("score")) if scored else None)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

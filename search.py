@@ -1,0 +1,206 @@
+"""Search by hand, make an index of your own, or serve a search engine to training code.
+
+python search.py index --images DIR --titles FILE.jsonl --pages FILE.jsonl --out my.index
+python search.py image photo.jpg --search local:my.index
+python search.py text "who designed it" --search local:my.index
+python search.py serve --search local:my.index
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from typing import NoReturn, Sequence
+
+from mmsr.backends import KNOWN, open_backend
+from mmsr.episode import Hit, Observation, UserError
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
+
+
+def index(args: argparse.Namespace) -> int:
+    from mmsr.index import build
+
+    if not (args.titles or args.pages):
+        raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
+    if args.images and not args.titles:
+        raise UserError(f'--images {args.images}: give --titles FILE.jsonl too, {{"file", "title"}} a line')
+    counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
+    new = f"{counts['pictures']} new pictures under {counts['titles']} new titles, {counts['pages']} new pages"
+    print(f"{args.out}: {new}; {counts['known']} lines were there already, {counts['broken']} pictures left out")
+    return 0
+
+
+def image(args: argparse.Namespace) -> int:
+    from mmsr.pictures import MAX_FILE_BYTES, check_image
+
+    try:
+        with open(args.file, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        check_image(data)
+    except OSError as error:
+        raise UserError(f"{args.file}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise UserError(f"{args.file}: {error}") from None
+    return _search(args, IMAGE_SEARCH, Call("<img>", data, args.question))
+
+
+def text(args: argparse.Namespace) -> int:
+    if not args.query.strip():
+        raise UserError("the query is empty: give some words")
+    return _search(args, TEXT_SEARCH, Call(args.query, b"", args.query))
+
+
+def serve(args: argparse.Namespace) -> int:
+    from mmsr.serve import serve
+
+    serve(open_backend(args.search, args.results), args.search, args.host, args.port)
+    return 0
+
+
+def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
+    """Search as a rollout does, and show what came. 1 where the back-end failed."""
+    toolbox = Toolbox(search_tools(open_backend(args.search, args.results), 1, 1), inline=True)
+    start = time.perf_counter()
+    seen = toolbox.call(tool, call).result()
+    seconds = time.perf_counter() - start
+    if args.json:
+        print(json.dumps(_record(seen, tool, seconds)))
+    elif seen.ok:
+        _show(seen, seconds)
+    else:
+        print(f"search.py: {args.search} failed: {_printable(seen.error or 'error')}", file=sys.stderr)
+    return 0 if seen.ok else 1
+
+
+def _record(seen: Observation, tool: str, seconds: float) -> dict:
+    from mmsr.serve import image_result
+
+    if not seen.ok:
+        kind, _, message = (seen.error or "error").partition(": ")
+        return {"ok": False, "error": {"kind": kind, "message": message or kind}}
+    results = [image_result(hit) if tool == IMAGE_SEARCH else _page(hit) for hit in seen.hits]
+    about = {"source": seen.source, "seconds": round(seconds, 4), "cached": seen.cached}
+    return {"ok": True, **about, "results": results}
+
+
+def _page(hit: Hit) -> dict:
+    return {"title": hit.title, "url": hit.url, "text": hit.text, "score": hit.score}
+
+
+def _show(seen: Observation, seconds: float) -> None:
+    """The results as the model gets them, but for thumbnails, whose sizes are given, and what tells about each."""
+    for rank, hit in enumerate(seen.hits, start=1):
+        score = "" if hit.score is None else f"   (score {hit.score:.3f})"
+        print(f"[{rank}] {_printable(hit.title)}{score}")
+        if hit.image:
+            print(f"    thumbnail {_size(hit.image)}")
+        for line in (hit.url, hit.text):
+            if line.strip():
+                print("    " + _printable(line).replace("\n", "\n    "))
+    found = f"{len(seen.hits)} results" if seen.hits else "No results"
+    print(f"{found} from {seen.source}, {'recorded, ' if seen.cached else ''}in {seconds * 1000:.0f} ms")
+
+
+def _size(thumbnail: bytes) -> str:
+    from mmsr.pictures import check_image
+
+    try:
+        picture = check_image(thumbnail)
+    except ValueError as error:
+        return f"that the model will not see: {error}"
+    return f"{picture.width} x {picture.height}, {len(thumbnail) / 1000:.1f} kB"
+
+
+def _printable(text: str) -> str:
+    """Without what could steer a terminal, or what it cannot show: results are strangers' text."""
+    shown = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "replace").decode(encoding).strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run, summary: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=summary, description=f"{summary} {more}", allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    sub = command(
+        index, "Add pictures and pages to an index of your own.",
+        "The file is made where there is none. Whatever ends this early, the same command goes on from there.",
+    )  # fmt: skip
+    sub.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
+    sub.add_argument(
+        "--titles", metavar="FILE.jsonl", help='a line each: {"file", "title", and "url" if it has a page}'
+    )
+    sub.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "title", "text"}')
+    sub.add_argument("--out", metavar="FILE", required=True, help="the index")
+    sub.add_argument(
+        "--encoder", default="builtin", metavar="NAME",
+        help="what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)",
+    )  # fmt: skip
+
+    sub = command(image, "Search with a picture and show what the model would see.")
+    sub.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
+    sub.add_argument("--question", default="", help="what is asked about it, for back-ends that write summaries")
+    _search_options(sub)
+
+    sub = command(text, "Search with words and show what the model would see.")
+    sub.add_argument("query", metavar="QUERY")
+    _search_options(sub)
+
+    sub = command(
+        serve, "Answer searches over HTTP.",
+        "POST /retrieve is Search-R1's protocol; POST /image_search and GET /health stand beside it.",
+    )  # fmt: skip
+    _backend_options(sub)
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
+    sub.add_argument("--port", default=8000, type=int, help="0 takes a free one")
+    return parser
+
+
+def _search_options(parser: argparse.ArgumentParser) -> None:
+    _backend_options(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object; exit status 1 where the back-end failed")
+
+
+def _backend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--search", required=True, metavar="BACKEND", help=KNOWN)
+    parser.add_argument("--results", default=5, type=_at_least_one, metavar="N", help="results a search, 5 by default")
+
+
+def _at_least_one(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    warnings.simplefilter("ignore")  # Pillow's, of pictures that are refused anyhow
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except UserError as error:
+        print(f"search.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # … | head
+        sys.stdout = None
+        return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

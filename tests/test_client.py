@@ -1,0 +1,694 @@
+"""The guarded client against a server that does its worst: rows 10, 11, 12, 16 and 22 of the fault programme."""
+
+import logging
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+
+import pytest
+from fake_web import FakeWeb, bomb, drip, endless, picture, raw, redirect, reset, status
+
+from mmsr import client as guarded
+from mmsr import wire
+from mmsr.client import BREAKER_FAILURES, BREAKER_SECONDS, ChatServer, Client, picture_part
+from mmsr.tools import ToolFailure
+from mmsr.wire import keep_secret, redact, require_public
+
+CANARY = "canary+key/0123456789=abcdef"
+GENEROUS = 5.0  # seconds, for what is promised within half a second
+
+
+class Time:
+    """A clock that only sleeping moves."""
+
+    def __init__(self):
+        self.now, self.slept = 1000.0, []
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def client(self, **options) -> Client:
+        return Client(clock=lambda: self.now, sleep=self.sleep, jitter=lambda: 1.0, **options)
+
+
+@pytest.fixture
+def web():
+    with FakeWeb() as web:
+        yield web
+
+
+@pytest.fixture
+def time_():
+    return Time()
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    monkeypatch.setenv("MMSR_ALLOW_LOOPBACK", "1")
+
+
+@pytest.fixture
+def connects(monkeypatch):
+    """Every address that a socket is told to connect to. Nothing outside this machine is really dialled."""
+    seen, connect = [], socket.socket.connect
+
+    def recorded(self, address):
+        seen.append(address)
+        if not (address[0].startswith("127.") or address[0] in ("::1", "0.0.0.0", "::ffff:127.0.0.1")):
+            raise ConnectionRefusedError(f"not dialled in a test: {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recorded)
+    return seen
+
+
+def get(client, web, path="/x", **options):
+    return client.request("probe", "GET", web.url + path, **options)
+
+
+def kind(call, *args, **options) -> str:
+    with pytest.raises(ToolFailure) as caught:
+        call(*args, **options)
+    return caught.value.kind
+
+
+# ---- retries (row 10)
+
+
+def test_throttled_call_waits_as_long_as_it_is_told(web, time_):
+    web.then("file", status(429, {"error": "too fast"}, Retry_After="7"), status(200, {"done": 1}))
+    assert get(time_.client(), web).json() == {"done": 1} and time_.slept == [7.0]
+
+
+def test_retry_after_may_be_a_date(web, time_):
+    web.then("file", status(503, {}, Retry_After=formatdate(time.time() + 30, usegmt=True)), status(200, {}))
+    get(time_.client(), web)
+    assert 20 < time_.slept[0] <= 30
+
+
+def test_server_cannot_make_us_wait_longer_than_the_cap_or_the_deadline(web, time_):
+    web.always("file", status(429, {"error": "too fast"}, Retry_After="86400"))
+    assert kind(get, time_.client(), web, seconds=600, tries=2) == "rate" and time_.slept == [60.0]
+    assert kind(get, time_.client(), web, seconds=30) == "rate" and time_.slept == [60.0]
+
+
+@pytest.mark.parametrize("value", ["-5", "soon", "", "nan", "9" * 400, "Mon, 99 Foo 2026"])
+def test_senseless_retry_after_is_none(web, time_, value):
+    web.then("file", status(503, {}, Retry_After=value), status(200, {}))
+    get(time_.client(), web)
+    assert 0 <= time_.slept[0] <= 60
+
+
+def test_pauses_grow_and_are_spread_over_all_of_their_length(web):
+    clock, draws = Time(), iter([1.0, 0.0, 0.5])
+    web.always("file", status(500, {}))
+    client = Client(clock=lambda: clock.now, sleep=clock.sleep, jitter=lambda: next(draws, 0.25))
+    assert kind(get, client, web) == "status"
+    assert clock.slept == [1.0, 0.0, 2.0] and len(web.seen) == 4
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 409, 410, 422, 451, 301])
+def test_refusal_that_will_not_change_is_not_asked_for_again(web, time_, code):
+    web.always("file", status(code, {"message": "no"}, Location="/elsewhere"))
+    expected = {403: "forbidden", 451: "blocked"}.get(code, "status")
+    assert kind(get, time_.client(), web) == expected and len(web.seen) == 1
+
+
+FATAL = [
+    (401, {"error": "Invalid API key."}, "auth"),
+    (403, {"message": "Unauthorized.", "statusCode": 403}, "auth"),
+    (429, {"error": "Your account has run out of searches."}, "credits"),
+    (400, {"message": "Not enough credits", "statusCode": 400}, "credits"),
+    (402, {"data": None, "code": 402, "status": 40203, "message": "Account balance"}, "credits"),
+    (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}}, "credits"),
+]
+
+
+@pytest.mark.parametrize("code, body, expected", FATAL)
+def test_refused_key_or_empty_account_stops_the_provider_at_once_and_no_other(web, time_, code, body, expected):
+    web.then("file", status(code, body))
+    client = time_.client()
+    assert kind(get, client, web) == expected
+    time_.now += 1e6
+    assert kind(get, client, web) == expected and len(web.seen) == 1
+    web.files["/x"] = b"{}"
+    assert client.request("another", "GET", web.url + "/x").status == 200
+
+
+def test_breaker_opens_after_failures_in_a_row_and_lets_one_probe_through(web, time_):
+    client = time_.client()
+    web.always("file", status(500, {}))
+    for _ in range(BREAKER_FAILURES):
+        kind(get, client, web, tries=1)
+    assert kind(get, client, web, tries=1) == "breaker" and len(web.seen) == BREAKER_FAILURES
+    time_.now += BREAKER_SECONDS
+    assert kind(get, client, web, tries=1) == "status"  # the probe
+    assert kind(get, client, web, tries=1) == "breaker"
+    time_.now += BREAKER_SECONDS
+    web.always("file", status(200, {}))
+    assert [get(client, web).status for _ in range(3)] == [200] * 3
+
+
+def test_throttling_does_not_open_the_breaker(web, time_):
+    client = time_.client()
+    web.always("file", status(429, {"error": "slow down"}))
+    assert [kind(get, client, web, tries=1) for _ in range(2 * BREAKER_FAILURES)] == ["rate"] * 2 * BREAKER_FAILURES
+
+
+def test_each_try_that_may_be_charged_is_paid_for_before_it_is_made(web, time_):
+    def left(*script, calls=99):
+        spent = []
+
+        def spend(provider):
+            if len(spent) == calls:
+                raise ToolFailure("budget", "nothing left")
+            spent.append((provider, len(web.seen)))
+
+        web.then("file", *script)
+        try:
+            get(time_.client(), web, spend=spend)
+        except ToolFailure as failed:
+            return len(spent), failed.kind
+        assert all(provider == "probe" for provider, _ in spent)
+        return len(spent), "ok"
+
+    good = status(200, {})
+    assert left(good) == (1, "ok")
+    assert left(status(503, {}), status(429, {}), good) == (1, "ok")  # refused: nothing was charged
+    assert left(reset(), good) == (2, "ok")  # nobody knows
+    before = len(web.seen)
+    assert left(reset(), calls=1) == (1, "budget") and len(web.seen) == before + 1
+    assert left(calls=0) == (0, "budget") and len(web.seen) == before + 1
+
+
+def test_nothing_is_paid_twice_where_no_connection_was_made(time_):
+    spent = []
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unheard.getsockname()[1]}/"
+        assert kind(time_.client().request, "probe", "GET", url, spend=spent.append) == "network"
+    assert spent == ["probe"] and len(time_.slept) == 3
+
+
+# ---- deadlines and caps (row 11)
+
+
+@pytest.mark.parametrize("fault", [drip("status"), drip("headers"), drip("body")], ids=["status", "headers", "body"])
+def test_server_that_drips_holds_no_call_beyond_its_deadline(web, fault):
+    web.always("file", fault)
+    start = time.monotonic()
+    assert kind(get, Client(), web, seconds=0.4, tries=1) == "timeout"
+    assert time.monotonic() - start < GENEROUS
+
+
+def test_all_tries_together_keep_the_deadline(web):
+    web.always("file", drip())
+    start = time.monotonic()
+    assert kind(get, Client(jitter=lambda: 0.0), web, seconds=0.8, tries=4) == "timeout"
+    assert len(web.seen) == 4 and time.monotonic() - start < GENEROUS
+
+
+def test_server_that_accepts_and_says_nothing_or_never_shakes_hands(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for scheme in ("http", "https"):
+            start = time.monotonic()
+            assert kind(Client().request, "p", "GET", f"{scheme}://{address}/", seconds=0.3, tries=1) == "timeout"
+            assert time.monotonic() - start < GENEROUS
+
+
+def test_name_server_that_never_answers_holds_no_call():
+    release = threading.Event()
+    client = Client(resolve=lambda *args, **options: release.wait(60) and [])
+    start = time.monotonic()
+    assert kind(client.request, "p", "GET", "http://slow.example/", seconds=0.3, tries=1) == "timeout"
+    assert time.monotonic() - start < GENEROUS
+    release.set()
+
+
+@pytest.mark.parametrize("fault", [endless(), bomb(300_000_000)], ids=["endless", "bomb"])
+def test_no_more_is_decoded_than_the_cap(web, fault):
+    web.always("file", fault)
+    start = time.monotonic()
+    assert kind(get, Client(), web, limit=2**20) == "too-large"
+    assert time.monotonic() - start < GENEROUS and len(web.seen) == 1
+
+
+def test_without_the_guard_a_bomb_goes_off_and_a_drip_holds(web):
+    """What requests does by itself, for scale: it shows that the two tests above can fail."""
+    import requests
+
+    web.then("file", bomb(20_000_000))
+    assert len(requests.get(web.url, timeout=5).content) == 20_000_000
+    web.then("file", drip(every=0.1))
+    start, reply = time.monotonic(), requests.get(web.url, timeout=0.3, stream=True)
+    assert len([byte for byte, _ in zip(reply.iter_content(1), range(10))]) == 10
+    assert time.monotonic() - start > 0.6  # twice its "time-out"
+    reply.close()
+
+
+def test_body_of_exactly_the_cap_is_read_plain_and_compressed(web):
+    web.then("file", raw(b"x" * 1000), bomb(1000))
+    assert len(get(Client(), web, limit=1000).body) == len(get(Client(), web, limit=1000).body) == 1000
+
+
+@pytest.mark.parametrize(
+    "fault, expected",
+    [
+        (reset(), "network"),
+        (raw(b"{", Content_Length="1000"), "network"),  # promised more than it sent
+        (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "format"),
+        (raw(b"no gzip", Content_Encoding="gzip"), "format"),
+        (raw(b"{}", Content_Encoding="br"), "format"),
+        (raw(b"", code=200, Transfer_Encoding="chunked", Content_Length="0"), "network"),
+    ],
+)
+def test_broken_reply_is_a_failure_not_a_shorter_body(web, time_, fault, expected):
+    web.always("file", fault)
+    assert kind(get, time_.client(), web) == expected
+    assert len(web.seen) == (4 if expected == "network" else 1)
+
+
+# ---- bodies (row 12)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html><body>Just a moment...</body></html>", b'{"results": [', b"[]", b"null", b'"x"', b"7", b"", b"\xff\xfe",
+     b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"],
+    ids=["html", "truncated", "list", "null", "string", "number", "empty", "not utf-8", "deep", "digits"],
+)  # fmt: skip
+def test_what_is_no_json_object_is_a_format_failure(web, body):
+    web.always("file", raw(body))
+    assert kind(get(Client(), web).json) == "format"
+
+
+@pytest.mark.parametrize(
+    "body, text",
+    [
+        ({"error": "flat text"}, "flat text"),
+        ({"error": {"message": "nested text", "type": "x"}}, "nested text"),
+        ({"message": "of serper", "statusCode": 400}, "of serper"),
+        ({"detail": "of fastapi"}, "of fastapi"),
+        ({"error": None, "message": 7}, "null"),
+        (["odd"], "odd"),
+    ],
+)
+def test_error_text_is_found_wherever_the_server_puts_it(web, body, text):
+    web.always("file", status(400, body))
+    with pytest.raises(ToolFailure, match=text):
+        get(Client(), web)
+
+
+def test_hostile_error_text_becomes_one_short_printable_line(web):
+    web.always("file", status(400, {"error": "a\n\x1b[2Jb\u202e" + "x" * 10_000}))
+    with pytest.raises(ToolFailure) as caught:
+        get(Client(), web)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 500
+
+
+def test_environment_neither_diverts_nor_authenticates(web, monkeypatch, tmp_path):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    web.files["/x"] = b"here"
+    assert get(Client(), web).body == b"here" and "authorization" not in web.seen[0].headers
+
+
+# ---- addresses (row 16)
+
+LOOPBACK_FORMS = [
+    "127.0.0.1", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0x7f.1", "0177.0.0.1", "017700000001",
+    "127.0.0.1.", "127.8.9.10", "localhost", "LOCALHOST", "localhost.", "0.0.0.0", "0", "[::ffff:127.0.0.1]",
+    "[::ffff:7f00:1]", "[0:0:0:0:0:ffff:127.0.0.1]",
+]  # fmt: skip
+FORBIDDEN_HOSTS = LOOPBACK_FORMS + [
+    "10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.254", "192.168.0.1", "192.168.1.1", "0xc0a80001",
+    "3232235521", "0300.0250.0.1", "169.254.169.254", "169.254.170.2", "0xa9fea9fe", "2852039166",
+    "0251.0376.0251.0376", "100.64.0.1", "100.100.100.200", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1",
+    "198.51.100.1",
+    "203.0.113.1", "192.88.99.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255", "0.1.2.3",
+    "[::1]", "[::]", "[fe80::1]", "[fe80::1%25lo]", "[fc00::1]", "[fd00:ec2::254]", "[fec0::1]", "[ff02::1]",
+    "[::ffff:10.0.0.1]", "[::ffff:169.254.169.254]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[64:ff9b::a9fe:a9fe]",
+    "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]", "[2002:a9fe:a9fe::1]", "[2001:0:4136:e378:8000:63bf:80ff:fffe]",
+    "[2001:db8::1]", "[100::1]", "[3fff::1]", "[::ffff:0:127.0.0.1]",
+]  # fmt: skip
+FORBIDDEN = [f"http://{host}:{{port}}/secret" for host in FORBIDDEN_HOSTS] + [
+    "https://127.0.0.1:{port}/", "http://user:pass@127.0.0.1:{port}/", "http://example.com@127.0.0.1:{port}/",
+    "http://example.com:80@127.0.0.1:{port}/", "http://127.0.0.1:{port}#@example.com/",
+    "http://127.0.0.1:{port}\\@example.com/", "http://example.com\\@127.0.0.1:{port}/", "http:///127.0.0.1:{port}/",
+    "http:127.0.0.1:{port}", "//127.0.0.1:{port}/", "file:///etc/passwd", "FILE:///etc/passwd", "gopher://127.0.0.1:{port}/_x",
+    "ftp://127.0.0.1:{port}/", "dict://127.0.0.1:{port}/", "data:text/plain,x", "javascript:alert(1)", "http://", "",
+    "http://[::1", "http://127.0.0.1:{port}\r\nX: y/", " http://127.0.0.1:{port}/", "http://①②⑦.⓪.⓪.①:{port}/",
+    "http://127。0。0。1:{port}/", "http://%31%32%37.0.0.1:{port}/", "http://" + "a" * 300 + "/",
+]  # fmt: skip
+LITERAL = {"example.com": "127.0.0.1"}  # a backslash may hide where a host ends; whatever is looked up is not public
+
+
+@pytest.fixture
+def no_names(monkeypatch):
+    real = socket.getaddrinfo
+
+    def local(host, port, *args, **options):
+        try:
+            return real(LITERAL.get(host, host), port, *args, **options | {"flags": socket.AI_NUMERICHOST})
+        except OSError:
+            if host.lower().rstrip(".") == "localhost":
+                return real("127.0.0.1", port, *args, **options)
+            raise
+
+    return local
+
+
+def test_there_are_enough_forbidden_addresses():
+    assert len(set(FORBIDDEN)) > 90
+
+
+def test_forbidden_address_is_never_connected_to(web, connects, no_names):
+    web.files["/secret"] = web.files["/"] = b"internal"
+    client, kinds = Client(resolve=no_names), {}
+    for url in FORBIDDEN:
+        kinds[url] = kind(client.fetch_public, url.format(port=web.url.rpartition(":")[2]), tries=1)
+    assert connects == [] and web.seen == []
+    assert set(kinds.values()) <= {"blocked", "network", "format"}
+    assert sum(found == "blocked" for found in kinds.values()) > 80, kinds
+
+
+def test_without_the_guard_the_same_addresses_reach_the_inside(web, connects, no_names, monkeypatch):
+    monkeypatch.setattr(guarded, "require_public", lambda address: None)
+    web.files["/secret"] = b"internal"
+    client, port = Client(resolve=no_names), web.url.rpartition(":")[2]
+    reached = []
+    for host in LOOPBACK_FORMS:
+        try:
+            reached.append(client.fetch_public(f"http://{host}:{port}/secret", tries=1).body)
+        except ToolFailure:
+            pass
+    assert reached.count(b"internal") >= 12 and len(connects) >= 12
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946", "1.1.1.1"])
+def test_public_address_is_let_pass(address):
+    require_public(address)
+
+
+def test_loopback_is_added_for_tests_and_nothing_else(web, connects, no_names, loopback):
+    web.files["/secret"] = b"internal"
+    client, port = Client(resolve=no_names), web.url.rpartition(":")[2]
+    assert client.fetch_public(f"http://127.0.0.1:{port}/secret").body == b"internal"
+    connects.clear()
+    for host in set(FORBIDDEN_HOSTS) - set(LOOPBACK_FORMS) - {"[::1]"}:
+        kind(client.fetch_public, f"http://{host}:{port}/secret", tries=1)
+    assert connects == []
+
+
+def test_redirect_to_a_forbidden_address_is_not_followed(web, connects, no_names, loopback):
+    """The first hop is loopback, allowed here; the second is what the server would have us read."""
+    client, port = Client(resolve=no_names), web.url.rpartition(":")[2]
+    forbidden = [f"http://{host}/" for host in set(FORBIDDEN_HOSTS) - set(LOOPBACK_FORMS) - {"[::1]"}]
+    for url in forbidden + [
+        "file:///etc/passwd",
+        "gopher://127.0.0.1/",
+        "http://a:b@127.0.0.1/",
+        "http://[::1",
+        "data:,",
+    ]:
+        web.then("file", redirect(url.replace("%25lo", "")))
+        assert kind(client.fetch_public, f"{web.url}/start", tries=1) in ("blocked", "network", "format"), url
+    assert {address[0] for address in connects} == {"127.0.0.1"} and len(connects) == len(forbidden) + 5
+    assert len(web.seen) == len(connects)  # nothing but the first hops, and port is ours
+    assert all(address[1] == int(port) for address in connects)
+
+
+def test_redirects_are_followed_five_times_and_may_be_relative(web, loopback):
+    web.files["/end"] = b"there"
+    web.then("file", *[redirect("/next", code) for code in (301, 302, 303, 307)], redirect("end"))
+    answer = Client().fetch_public(f"{web.url}/start")
+    assert answer.body == b"there" and answer.url == f"{web.url}/end"
+    web.always("file", redirect("/again"))
+    web.seen.clear()
+    assert kind(Client().fetch_public, f"{web.url}/start") == "blocked" and len(web.seen) == 6
+
+
+def rebinding():
+    """A name server that gives a public address first, and the loopback address from then on."""
+    answers = iter(["93.184.216.34"])
+
+    def resolve(host, port, *args, **options):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (next(answers, "127.0.0.1"), port))]
+
+    return resolve
+
+
+def test_name_that_changes_its_address_after_the_check_leads_nowhere_else(web, connects):
+    client = Client(resolve=rebinding())
+    url = f"http://rebind.example:{web.url.rpartition(':')[2]}/secret"
+    assert kind(client.fetch_public, url, tries=1) == "network"
+    assert kind(client.fetch_public, url, tries=1) == "blocked"
+    assert [address[0] for address in connects] == ["93.184.216.34"] and web.seen == []
+
+
+def test_check_then_connect_by_name_falls_for_rebinding(web, connects):
+    """The attack works against the usual guard, which looks the name up twice."""
+    web.files["/secret"], resolve, port = b"internal", rebinding(), int(web.url.rpartition(":")[2])
+    require_public(resolve("rebind.example", port)[0][4][0])
+    answer = Client(resolve=resolve).request("p", "GET", f"http://rebind.example:{port}/secret")
+    assert answer.body == b"internal"
+
+
+def test_one_private_address_among_public_ones_is_enough_to_refuse(connects):
+    def resolve(host, port, *args, **options):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in ("93.184.216.34", "10.0.0.1")]
+
+    assert kind(Client(resolve=resolve).fetch_public, "http://both.example/") == "blocked" and connects == []
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=right.example",
+         "-addext", "subjectAltName=DNS:right.example", "-keyout", "key.pem", "-out", "cert.pem"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize(
+    "host, trusted, works", [("right", True, True), ("wrong", True, False), ("right", False, False)]
+)
+def test_tls_holds_the_certificate_to_the_name_though_an_address_is_dialled(
+    web, certificate, loopback, host, trusted, works
+):
+    cert, key = certificate
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    web.server.socket = context.wrap_socket(web.server.socket, server_side=True)
+    web.files["/x"] = b"secure"
+    port = int(web.url.rpartition(":")[2])
+    client = Client(resolve=lambda *args, **options: socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM))
+    client.tls = ssl.create_default_context(cafile=cert if trusted else None)
+    url = f"https://{host}.example:{port}/x"
+    if works:
+        assert client.fetch_public(url).body == b"secure"
+    else:
+        with pytest.raises(ToolFailure, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed|mismatch"):
+            client.fetch_public(url, tries=1)
+
+
+# ---- keys (row 22)
+
+
+@pytest.fixture
+def canary(monkeypatch):
+    monkeypatch.setattr(wire, "_secrets", ())
+    return keep_secret(f" {CANARY}\n")
+
+
+def everything_about(error: BaseException) -> str:
+    """All texts of an exception and of what it was raised from."""
+    texts = ["".join(traceback.format_exception(error))]
+    while error is not None:
+        texts += [str(error), repr(error), repr(error.args), repr(vars(error))]
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def leaks(text: str) -> list[str]:
+    return [form for form in (CANARY, "canary%2Bkey", "canary+key", "0123456789") if form in text]
+
+
+PATHS = {
+    "refused": status(401, {"error": f"Invalid API key: {CANARY}"}),
+    "throttled": status(429, {"error": f"{CANARY} is too fast"}),
+    "down": status(500, {"error": {"message": f"down for {CANARY}"}}),
+    "html": raw(f"<html>{CANARY}</html>".encode(), kind="text/html"),
+    "html 404": raw(f"<html>{CANARY}</html>".encode(), 404, kind="text/html"),
+    "list": status(200, [CANARY]),
+    "redirect": redirect(f"http://127.0.0.1:1/?api_key={CANARY}"),
+    "reset": reset(),
+    "short": raw(CANARY.encode(), Content_Length="9999"),
+    "no gzip": raw(CANARY.encode(), Content_Encoding=CANARY),
+    "status line": lambda handler: handler.connection.sendall(f"{CANARY} {handler.path}\r\n\r\n".encode()),
+    "header": lambda handler: handler.connection.sendall(f"HTTP/1.0 200 OK\r\nX: {CANARY}\r\n".encode() * 200),
+    "drip": drip("headers"),
+    "large": endless(),
+}
+
+
+def leaked(web, caplog, url=None, **content) -> dict[str, list[str]]:
+    found = {}
+    for name, fault in PATHS.items():
+        caplog.clear()
+        web.always("file", fault)
+        client = Client(sleep=lambda seconds: None, jitter=lambda: 0.0)
+        with pytest.raises(ToolFailure) as caught, caplog.at_level(logging.DEBUG):
+            client.request("probe", "GET", url or web.url, seconds=0.6, tries=2, limit=10_000, **content).json()
+        if forms := leaks(everything_about(caught.value) + caplog.text + repr(client._providers)):
+            found[name] = forms
+    return found
+
+
+SENDINGS = [
+    {"params": {"q": "x", "api_key": CANARY}},
+    {"headers": {"Authorization": f"Bearer {CANARY}"}},
+    {"data": {"api_key": CANARY}, "files": {"image": b"x"}},
+    {"json": {"key": CANARY}},
+]
+
+
+@pytest.mark.parametrize("content", SENDINGS, ids=["address", "header", "form", "json"])
+def test_no_error_path_tells_the_key(web, caplog, canary, content):
+    assert leaked(web, caplog, **content) == {}
+
+
+def test_without_redaction_most_error_paths_tell_the_key(web, caplog, monkeypatch):
+    monkeypatch.setattr(wire, "_secrets", ())
+    found = leaked(web, caplog, params={"api_key": CANARY})
+    assert len(found) >= len(PATHS) - 3  # by the log line of the request, if by nothing else
+
+
+@pytest.mark.parametrize(
+    "url", ["http://no such host/", "http://[::1/", "nonsense", "ftp://x/", "http://127.0.0.1:1/", "http://x.invalid/"]
+)
+def test_address_that_cannot_be_asked_does_not_tell_the_key(caplog, canary, url):
+    def nowhere(*args, **options):
+        raise socket.gaierror(-2, f"unknown name, asked with {CANARY}")
+
+    client = Client(resolve=nowhere, sleep=lambda seconds: None)
+    with pytest.raises(ToolFailure) as caught, caplog.at_level(logging.DEBUG):
+        client.request("probe", "GET", url, params={"api_key": canary}, seconds=1)
+    assert leaks(everything_about(caught.value) + caplog.text) == []
+
+
+@pytest.mark.parametrize("value", [CANARY + "\nX: y", CANARY + "\u2026"])
+def test_key_that_no_header_can_hold_is_not_told(web, canary, value):
+    with pytest.raises(ToolFailure) as caught:
+        Client().request("probe", "GET", web.url, headers={"X-API-KEY": value})
+    assert leaks(everything_about(caught.value)) == []
+
+
+def test_echoed_key_does_not_come_back_in_a_body(web, canary):
+    web.always("file", status(200, {"title": f"your key is {CANARY}"}, X_Key=CANARY))
+    answer = get(Client(), web, params={"api_key": CANARY})
+    assert leaks(repr(answer)) == [] and answer.json() == {"title": "your key is [key]"}
+
+
+def test_short_placeholder_keys_are_not_cut_out_of_pages(canary):
+    keep_secret("EMPTY")
+    assert redact("EMPTY words") == "EMPTY words"
+
+
+# ---- chat
+
+
+def chat(web, client=None, **options) -> ChatServer:
+    return ChatServer(web.url, "qwen", "chat-key-0123456789", client or Time().client(), **options)
+
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "said, heard",
+    [
+        ("Lisbon", "Lisbon"),
+        ("<think>\nLisbon? No.\n</think>\n\nPorto", "Porto"),
+        ("Lisbon? No.</think> Porto", "Porto"),
+        ("<think></think>Porto <think>sure?</think>", "Porto"),
+    ],
+)
+def test_thoughts_are_no_part_of_an_answer(web, said, heard):
+    web.answer = lambda body: said
+    assert chat(web).complete(USER, 50) == heard
+
+
+@pytest.mark.parametrize("said", ["<think>still thinking when the tokens ran out", "", " ", None, ["x"], {"a": 1}, 7])
+def test_answer_that_is_none_is_a_failure_not_an_empty_text(web, said):
+    web.answer = lambda body: said
+    assert kind(chat(web).complete, USER, 50) == "format"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": "x"}]}, {"choices": "x"}, {"error": "e"}],
+)
+def test_wrongly_typed_chat_reply_is_a_format_failure(web, reply):
+    web.always("openai", status(200, reply))
+    assert kind(chat(web).complete, USER, 50) == "format"
+
+
+def test_chat_request_has_the_standard_fields_and_an_address_with_or_without_v1(web):
+    for base in (web.url, web.url + "/", web.url + "/v1", web.url + "/v1/"):
+        ChatServer(base, "qwen", "", Client()).complete(
+            [{"role": "user", "content": [picture_part(picture())]}], 9, seed=3
+        )
+    assert {seen.path for seen in web.seen} == {"/v1/chat/completions"}
+    body = web.seen[0].json()
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+    del body["messages"]
+    assert body == {
+        "model": "qwen", "max_tokens": 9, "temperature": 0.0, "seed": 3,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+    assert "authorization" not in web.seen[0].headers
+
+
+def test_field_that_a_server_does_not_know_is_left_out_from_then_on(web):
+    def answer(handler):
+        body = web.seen[-1].json()
+        if refused := [name for name in ("chat_template_kwargs", "max_tokens") if name in body]:
+            fault = status(400, {"error": {"message": f"Unsupported parameter: '{refused[0]}' is not supported"}})
+        else:
+            fault = status(200, {"choices": [{"message": {"content": "yes"}}]})
+        fault(handler)
+
+    web.always("openai", answer)
+    server = chat(web)
+    assert [server.complete(USER, 5) for _ in range(3)] == ["yes"] * 3
+    assert len(web.seen) == 5 and web.seen[-1].json()["max_completion_tokens"] == 5
+
+
+def test_refusal_that_only_mentions_a_field_is_final(web):
+    web.always("openai", status(400, {"error": {"message": "max_tokens is too large: the context has 4096 tokens"}}))
+    assert kind(chat(web).complete, USER, 9000) == "status" and len(web.seen) == 1
+
+
+def test_hundreds_of_calls_in_flight_get_each_its_own_answer(web):
+    web.delay, web.answer = 0.05, lambda body: body["messages"][0]["content"].upper()
+    server = chat(web, Client())
+    with ThreadPoolExecutor(200) as pool:
+        said = list(pool.map(lambda n: server.complete([{"role": "user", "content": f"call {n}"}], 9), range(400)))
+    assert said == [f"CALL {n}" for n in range(400)]
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]

@@ -1,0 +1,454 @@
+"""Live search against a web of our own that speaks the providers' formats, and fails in their ways."""
+
+import io
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import PIL.Image
+import pytest
+from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset, status
+
+from mmsr.client import Client
+from mmsr.episode import Hit, Observation, UserError
+from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
+from mmsr.web import Live, Remote, passages
+
+IMAGE = picture((640, 480), "blue")
+
+
+@pytest.fixture
+def web(monkeypatch):
+    monkeypatch.setenv("MMSR_ALLOW_LOOPBACK", "1")
+    with FakeWeb() as web:
+        yield web
+
+
+def quick() -> Client:
+    """A client that does not wait between tries."""
+    return Client(sleep=lambda seconds: None, jitter=lambda: 0.0)
+
+
+def live(web, *names, **options) -> Live:
+    return Live.from_environment(environ=web.environ(*names), client=quick(), **options)
+
+
+def kind(call, *args) -> str:
+    with pytest.raises(ToolFailure) as caught:
+        call(*args)
+    assert not any(key in f"{caught.value!r} {caught.value.__cause__!r}" for key in KEYS.values())
+    return caught.value.kind
+
+
+def size(data: bytes) -> tuple[int, int]:
+    return PIL.Image.open(io.BytesIO(data)).size
+
+
+# ---- image search
+
+
+def test_picture_is_uploaded_small_and_without_its_metadata(web):
+    exif = PIL.Image.Exif()
+    exif[0x010E] = "taken at home"
+    file = io.BytesIO()
+    noise = PIL.Image.effect_noise((2400, 1800), 120).convert("RGB")
+    noise.save(file, "JPEG", quality=98, exif=exif)
+    assert len(file.getvalue()) > 2_000_000
+    assert len(live(web).image_search(file.getvalue(), "?").hits) == 5
+    (upload,) = web.calls("serpapi.image")
+    assert len(upload.body) < 502_000 and b"taken at home" not in upload.body and b"\xff\xd8\xff" in upload.body
+    (lens,) = web.calls("serpapi.lens")
+    assert lens.query == {
+        "engine": "google_lens", "type": "visual_matches", "image_id": "picture-1", "hl": "en", "country": "us",
+        "api_key": KEYS["serpapi"],
+    }  # fmt: skip
+
+
+def test_thumbnails_form_gives_the_best_titles_with_small_pictures(web):
+    web.files["/thumbnails/2.jpg"] = picture((2000, 1000), "green", "PNG")
+    seen = live(web, results=3).image_search(IMAGE, "what?")
+    assert [hit.title for hit in seen.hits] == ["Match 1", "Match 2", "Match 3"] and seen.ok
+    assert seen.source == "serpapi" and [hit.url for hit in seen.hits][0] == "https://match1.example/"
+    assert size(seen.hits[1].image) == (448, 224) and all(hit.image[:3] == b"\xff\xd8\xff" for hit in seen.hits)
+    assert not web.calls("jina")
+
+
+@pytest.mark.parametrize(
+    "thumbnail",
+    ["http://127.0.0.1:1/x.jpg", "file:///etc/passwd", "http://169.254.169.254/", "data:image/png;base64,AAAA", "",
+     None, 7, ["x"], "{url}/missing.jpg", "{url}/text.jpg", "{url}/tall.png"],
+)  # fmt: skip
+def test_thumbnail_that_fails_leaves_its_title_and_is_counted(web, thumbnail):
+    web.files["/text.jpg"] = b"no picture"
+    web.files["/tall.png"] = picture((2, 4000), "red", "PNG")
+    web.matches[0]["thumbnail"] = thumbnail.format(url=web.url) if isinstance(thumbnail, str) else thumbnail
+    backend = live(web)
+    hits = backend.image_search(IMAGE, "?").hits
+    assert hits[0] == Hit("Match 1", "https://match1.example/") and hits[1].image
+    assert backend.counts == {"thumbnails": 4, "thumbnails_failed": 1}
+
+
+def test_summary_form_reads_the_pages_behind_the_matches_for_the_question(web):
+    seen = live(web, form="summary", results=2).image_search(IMAGE, "what has this bridge crossed?")
+    assert seen.hits == (
+        Hit("Match 1", "https://match1.example/", "The bridge crosses the Tagus."),
+        Hit("Match 2", "https://match2.example/", "The bridge crosses the Tagus."),
+    )
+    asked = web.calls("openai")[0].json()["messages"][0]["content"]
+    assert "what has this bridge crossed?" in asked and "same picture" in asked
+
+
+def test_serper_searches_by_address_only(web):
+    backend = live(web, "serper", images=False, results=2)
+    seen = backend.image_search_at("https://example.com/bridge.jpg", "?")
+    assert seen.source == "serper" and seen.hits[1].title == "Match 2" and seen.hits[1].image
+    assert web.calls("serper.lens")[0].json()["url"] == "https://example.com/bridge.jpg"
+    assert kind(backend.image_search, IMAGE, "?") == "auth"
+
+
+def test_serpapi_takes_an_address_without_an_upload(web):
+    assert live(web).image_search_at("https://example.com/bridge.jpg", "?").hits and not web.calls("serpapi.image")
+    assert web.calls("serpapi.lens")[0].query["url"] == "https://example.com/bridge.jpg"
+
+
+def test_what_is_no_picture_is_not_uploaded(web):
+    assert kind(live(web).image_search, b"%PDF-1.7", "?") == "format" and not web.seen
+
+
+# ---- text search
+
+
+def test_pages_are_read_and_summarised_by_the_query(web):
+    web.pages = lambda url: "x" * 29_990 + " beginning and {title} end"
+    seen = live(web, results=2).text_search("which river?")
+    assert seen.source == "serpapi" and [hit.url for hit in seen.hits] == [
+        f"https://site{n}.example/page" for n in (1, 2)
+    ]
+    asked = web.calls("openai")[0].json()
+    prompt = asked["messages"][0]["content"]
+    assert "which river?" in prompt and "Title of https://site" in prompt and asked["max_tokens"] == 400
+    assert "x begin" in prompt and "beginning and" not in prompt  # the first 30,000 characters
+    assert web.calls("jina")[0].headers["authorization"] == f"Bearer {KEYS['jina']}"
+    assert web.calls("serpapi.google")[0].query["q"] == "which river?"
+
+
+def test_further_pages_are_tried_until_enough_are_read(web):
+    broken = {1, 2, 4}
+    web.always("jina", lambda handler: answer_or_422(web, handler, broken))
+    backend = live(web, results=3)
+    assert [hit.title for hit in backend.text_search("q").hits] == ["Page 3", "Page 5", "Page 6"]
+    assert backend.counts == {"pages": 3, "pages_failed": 3}
+
+
+def answer_or_422(web, handler, broken):
+    if any(f"site{n}." in handler.path for n in broken):
+        status(422, {"data": None, "code": 422, "status": 42206, "message": "No content available"})(handler)
+    else:
+        status(200, {"code": 200, "data": {"title": "T", "content": "text"}})(handler)
+
+
+def test_fewer_pages_than_wanted_are_still_a_result_and_none_is_a_failure(web):
+    web.always("jina", lambda handler: answer_or_422(web, handler, range(2, 9)))
+    assert [hit.title for hit in live(web).text_search("q").hits] == ["Page 1"]
+    web.always("jina", lambda handler: answer_or_422(web, handler, range(1, 9)))
+    with pytest.raises(ToolFailure, match="none of 8 pages could be read: jina: HTTP 422: No content available"):
+        live(web).text_search("q")
+
+
+def test_pages_are_read_at_the_same_time(web):
+    together = threading.Barrier(5)
+
+    def wait(handler):
+        together.wait(20)
+        status(200, {"code": 200, "data": {"content": "text"}})(handler)
+
+    web.always("jina", wait)
+    assert len(live(web).text_search("q").hits) == 5
+
+
+def test_each_page_is_read_once_and_strange_links_never(web):
+    web.results[1]["link"] = web.results[0]["link"]
+    web.results[2]["link"] = "javascript:alert(1)"
+    web.results[3]["link"] = "file:///etc/passwd"
+    assert [hit.title for hit in live(web).text_search("q").hits] == [f"Page {n}" for n in (1, 5, 6, 7, 8)]
+    assert len(web.calls("jina")) == 5
+
+
+def test_address_reaches_the_reader_whole(web):
+    for link in (
+        "https://a.example/p?q=1&r=ä b",
+        "https://a.example/p#part",
+        "https://a.example/a%20b//c/?u=http://x/",
+    ):
+        web.seen.clear()
+        web.results = [{"title": "t", "link": link}]
+        live(web, "serpapi").text_search("q")
+        (read,) = web.calls("jina")
+        if "#" in link:
+            assert read.method == "POST" and b"https%3A%2F%2Fa.example%2Fp%23part" in read.body
+        else:
+            assert read.path.removeprefix("/jina/") == link.replace("ä b", "%C3%A4%20b")
+
+
+def test_without_a_summarizer_the_best_passages_stand(web):
+    filler = "Nothing to see here, move along please. " * 30
+    web.pages = lambda url: f"{filler} The bridge spans the Tagus at Lisbon. {filler}"
+    backend = live(web, "serpapi")
+    assert backend.summarizer is None
+    text = backend.text_search("bridge Tagus").hits[0].text
+    assert "spans the Tagus" in text and len(text) < 1700 and not web.calls("openai")
+    assert "authorization" not in web.calls("jina")[0].headers
+    assert passages("nothing in common", "The page begins here. " * 100).startswith("The page begins here.")
+
+
+def test_prompt_fields_are_filled_in_once(web):
+    web.pages = lambda url: "{query} {title} {page}"
+    live(web, results=1).text_search("{page} \\1")
+    assert "<page>\n{query} {title} {page}\n</page>" in web.calls("openai")[0].json()["messages"][0]["content"]
+
+
+def test_serper_is_used_where_it_has_the_only_key(web):
+    seen = live(web, "serper", images=False, results=1).text_search("q")
+    assert seen.source == "serper" and seen.hits[0].title == "Page 1" and not web.calls("serpapi.google")
+    live(web, images=False).text_search("q")
+    assert len(web.calls("serpapi.google")) == 1
+
+
+# ---- answers that are none (row 12)
+
+
+@pytest.mark.parametrize("names", [("serpapi",), ("serper",)])
+def test_no_results_are_an_answer(web, names):
+    web.results = web.matches = []
+    backend = live(web, *names, images=False)
+    assert backend.text_search("q") == Observation(source=names[0])
+    assert backend.image_search_at("https://x.example/", "?") == Observation(source=names[0])
+
+
+@pytest.mark.parametrize(
+    "reply", [{}, {"organic_results": "x"}, {"organic_results": {"0": {}}}, {"organic_results": 7}, {"error": {"a": 1}}]
+)
+def test_reply_without_a_list_is_a_failure_not_an_empty_result(web, reply):
+    web.always("serpapi.google", status(200, reply))
+    assert kind(live(web).text_search, "q") == "format"
+
+
+BAD_BODIES = [raw(b"<html>sign in</html>", kind="text/html"), raw(b'{"organic_results": [{"ti'), raw(b"[1]"), raw(b"")]
+FAULTS = [*[(fault, "format") for fault in BAD_BODIES], (reset(), "network"), (endless(), "too-large"),
+          (bomb(50_000_000), "too-large"), (status(503, {}), "status"), (status(429, {"error": "slow"}), "rate"),
+          (status(401, {"error": "Invalid API key"}), "auth"), (redirect("http://127.0.0.1:1/"), "status"),
+          (status(429, {"error": "Your account has run out of searches."}), "credits")]  # fmt: skip
+SERVICES = ["serpapi.google", "serpapi.lens", "serpapi.image", "jina", "openai"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_fault_of_every_service_is_a_failure_of_its_kind(web, service):
+    for fault, expected in FAULTS:
+        web.always(service, fault)
+        backend = live(web, results=1)
+        search = (backend.image_search, IMAGE, "?") if service in ("serpapi.lens", "serpapi.image") else None
+        assert kind(*search or (backend.text_search, "q")) == expected, (service, expected)
+
+
+ODD = [None, 7, 1.5, True, [], {}, "x", [[]], {"a": {"b": []}}, "\ud800", "9" * 5000, -1]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_field_of_any_type_is_no_attribute_error(web, service):
+    """Each field of each real answer by turns replaced by each odd value: a result or a ToolFailure, nothing else."""
+    answers = {
+        "serpapi.google": {"organic_results": [{"title": "t", "link": "https://a.example/"}], "error": "e"},
+        "serpapi.lens": {"visual_matches": [{"title": "t", "link": "https://a/", "thumbnail": f"{web.url}/x.jpg"}]},
+        "serpapi.image": {"message": "m", "image_id": "picture-1"},
+        "jina": {"code": 200, "status": 20000, "data": {"title": "t", "url": "u", "content": "c"}, "message": "m"},
+        "openai": {"choices": [{"message": {"content": "c"}}], "error": "e"},
+    }  # fmt: skip
+    tried = 0
+    for path in paths(answers[service]):
+        for odd in ODD:
+            web.always(service, status(200, replaced(answers[service], path, odd)))
+            backend = live(web, results=1)
+            try:
+                backend.image_search(IMAGE, "?") if service in ("serpapi.lens", "serpapi.image") else None
+                json.dumps([hit.title for hit in backend.text_search("q").hits]).encode()
+            except ToolFailure:
+                pass
+            tried += 1
+    assert tried >= 24
+
+
+def paths(value, here=()):
+    yield here
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths(inner, (*here, key))
+
+
+def replaced(value, path, odd):
+    if not path:
+        return odd
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = replaced(value[path[0]], path[1:], odd)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "code, name, expected",
+    [(402, "InsufficientBalanceError", "credits"), (401, "AuthenticationFailedError", "auth"), (422, "x", "status"),
+     (409, "BudgetExceededError", "status"), (451, "SecurityCompromiseError", "blocked"), (403, "x", "forbidden")],
+)  # fmt: skip
+@pytest.mark.parametrize("http", [True, False])
+def test_jinas_errors_are_understood_by_status_and_within_a_200(web, code, name, expected, http):
+    error = {"data": None, "code": code, "name": name, "status": code * 100 + 1, "message": "sorry"}
+    web.always("jina", status(code if http else 200, error))
+    assert kind(live(web).text_search, "q") == expected
+
+
+def test_refused_reader_is_not_asked_page_after_page(web):
+    web.always("jina", status(401, {"code": 401, "message": "Invalid API key"}))
+    backend = live(web)
+    assert kind(backend.text_search, "q") == "auth" and kind(backend.text_search, "q") == "auth"
+    assert len(web.calls("jina")) <= 5  # those that were on their way
+
+
+# ---- money
+
+
+def test_every_paid_request_is_announced_and_nothing_free(web):
+    spent = []
+    live(web, results=2, spend=spent.append).image_search(IMAGE, "?")
+    assert spent == ["serpapi"] and len(web.calls("serpapi.image")) == 1
+    spent.clear()
+    live(web, results=2, spend=spent.append).text_search("q")
+    assert sorted(spent) == ["jina", "jina", "openai", "openai", "serpapi"]
+    spent.clear()
+    live(web, "serpapi", results=2, spend=spent.append).text_search("q")
+    assert spent == ["serpapi"]
+
+
+def test_no_call_is_made_when_nothing_is_left(web):
+    def spend(provider):
+        raise ToolFailure("budget", "all 7 calls are spent")
+
+    backend = live(web, spend=spend)
+    assert kind(backend.text_search, "q") == kind(backend.image_search_at, "https://x.example/", "?") == "budget"
+    assert web.seen == []
+
+
+def test_budget_that_ends_among_the_pages_leaves_those_that_were_read(web):
+    lock, left = threading.Lock(), [6]  # a search, then pages and summaries by turns as they come
+
+    def spend(provider):
+        with lock:
+            if left[0] == 0:
+                raise ToolFailure("budget", "spent")
+            left[0] -= 1
+
+    try:
+        hits = live(web, spend=spend).text_search("q").hits
+    except ToolFailure as error:
+        hits = error.kind
+    paid = [seen for seen in web.seen if seen.service in ("serpapi.google", "jina", "openai")]
+    assert len(paid) == 6 and (hits == "budget" or 0 < len(hits) < 5)
+
+
+# ---- opening
+
+
+def test_missing_key_is_named(web):
+    with pytest.raises(UserError, match="SERPAPI_API_KEY nor SERPER_API_KEY"):
+        Live.from_environment(environ={})
+    with pytest.raises(UserError, match="SERPAPI_API_KEY is not set, and Serper takes no picture files"):
+        Live.from_environment(environ=web.environ("serper"))
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [("SERPAPI_API_KEY", "two words"), ("SERPAPI_API_KEY", "sécret-secret"), ("JINA_BASE_URL", "localhost:8000"),
+     ("OPENAI_BASE_URL", "file:///x"), ("SERPER_BASE_URL", "http://"), ("SERPAPI_BASE_URL", "http://x y\n/")],
+)  # fmt: skip
+def test_senseless_variable_is_named_and_a_key_not_shown(web, variable, value):
+    with pytest.raises(UserError) as caught:
+        Live.from_environment(environ=web.environ() | {variable: value})
+    assert str(caught.value).startswith(variable) and "\n" not in str(caught.value)
+    assert "BASE_URL" in variable or value not in str(caught.value)
+
+
+def test_summarizer_without_a_key_is_a_server_of_ones_own(web):
+    environ = web.environ("serpapi") | {"OPENAI_BASE_URL": f"{web.url}/v1", "OPENAI_MODEL": "Qwen3-32B"}
+    spent = []
+    Live.from_environment(environ=environ, results=1, spend=spent.append).text_search("q")
+    (asked,) = web.calls("openai")
+    assert asked.json()["model"] == "Qwen3-32B" and "authorization" not in asked.headers and spent == ["serpapi"]
+
+
+def test_wrong_key_is_a_failed_observation_without_the_key(web):
+    environ = web.environ() | {"SERPAPI_API_KEY": "wrong-key-0123456789"}
+    backend = Live.from_environment(environ=environ, client=quick())
+    seen = Toolbox(search_tools(backend, 1, 1), inline=True).call("text_search", Call("q", b"", "")).result()
+    assert not seen.ok and seen.error.startswith("auth: serpapi: HTTP 401: Invalid API key")
+    assert "wrong-key" not in seen.error
+
+
+def test_many_searches_at_once(web):
+    backend = live(web)
+    with ThreadPoolExecutor(32) as pool:
+        seen = list(pool.map(backend.text_search, [f"q{n}" for n in range(32)]))
+    assert all(len(one.hits) == 5 for one in seen) and backend.counts == {"pages": 160}
+
+
+# ---- a server elsewhere
+
+
+def test_remote_speaks_search_r1(web):
+    seen = Remote(f"{web.url}/retrieve", results=2).text_search("which river?")
+    assert web.seen[0].json() == {"queries": ["which river?"], "topk": 2, "return_scores": True}
+    assert seen.hits == tuple(
+        Hit(f"Page {n}", f"https://site{n}.example/page", f"snippet {n}", score=0.5) for n in (1, 2)
+    )
+
+
+def test_remote_image_search_sends_the_very_bytes(web):
+    import base64
+
+    seen = Remote(web.url, results=1).image_search(IMAGE, "what?")
+    body = web.seen[0].json()
+    assert base64.b64decode(body.pop("image")) == IMAGE and body == {"topk": 1, "question": "what?"}
+    (hit,) = seen.hits
+    assert (hit.title, hit.url, hit.score, size(hit.image)) == ("Match 1", "https://match1.example/", 0.9, (64, 48))
+
+
+@pytest.mark.parametrize(
+    "document, hit",
+    [
+        ({"id": "12", "contents": '"Tagus"\nA river.\nIn Iberia.'}, Hit("Tagus", "", "A river.\nIn Iberia.")),
+        ({"contents": "only a text"}, Hit("", "", "only a text")),
+        ({"title": "T", "text": "x", "url": "https://a.example/"}, Hit("T", "https://a.example/", "x")),
+        ({"document": {"contents": '"T"\nx'}, "score": "high"}, Hit("T", "", "x")),
+    ],
+)
+def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
+    web.always("remote.text", status(200, {"result": [[document, None, 7, {}, {"document": 3}, {"contents": 5}]]}))
+    assert Remote(web.url).text_search("q").hits == (hit,)
+
+
+@pytest.mark.parametrize("reply", [{}, {"result": 1}, {"result": []}, {"result": [{}]}, {"result": [[], []]}])
+def test_remote_reply_without_its_list_is_a_format_failure(web, reply):
+    web.always("remote.text", status(200, reply))
+    assert kind(Remote(web.url).text_search, "q") == "format"
+
+
+def test_remote_thumbnails_are_strangers_pictures(web):
+    results = [{"title": "a", "thumbnail": odd} for odd in ("!!", "AAAA", 7, None, "é")] + [None, "x", {"title": 3}]
+    web.always("remote.image", status(200, {"results": results}))
+    assert Remote(web.url, results=9).image_search(IMAGE, "").hits == (Hit("a"),) * 5
+
+
+def test_server_without_image_search_says_so(web):
+    web.always("remote.image", status(404, {"detail": "Not Found"}))
+    assert kind(Remote(web.url, quick()).image_search, IMAGE, "") == "status"
+
+
+def test_remote_wants_an_address():
+    with pytest.raises(UserError, match="remote:nowhere"):
+        Remote("nowhere")
