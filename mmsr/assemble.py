@@ -17,14 +17,16 @@ from tqdm import tqdm
 from . import attention, parallel, toy
 from . import model as modeling
 from .backends import open_backend
+from .cache import Replayed, import_transcripts
 from .chat import PROMPTS, Chat
 from .config import Config
-from .data import Replay, read_examples, recorded_turns
+from .data import read_examples, recorded_turns
 from .engine import Engine
 from .episode import Episode, Example, UserError
 from .parallel import SINGLE, Ranks
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
+from .store import Store
 from .tools import NoSearch, Toolbox, search_tools
 from .vision import check_image, image_tokens
 
@@ -162,12 +164,25 @@ def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[E
     if kind == "replay" and file == "fvqa":
         raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
     if kind == "replay" and file:
-        recorded = recorded_turns(file)
-        scripts = partial(_recorded_script, recorded, config.group_size) if config.force_searches else None
-        return Replay(recorded, chain(*known)), scripts
+        return _replay(config, file, known)
     if kind == "local":
         return open_backend(config.search), None
     raise UserError(f"--search {config.search}: unknown back-end; give toy, none, local:FILE or replay:FILE")
+
+
+def _replay(config: Config, file: str, known: Sequence[Sequence[Example]]):
+    """`_backend` from a file of recorded conversations, or from one of recorded searches."""
+    scripts = None
+    if file.endswith(".jsonl"):
+        store = Store(None)
+        import_transcripts(store, file, chain(*known))
+        if config.force_searches:
+            scripts = partial(_recorded_script, recorded_turns(file), config.group_size)
+    elif config.force_searches:
+        raise UserError(f"--force-searches: {file} holds searches without conversations: replay a transcripts .jsonl")
+    else:
+        store = Store(file, readonly=True)
+    return Replayed(store, miss="empty"), scripts
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:

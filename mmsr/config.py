@@ -70,7 +70,7 @@ class Config:
     data: str = "toy"
     """toy, a .parquet in FVQA's schema, or a .jsonl with its images beside it."""
     search: str = "toy"
-    """Back-end: toy, none, local:FILE (an index that search.py made), or replay:FILE (recorded conversations)."""
+    """Back-end: toy, none, local:FILE (an index that search.py made), or replay:FILE (recorded searches)."""
     out: str = ""
     """Folder of the run; empty: runs/RECIPE. One that is not empty is refused without --resume."""
     seed: int = 0

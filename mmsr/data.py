@@ -7,7 +7,6 @@ it is opened, a row's picture when the row is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import tempfile
@@ -353,39 +352,3 @@ def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
         Hit(page.get("title") or "", page.get("url") or "", summaries.get(page["rank"]) or page.get("snippet") or "")
         for page in result["documents"]
     )
-
-
-class Replay:
-    """A search back-end that answers from recorded turns; whatever they lack is honestly not found.
-
-    Image searches are known by the picture's SHA-256, joined over the example ids with `examples`, which are read once;
-    text searches by the query, case-folded and with blanks collapsed. The first recording of a search counts.
-    """
-
-    def __init__(self, recorded: dict[str, list[RecordedTurn]], examples: Iterable[Example]):
-        self.images: dict[bytes, Observation] = {}
-        self.texts: dict[str, Observation] = {}
-        for turns in recorded.values():
-            for turn in _searches(turns, "text_search"):
-                self.texts.setdefault(_normalise(turn.query or ""), turn.observation)
-        for example in examples:
-            for turn in _searches(recorded.get(example.id, ()), "image_search"):
-                self.images.setdefault(_digest(example.image), turn.observation)
-
-    def image_search(self, image: bytes, question: str = "") -> Observation:
-        return self.images.get(_digest(image), Observation(source="replay"))
-
-    def text_search(self, query: str) -> Observation:
-        return self.texts.get(_normalise(query), Observation(source="replay"))
-
-
-def _searches(turns: Iterable[RecordedTurn], action: str) -> list[RecordedTurn]:
-    return [turn for turn in turns if turn.action == action and turn.observation is not None]
-
-
-def _digest(image: bytes) -> bytes:
-    return hashlib.sha256(image).digest()
-
-
-def _normalise(query: str) -> str:
-    return " ".join(query.casefold().split())

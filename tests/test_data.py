@@ -1,4 +1,4 @@
-"""Readers, sampler and replay: on the real files where they are at hand, and on small ones made here."""
+"""Readers, sampler, recorded conversations: on the real files where they are at hand, and on small ones made here."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmsr import data
-from mmsr.data import Replay, Sampler, read_examples, recorded_turns
+from mmsr.data import Sampler, read_examples, recorded_turns
 from mmsr.episode import Example, Hit, UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -95,20 +95,6 @@ def test_the_real_rows_read_as_bare_questions_with_their_answers():
         assert example.answers[0] == recorded["ground_truth"]
         assert set(example.answers) == {recorded["ground_truth"], *recorded["candidate_answers"]}
         assert len(set(example.answers)) == len(example.answers)
-
-
-@real_files
-def test_the_real_transcripts_replay_every_recorded_search():
-    examples, recorded = read_examples(FVQA), recorded_turns(TRANSCRIPTS)
-    replay = Replay(recorded, examples)
-    for example in examples:
-        for turn in recorded[example.id]:
-            if turn.action == "image_search":
-                assert turn.observation.hits and replay.image_search(example.image) == turn.observation
-            elif turn.action == "text_search":
-                assert turn.observation.hits and replay.text_search(f"  {turn.query.upper()}\n") == turn.observation
-            else:
-                assert turn.action == "answer" and turn.observation is None and turn.response.endswith("</answer>")
 
 
 @real_files
@@ -361,7 +347,7 @@ def test_a_take_may_be_larger_than_the_data_set():
     assert Sampler(3, seed=0).take(0) == []
 
 
-# Replay.
+# Recorded conversations.
 
 
 def transcripts(folder, turns):
@@ -399,15 +385,6 @@ def test_recorded_turns_join_summaries_by_rank(tmp_path):
     assert turns[1].observation.hits == (Hit("River", "https://r", "The Tagus."), Hit(text="S"))
     assert all(turn.observation.source == "replay" and turn.observation.cached for turn in turns[:2])
     assert (turns[2].response, turns[2].action, turns[2].observation) == ("<answer>Tagus</answer>", "answer", None)
-
-
-def test_a_search_that_was_not_recorded_honestly_finds_nothing(tmp_path):
-    examples = [Example("made_0", picture(0), "?", ("Tagus",)), Example("other", picture(1), "?", ("Tagus",))]
-    replay = Replay(recorded_turns(transcripts(tmp_path, SEARCHES)), examples)
-    assert replay.image_search(picture(0)).hits[0].title == "A bridge"
-    assert replay.text_search(" which river?\n").hits[0].text == "The Tagus."
-    for miss in (replay.image_search(picture(1)), replay.text_search("which sea?"), replay.text_search("")):
-        assert miss.ok and miss.error is None and miss.hits == () and miss.source == "replay"
 
 
 @pytest.mark.parametrize(
