@@ -23,10 +23,10 @@ from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 def index(args: argparse.Namespace) -> int:
     from mmsr.index import build
 
+    if bool(args.images) != bool(args.titles):
+        raise UserError("--images and --titles go together: give the folder, and the file that names what lies in it")
     if not (args.titles or args.pages):
         raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
-    if args.images and not args.titles:
-        raise UserError(f'--images {args.images}: give --titles FILE.jsonl too, {{"file", "title"}} a line')
     counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
     new = f"{counts['pictures']} new pictures under {counts['titles']} new titles, {counts['pages']} new pages"
     print(f"{args.out}: {new}; {counts['known']} lines were there already, {counts['broken']} pictures left out")

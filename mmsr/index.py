@@ -199,7 +199,11 @@ def _thumbnail(picture: PIL.Image.Image) -> bytes:
 
 def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
     """The index of a path, read-only unless it may be created. Raises UserError for what is no index."""
-    if not file.is_file() and not (create and not file.exists() and file.parent.is_dir()):
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    if create and not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; make it, or name another file")
+    if not create and not file.exists():
         raise UserError(f"{file}: no such index; make one with: python search.py index --out {file} …")
     try:
         address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'ro'}"

@@ -112,6 +112,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)  # what waits for the client reads an end
 
     def do_GET(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        self.unread = int(length) if re.fullmatch("[0-9]{1,12}", length) else None  # bytes of the body
         try:
             self._check_origin()
             route = ROUTES.get((self.command, self.path.partition("?")[0]))
@@ -119,6 +121,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
             self._reply(200, getattr(self, route)())
         except Refused as refused:
+            self._discard()
             self._reply(refused.status, refused.body)
 
     do_POST = do_GET
@@ -132,15 +135,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "requests from web pages are refused")
 
     def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,12}", length):
+        if self.unread is None:
             raise Refused(411, "Content-Length is missing or no number")
-        if int(length) > MAX_BODY:
-            self._discard(int(length))
+        if self.unread > MAX_BODY:
             raise Refused(413, f"the body is over the limit of {MAX_BODY:,} bytes")
-        data = self.rfile.read(int(length))
+        data = self.rfile.read(self.unread)
         self.deadline.cancel()
-        if len(data) < int(length):
+        self.unread -= len(data)
+        if self.unread:
             raise Refused(408, "the body did not arrive in time")
         try:
             body = json.loads(data)
@@ -150,10 +152,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "the body is not a JSON object")
         return body
 
-    def _discard(self, length: int) -> None:
+    def _discard(self) -> None:
         """Read on for a while: a client that is still sending when the connection closes never sees the answer."""
-        left = min(length, 4 * MAX_BODY)
-        while left > 0 and (piece := self.rfile.read1(1 << 16)):
+        left = min(self.unread or 0, 4 * MAX_BODY)
+        while left > 0 and (piece := self.rfile.read1(min(left, 1 << 16))):
             left -= len(piece)
 
     def health(self) -> dict:

@@ -248,7 +248,7 @@ def test_what_is_no_index_is_opened(tmp_path):
     index._connect(empty, create=True).close()
     for file, message in [
         (text, "cannot be opened"), (other, "not an index"), (empty, "is empty"), (tmp_path / "no", "no such index"),
-        (tmp_path, "no such index"),
+        (tmp_path, "is a folder"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message) as caught:
             Local(file)
