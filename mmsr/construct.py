@@ -17,17 +17,15 @@ import hashlib
 import html
 import json
 import os
-import random
 import re
-import shutil
 import sys
 from collections import Counter, defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence, TypeVar
+from types import MappingProxyType
+from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -39,12 +37,12 @@ from .cache import Cached
 from .client import ChatServer, picture_part
 from .data import read_examples
 from .episode import Hit, UserError
-from .factory import Calls, Factory, Idempotent, Journal, Lines, alone, write_lines, write_whole
-from .finders import Picture, find_pictures, open_finder
+from .factory import Again, Calls, Factory, Idempotent, Journal, Lines, alone, write_lines, write_whole
+from .finders import find_pictures, open_finder
 from .pictures import decode, jpeg
 from .store import Store
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
-from .web import SERVICES, Service
+from .web import Service
 
 PROMPTS = Path(__file__).parent / "prompts" / "construct"
 FAMILIAR, UNFAMILIAR = "familiar", "unfamiliar"
@@ -151,7 +149,7 @@ class Shelf:
     def read(self, name: str) -> bytes:
         data = (self.folder / name).read_bytes()
         if hashlib.sha256(data).hexdigest()[:32] != name:
-            raise UserError(f"{self.folder / name}: the picture was changed; delete OUT/work/pictures.jsonl to get it anew")
+            raise UserError(f"{self.folder / name}: not the picture that was found; put it back or begin another --out")
         return data
 
 
@@ -227,7 +225,7 @@ class Stages:
             except ValueError as error:
                 complaints.append(str(error))
                 again = self.prompts["repair"].replace("{complaint}", str(error))
-                messages = [*messages, *({"role": r, "content": c} for r, c in (("assistant", answer), ("user", again)))]
+                messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
                 continue
             reasons.update(f"{prompt}, mended: {complaint}" for complaint in complaints)
             return found
@@ -280,7 +278,8 @@ class Stages:
             raise Unfit("much like another of its concept")
         page, reasons = self._page(concept, found), Counter()
         fields = {"concept": concept, "title": found["title"]}
-        if not says(found["title"], concept) and not self.ask("relevant", fields, partial(flag, "shows"), reasons, data):
+        shows = says(found["title"], concept) or self.ask("relevant", fields, partial(flag, "shows"), reasons, data)
+        if not shows:
             raise Unfit(next(iter(reasons), "shows something else"))
         size = dict(zip(("width", "height"), picture.size))
         source = {key: found[key] for key in ("title", "address", "licence")}
@@ -338,14 +337,13 @@ class Missing(Exception):
     """A picture that could not be fetched; holds the ToolFailure."""
 
 
-def distinct(pictures: Iterable[dict]) -> list[dict]:
-    """Without the later ones of near-duplicates."""
-    pictures = list(pictures)
+def distinct(pictures: Iterable[dict]) -> Iterator[dict]:
+    """Without the later ones of near-duplicates. Goes through `pictures` twice."""
     gone: set[int] = set()
     for earlier, later in near_duplicates([one["hash"] for one in pictures]):
         if earlier not in gone:
             gone.add(later)
-    return [one for place, one in enumerate(pictures) if place not in gone]
+    return (one for place, one in enumerate(pictures) if place not in gone)
 
 
 def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
@@ -532,8 +530,7 @@ def write_card(folder: Path, splits: dict[str, list[dict]], report: dict, cost: 
         for split, chosen in splits.items()
     }
     card = {"splits": counted, "stages": report, "cost": cost}
-    write_whole(folder / "card.json", [json.dumps(card, indent=2, ensure_ascii=False).encode() + b"
-"])
+    write_whole(folder / "card.json", [json.dumps(card, indent=2, ensure_ascii=False).encode()])
     samples = folder / "samples"
     samples.mkdir(exist_ok=True)
     shown = []
@@ -566,3 +563,171 @@ COUNTED = {
 def plain(text: str) -> str:
     """A stranger's text in a Markdown table."""
     return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("[", "&#91;")
+
+
+# ---- the whole
+
+
+def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
+    """All stages, in a folder that is new or one of this command's. Raises UserError."""
+    folder = Path(o.out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "work").is_dir():
+        raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
+    service = Service.from_environment("openai", environ)
+    if not service.key and not environ.get("OPENAI_BASE_URL"):
+        raise UserError("OPENAI_API_KEY is not set; export it, or OPENAI_BASE_URL for a server of your own")
+    if (service.key or o.search == "live") and not o.budget:
+        raise UserError("paid services are to be used: give --budget N, the number of paid calls at most")
+    factory = Factory(folder, o.workers)
+    with alone(folder), ExitStack() as stack:
+        store = Store(folder / "searches.sqlite")
+        stack.callback(store.close)
+        budget = store.budget("construct", o.budget)
+        client = Idempotent()
+        finder = finder or open_finder(o.search, budget.spend, client)
+        metadata, counts = _concept_files(o, finder)
+        paid = budget.spend if service.key else None
+        server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, paid, "openai")
+        calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
+        stack.callback(calls.journal.close)
+        backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
+        stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
+        drawn = draw_concepts(metadata, counts, o.concepts, o.familiar, o.unfamiliar, o.seed)
+        asked = ask_all(factory, stages, write_lines(folder / "drawn.jsonl", drawn), o)
+        needed = decide(factory, asked, backend, shelf, o)
+        splits = choose(list(needed), {"train": o.train, "test": o.test}, o.required, o.seed)
+        for split, chosen in splits.items():
+            write_parquet(folder / f"{split}.parquet", chosen, shelf)
+        if o.record:
+            factory.stage("recorded", splits["train"] + splits["test"], stages.record)
+        cost = {"answers": len(calls.journal), "paid calls": budget.spent}
+        write_card(folder, splits, factory.report, cost, shelf)
+    for split, chosen in splits.items():
+        print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")
+
+
+def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespace) -> Lines:
+    """Concepts to sorted questions."""
+    told = [o.vision_model, stages.prompts]
+    visual = factory.stage("concepts", drawn, stages.concept, told)
+    found = factory.stage("found", visual, stages.search, o.search)
+    pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])
+    single = write_lines(factory.folder / "distinct.jsonl", distinct(pictures))
+    questions = factory.stage("questions", single, stages.question, told)
+    others = write_lines(factory.folder / "external.jsonl", external(o.questions, stages.shelf))
+    return factory.stage("groups", Again(lambda: chain(questions, others)), stages.group, told)
+
+
+def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: argparse.Namespace) -> Iterable[dict]:
+    """What each question needs. `pool.parquet` holds the questions that the model is asked."""
+    if not o.rollouts:
+        return write_lines(factory.folder / "needs.jsonl", map(guessed_need, questions))
+    pool = factory.folder / "pool.parquet"
+    write_parquet(pool, questions, shelf)
+    rollouts = Rollouts(pool, backend, o)
+    settings = [o.model, str(rollouts.setup.folder), o.recipe, o.tries, o.seed]
+    return factory.stage("needs", Again(lambda: chunks(questions)), rollouts, settings, workers=1)
+
+
+def _concept_files(o: argparse.Namespace, finder: Any) -> tuple[Any, Any]:
+    """Contents of --metadata and --counts; of a corpus, its titles, each seen as often as it has pictures."""
+    titles = getattr(finder, "titles", None)
+    if not o.metadata and titles is None:
+        raise UserError("--metadata is missing: give MetaCLIP's metadata.json, or --search corpus:FILE.jsonl")
+    metadata = _json(o.metadata, "--metadata") if o.metadata else titles
+    return metadata, _json(o.counts, "--counts") if o.counts else Counter(titles or ())
+
+
+def _json(path: str, option: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {path}: not JSON ({error}); get it again") from None
+
+
+OPTIONS: dict[str, tuple[Any, str]] = {  # default, whose type is the option's, and help
+    "out": ("", "folder of the data set; the same command goes on in it"),
+    "metadata": ("", "MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus"),
+    "counts": ("", "MetaCLIP's entry_counts_400m.json, entry to count"),
+    "search": ("live", "where pictures and pages come from: corpus:FILE.jsonl, live, local:FILE, remote:URL"),
+    "vision-model": (os.environ.get("OPENAI_MODEL", "gpt-4o"), "the model that judges and writes, by OPENAI_API_KEY"),
+    "budget": (0, "paid calls at most, searches and answers together; needed where any is paid"),
+    "concepts": (1000, "concepts to begin with, half of them familiar"),
+    "familiar": (0.95, "count from which an entry is familiar; up to 1 a quantile of all counts"),
+    "unfamiliar": (0.5, "count up to which an entry is unfamiliar; up to 1 a quantile"),
+    "per-concept": (1, "pictures of a concept at most"),
+    "min-side": (224, "pixels along the shorter side of a picture at least"),
+    "model": ("", "whose rollouts tell what needs a search, as for train.py; empty: the toy base model"),
+    "recipe": ("", "whose limits the rollouts have, as for train.py"),
+    "tries": (8, "rollouts of a question with tools, and as many without"),
+    "train": (5000, "training questions"),
+    "test": (1800, "test questions"),
+    "required": (0.68, "share of the questions that need a search"),
+    "workers": (256, "calls in flight"),
+    "seconds": (240.0, "for an answer, all tries together"),
+    "seed": (0, "seeds every choice"),
+}
+
+
+def options(argv: Sequence[str], defaults: Mapping[str, Any] = MappingProxyType({})) -> argparse.Namespace:
+    parser = _Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in OPTIONS.items():
+        default = defaults.get(name, default)
+        said = f"{text} ({default})" if default not in ("", 0) else text
+        metavar = type(default).__name__.upper()
+        parser.add_argument(f"--{name}", default=default, type=type(default), metavar=metavar, help=said)
+    parser.add_argument("--questions", nargs="*", default=[], metavar="FILE", help="questions of others that join")
+    switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
+    switch("--rollouts", default=True, help="without: what is familiar counts as known")
+    switch("--record", default="record" in defaults, help="search every picture once, so that training can replay it")
+    parser.add_argument("--demo", action="store_true", help="a toy data set, off-line, by a scripted model")
+    o = parser.parse_args(argv)
+    least = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1}
+    for name in ("workers", "concepts", "per_concept", "tries", "train", "test", "budget", "min_side"):
+        if getattr(o, name) < least.get(name, 0):
+            parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give at least {least.get(name, 0)}")
+    if not o.out or not 0 <= o.required <= 1:
+        parser.error("--out DIR is missing" if not o.out else f"--required {o.required}: give a share from 0 to 1")
+    return o
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
+DEMO = {
+    "search": "toy", "concepts": 600, "familiar": 4000, "unfamiliar": 1000, "per-concept": 8, "min-side": 56,
+    "vision-model": "scripted", "train": 400, "test": 100, "required": 0.5, "recipe": "toy", "tries": 4, "workers": 32,
+    "seconds": 6.0, "record": True,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        if "--demo" not in argv:
+            build(options(argv))
+            return 0
+        from .construct_demo import ScriptedModel, ToyFinder, prepare
+        from .toy import World
+
+        o = options(argv, DEMO)
+        world = World(o.seed)
+        with ScriptedModel() as model:
+            prepare(o, world)
+            build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
+        searches = Path(o.out) / "searches.sqlite"
+        print(f"python train.py --recipe toy --seed {o.seed} --data {o.out}/train.parquet --search replay:{searches}")
+        return 0
+    except UserError as error:
+        print(f"mmsr.construct: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ what is new. The stage's file is written last, sorted by the records' ids: its b
 which threads finished nor on crashes.
 
 What a kill can cost: calls under way at that moment are sent again, with the same Idempotency-Key, which only some
-servers honour. What passed for now (a time-out, a busy server) is not in the journal and is tried again by the next run.
+servers honour. What failed for now (a time-out, a busy server) is not in the journal: the next run tries it again.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
+    def __len__(self) -> int:
+        return len(self._places)
+
     def get(self, key: str) -> Any:
         with self._lock:
             self._reader.seek(self._places[key])
@@ -83,7 +86,7 @@ class Journal:
             except OSError as error:
                 self._file.truncate(place)
                 self._end = place
-                complaint = f"{self.path}: cannot be written ({error.strerror}); make room, nothing that is in it is lost"
+                complaint = f"{self.path}: cannot be written ({error.strerror}); make room and run the same again"
                 raise UserError(complaint) from None
             self._places[key] = place
             if time.monotonic() - self._synced > SYNC:
@@ -97,7 +100,7 @@ class Journal:
 
 
 class Idempotent(Client):
-    """A client whose every call bears the digest of its body: a server that looks at it charges a call sent again once."""
+    """A client whose calls bear the digest of their body: servers that heed it charge once for a call sent twice."""
 
     def request(self, *where: str, headers: dict | None = None, **content: Any):
         key = fingerprint(*where, content.get("json"))
@@ -197,7 +200,7 @@ class Factory:
 
 
 class _Run:
-    """The threads of one stage. Each takes an item when it has nothing to do, so no more than that many are in memory."""
+    """The threads of one stage. Each takes an item when it is idle, so no more than that many are in memory."""
 
     def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
         self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
@@ -248,7 +251,7 @@ class _Run:
             if refused.kind in (*FATAL, "budget"):
                 return self._postpone(refused)
             records, reasons[f"refused: {refused.kind}"] = [], 1
-        self.journal.put(key, {"records": records, "reasons": reasons})
+        self.journal.put(key, {"records": records, "reasons": +reasons})
         self.failed_in_a_row = 0
 
     def _postpone(self, refused: ToolFailure) -> None:
@@ -277,6 +280,16 @@ class Lines:
         with open(self.path, "rb") as file:
             for line in file:
                 yield json.loads(line)
+
+
+class Again:
+    """What can be gone through as often as `make` can be called."""
+
+    def __init__(self, make: Callable[[], Iterator[dict]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.make()
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:

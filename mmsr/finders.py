@@ -90,7 +90,9 @@ class Corpus:
         try:
             image = (self.folder / line["file"]).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.folder / line['file']}: cannot be read ({error.strerror}); correct the line") from None
+            raise UserError(
+                f"{self.folder / line['file']}: cannot be read ({error.strerror}); correct the line"
+            ) from None
         url, text, licence = (str(line.get(key, "")) for key in ("url", "text", "licence"))
         return Picture(line["title"], url, text or line["title"], line["file"], licence, image)
 
