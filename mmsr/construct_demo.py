@@ -89,6 +89,8 @@ def _well(text: str) -> dict:
     if '"group"' in text:
         groups = re.findall(r"^(.+)$", text.split("\n\n")[1], re.MULTILINE)
         return {"group": groups[hashlib.sha256(_field("Answer", text).encode()).digest()[0] % len(groups)]}
+    if "<page>" not in text:
+        return {"ready": True}
     concept, page = _field("Concept", text), re.search(r"<page>\n(.*)\n</page>", text, re.DOTALL)[1]
     town = re.search(r"belongs to (\w+)", page)
     if town and hashlib.sha256(text.encode()).digest()[1] % 2:

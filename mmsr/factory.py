@@ -293,8 +293,8 @@ class Again:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:
-    """Whole or not at all."""
-    write_whole(path, (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+    """Whole or not at all. Half a surrogate pair, which a model may write, is no text and becomes a question mark."""
+    write_whole(path, (json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for record in records))
     return Lines(path)
 
 

@@ -7,14 +7,16 @@ shows are taken.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from . import bm25
 from .backends import open_backend
 from .client import Client, web_address
-from .episode import Hit, Observation, UserError
+from .episode import Hit, Observation, UserError, digest
 from .factory import Lines
+from .likeness import normal
 from .tools import Backend
 from .web import Live
 from .wire import failure
@@ -64,7 +66,7 @@ class Corpus:
             for row, line in enumerate(Lines(path)):
                 if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("file", "title")):
                     raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
-                self.by_title[" ".join(bm25.tokens(line["title"]))].append(line)
+                self.by_title[normal(line["title"])].append(line)
                 self.lines.append(line)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a file of JSON lines") from None
@@ -74,12 +76,18 @@ class Corpus:
         return [line["title"] for line in self.lines]
 
     def pictures(self, concept: str) -> list[Picture]:
-        return [self._picture(line) for line in self.by_title.get(" ".join(bm25.tokens(concept)), ())]
+        return [self._picture(line) for line in self.by_title.get(normal(concept), ())]
 
     def image_search(self, image: bytes, question: str = "") -> Observation:
-        same = (line for line in self.lines if (self.folder / line["file"]).stat().st_size == len(image))
-        found = [line for line in same if (self.folder / line["file"]).read_bytes() == image]
+        found = self.by_content.get(digest(image), ())
         return Observation(tuple(Hit(line["title"], str(line.get("url", ""))) for line in found), source="corpus")
+
+    @cached_property
+    def by_content(self) -> dict[str, list[dict]]:
+        found = defaultdict(list)
+        for line in self.lines:
+            found[digest(self._picture(line).image)].append(line)
+        return found
 
     def text_search(self, query: str) -> Observation:
         ranked = bm25.rank(query, [f"{line['title']} {line.get('text', '')}" for line in self.lines])[:5]
