@@ -22,6 +22,7 @@ import numpy as np
 
 from . import toy
 from .episode import Hit, Observation
+from .factory import fingerprint
 from .finders import Picture
 
 ABSTRACT = ("quickly", "beautiful", "running", "idea", "2021", "nevertheless")
@@ -30,11 +31,11 @@ PICTURES = {"familiar": 9, "unfamiliar": 1}  # of each concept; few are known, s
 
 
 class ScriptedModel:
-    """A vision model's server. `answered` counts whole answers by Idempotency-Key; `bad` is false for a model that
-    never errs."""
+    """A vision model's server. `asked` counts requests by what `Calls` knows them by; without `stall` it is never
+    silent for so many seconds."""
 
-    def __init__(self, bad: bool = True):
-        self.bad, self.answered, self.tried = bad, Counter(), Counter()
+    def __init__(self, stall: float = STALL):
+        self.stall, self.asked = stall, Counter()
         self.lock, self.server = threading.Lock(), _Server(("127.0.0.1", 0), _Handler)
         self.server.model, self.url = self, f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -46,16 +47,17 @@ class ScriptedModel:
         self.server.shutdown()
         self.server.server_close()
 
-    def reply(self, key: str, body: dict) -> tuple[int, dict]:
+    def reply(self, body: dict) -> tuple[int, dict]:
         """Status and JSON body."""
         content = body["messages"][0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
-        mood = hashlib.sha256(json.dumps([text, len(body["messages"])]).encode()).digest()[0] if self.bad else 255
+        mood = hashlib.sha256(json.dumps([text, len(body["messages"])]).encode()).digest()[0]
+        key = fingerprint(*(body[field] for field in ("model", "messages", "max_tokens", "temperature")))
         with self.lock:
-            self.tried[key] += 1
-            first = self.tried[key] == 1
+            self.asked[key] += 1
+            first = self.asked[key] == 1
         if mood < 2 and first:
-            time.sleep(STALL)
+            time.sleep(self.stall)
         if mood in (2, 3) and first:
             return 503, {"error": {"message": "the server is busy"}}
         answer = _badly(mood, text, json.dumps(_well(text)))
@@ -113,16 +115,13 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        model, key = self.server.model, self.headers.get("Idempotency-Key", "")
-        status, reply = model.reply(key, body)
+        status, reply = self.server.model.reply(body)
         data = json.dumps(reply).encode()
         with suppress(OSError):  # the caller has gone
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
-            with model.lock:
-                model.answered[key] += status == 200
 
     def log_message(self, *_: object) -> None:
         pass

@@ -94,7 +94,8 @@ def families(questions: Sequence[dict]) -> list[int]:
 
     def root(place: int) -> int:
         while parent[place] != place:
-            place = parent[place] = parent[parent[place]]
+            parent[place] = parent[parent[place]]
+            place = parent[place]
         return place
 
     first: dict[tuple[str, str], int] = {}
