@@ -31,11 +31,11 @@ PICTURES = {"familiar": 9, "unfamiliar": 1}  # of each concept; few are known, s
 
 
 class ScriptedModel:
-    """A vision model's server. `asked` counts requests by what `Calls` knows them by; without `stall` it is never
-    silent for so many seconds."""
+    """A vision model's server. `asked` counts requests by what `Calls` knows them by. It thinks for `delay` seconds
+    and now and then for `stall`."""
 
-    def __init__(self, stall: float = STALL):
-        self.stall, self.asked = stall, Counter()
+    def __init__(self, stall: float = STALL, delay: float = 0.0):
+        self.stall, self.delay, self.asked = stall, delay, Counter()
         self.lock, self.server = threading.Lock(), _Server(("127.0.0.1", 0), _Handler)
         self.server.model, self.url = self, f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -56,8 +56,7 @@ class ScriptedModel:
         with self.lock:
             self.asked[key] += 1
             first = self.asked[key] == 1
-        if mood < 2 and first:
-            time.sleep(self.stall)
+        time.sleep(self.stall if mood < 2 and first else self.delay)
         if mood in (2, 3) and first:
             return 503, {"error": {"message": "the server is busy"}}
         answer = _badly(mood, text, json.dumps(_well(text)))
