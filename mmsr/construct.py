@@ -41,9 +41,7 @@ from .web import Service
 
 def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
     """All stages, in a folder that is new or one of this command's. Raises UserError."""
-    folder = Path(o.out)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "work").is_dir():
-        raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
+    folder = own_folder(o.out)
     service = Service.from_environment("openai", environ)
     if not service.key and not environ.get("OPENAI_BASE_URL"):
         raise UserError("OPENAI_API_KEY is not set; export it, or OPENAI_BASE_URL for a server of your own")
@@ -56,18 +54,14 @@ def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] 
         budget = store.budget("construct", o.budget)
         client = Idempotent()
         finder = finder or open_finder(o.search, budget.spend, client)
-        metadata, counts = _concept_files(o, finder)
+        drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
         paid = budget.spend if service.key else None
         server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, paid, "openai")
         calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
         stack.callback(calls.journal.close)
         backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
         stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
-        try:  # before hundreds of calls find out
-            calls.complete([{"role": "user", "content": "Answer with the word ready."}], 10)
-        except ToolFailure as refused:
-            raise UserError(f"{o.vision_model} at {service.url} does not answer: {refused}") from None
-        drawn = draw_concepts(metadata, counts, o.concepts, o.familiar, o.unfamiliar, o.seed)
+        check_answers(calls)
         asked = ask_all(factory, stages, write_lines(folder / "drawn.jsonl", drawn), o)
         needed = decide(factory, asked, backend, shelf, o)
         splits = choose(list(needed), {"train": o.train, "test": o.test}, o.required, o.seed)
@@ -83,11 +77,27 @@ def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] 
         print(f"{left} items failed for now (see {folder}/card.md): the same command tries them again")
 
 
+def own_folder(out: str) -> Path:
+    """Raises UserError for a folder that holds something else."""
+    folder = Path(out)
+    if folder.exists() and not (folder.is_dir() and ((folder / "work").is_dir() or not any(folder.iterdir()))):
+        raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
+    return folder
+
+
+def check_answers(calls: Calls) -> None:
+    """Raises UserError before hundreds of calls find out that the model does not answer."""
+    try:
+        calls.complete([{"role": "user", "content": "Answer with the word ready."}], 10)
+    except ToolFailure as refused:
+        raise UserError(f"{calls.server.model} at {calls.server.url} does not answer: {refused}") from None
+
+
 def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespace) -> Lines:
     """Concepts to sorted questions."""
     told = [o.vision_model, stages.prompts]
     visual = factory.stage("concepts", drawn, stages.concept, told)
-    found = factory.stage("found", visual, stages.search, o.search)
+    found = factory.stage("found", visual, stages.search, [o.search, getattr(stages.finder, "version", "")])
     pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])
     single = write_lines(factory.folder / "distinct.jsonl", distinct(pictures))
     questions = factory.stage("questions", single, stages.question, told)
@@ -157,6 +167,7 @@ class Rollouts:
         for direct in (False, True):
             seed = ("need", self.seed, item["id"], direct)
             episodes, _ = self.setup.roll_out(examples, self.tries, seed, 1.0, direct=direct)
+            _refuse_failures(episodes)
             self.setup.score(episodes)
             for episode in episodes:
                 if episode.reward_parts["accuracy"] >= 1:
@@ -166,6 +177,14 @@ class Rollouts:
         records = [q | {"tries": tries, "need": need_of(tries)} for q, tries in zip(item["questions"], counted)]
         reasons["never answered"] += sum(not record["need"] for record in records)
         return [record for record in records if record["need"]]
+
+
+def _refuse_failures(episodes: Sequence[Any]) -> None:
+    """Raises ToolFailure where a search failed: what a model could have found is then not known."""
+    seen = (turn.observation for episode in episodes for turn in episode.turns if turn.role == "tool")
+    for error in (one.error for one in seen if not one.ok and one.source != "limit"):
+        kind, _, message = error.partition(": ")
+        raise ToolFailure(kind, message)
 
 
 def _searched(episode: Any) -> str:
@@ -256,12 +275,13 @@ def main(argv: Sequence[str]) -> int:
         from .toy import World
 
         o = options(argv, DEMO)
+        own_folder(o.out)
         world = World(o.seed)
         with ScriptedModel() as model:
             prepare(o, world)
             build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
-        searches = Path(o.out) / "searches.sqlite"
-        print(f"python train.py --recipe toy --seed {o.seed} --data {o.out}/train.parquet --search replay:{searches}")
+        files = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet --search replay:{o.out}/searches.sqlite"
+        print(f"python train.py --recipe toy --seed {o.seed} {files}")
         return 0
     except UserError as error:
         print(f"mmsr.construct: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ from .tools import ToolFailure
 SYNC = 1.0  # seconds of work that a loss of power may cost
 PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
 IN_A_ROW = 50  # calls that fail for now before a stage gives up
-LASTING = re.compile(r"HTTP (4(?!08|29)\d\d|451)")  # a refusal of this very request
+LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # a refusal of this very request
 
 Work = Callable[[dict, Counter], list[dict]]
 
@@ -100,11 +100,11 @@ class Journal:
 
 
 class Idempotent(Client):
-    """A client whose calls bear the digest of their body: servers that heed it charge once for a call sent twice."""
+    """A client whose JSON calls bear the digest of their body: servers that heed it charge once for one sent twice."""
 
     def request(self, *where: str, headers: dict | None = None, **content: Any):
-        key = fingerprint(*where, content.get("json"))
-        return super().request(*where, headers={**(headers or {}), "Idempotency-Key": key}, **content)
+        key = {"Idempotency-Key": fingerprint(*where, content["json"])} if "json" in content else {}
+        return super().request(*where, headers=(headers or {}) | key, **content)
 
 
 class Calls:

@@ -15,7 +15,7 @@ from . import bm25
 from .backends import open_backend
 from .client import Client, web_address
 from .episode import Hit, Observation, UserError, digest
-from .factory import Lines
+from .factory import Lines, fingerprint
 from .likeness import normal
 from .tools import Backend
 from .web import Live
@@ -60,7 +60,7 @@ class Corpus:
     """
 
     def __init__(self, path: Path):
-        self.folder, self.lines = path.parent, []
+        self.folder, self.lines, self.version = path.parent, [], ""
         self.by_title: dict[str, list[dict]] = defaultdict(list)
         try:
             for row, line in enumerate(Lines(path)):
@@ -68,6 +68,7 @@ class Corpus:
                     raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
                 self.by_title[normal(line["title"])].append(line)
                 self.lines.append(line)
+                self.version = fingerprint(self.version, line)  # what was found in another corpus is not taken for this
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); give a file of JSON lines") from None
 

@@ -244,6 +244,14 @@ def test_a_call_sent_again_bears_the_same_key_and_another_does_not(tmp_path):
         assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
+def test_calls_that_differ_in_their_address_alone_bear_no_key():
+    with FakeWeb() as web:
+        web.results = []
+        live = Live.from_environment(environ=web.environ(), client=Idempotent())
+        live.text_search("a")
+        assert "idempotency-key" not in web.calls("serpapi.google")[0].headers
+
+
 def test_a_busy_server_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mmsr.factory.time.sleep", lambda seconds: None)
     with FakeWeb() as web:
@@ -674,6 +682,12 @@ def test_a_mistyped_option_is_one_line(capsys):
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_the_demonstration_does_not_write_into_somebodys_folder(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    assert construct.main(["--demo", "--out", str(tmp_path)]) == 2
+    assert "not a folder of this command" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="../shared/data/photos is not there")
 def test_photographs_become_a_data_set_without_leaks(tmp_path, model):
     lines = [json.loads(line) for line in (PHOTOS.parent / "photos.jsonl").read_text().splitlines()]
@@ -784,3 +798,11 @@ def test_rollouts_are_counted_by_what_they_searched(tmp_path, miniature, model):
         assert needs["q1"] == ("image", {"tries": 3, "right_direct": 0, "right_none": 0, "right_image": searched,
                                          "right_text": 0, "right_both": 0})  # fmt: skip
     assert reasons["never answered"] == 3 - len(found)
+
+    class Down:
+        def image_search(self, image, question):
+            raise ToolFailure("budget", "all spent")
+
+    rollouts = Rollouts(tmp_path / "pool.parquet", Down(), options(argv))
+    with pytest.raises(ToolFailure, match="budget: all spent"):  # a question is not to be called unanswerable for that
+        rollouts(item, reasons)
