@@ -47,6 +47,8 @@ def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] 
         raise UserError("OPENAI_API_KEY is not set; export it, or OPENAI_BASE_URL for a server of your own")
     if (service.key or o.search == "live") and not o.budget:
         raise UserError("paid services are to be used: give --budget N, the number of paid calls at most")
+    if o.rollouts and not (o.model or o.demo):
+        raise UserError("--model is missing: give one to try what needs a search, or --no-rollouts to go by counts")
     factory = Factory(folder, o.workers)
     with alone(folder), ExitStack() as stack:
         store = Store(folder / "searches.sqlite")
@@ -219,7 +221,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # default, whose type is the option's, 
     "unfamiliar": (0.5, "count up to which an entry is unfamiliar; up to 1 a quantile"),
     "per-concept": (1, "pictures of a concept at most"),
     "min-side": (224, "pixels along the shorter side of a picture at least"),
-    "model": ("", "whose rollouts tell what needs a search, as for train.py; empty: the toy base model"),
+    "model": ("", "whose rollouts tell what needs a search, as for train.py"),
     "recipe": ("", "whose limits the rollouts have, as for train.py"),
     "tries": (8, "rollouts of a question with tools, and as many without"),
     "train": (5000, "training questions"),

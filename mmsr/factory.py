@@ -33,7 +33,9 @@ from .tools import ToolFailure
 SYNC = 1.0  # seconds of work that a loss of power may cost
 PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
 IN_A_ROW = 50  # calls that fail for now before a stage gives up
-LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # a refusal of this very request
+STOPPING = (*FATAL, "budget")  # kinds of failure after which no call can succeed
+FOR_GOOD = ("blocked", "too-large", "forbidden")  # kinds that would be the same tomorrow
+LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # and so would a refusal of this very request
 
 Work = Callable[[dict, Counter], list[dict]]
 
@@ -175,28 +177,24 @@ class Factory:
         """
         journal = Journal(self.folder / "work" / f"{name}.jsonl")
         try:
-            settings = fingerprint(settings)
-            run = _Run(name, items, work, settings, journal)
+            run = _Run(name, items, work, fingerprint(settings), journal)
             run.go(workers or self.workers)
-            return self._finish(name, items, settings, journal, run.postponed)
+            return self._finish(run)
         finally:
             journal.close()
 
-    def _finish(self, name: str, items: Iterable[dict], settings: str, journal: Journal, postponed: Counter) -> Lines:
+    def _finish(self, run: _Run) -> Lines:
         order, reasons, total = [], Counter(), 0
-        for item in items:
+        for key, _ in run.keyed():
             total += 1
-            if (key := fingerprint(settings, item)) in journal:
-                done = journal.get(key)
+            if key in run.journal:
+                done = run.journal.get(key)
                 reasons.update(done["reasons"])
                 order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
-        order.sort()
-        lines = write_lines(self.folder / f"{name}.jsonl", (journal.get(key)["records"][i] for _, key, i in order))
-        self.report[name] = {
-            "items": total, "records": len(order), "reasons": dict(sorted(reasons.items())),
-            "postponed": dict(sorted(postponed.items())),
-        }  # fmt: skip
-        return lines
+        records = (run.journal.get(key)["records"][place] for _, key, place in sorted(order))
+        counted = {"reasons": dict(sorted(reasons.items())), "postponed": dict(sorted(run.postponed.items()))}
+        self.report[run.name] = {"items": total, "records": len(order), **counted}
+        return write_lines(self.folder / f"{run.name}.jsonl", records)
 
 
 class _Run:
@@ -224,9 +222,11 @@ class _Run:
         if self.error is not None:
             raise self.error
 
+    def keyed(self) -> Iterator[tuple[str, dict]]:
+        return ((fingerprint(self.settings, item), item) for item in self.items)
+
     def _left(self) -> Iterator[tuple[str, dict]]:
-        keyed = ((fingerprint(self.settings, item), item) for item in self.items)
-        return ((key, item) for key, item in keyed if key not in self.journal)
+        return ((key, item) for key, item in self.keyed() if key not in self.journal)
 
     def _work(self) -> None:
         try:
@@ -246,9 +246,7 @@ class _Run:
         try:
             records = self.work(item, reasons)
         except ToolFailure as refused:
-            if not (refused.kind in ("blocked", "too-large", "forbidden") or LASTING.search(refused.message)):
-                return self._postpone(refused)
-            if refused.kind in (*FATAL, "budget"):
+            if refused.kind in STOPPING or not (refused.kind in FOR_GOOD or LASTING.search(refused.message)):
                 return self._postpone(refused)
             records, reasons[f"refused: {refused.kind}"] = [], 1
         self.journal.put(key, {"records": records, "reasons": +reasons})
@@ -259,7 +257,7 @@ class _Run:
             self.postponed[refused.kind] += 1
             self.failed_in_a_row += 1
             self.bar.set_postfix(postponed=self.postponed.total())
-        if refused.kind in (*FATAL, "budget"):
+        if refused.kind in STOPPING:
             self._stop(UserError(f"{self.name}: {refused}; mend that and run the same again, nothing is lost"))
         elif self.failed_in_a_row >= IN_A_ROW:
             why = f"{self.failed_in_a_row} items in a row failed, the last with {refused}"
@@ -299,11 +297,13 @@ def write_lines(path: Path, records: Iterable[dict]) -> Lines:
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file that is there with all its bytes or not at all."""
+    """A file that is there with all its bytes or not at all. Raises UserError where it cannot be written."""
     side = path.with_name(f".{path.name}.{threading.get_ident()}.tmp")
-    with open(side, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    side.replace(path)
+    try:
+        with open(side, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        side.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run the same again") from None

@@ -627,6 +627,7 @@ def test_more_concepts_cost_only_what_is_new(tmp_path, model):
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9", "OPENAI_API_KEY": "k-0123456789"},
          ("--search", "live", "--budget", "9", "--metadata", "x"), "SERPAPI_API_KEY"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, (), "does not answer"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--rollouts",), "--model is missing"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said_in_one_line(tmp_path, environ, more, complaint, monkeypatch):
