@@ -689,6 +689,7 @@ def test_the_demonstration_does_not_write_into_somebodys_folder(tmp_path, capsys
     assert "not a folder of this command" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="../shared/data/photos is not there")
 def test_photographs_become_a_data_set_without_leaks(tmp_path, model):
     lines = [json.loads(line) for line in (PHOTOS.parent / "photos.jsonl").read_text().splitlines()]
@@ -704,6 +705,22 @@ def test_photographs_become_a_data_set_without_leaks(tmp_path, model):
     assert not {row["concept"] for row in rows["train"]} & {row["concept"] for row in rows["test"]}
     codes = [difference_hash(PIL.Image.open(io.BytesIO(e.image))) for data in (train, test) for e in data]
     assert not any(a < len(train) <= b for a, b in near_duplicates(codes))
+
+
+@pytest.mark.slow
+def test_ctrl_c_records_what_is_under_way_and_says_nothing(tmp_path, model):
+    titles, counts = corpus(tmp_path / "corpus", 300)
+    argv = [sys.executable, "-m", "mmsr.construct", *command(tmp_path / "out", titles, counts, 300)]
+    model.delay = 0.05
+    environ = os.environ | {"OPENAI_BASE_URL": model.url, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while model.asked.total() < 100 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    recorded = (tmp_path / "out" / "work" / "calls.jsonl").read_bytes().count(b"\n")
+    assert process.returncode == 130 and b"Traceback" not in said
+    assert recorded == len(model.asked) < 200
 
 
 @pytest.mark.slow
