@@ -18,7 +18,7 @@ from .cache import Cached
 from .client import picture_part
 from .data import read_examples
 from .episode import Hit, UserError
-from .factory import Calls, write_whole
+from .factory import Calls, LeftOut, write_whole
 from .finders import find_pictures
 from .likeness import difference_hash, near_duplicates, normal, says, short_id
 from .pictures import decode, jpeg
@@ -109,8 +109,11 @@ class Stages:
     def ask(
         self, prompt: str, fields: dict[str, str], check: Callable[[dict], T], reasons: Counter,
         picture: bytes | None = None,
-    ) -> T | None:  # fmt: skip
-        """The answer that `check` lets pass. After one that it does not, the model is told why and asked once more."""
+    ) -> T:  # fmt: skip
+        """The answer that `check` lets pass. After one that it does not, the model is told why and asked once more.
+
+        Raises LeftOut with what was wrong then.
+        """
         text = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self.prompts[prompt])
         shown = [picture_part(jpeg(decode(picture), 1024, 2**20))] if picture else []
         messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
@@ -126,13 +129,12 @@ class Stages:
                 continue
             reasons.update(f"{prompt}, mended: {complaint}" for complaint in complaints)
             return found
-        reasons[f"{prompt}: {complaints[-1]}"] += 1
-        return None
+        raise LeftOut(f"{prompt}: {complaints[-1]}")
 
     def concept(self, item: dict, reasons: Counter) -> list[dict]:
-        visual = self.ask("visual", {"concept": item["concept"]}, partial(flag, "visual"), reasons)
-        reasons["not visual"] += visual is False
-        return [item] if visual else []
+        if not self.ask("visual", {"concept": item["concept"]}, partial(flag, "visual"), reasons):
+            raise LeftOut("not visual")
+        return [item]
 
     def search(self, item: dict, reasons: Counter) -> list[dict]:
         """The paid search for pictures, by itself: what it found is recorded before anything else is done."""
@@ -140,17 +142,18 @@ class Stages:
         for picture in find_pictures(self.finder, item["concept"]):
             name = self.shelf.keep(picture.image) if picture.image else ""
             found.append(picture._asdict() | {"image": name})
-        reasons["nothing found"] += not found
-        return [item | {"found": found}] if found else []
+        if not found:
+            raise LeftOut("nothing found")
+        return [item | {"found": found}]
 
     def pictures(self, item: dict, reasons: Counter) -> list[dict]:
         """The first `per_concept` pictures that are fit, each with a page about it."""
         about, kept, missing = {key: item[key] for key in ("concept", "count", "section")}, [], []
         for found in item["found"]:
             try:
-                shown = self._fit(item["concept"], found, [one["hash"] for one in kept])
+                shown = self._fit(item["concept"], found, [one["hash"] for one in kept], reasons)
                 kept.append({"id": f"{item['id']}-{shown['picture'][:8]}", **about, **shown})
-            except Unfit as why:
+            except LeftOut as why:
                 reasons[str(why)] += 1
             except Missing as why:
                 missing.append(why.args[0])
@@ -161,23 +164,21 @@ class Stages:
         reasons["picture not to be had"] += len(missing)
         return kept
 
-    def _fit(self, concept: str, found: dict, others: list[str]) -> dict:
-        """What is kept of a picture. Raises Unfit with the reason, or Missing."""
+    def _fit(self, concept: str, found: dict, others: list[str], reasons: Counter) -> dict:
+        """What is kept of a picture. Raises LeftOut or Missing."""
         data = self._data(found)
         try:
             picture = decode(data)
         except ValueError:
-            raise Unfit("not a readable picture") from None
+            raise LeftOut("not a readable picture") from None
         (short, long), code = sorted(picture.size), difference_hash(picture)
         if short < self.min_side or long > MAX_ASPECT * short:
-            raise Unfit("too small" if short < self.min_side else "too elongated")
+            raise LeftOut("too small" if short < self.min_side else "too elongated")
         if any(True for _, later in near_duplicates([*others, code]) if later == len(others)):
-            raise Unfit("much like another of its concept")
-        page, reasons = self._page(concept, found), Counter()
-        fields = {"concept": concept, "title": found["title"]}
-        shows = says(found["title"], concept) or self.ask("relevant", fields, partial(flag, "shows"), reasons, data)
-        if not shows:
-            raise Unfit(next(iter(reasons), "shows something else"))
+            raise LeftOut("much like another of its concept")
+        page, fields = self._page(concept, found), {"concept": concept, "title": found["title"]}
+        if not (says(found["title"], concept) or self.ask("relevant", fields, partial(flag, "shows"), reasons, data)):
+            raise LeftOut("shows something else")
         size = dict(zip(("width", "height"), picture.size))
         source = {key: found[key] for key in ("title", "address", "licence")}
         return {"picture": self.shelf.keep(data), "hash": code, **size, **source, "page": page}
@@ -199,7 +200,7 @@ class Stages:
                 text = hit.text[:PAGE_CHARACTERS]
                 checksum = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
                 return {"url": hit.url, "title": hit.title, "text": text, "sha256": checksum}
-        raise Unfit("no page about the concept")
+        raise LeftOut("no page about the concept")
 
     def question(self, item: dict, reasons: Counter) -> list[dict]:
         page = item["page"]
@@ -207,7 +208,7 @@ class Stages:
         check = partial(checked_question, item["concept"], page["text"])
         written = self.ask("question", fields, check, reasons, self.shelf.read(item["picture"]))
         page = {key: page[key] for key in ("url", "title", "sha256")}
-        return [{**item, "page": page, **written}] if written else []
+        return [{**item, "page": page, **written}]
 
     def group(self, item: dict, reasons: Counter) -> list[dict]:
         def check(answer: dict) -> str:
@@ -216,18 +217,13 @@ class Stages:
             return answer["group"]
 
         fields = {key: item[key] for key in ("question", "answer", "concept")} | {"groups": "\n".join(self.groups)}
-        group = self.ask("group", fields, check, reasons)
-        return [item | {"group": group}] if group else []
+        return [item | {"group": self.ask("group", fields, check, reasons)}]
 
     def record(self, item: dict, reasons: Counter) -> list[dict]:
         """An image search for a question's picture, so that training can replay it."""
-        hits = self.backend.image_search(self.shelf.read(item["picture"]), item["question"]).hits
-        reasons["nothing found"] += not hits
+        if not self.backend.image_search(self.shelf.read(item["picture"]), item["question"]).hits:
+            raise LeftOut("nothing found")
         return []
-
-
-class Unfit(Exception):
-    """Why a picture is left out."""
 
 
 class Missing(Exception):

@@ -44,6 +44,10 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+class LeftOut(Exception):
+    """An item, or a part of one, is of no use; says why."""
+
+
 class Journal:
     """Values by key in a file of lines, only ever appended to. Safe in any number of threads, not of processes.
 
@@ -172,8 +176,9 @@ class Factory:
         """The records of all items, each an object with an "id".
 
         `items` is gone through several times and never held. `work(item, reasons)` runs in threads, gives the item's
-        records and counts why something was left out; it raises ToolFailure for what may pass. Equal `settings` promise
-        equal results for equal items. Raises UserError where no call can succeed any more, or many in a row did not.
+        records and counts what is worth telling; it raises LeftOut, or ToolFailure for what may pass. Equal `settings`
+        promise equal results for equal items. Raises UserError where no call can succeed any more, or many in a row
+        did not.
         """
         journal = Journal(self.folder / "work" / f"{name}.jsonl")
         try:
@@ -249,6 +254,8 @@ class _Run:
             if refused.kind in STOPPING or not (refused.kind in FOR_GOOD or LASTING.search(refused.message)):
                 return self._postpone(refused)
             records, reasons[f"refused: {refused.kind}"] = [], 1
+        except LeftOut as why:
+            records, reasons[str(why)] = [], 1
         self.journal.put(key, {"records": records, "reasons": +reasons})
         self.failed_in_a_row = 0
 

@@ -26,7 +26,7 @@ from mmsr.construct_demo import ScriptedModel
 from mmsr.curate import FREE, REQUIRED, balanced, category, choose, draw_concepts, plain, write_parquet
 from mmsr.data import read_examples
 from mmsr.episode import UserError
-from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, Journal, alone, write_lines
+from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, Journal, LeftOut, alone, write_lines
 from mmsr.finders import Corpus, Web
 from mmsr.likeness import difference_hash, distinct, near_duplicates, normal, says
 from mmsr.store import Store
@@ -146,17 +146,19 @@ def test_what_failed_for_now_is_tried_again_and_what_failed_for_good_is_not(tmp_
         tried[item["id"]] += 1
         if item["id"] == "later" and broken:
             raise ToolFailure("timeout", "no whole reply")
+        if item["id"] == "useless":
+            raise LeftOut("of no use")
         if item["id"] == "never":
             raise ToolFailure("status", "openai: HTTP 400: picture refused")
         return [item]
 
-    factory, items = Factory(tmp_path, 2), [{"id": "now"}, {"id": "later"}, {"id": "never"}]
+    factory, items = Factory(tmp_path, 2), [{"id": "now"}, {"id": "later"}, {"id": "never"}, {"id": "useless"}]
     assert [one["id"] for one in factory.stage("s", items, work)] == ["now"]
     assert factory.report["s"]["postponed"] == {"timeout": 1}
-    assert factory.report["s"]["reasons"] == {"refused: status": 1}
+    assert factory.report["s"]["reasons"] == {"of no use": 1, "refused: status": 1}
     broken = False
     assert [one["id"] for one in factory.stage("s", items, work)] == ["later", "now"]
-    assert tried == {"now": 1, "later": 2, "never": 1} and not factory.report["s"]["postponed"]
+    assert tried == {"now": 1, "later": 2, "never": 1, "useless": 1} and not factory.report["s"]["postponed"]
 
 
 @pytest.mark.parametrize("kind", ["auth", "credits", "budget"])
@@ -359,7 +361,7 @@ def test_unfit_pictures_are_left_out_each_for_its_reason(tmp_path):
         shown(b"no picture"), shown(noise(0, 20)), shown(long.getvalue()), shown(noise(1, 64)), shown(again.getvalue()),
         shown(noise(2), "a stork"), shown(noise(3), "bird", "Nothing of the sort."), shown(noise(4), "bird"),
     )  # fmt: skip
-    made = stages(tmp_path, '{"shows": false}', '{"shows": true}', finder=finder)
+    made = stages(tmp_path, '{"shows": false}', "Yes.", '{"shows": true}', finder=finder)
     item = {"id": "i", "concept": "Heron", "count": 3, "section": "familiar"}
     reasons = Counter()
     (found,) = made.search(item, reasons)
@@ -367,7 +369,7 @@ def test_unfit_pictures_are_left_out_each_for_its_reason(tmp_path):
     assert [one["title"] for one in kept] == ["the heron", "bird"]
     assert +reasons == {
         "not a readable picture": 1, "too small": 1, "too elongated": 1, "much like another of its concept": 1,
-        "shows something else": 1, "no page about the concept": 1,
+        "shows something else": 1, "no page about the concept": 1, "relevant, mended: no JSON object": 1,
     }  # fmt: skip
     assert kept[0]["licence"] == "CC0" and kept[0]["address"] == "https://a.example/p"
     assert made.shelf.read(kept[0]["picture"]) == noise(1, 64) and len(kept[0]["page"]["sha256"]) == 64
@@ -467,7 +469,9 @@ def test_an_answer_is_mended_once_and_then_dropped_with_its_reason(tmp_path):
     assert first[0]["content"][0]["type"] == "image_url" and PAGE in first[0]["content"][1]["text"]
     assert second[:1] == first and second[1]["content"] == bad and "names the concept" in second[2]["content"]
     made.calls.answers, reasons = ["I cannot do that.", bad], Counter()
-    assert made.question(item, reasons) == [] and reasons == {"question: the question names the concept": 1}
+    with pytest.raises(LeftOut, match="question: the question names the concept"):
+        made.question(item, reasons)
+    assert not reasons
 
 
 def test_what_a_page_says_is_not_taken_for_a_place_in_the_prompt(tmp_path):
