@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Iterable, Iterator, Sequence
+from collections import defaultdict
+from typing import Iterable, Iterator
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ import PIL.Image
 from . import bm25
 
 NEAR = 8  # of 128 bits: near-duplicates differ in so many at most
+BAND = 128 // (NEAR + 1)  # bits that are looked up together
 
 
 def normal(text: str) -> str:
@@ -33,12 +35,21 @@ def difference_hash(picture: PIL.Image.Image) -> str:
     return np.packbits([right, down]).tobytes().hex()
 
 
-def near_duplicates(hashes: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of pictures that differ in at most `NEAR` bits. 50,000 take seconds."""
-    bits = np.array([[int(text[:16], 16), int(text[16:], 16)] for text in hashes], dtype=np.uint64).reshape(-1, 2)
-    for later in range(len(bits)):
-        distance = np.bitwise_count(bits[:later] ^ bits[later]).sum(1)
-        yield from ((int(earlier), later) for earlier in np.flatnonzero(distance <= NEAR))
+def near_duplicates(hashes: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Pairs (earlier, later) of pictures that differ in at most `NEAR` bits.
+
+    Of NEAR + 1 stretches of bits at least one is then the same in both, so only those that share one are compared.
+    """
+    codes: list[int] = []
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for later, code in enumerate(int(text, 16) for text in hashes):
+        stretches = [alike[n, code >> n * BAND & (1 << BAND) - 1] for n in range(NEAR + 1)]
+        for earlier in sorted({place for stretch in stretches for place in stretch}):
+            if (codes[earlier] ^ code).bit_count() <= NEAR:
+                yield earlier, later
+        codes.append(code)
+        for stretch in stretches:
+            stretch.append(later)
 
 
 def distinct(pictures: Iterable[dict]) -> Iterator[dict]:

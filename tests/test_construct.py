@@ -28,7 +28,7 @@ from mmsr.data import read_examples
 from mmsr.episode import UserError
 from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, Journal, LeftOut, alone, write_lines
 from mmsr.finders import Corpus, Web
-from mmsr.likeness import difference_hash, distinct, near_duplicates, normal, says
+from mmsr.likeness import NEAR, difference_hash, distinct, near_duplicates, normal, says
 from mmsr.store import Store
 from mmsr.tools import ToolFailure
 from mmsr.web import Live
@@ -312,6 +312,16 @@ def test_a_picture_saved_again_is_a_near_duplicate_and_another_is_not():
     pictures = [{"hash": code, "n": n} for n, code in enumerate([codes[2], codes[0], codes[1], codes[0]])]
     assert [one["n"] for one in distinct(pictures)] == [0, 1]
     assert list(near_duplicates([])) == []
+
+
+def test_no_near_duplicate_is_missed():
+    rng = random.Random(0)
+    codes = [rng.getrandbits(128) for _ in range(20)]
+    for _ in range(300):
+        flips = rng.sample(range(128), rng.randrange(14))
+        codes.append(rng.choice(codes[:20]) ^ sum(1 << bit for bit in flips))
+    all_pairs = [(a, b) for b in range(len(codes)) for a in range(b) if (codes[a] ^ codes[b]).bit_count() <= NEAR]
+    assert list(near_duplicates([f"{code:032x}" for code in codes])) == all_pairs and len(all_pairs) > 300
 
 
 class Answers:
