@@ -113,10 +113,13 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, reply = self.server.model.reply(body)
-        data = json.dumps(reply).encode()
+        length = int(self.headers["Content-Length"])
         with suppress(OSError):  # the caller has gone
+            sent = self.rfile.read(length)
+            if len(sent) < length:
+                return
+            status, reply = self.server.model.reply(json.loads(sent))
+            data = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
