@@ -4,6 +4,7 @@ python search.py index --images DIR --titles FILE.jsonl --pages FILE.jsonl --out
 python search.py image photo.jpg --search local:my.index
 python search.py text "who designed it" --search local:my.index
 python search.py serve --search local:my.index
+python search.py cache import conversations.jsonl --data questions.parquet --out searches.sqlite
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import sys
 import time
 import warnings
+from contextlib import closing
 from typing import NoReturn, Sequence
 
-from mmsr.backends import KNOWN, open_backend
+from mmsr.backends import KNOWN, import_searches, open_backend
+from mmsr.config import SEARCH_OPTIONS, Options, add_options
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
@@ -34,12 +37,12 @@ def index(args: argparse.Namespace) -> int:
 
 
 def image(args: argparse.Namespace) -> int:
-    from mmsr.pictures import MAX_FILE_BYTES, check_image
+    from mmsr.pictures import MAX_FILE_BYTES, decode
 
     try:
         with open(args.file, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-        check_image(data)
+        decode(data)
     except OSError as error:
         raise UserError(f"{args.file}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
@@ -56,13 +59,51 @@ def text(args: argparse.Namespace) -> int:
 def serve(args: argparse.Namespace) -> int:
     from mmsr.serve import serve
 
-    serve(open_backend(args.search, args.results), args.search, args.host, args.port)
+    serve(open_backend(_options(args)).backend, args.search, args.host, args.port)
     return 0
+
+
+def cache(args: argparse.Namespace) -> int:
+    """search.py cache FILE | import SRC --out FILE | export FILE --out LINES.jsonl"""
+    from mmsr.cache import export_jsonl
+    from mmsr.store import Store
+
+    *verb, file = args.words
+    if verb not in ([], ["import"], ["export"]):
+        raise UserError(f"cache {' '.join(args.words)}: give cache FILE, cache import SRC or cache export FILE")
+    if bool(verb) != bool(args.out):
+        raise UserError("--out names the file that import and export write: give it with these, and with nothing else")
+    if verb == ["import"]:
+        with closing(Store(args.out)) as store:
+            print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")
+        return 0
+    with closing(Store(file, readonly=True)) as store:
+        if verb:
+            print(f"{args.out}: {export_jsonl(store, args.out)} searches")
+        else:
+            print(json.dumps(store.stats(), indent=2))
+    return 0
+
+
+def _examples(data: str):
+    """The questions whose pictures a recording knows by their ids."""
+    if not data:
+        return ()
+    from mmsr.data import read_examples
+
+    return read_examples(data)
+
+
+def _options(args: argparse.Namespace) -> Options:
+    if not args.search:
+        raise UserError(f"--search is missing; give {KNOWN}")
+    given = {name: value for name, value in vars(args).items() if name in SEARCH_OPTIONS}
+    return Options(**given, max_images=int(args.run is not text))
 
 
 def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
     """Search as a rollout does, and show what came. 1 where the back-end failed."""
-    toolbox = Toolbox(search_tools(open_backend(args.search, args.results), 1, 1), inline=True)
+    toolbox = Toolbox(search_tools(open_backend(_options(args)).backend, 1, 1), inline=True)
     start = time.perf_counter()
     seen = toolbox.call(tool, call).result()
     seconds = time.perf_counter() - start
@@ -105,10 +146,10 @@ def _show(seen: Observation, seconds: float) -> None:
 
 
 def _size(thumbnail: bytes) -> str:
-    from mmsr.pictures import check_image
+    from mmsr.pictures import decode
 
     try:
-        picture = check_image(thumbnail)
+        picture = decode(thumbnail)
     except ValueError as error:
         return f"that the model will not see: {error}"
     return f"{picture.width} x {picture.height}, {len(thumbnail) / 1000:.1f} kB"
@@ -168,6 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     _backend_options(sub)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
     sub.add_argument("--port", default=8000, type=int, help="0 takes a free one")
+
+    sub = command(
+        cache, "Show what a file of recorded searches holds, or fill one.",
+        "cache FILE | cache import SRC --out FILE | cache export FILE --out LINES.jsonl. SRC: recorded conversations "
+        "(.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another such file.",
+    )  # fmt: skip
+    sub.add_argument("words", metavar="[import|export] FILE", nargs="+")
+    sub.add_argument("--data", default="", help="the questions whose pictures conversations and results are about")
+    sub.add_argument("--out", default="", metavar="FILE", help="what import and export write")
     return parser
 
 
@@ -177,14 +227,8 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--search", required=True, metavar="BACKEND", help=KNOWN)
-    parser.add_argument("--results", default=5, type=_at_least_one, metavar="N", help="results a search, 5 by default")
-
-
-def _at_least_one(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+    add_options(parser, Options, SEARCH_OPTIONS)
+    parser.set_defaults(search="")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,15 +31,18 @@ from mmsr.episode import TOOL_ERROR, Episode, UserError
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered, start
 from mmsr.report import write_report
-from mmsr.toy import LOOK_IT_UP, MIX
+from mmsr.toy import World
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
+ALARM = 0.05  # share of a step's tool calls that may fail without a word
 
-def train(config: Config, ranks: Ranks) -> None:
+
+def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
+    """`world`: a toy world of one's own instead of the one that `config.toy` names."""
     with ranks.alone():
         out = Output(config, ranks)
-    setup = assemble(config, ranks)
+    setup = assemble(config, ranks, world)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
     saved = Checkpoints(setup, trainer, sampler)
@@ -52,6 +55,7 @@ def train(config: Config, ranks: Ranks) -> None:
         for step in bar:
             if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
                 out.evaluation(step - 1, setup, stop)
+            setup.begin_step(f"step {step}")
             clock = Clock()
             with clock("rollout"):
                 rollouts = roll_out(step, setup, sampler, stop)
@@ -144,17 +148,20 @@ def step_metrics(
     n = whole.pop("n")
     sums = {
         "format": sum(e.reward_parts["format"] for e in episodes),
-        "tool_failures": evaluate.tool_failures(episodes),
+        "tool_calls": sum(e.searches() for e in episodes),
         "response_tokens": sum(sum(e.loss_mask) for e in episodes),
         "zero_std_groups": zero_std,
     }
     sums = setup.ranks.sum(sums)
+    errors = Counter(setup.ranks.sum(evaluate.tool_errors(episodes)))
     loss = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
     return {
         "step": step,
         **whole,
         "format": sums["format"] / n,
-        "tool_failures": sums["tool_failures"],
+        "tool_calls": sums["tool_calls"],
+        "tool_failures": errors.total(),
+        "tool_errors": dict(errors.most_common(3)),
         "response_tokens": sums["response_tokens"] / n,
         "zero_std_groups": sums["zero_std_groups"],
         **{key: update[key] for key in loss},
@@ -165,6 +172,7 @@ def step_metrics(
             **{key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")},
             **{key: update[key] for key in ("trained", "trained_unique")},
         },
+        **({"spent": setup.spending.spent} if setup.spending else {}),
         "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
     }
 
@@ -289,15 +297,21 @@ class Output:
             _sync(file)
         side.replace(self.rollouts / f"step-{step:06d}.jsonl")
         self._line(metrics)
+        failed, calls = metrics["tool_failures"], metrics["tool_calls"]
+        if failed > ALARM * calls:
+            often = next(iter(metrics["tool_errors"]))
+            tqdm.write(f"step {step}: {failed} of {calls} tool calls failed, most often: {often:.200}", file=sys.stderr)
 
     def evaluation(self, step: int, setup: Setup, stop: Interrupts) -> None:
         """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them.
 
         Nothing is written of one that is interrupted.
         """
+        setup.begin_step(f"evaluation {step}")
         modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
-            modes["always_search"] = (1.0, lambda example, sample: [LOOK_IT_UP], False)
+            texts = setup.config.max_texts > 0
+            modes["always_search"] = (1.0, lambda example, sample: setup.world.always_search(example, texts), False)
             modes["never_search"] = (1.0, None, True)
         found = {}
         for name, (temperature, scripts, direct) in modes.items():
@@ -342,14 +356,14 @@ class Output:
         self.report(at_once=True)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         evaluations = [record for record in map(json.loads, lines) if "eval" in record]
-        names = {"eval": "greedy", "eval_sampled": "T = 1"}
+        names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
         rows = {
-            f"{when}, {names.get(mode, mode.replace('_', ' '))}": row
+            names.get(mode, mode.replace("_", " ")).format(when): row
             for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
             for mode, row in found.items()
             if mode != "step"
         }
-        mix = MIX if setup.config.data == "toy" and not setup.config.eval_data else None
+        mix = setup.world.settings.mix if setup.config.data == "toy" and not setup.config.eval_data else None
         written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
         print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
 

@@ -5,7 +5,8 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -14,41 +15,48 @@ from typing import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import attention, parallel, toy
+from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
-from .backends import open_backend
-from .cache import Replayed, import_transcripts
+from .backends import Search, Spending, open_backend
 from .chat import PROMPTS, Chat
-from .config import Config
-from .data import read_examples, recorded_turns
+from .config import Config, EvalConfig, Options
+from .data import read_examples
 from .engine import Engine
 from .episode import Episode, Example, UserError
 from .parallel import SINGLE, Ranks
+from .pictures import decode
+from .recorded import recorded_turns
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
-from .store import Store
-from .tools import NoSearch, Toolbox, search_tools
-from .vision import check_image, image_tokens
+from .tools import Toolbox, search_tools
+from .vision import image_tokens
 
 
 @dataclass
 class Setup:
     """The parts of a run, opened and checked."""
 
-    config: Config
+    config: Options
     ranks: Ranks
     dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
     folder: Path  # the checkpoint that training starts from
     model: modeling.Qwen2_5_VL  # sharded over the ranks
     chat: Chat
     toolbox: Toolbox
-    questions: Sequence[Example]
-    eval_questions: Sequence[Example]
+    spending: Spending | None  # where searches cost money
     scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
+    world: toy.World | None = None  # where anything of the run is the toy world's
+    questions: Sequence[Example] = ()  # of training
+    eval_questions: Sequence[Example] = ()  # of the evaluations within training
 
     @cached_property
     def banned(self) -> torch.Tensor:
         return self.chat.banned(self.model.config.vocab_size).to(self.ranks.device)
+
+    def begin_step(self, name: str) -> None:
+        """What is spent on searches from now on counts under this name."""
+        if self.spending:
+            self.spending.begin_step(name)
 
     def reference(self) -> modeling.Qwen2_5_VL:
         """A frozen copy of the model as it was in the beginning."""
@@ -61,7 +69,10 @@ class Setup:
             self.model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
         )  # fmt: skip
-        limits = Limits(c.max_turns, c.min_pixels, c.max_pixels, stop_on_tool_error=c.on_tool_error == "drop")
+        limits = Limits(
+            c.max_turns, c.min_pixels, c.max_pixels, tool_seconds=c.tool_timeout,
+            stop_on_tool_error=c.on_tool_error == "drop",
+        )  # fmt: skip
         return Rollout(engine, self.chat, self.toolbox, limits, direct)
 
     def roll_out(
@@ -72,6 +83,7 @@ class Setup:
         temperature: float,
         *,
         stretch: int | None = None,
+        group_ids: Sequence[int] | None = None,
         direct: bool = False,
         scripts: Callable[[Example, int], list[str]] | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
@@ -79,13 +91,14 @@ class Setup:
     ) -> tuple[list[Episode], Mapping[str, int]] | None:
         """This rank's share of the examples' groups, rolled out by the present weights, and all ranks' `counts`.
 
-        Group ids are places in `examples`. Each `stretch` of them is dealt by itself: what an update needs. The rollout
-        is run by `attempt`; where that breaks it off and gives None on one rank, all get None.
+        Group ids are places in `examples`, if not given. Each `stretch` is dealt by itself: what an update needs. The
+        rollout is run by `attempt`; where that breaks it off and gives None on one rank, all get None.
         """
         mine = self._mine(examples, stretch or len(examples))
+        slots = mine if group_ids is None else [group_ids[i] for i in mine]
         rollout = self.rollout(temperature, direct)
         with parallel.generation(self.model), self.ranks.alone():
-            episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, mine)
+            episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, slots)
         if self.ranks.max(episodes is None):
             return None
         return episodes, self.ranks.sum(rollout.counts)
@@ -104,26 +117,72 @@ class Setup:
         score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
 
 
-def assemble(config: Config, ranks: Ranks = SINGLE) -> Setup:
-    """Open everything that `config` names. Raises UserError where something is missing or wrong."""
-    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    world = toy.World(config.seed) if "toy" in (config.data, config.search) or not config.model else None
+def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = None) -> Setup:
+    """Open everything that a training run names. Raises UserError where something is missing or wrong.
+
+    `world`: a toy world of one's own instead of the one that `config.toy` names.
+    """
+    world = world or _world(config)
+    files = _local(config, ranks)
     with ranks.alone():
-        questions = _questions(config.data, world, ranks)
-        evaluation = _eval_questions(config, world, questions, ranks)
-        backend, scripts = _backend(config, world, [questions, evaluation])
-    tools = search_tools(backend, config.max_images, config.max_texts)
-    prompts = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
-    find = partial(modeling.resolve, config.model) if config.model else partial(toy.base_model, world)
+        questions = _questions(files.data, world, config, ranks)
+        evaluation = _eval_questions(files, world, questions, ranks)
+    setup = _open(config, files.search, ranks, world, [questions, evaluation])
+    setup.questions, setup.eval_questions = questions, evaluation
+    setup.model.checkpoint_blocks = setup.model.visual.checkpoint_blocks = config.recompute
+    return setup
+
+
+def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setup, dict[str, Sequence[Example]]]:
+    """Open everything that an evaluation names; and its questions by data set. Raises UserError likewise."""
+    world = _world(config)
+    files = _local(config, ranks)
+    with ranks.alone():
+        sets = {name: _evaluated(file, world, config, ranks) for name, file in zip(config.data, files.data)}
+    return _open(config, files.search, ranks, world, list(sets.values())), sets
+
+
+def _world(config: Options) -> toy.World | None:
+    wanted = "toy" in (*config.datasets, config.search) or not config.model
+    return toy.World(config.seed, toy.SETTINGS[config.toy]) if wanted else None
+
+
+def _open(
+    config: Options, search: str, ranks: Ranks, world: toy.World | None, known: Sequence[Sequence[Example]]
+) -> Setup:
+    """What training and evaluation have in common. `known`: all questions, whose pictures a recording may name."""
+    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    with ranks.alone():
+        engine, scripts = _search(config, search, world, known, ranks)
+    tools = search_tools(engine.backend, config.max_images, config.max_texts)
+    find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
-        chat = Chat(folder, prompts, tools)
+        chat = Chat(folder, prompts_folder(config), tools)
+    if isinstance(config, Config):
+        _check_memory(config, modeling.read_config(folder), dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
-    model.checkpoint_blocks = model.visual.checkpoint_blocks = config.recompute
     toolbox = Toolbox(tools, inline=config.deterministic)
     attention.sum_widely(config.deterministic)
-    return Setup(config, ranks, dtype, folder, model, chat, toolbox, questions, evaluation, scripts)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world)
+
+
+def prompts_folder(config: Options) -> Path:
+    return PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
+
+
+def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Print the memory plan. Raises UserError where it does not fit, with what would help."""
+    on_cpu = ranks.device.type != "cuda"
+    if on_cpu:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
+    else:
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+    found = plan.check(model, config, capacity, ranks.size, ranks.node_size, dtype.itemsize)
+    if ranks.main:
+        whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
+        print(f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
 
 
 def load_model(
@@ -136,53 +195,56 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
-def _questions(name: str, world: toy.World | None, ranks: Ranks) -> Sequence[Example]:
+def _local(config: Options, ranks: Ranks) -> Options:
+    """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
+
+    def here(name: str) -> str:
+        place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
+        return str(ranks.first(f"fetch {name}", partial(hub.published, *place))) if place else name
+
+    found = {"data": tuple(map(here, config.datasets))}
+    if isinstance(config, Config):
+        found = {"data": found["data"][0], "eval_data": here(config.eval_data)}
+    if config.search == "replay:fvqa":
+        found["search"] = f"replay:{here(config.search)}"
+    return replace(config, **found)
+
+
+def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks) -> Sequence[Example]:
     """The toy world's training questions, or those of a file, every picture of which some rank has opened."""
     if name == "toy":
         return world.train
-    questions = read_examples(name)
+    questions = read_examples(name, config.format, config.columns, config.images)
     if not len(questions):
-        raise UserError(f"{name}: there is no question in it; give a file with at least one")
-    rows, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
-    for row in tqdm(rows, desc="checking pictures", unit="picture", leave=False, disable=hidden):
+        raise UserError(f"{name}: there is no question with a picture in it; give a file with at least one")
+    if questions.left_out and ranks.main:
+        print(f"{name}: {questions.left_out} of {len(questions.table)} questions have no picture and are left out.")
+    if isinstance(config, EvalConfig) and config.limit:
+        questions.keep_first(config.limit)
+    places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
+    for place in tqdm(places, desc="checking pictures", unit="picture", leave=False, disable=hidden):
         try:
-            check_image(questions[row].image)
+            decode(questions[place].image)
         except ValueError as error:
-            raise UserError(f"{name}: row {row}: {error}; mend or remove this row") from None
+            raise UserError(f"{name}: row {questions.rows[place]}: {error}; mend or remove this row") from None
     return questions
 
 
-def _backend(config: Config, world: toy.World | None, known: Sequence[Sequence[Example]]):
-    """The search back-end, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
-    kind, _, file = config.search.partition(":")
-    if kind == "toy" and not file:
-        if config.data != "toy":
-            raise UserError("--search toy knows the toy world's pictures only: give --search none or replay:FILE")
-        return world.web, None
-    if kind == "none" and not file:
-        return NoSearch(), None
-    if kind == "replay" and file == "fvqa":
-        raise UserError("--search replay:fvqa is not there yet: give --search replay:FILE with recorded conversations")
-    if kind == "replay" and file:
-        return _replay(config, file, known)
-    if kind == "local":
-        return open_backend(config.search), None
-    raise UserError(f"--search {config.search}: unknown back-end; give toy, none, local:FILE or replay:FILE")
-
-
-def _replay(config: Config, file: str, known: Sequence[Sequence[Example]]):
-    """`_backend` from a file of recorded conversations, or from one of recorded searches."""
-    scripts = None
-    if file.endswith(".jsonl"):
-        store = Store(None)
-        import_transcripts(store, file, chain(*known))
-        if config.force_searches:
-            scripts = partial(_recorded_script, recorded_turns(file), config.group_size)
-    elif config.force_searches:
-        raise UserError(f"--force-searches: {file} holds searches without conversations: replay a transcripts .jsonl")
-    else:
-        store = Store(file, readonly=True)
-    return Replayed(store, miss="empty"), scripts
+def _search(
+    config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks
+) -> tuple[Search, Callable[[Example, int], list[str]] | None]:
+    """The search engine, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
+    if search == "toy":
+        if config.datasets != ("toy",):
+            raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
+        return Search(world.web), None
+    scripts, file = None, search.removeprefix("replay:")
+    if isinstance(config, Config) and config.force_searches:
+        if not file.endswith(".jsonl"):
+            raise UserError(f"--force-searches: {file} holds no conversations: give replay:FILE.jsonl with some")
+        scripts = partial(_recorded_script, recorded_turns(file), config.group_size)
+    options, ledger = replace(config, search=search), Path(config.out) / "spent.sqlite"
+    return open_backend(options, chain(*known), ledger, quiet=not ranks.main), scripts
 
 
 def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:
@@ -196,8 +258,17 @@ def _eval_questions(
     config: Config, world: toy.World | None, questions: Sequence[Example], ranks: Ranks
 ) -> list[Example]:
     if config.eval_data and config.eval_data != "toy":
-        questions = _questions(config.eval_data, world, ranks)
+        questions = _questions(config.eval_data, world, config, ranks)
     elif world and "toy" in (config.data, config.eval_data):
-        pools = [world.questions(category, config.eval_size, "eval") for category in toy.CATEGORIES]
-        return [example for pool in pools for example in pool]
+        return _toy_questions(world, config.eval_size)
     return [questions[i] for i in range(min(config.eval_size, len(questions)))]
+
+
+def _evaluated(name: str, world: toy.World | None, config: EvalConfig, ranks: Ranks) -> Sequence[Example]:
+    return _toy_questions(world, config.limit or 200) if name == "toy" else _questions(name, world, config, ranks)
+
+
+def _toy_questions(world: toy.World, n: int) -> list[Example]:
+    """`n` questions of each category about fresh pictures."""
+    asked = [world.questions(category, n, "eval") for category in world.settings.categories]
+    return [example for category in asked for example in category]

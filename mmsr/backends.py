@@ -1,33 +1,177 @@
 """`--search BACKEND` to a search engine, for every entry point.
 
+Whatever can be asked again for money or time (live, remote, local) is recorded in one file and answered from there.
 What a back-end needs is imported when it is opened: a search of a local index must not wait for torch.
 """
 
 from __future__ import annotations
 
-from .episode import UserError
+import json
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable
+
+from .config import Options
+from .episode import Example, UserError
 from .tools import Backend, NoSearch
 
-KNOWN = "toy, local:FILE, live, replay:FILE, remote:URL or none"
+KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
+
+PATIENCE = 360.0  # seconds that a search waits for the same one under way: more than `web.LONGEST`
 
 
-def open_backend(spec: str, results: int = 5) -> Backend:
-    """The back-end that `spec` names, with at most `results` hits a search. Raises UserError where there is none."""
-    kind, colon, where = spec.partition(":")
+class Spending:
+    """A run's budget of paid calls, in a file that its processes share: see `store.Budget`.
+
+    The file is made when the first call is to be paid: a run that is refused before it starts leaves none.
+    """
+
+    def __init__(self, file: Path | None, total: int, per_step: int):
+        self.file, self.total, self.per_step, self.step = file, total, per_step, ""
+        self.budget, self.lock = None, threading.Lock()
+
+    def begin_step(self, step: str) -> None:
+        """What is spent from now on belongs to this step."""
+        self.step = step
+        if self.budget:
+            self.budget.begin_step(step)
+
+    def spend(self, provider: str) -> None:
+        """Reserve one call. Raises ToolFailure("budget") where none is left."""
+        from .store import Store
+
+        with self.lock:
+            if not self.budget:
+                self.budget = Store(self.file).budget("run", self.total, self.per_step)
+                self.budget.begin_step(self.step)
+        self.budget.spend(provider)
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """Paid calls by provider: of all processes, once this one has paid."""
+        return self.budget.spent if self.budget else {}
+
+
+@dataclass
+class Search:
+    """An opened search engine, and what it may spend where it can spend anything."""
+
+    backend: Backend
+    spending: Spending | None = None
+
+
+def open_backend(
+    options: Options, examples: Iterable[Example] = (), ledger: Path | None = None, quiet: bool = False
+) -> Search:
+    """The search engine that `options.search` names. `ledger`: the file of the run's spending.
+
+    `examples` give the pictures to recordings that know image searches by a question's id only. Raises UserError.
+    """
+    kind, colon, where = options.search.partition(":")
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
-        raise UserError(f"--search {spec}: not complete; give {KNOWN}")
+        raise UserError(f"--search {options.search}: not complete; give {KNOWN}")
     if kind == "none":
-        return NoSearch()
+        return Search(NoSearch())
     if kind == "toy":
-        from .toy import World
-
-        world = World(0)
-        _ = world.train  # the toy web knows a picture once it has been drawn
-        return world.web
+        return Search(_toy())
+    if kind == "replay":
+        return Search(_replay(options, where, examples, quiet))
     if kind == "local":
-        from .index import Local
+        return Search(_local(options, where))
+    if kind == "remote":
+        from .web import Remote
 
-        return Local(where, results)
-    if kind in ("live", "replay", "remote"):
-        raise UserError(f"--search {spec}: not there yet; give toy, local:FILE or none")
-    raise UserError(f"--search {spec}: unknown back-end; give {KNOWN}")
+        remote = Remote(where, results=options.results)
+        return Search(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
+    if kind == "live":
+        return _live(options, ledger)
+    raise UserError(f"--search {options.search}: unknown back-end; give {KNOWN}")
+
+
+def _toy() -> Backend:
+    from .toy import World
+
+    world = World(0)
+    _ = world.train  # the toy web knows a picture once it has been drawn
+    return world.web
+
+
+def _local(options: Options, file: str) -> Backend:
+    from .index import Local
+
+    local = Local(file, options.results)
+    made = os.stat(file).st_mtime_ns  # an index that has grown answers otherwise
+    return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
+
+
+def _live(options: Options, ledger: Path | None) -> Search:
+    from .web import Live
+
+    if not options.budget:
+        raise UserError("--search live: every search costs money; give --budget N, the paid calls that it may make")
+    spending, form = Spending(ledger, options.budget, options.step_budget), options.image_results
+    live = Live.from_environment(form, options.results, spending.spend, images=options.max_images > 0)
+    summary = form == "summary"
+    return Search(_recorded(live, options, f"live/{form}/{options.results}", by_question=summary), spending)
+
+
+def _recorded(backend: Backend, options: Options, form: str, by_question: bool = False) -> Backend:
+    from .cache import Cached
+    from .store import Store
+
+    folder = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
+    path = Path(options.search_cache or folder / "search.sqlite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Cached(backend, Store(path), form, by_question, PATIENCE)
+
+
+def _replay(options: Options, file: str, examples: Iterable[Example], quiet: bool) -> Backend:
+    from .cache import Replayed
+    from .store import Store
+
+    if file == "fvqa":
+        how = "python search.py cache import FILE.pkl --data FILE.parquet --out FILE"
+        raise UserError(f"--search replay:fvqa knows a data set's pictures only; to search by hand: {how}")
+    if not file.endswith((".jsonl", ".pkl")):
+        return Replayed(Store(file, readonly=True), options.on_miss)
+    store = Store(None)
+    found = import_searches(store, file, examples)
+    if not quiet:
+        print(f"{file}: {found}", file=sys.stderr)
+    return Replayed(store, options.on_miss)
+
+
+def import_searches(store, file: str | Path, examples: Iterable[Example]) -> str:
+    """Record the searches of any file that has some, and say what was in it. Raises UserError.
+
+    A .pkl is FVQA's published image-search results, a .jsonl recorded conversations or exported searches, and anything
+    else another store. Conversations and published results are joined by id to the pictures of `examples`.
+    """
+    from . import cache
+
+    if str(file).endswith(".pkl"):
+        from . import hub
+
+        results = hub.search_results(file)
+        hits = [hit for seen in results.values() for hit in seen.hits]
+        new = cache.import_results(store, hub.by_picture(results, examples))
+        bare = sum(hit.image is None for hit in hits)
+        thumbnails = f"{bare} of their {len(hits)} hits have no thumbnail (addresses are not followed)"
+        return f"image searches of {len(results)} questions, {new} of them new here; {thumbnails}"
+    if not str(file).endswith(".jsonl"):
+        return f"{cache.merge(store, file)} new searches"
+    read = cache.import_transcripts if _conversations(file) else None
+    new = read(store, file, examples) if read else cache.import_jsonl(store, file)
+    return f"{new} new searches"
+
+
+def _conversations(file: str | Path) -> bool:
+    """Whether the first line is of a conversation. What is no line at all is left to the reader to refuse."""
+    try:
+        with open(file, "rb") as lines:
+            return "tool" not in json.loads(lines.readline())
+    except (OSError, ValueError, TypeError):
+        return True

@@ -21,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from .data import recorded_turns
 from .episode import Example, Hit, Observation, UserError
 from .store import Key, Record, Store, demand, digest, image_key, observation, plain, refuse_pickle, storable, text_key
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
@@ -125,10 +124,12 @@ class _Pages:
 
 
 def import_transcripts(store: Store, path: str | Path, examples: Iterable[Example]) -> int:
-    """Record the searches of a transcripts file (see `data.recorded_turns`); how many were new.
+    """Record the searches of a transcripts file (see `recorded.recorded_turns`); how many were new.
 
     Image searches are joined by id to the pictures of `examples`, which are read once.
     """
+    from .recorded import recorded_turns  # with it comes pyarrow, which no search waits for
+
     refuse_pickle(Path(path))
     recorded, now = recorded_turns(path), time.time()
 

@@ -137,6 +137,10 @@ class Chat:
         """Ids of a model turn with its stop id, for turns that are forced or imitated instead of sampled."""
         return self._encode([text, self.stop_id]).ids
 
+    def opening(self, text: str) -> list[int]:
+        """Ids of the first words of a model turn, which the model then goes on with."""
+        return self._encode([text]).ids
+
     def observation(self, tool_name: str, observation: Observation, images: list[Any | None], question: str) -> Piece:
         """What follows the stop id of a model turn that called a tool: the result as a user turn.
 

@@ -30,7 +30,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -42,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from .episode import UserError
 
 if TYPE_CHECKING:
-    from .update import MasterWeights
+    from .optimizer import MasterWeights
 
 FORMAT = 1
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -103,36 +102,12 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights) -> dict[str, 
 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
-    """What makes a run: the model's weights, fp32 masters of those in less precision, the optimizer's state of each.
+    """What makes a run: the model's weights, and all that its optimizer keeps.
 
     The tensors themselves, so that loading into them is loading the run.
     """
     tensors = {f"weight.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, param, master in _masters(model, optimizer):
-        if master is not param:
-            tensors[f"master.{name}"] = master
-        for key, value in optimizer.optimizer.state.get(master, {}).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"optimizer state {key!r} of {name} is no tensor: a checkpoint would lose it")
-            tensors[f"optimizer.{key}.{name}"] = value
-    return {name: tensor.detach() for name, tensor in tensors.items()}
-
-
-def _masters(model: nn.Module, optimizer: MasterWeights) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, parameter, master) of all that is trained."""
-    names = {id(param): name for name, param in model.named_parameters()}
-    for param, master in zip(optimizer.params, optimizer.masters):
-        yield names[id(param)], param, master
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let a fresh optimizer make its state as it likes it, by a step of rate 0 on zero gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # set anew in every step of training
-        for param in group["params"]:
-            param.grad = torch.zeros_like(param)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return {name: tensor.detach() for name, tensor in (tensors | optimizer.tensors()).items()}
 
 
 # ---- the tensors of a folder
@@ -156,10 +131,10 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     with _plain_errors():
         stored = reader.read_metadata().state_dict_metadata
-    _make_state(optimizer.optimizer)
-    for name, _, master in _masters(model, optimizer):
-        if not any(f"optimizer.{key}.{name}" in stored for key in optimizer.optimizer.state[master]):
-            optimizer.optimizer.state.pop(master, None)  # had no gradient before the save
+    optimizer.make_state()
+    for name, state in optimizer.states():
+        if not any(f"optimizer.{key}.{name}" in stored for key in state):
+            state.clear()  # had no gradient before the save
     tensors = _tensors(model, optimizer)
     for name in sorted(tensors.keys() | stored.keys()):
         here = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"

@@ -144,11 +144,17 @@ class Client:
 
     # ---- the breaker
 
+    def check(self, *providers: str) -> None:
+        """Raise the ToolFailure that stopped one of them: what is of no use without them need not be paid for."""
+        for provider in providers:
+            stopped = self._providers[provider].stopped
+            if stopped is not None:
+                raise ToolFailure(stopped.kind, stopped.message)  # a fresh one: tracebacks would pile up
+
     def _admit(self, provider: str) -> None:
         with self._lock:
+            self.check(provider)
             state = self._providers[provider]
-            if state.stopped is not None:
-                raise ToolFailure(state.stopped.kind, state.stopped.message)  # a fresh one: tracebacks would pile up
             if state.failures >= BREAKER_FAILURES:
                 if self.clock() < state.open_until:
                     raise failure("breaker", f"{provider} failed {state.failures} times in a row and is given a rest")
@@ -239,7 +245,7 @@ def picture_part(data: bytes) -> dict[str, Any]:
 class ChatServer:
     """A model behind any OpenAI-compatible server. Safe in any number of threads.
 
-    `base_url` may end in /v1 or not. `key` "" sends none. `spend` is told of every call, where calls are paid.
+    `base_url` may end in /v1 or not. Without a `key` nothing is sent, and nothing is paid: `spend` is then not called.
     """
 
     def __init__(
@@ -253,7 +259,8 @@ class ChatServer:
         provider: str = "",
     ):
         self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-        self.model, self.key, self.client, self.seconds, self.spend = model, keep_secret(key), client, seconds, spend
+        self.model, self.key, self.client, self.seconds = model, keep_secret(key), client, seconds
+        self.spend = spend if self.key else None
         self.provider = provider or urlsplit(base_url).netloc
         self.foreign: frozenset[str] = frozenset()  # fields that this server has refused
 
@@ -287,7 +294,6 @@ class ChatServer:
             wanted = {name: value for name, value in body.items() if name not in self.foreign}
             if "max_tokens" in self.foreign:
                 wanted["max_completion_tokens"] = body["max_tokens"]
-            refused = None
             try:
                 return self.client.request(
                     self.provider, "POST", self.url, headers=headers, json=wanted, seconds=self.seconds, tries=3,

@@ -1,7 +1,9 @@
-"""One flat dataclass: the defaults, the command line, and the `config.json` of a run.
+"""Flat dataclasses: the defaults, the command line, and the `config.json` of a run.
 
-A recipe is a dictionary of defaults. What stands on the command line wins over the recipe, and the recipe over the
-dataclass. An unknown or ill-typed option is one line on standard error and exit status 2.
+`Options` is what train.py and eval.py have in common; `Config` adds training, `EvalConfig` evaluation. A recipe is a
+dictionary of defaults, of which each takes what it has; the toy recipe's differ a little between the toy worlds. What
+stands on the command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is
+one line on standard error and exit status 2.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Sequence
+from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
 
 from .episode import UserError
 
@@ -34,7 +36,10 @@ RECIPES: dict[str, dict] = {
         steps=100, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=128,
         turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
     ),
-    "blog": {**_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "steps": 100},
+    "blog": {
+        **_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "image_results": "summary",
+        "steps": 100,
+    },
     "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
     "released": {
         **_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45,
@@ -42,39 +47,155 @@ RECIPES: dict[str, dict] = {
     },
 }  # fmt: skip
 
-
-# What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-RESUME_FREELY = {"out", "save_every", "keep", "resume", "timeout", "max_skipped", "log_tokens", "track"}
-RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}  # where equal bits are not promised
+# What the toy recipe has otherwise in the other toy worlds.
+TOY: dict[str, dict] = {"basic": {}, "full": dict(max_turns=3, max_texts=1, max_tokens=192, steps=80)}
 
 
-# The numbers that make sense, both ends included; a Config outside them is refused.
+# What a resumed run may change besides, where equal bits are not promised.
+RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
+
+# Those that say how a search engine is opened: search.py has them too.
+SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
+
 _MANY = 10**12
-_BOUNDS = {
-    **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "max_turns", "turn_tokens"), (1, _MANY)),
-    **dict.fromkeys(("slots", "micro_tokens", "eval_size", "max_skipped", "timeout"), (1, _MANY)),
-    **dict.fromkeys(("seed", "warmup", "max_images", "max_texts", "eval_every", "save_every"), (0, _MANY)),
-    **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
-    "max_tokens": (2, _MANY), "keep": (2, _MANY), "lr": (0, 1), "adam_beta2": (0, 0.999999),
-    "max_grad_norm": (1e-12, 1e12), "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6),
-    "group_eps": (0, 1e6), "importance_cap": (0, 1e6), "temperature": (0.01, 100),
-}  # fmt: skip
 
 
 @dataclass
-class Config:
+class Options:
+    """What every run needs: model, data, search, limits, machine."""
+
     recipe: Literal["toy", "blog", "paper", "released"] = "toy"
     """Defaults to start from: toy without --model, blog with it."""
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
-    """toy, a .parquet in FVQA's schema, or a .jsonl with its images beside it."""
+    """toy, a .parquet, .jsonl or .json file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
+    format: str = ""
+    """How the data file is laid out: fvqa, infoseek, mmsearch, simplevqa, livevqa, civqa or plain. Empty: look."""
+    columns: str = ""
+    """Columns that are called otherwise: id=…,question=…,answers=…,image=…,category=…, those that differ."""
+    images: str = ""
+    """Folder of the picture files that the data names; empty: the data file's own."""
     search: str = "toy"
-    """Back-end: toy, none, local:FILE (an index that search.py made), or replay:FILE (recorded searches)."""
+    """Back-end: toy, local:FILE, live, replay:FILE (recorded searches), replay:fvqa, remote:URL or none."""
+    results: int = 5
+    """Results per search at most."""
+    image_results: Literal["thumbnails", "summary"] = "thumbnails"
+    """A live image search gives the matches' titles and thumbnails, or what their pages say about the question."""
+    on_miss: Literal["empty", "nearest", "error"] = "empty"
+    """A search that a recording lacks: finds nothing, finds the nearest recorded pages (text), or fails."""
+    search_cache: str = ""
+    """File in which live, remote and local searches are recorded; empty: search.sqlite in ~/.cache/mmsr."""
+    budget: int = 0
+    """Paid calls that the whole run may make; --search live wants it."""
+    step_budget: int = 0
+    """Paid calls that a step may make; 0: as many as --budget has left."""
     out: str = ""
-    """Folder of the run; empty: runs/RECIPE. One that is not empty is refused without --resume."""
+    """Folder of the run. One that is not empty is refused, unless the same run goes on in it."""
     seed: int = 0
     """Seeds the data order, the sampling and the toy world."""
+    reward: Literal["blog", "paper", "strict"] = "paper"
+    """Reward rule; see reward.py."""
+
+    max_turns: int = 2
+    """Model turns per rollout: searches in all are at most one less."""
+    max_images: int = 1
+    """Image searches per rollout."""
+    max_texts: int = 0
+    """Text searches per rollout."""
+    on_tool_error: Literal["tell", "drop"] = "tell"
+    """A tool's infrastructure failed: tell the model and go on, or end the rollout (training leaves it out)."""
+    tool_timeout: int = 600
+    """Seconds after which a call is given up as failed; with --deterministic tools run inline and are waited for."""
+    turn_tokens: int = 32
+    """Tokens sampled per turn at most."""
+    max_tokens: int = 128
+    """Tokens of a conversation at most, prompt and images included."""
+    max_pixels: int = 56 * 56
+    """Larger pictures are shrunk to this many pixels."""
+    min_pixels: int = 56 * 56
+    """Smaller pictures are enlarged to this many pixels."""
+    prompts: str = "toy"
+    """Prompt set: toy, real, or a folder of your own."""
+
+    slots: int = 256
+    """Conversations decoded at once; what does not fit waits for a free slot."""
+    micro_tokens: int = 32768
+    """Packed tokens per forward and backward pass; halved where memory runs out."""
+    device: str = ""
+    """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """Compute type; empty: bfloat16 on CUDA, float32 elsewhere. The optimizer keeps fp32 master weights."""
+    shard: Literal["node", "all"] = "node"
+    """Several machines: each holds a whole copy of the weights, sharded over its devices, or all hold one together."""
+    timeout: int = 1800
+    """Seconds that a process waits for another before the run is given up."""
+    deterministic: bool = True
+    """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
+    log_tokens: bool = True
+    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
+    toy: Literal["basic", "full"] = "basic"
+    """Toy world. full: a town takes a text search too, and a search may mislead; three turns, 80 steps."""
+
+    # The numbers that make sense, both ends included; options outside them are refused.
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout", "tool_timeout"), (1, _MANY)),
+        **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
+        **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
+        "max_tokens": (2, _MANY), "results": (1, 100),
+    }  # fmt: skip
+    # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
+    RESUME_FREELY: ClassVar[set[str]] = {
+        *("out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"),
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.BOUNDS.items():
+            if not low <= getattr(self, name) <= high:  # also refuses NaN
+                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
+        if self.min_pixels > self.max_pixels:
+            raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """What --data names."""
+        return (self.data,)
+
+    @classmethod
+    def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
+        """What a recipe sets of these options, in a toy world."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        recipes = RECIPES[recipe] | (TOY[toy] if recipe == "toy" else {})
+        return {name: value for name, value in recipes.items() if name in names}
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/config.json, whole or not at all."""
+        side = folder / CONFIG_SIDE
+        side.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        side.replace(folder / CONFIG)
+
+    def check_resumes(self, folder: Path) -> None:
+        """Raises UserError unless this configuration continues the run in `folder`: what comes out is the same."""
+        try:
+            before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            before.keys()
+        except FileNotFoundError:
+            raise UserError(f"--out {folder} is not empty and holds no {CONFIG} of a run: name another") from None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / CONFIG} cannot be read ({error}): name another --out") from None
+        free = self.RESUME_FREELY if self.deterministic else self.RESUME_FREELY | RESUME_UNDETERMINED
+        asked = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
+        now = {name: value for name, value in asked.items() if name not in free}
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if changed:
+            listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
+            raise UserError(f"--out {folder}: the run in it differs in {listed}: give the same, or another --out")
+
+
+@dataclass
+class Config(Options):
+    """Options of train.py."""
+
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: maximise the likelihood of rollouts whose answer is right (rejection sampling), same trainer."""
 
@@ -112,48 +233,13 @@ class Config:
     """Groups whose rewards are all equal: leave them out of the update, or keep them for KL and denominator."""
     importance_cap: float = 0.0
     """Cap of the truncated importance weight π_old/π_sampled; 0 turns it off."""
-    reward: Literal["blog", "paper", "strict"] = "paper"
-    """Reward rule; see reward.py."""
 
-    max_turns: int = 2
-    """Model turns per rollout: searches in all are at most one less."""
-    max_images: int = 1
-    """Image searches per rollout."""
-    max_texts: int = 0
-    """Text searches per rollout."""
-    on_tool_error: Literal["tell", "drop"] = "tell"
-    """A tool's infrastructure failed: tell the model and go on, or end the rollout and leave it out of the update."""
     force_searches: bool = False
     """Replay recorded turns (with --search replay:FILE) in half of each group."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
-    turn_tokens: int = 32
-    """Tokens sampled per turn at most."""
-    max_tokens: int = 128
-    """Tokens of a conversation at most, prompt and images included."""
-    max_pixels: int = 56 * 56
-    """Larger pictures are shrunk to this many pixels."""
-    min_pixels: int = 56 * 56
-    """Smaller pictures are enlarged to this many pixels."""
-    prompts: str = "toy"
-    """Prompt set: toy, real, or a folder of your own."""
-
-    slots: int = 256
-    """Conversations decoded at once; what does not fit waits for a free slot."""
-    micro_tokens: int = 32768
-    """Packed tokens per forward and backward pass; halved where memory runs out."""
     recompute: bool = False
     """Keep only the inputs of the model's blocks and run them again in the backward pass: time for memory."""
-    device: str = ""
-    """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
-    dtype: Literal["", "float32", "bfloat16"] = ""
-    """Compute type; empty: bfloat16 on CUDA, float32 elsewhere. The optimizer keeps fp32 master weights."""
-    shard: Literal["node", "all"] = "node"
-    """Several machines: each holds a whole copy of the weights, sharded over its devices, or all hold one together."""
-    timeout: int = 1800
-    """Seconds that a process waits for another before the run is given up."""
-    deterministic: bool = True
-    """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
     eval_data: str = ""
     """Evaluation questions, a file as for --data; empty: fresh toy pictures, or the first rows of --data."""
     eval_size: int = 200
@@ -164,60 +250,88 @@ class Config:
     """Save a checkpoint every so many steps, besides after the last and when interrupted."""
     keep: int = 2
     """Keep this many checkpoints, the newest; at least 2, in case one is damaged."""
-    log_tokens: bool = True
-    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
     track: Literal["", "tensorboard", "wandb"] = ""
     """Send the metrics to a tracker too; its package must be installed."""
     resume: bool = False
     """Go on from the newest sound checkpoint in --out, or start afresh where there is none."""
-    toy: Literal["basic"] = "basic"
-    """Which toy world."""
+
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Options.BOUNDS,
+        **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "eval_size", "max_skipped"), (1, _MANY)),
+        **dict.fromkeys(("warmup", "eval_every", "save_every"), (0, _MANY)),
+        "keep": (2, _MANY), "lr": (0, 1), "adam_beta2": (0, 0.999999), "max_grad_norm": (1e-12, 1e12),
+        "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6), "group_eps": (0, 1e6),
+        "importance_cap": (0, 1e6), "temperature": (0.01, 100),
+    }  # fmt: skip
+    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
+        *("save_every", "keep", "resume", "max_skipped", "track"),
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
-        for name, (low, high) in _BOUNDS.items():
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
+        super().__post_init__()
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}")
         if self.group_size > self.slots:
             raise UserError(f"--slots {self.slots} is less than --group-size {self.group_size}: raise --slots")
-        if self.min_pixels > self.max_pixels:
-            raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         if self.force_searches and not self.search.startswith("replay:"):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
 
-    def save(self, folder: Path) -> None:
-        """Write `folder`/config.json, whole or not at all."""
-        side = folder / CONFIG_SIDE
-        side.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        side.replace(folder / CONFIG)
 
-    def check_resumes(self, folder: Path) -> None:
-        """Raises UserError unless this configuration continues the run in `folder`: what comes out is the same."""
-        try:
-            before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            before.keys()
-        except FileNotFoundError:
-            raise UserError(f"--out {folder} is not empty and holds no {CONFIG} of a run: name another") from None
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder / CONFIG} cannot be read ({error}): name another --out") from None
-        free = RESUME_FREELY if self.deterministic else RESUME_FREELY | RESUME_UNDETERMINED
-        now = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        changed = [name for name, value in now.items() if before.get(name) != value]
-        if changed:
-            listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
-            raise UserError(f"--resume: the run in {folder} differs in {listed}: give the same, or another --out")
+@dataclass
+class EvalConfig(Options):
+    """Options of eval.py."""
+
+    data: tuple[str, ...] = ("toy",)
+    """toy, or .parquet, .jsonl or .json files of questions about pictures; several are evaluated one by one."""
+    mode: Literal["search", "direct", "rag"] = "search"
+    """search: as the model likes. direct: asked without tools. rag: searches forced, the words of queries its own."""
+    limit: int = 0
+    """Only the first so many questions of each data set; 0: all (of the toy world, 200 per category)."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy, as in the paper."""
+    judge: str = ""
+    """Address of an OpenAI-compatible server whose model judges the answers too; its key: OPENAI_API_KEY."""
+    judge_model: str = ""
+    """The judging model, as that server calls it."""
+
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Options.BOUNDS, "limit": (0, _MANY), "temperature": (0, 100),
+    }  # fmt: skip
+    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {"judge", "judge_model"}
+
+    def __post_init__(self) -> None:
+        self.data = tuple(self.data)
+        self.out = self.out or f"runs/eval-{self.mode}"
+        super().__post_init__()
+        if not self.data:
+            raise UserError("--data is missing: name the files to evaluate on, or toy")
+        if len(set(self.data)) < len(self.data):
+            raise UserError(f"--data {' '.join(self.data)}: name each file once")
+        if bool(self.judge) != bool(self.judge_model):
+            raise UserError("--judge and --judge-model go together: give the address and the model's name there")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return self.data
+
+    @classmethod
+    def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
+        """A recipe's data is for training, and so is its temperature."""
+        data = ("toy",) if RECIPES[recipe]["data"] == "toy" else ()
+        return {**super().defaults(recipe, toy), "data": data, "temperature": 0.0}
 
 
-def parse(argv: Sequence[str]) -> Config:
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def parse(argv: Sequence[str], kind: type[AnyOptions] = Config, program: str = "train.py") -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
-    parser = _parser()
-    given = vars(parser.parse_args(argv))
+    given = vars(_parser(kind, program).parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
-    return Config(**{**RECIPES[recipe], **given, "recipe": recipe})
+    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **given, "recipe": recipe})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,32 +340,42 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    types, docs = typing.get_type_hints(Config), _field_docs()
-    for field in dataclasses.fields(Config):
-        kind, name = types[field.name], f"--{_kebab(field.name)}"
-        text = docs.get(field.name, "").replace("%", "%%")
-        if typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], help=text)
-        elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=text)
+def _parser(options: type[Options], program: str) -> argparse.ArgumentParser:
+    parser = _Parser(program, allow_abbrev=False)
+    add_options(parser, options, [field.name for field in dataclasses.fields(options)])
     return parser
 
 
-def _field_docs() -> dict[str, str]:
-    """The string under each field of Config: the help text stands where the field does."""
+def add_options(parser: argparse.ArgumentParser, options: type[Options], names: Container[str]) -> None:
+    """Give `parser` those of the options that are named; what is not on its command line will be absent."""
+    types, docs = typing.get_type_hints(options), _field_docs(options)
+    for field in dataclasses.fields(options):
+        if field.name not in names:
+            continue
+        kind, name = types[field.name], f"--{_kebab(field.name)}"
+        absent = dict(default=argparse.SUPPRESS, help=docs.get(field.name, "").replace("%", "%%"))
+        if typing.get_origin(kind) is Literal:
+            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(name, nargs="+", metavar=name[2:].upper(), **absent)
+        elif kind is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **absent)
+        else:
+            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **absent)
+
+
+def _field_docs(options: type[Options]) -> dict[str, str]:
+    """The string under each field: the help text stands where the field does."""
     import ast
     import inspect
 
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    return {
-        field.target.id: text.value.value.strip()
-        for field, text in zip(body, body[1:])
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
+    docs = {}
+    for kind in options.__mro__[-2::-1]:  # object has none; the base first, so that a field made anew has the last word
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        for field, text in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                docs[field.target.id] = text.value.value.strip()
+    return docs
 
 
 def _kebab(name: str) -> str:

@@ -28,6 +28,7 @@ from .author import Shelf, Stages, external
 from .cache import Cached
 from .client import ChatServer
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
+from .data import read_examples
 from .episode import UserError
 from .factory import Again, Calls, Factory, Idempotent, Journal, Lines, alone, write_lines
 from .finders import open_finder
@@ -158,13 +159,14 @@ class Rollouts:
         model = ["--model", options.model] if options.model else []
         recipe = ["--recipe", options.recipe] if options.recipe else []
         config = parse([*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)])
-        self.setup, self.tries, self.seed = assemble(config), options.tries, options.seed
+        self.setup, self.questions = assemble(config), read_examples(pool)
+        self.tries, self.seed = options.tries, options.seed
         tools = search_tools(backend, config.max_images, config.max_texts)
         self.setup.toolbox = Toolbox(tools, inline=config.deterministic)
 
     def __call__(self, item: dict, reasons: Counter) -> list[dict]:
         rows = range(item["first"], item["first"] + len(item["questions"]))
-        examples = [self.setup.questions[row] for row in rows]
+        examples = [self.questions[row] for row in rows]
         found = [Counter() for _ in examples]
         for direct in (False, True):
             seed = ("need", self.seed, item["id"], direct)
@@ -213,7 +215,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # default, whose type is the option's, 
     "out": ("", "folder of the data set; the same command goes on in it"),
     "metadata": ("", "MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus"),
     "counts": ("", "MetaCLIP's entry_counts_400m.json, entry to count"),
-    "search": ("live", "where pictures and pages come from: corpus:FILE.jsonl, live, local:FILE, remote:URL"),
+    "search": ("live", "where pictures and pages come from: corpus:FILE.jsonl or live"),
     "vision-model": (os.environ.get("OPENAI_MODEL", "gpt-4o"), "the model that judges and writes, by OPENAI_API_KEY"),
     "budget": (0, "paid calls at most, searches and answers together; needed where any is paid"),
     "concepts": (1000, "concepts to begin with, half of them familiar"),

@@ -1,284 +1,287 @@
-"""Readers: FactualVQA and plain JSONL data sets, recorded rollouts, and the order in which examples are drawn.
+"""Questions from files: the benchmarks' published layouts, one's own JSON lines, and the order they are drawn in.
 
-Nothing here holds a data set in memory: of a Parquet file the text columns stay and pictures are read a row group at a
-time, of a JSONL file only the lines' offsets stay. Rows count from 0, in errors too. A data set's text is checked when
-it is opened, a row's picture when the row is used.
+A layout is an entry of `FORMATS`: which columns hold what. It is told by the columns, or named; `--columns` renames
+what differs. A cell is read by its shape: a question is text or chat messages, answers are one value or a list, a
+picture is bytes, {bytes, path}, base64 text, or a file's name. A data set's text is checked when it is opened, a row's
+picture when the row is used; both errors name file, row and column, and rows count from 0.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import random
-import tempfile
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from .episode import Example, Hit, Observation, UserError
+from .episode import Example, UserError
+from .tables import Table, json_file, open_table
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-TEXT_COLUMNS = ["prompt", "reward_model", "data_id", "category"]
-PARQUET_FIELDS = (  # what is read of FactualVQA's schema: columns, fields of structs, and of structs in lists ([])
-    "prompt[].content",
-    "prompt[].role",
-    "images[].bytes",
-    "reward_model.candidate_answers",
-    "reward_model.ground_truth",
-    "data_id",
-    "category",
-)
-GROUPS_KEPT = 4  # row groups of pictures in memory
-GROUP_BYTES = 128 << 20  # a larger row group is cut up first
-ROWS_PER_CUT = 16
-DAMAGE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises on a broken file (ValueError: bad UTF-8)
+ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "data:image/")  # how the four formats begin in base64
 
 
-def read_examples(path: str | Path) -> Dataset:
-    """The data set in a `.parquet` file of FactualVQA's schema or a plain `.jsonl` file.
+@dataclass(frozen=True)
+class Format:
+    """Which columns hold what an `Example` needs; a struct's field is `column.field`."""
 
-    A JSONL line is {"id", "image": path relative to the file, "question", "answers": [...], "category": optional}.
-    Raises `UserError` for a file that is missing, not in its format, lacks columns, or has a row with unusable text.
+    id: str
+    question: str
+    answers: tuple[str, ...]  # the ground truth's column, then those of accepted aliases
+    image: str
+    category: str = ""  # may be missing in the file
+    listed: tuple[str, ...] = ()  # of the answers' columns, those where text is no answer but a JSON list of them
+    some_pictureless: bool = False  # rows without a picture are part of the benchmark, but not ours
+    details: str = ""  # a JSON file beside the data with the category of each id
+
+
+# Told in this order: a layout comes before those that ask for fewer columns.
+FORMATS = {
+    "fvqa": Format(
+        "data_id", "prompt", ("reward_model.ground_truth", "reward_model.candidate_answers"), "images", "category",
+        listed=("reward_model.candidate_answers",),
+    ),
+    "infoseek": Format("data_id", "question", ("answer", "answer_eval"), "image_id", "data_split"),
+    "mmsearch": Format(
+        "sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area", some_pictureless=True
+    ),
+    "livevqa": Format("sample_id", "query", ("gt_answer",), "query_image", "topic", details="qa_detailed.json"),
+    "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category"),
+    "plain": Format("id", "question", ("answers",), "image", "category", listed=("answers",)),
+    "civqa": Format("id", "question", ("answer",), "image", "category"),  # gated: its columns are for --columns to say
+}  # fmt: skip
+
+
+def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
+    """The data set in a .parquet, .jsonl or .json file.
+
+    `format` names its layout (empty: told by the columns), `columns` renames some ("question=q,answers=a"), `images` is
+    the folder of picture files that it names (empty: its own). Raises UserError for a file that is missing or not in
+    its format, lacks columns, or has a row with unusable text, and for unknown names.
     """
     path = Path(path)
-    readers = {".parquet": ParquetDataset, ".jsonl": JsonlDataset}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: cannot tell the data's format; give --data a file named .parquet or .jsonl")
-    return readers[path.suffix](path)
+    if format and format not in FORMATS:
+        raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
+    table = open_table(path)
+    names = [format] if format else ["plain", *FORMATS] if columns else FORMATS  # any layout fits if all is renamed
+    layouts = {name: _renamed(FORMATS[name], columns) for name in names}
+    usual = "fvqa" if path.suffix == ".parquet" and not format else format or "plain"
+    name = next((name for name, layout in layouts.items() if not _lacking(layout, table)), usual)
+    if len(table) and _lacking(layouts[name], table):
+        name = min(layouts, key=lambda name: (_share_lacking(layouts[name], table), name != usual))
+        wanted, found = ", ".join(_lacking(layouts[name], table)), ", ".join(table.names)
+        what = f"row 0, column {wanted}: missing (found {found}; it looks most like {name})"
+        raise UserError(f"{path}: {what}; add it, or say what stands for it: --columns question=…,answers=…")
+    return Dataset(path, table, name, layouts[name], Path(images) if images else path.parent)
+
+
+def _renamed(layout: Format, columns: str) -> Format:
+    """`layout` with the columns of "question=q,answers=a" in their places."""
+    names = [field.name for field in fields(Format)][:5]
+    changes: dict[str, Any] = {}
+    for part in filter(None, columns.split(",")):
+        place, _, column = (side.strip() for side in part.partition("="))
+        place = "answers" if place == "answer" else place
+        if place not in names or not column:
+            raise UserError(f"--columns {part}: give PLACE=COLUMN, where PLACE is {', '.join(names)}")
+        changes[place] = column
+    if "answers" in changes:
+        changes |= {"answers": (changes["answers"],), "listed": ()}
+    return replace(layout, **changes)
+
+
+def _lacking(layout: Format, table: Table) -> list[str]:
+    return [name for name in (layout.id, layout.question, *layout.answers, layout.image) if name not in table.fields]
+
+
+def _share_lacking(layout: Format, table: Table) -> float:
+    return len(_lacking(layout, table)) / (3 + len(layout.answers))
 
 
 class Dataset(Sequence):
-    """Examples on disk, each read when asked for: `len(data)`, `data[row]`, iteration.
+    """Examples on disk, each read when asked for: `len(data)`, `data[place]`, iteration.
 
-    `data[row]` raises `UserError` where the row's picture is missing or no JPEG, PNG, WEBP or GIF.
+    Places are rows, but for those left out (`rows[place]` is the file's row). `data[place]` raises UserError where the
+    row's picture is missing or no JPEG, PNG, WEBP or GIF.
     """
 
-    path: Path
-    picture_column: str
+    def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
+        self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
+        columns = [layout.id, layout.question, *layout.answers, layout.category]
+        self.table.keep(dict.fromkeys(name.partition(".")[0] for name in columns if name in table.fields))
+        self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
+        self.left_out = len(table) - len(self.rows)
+        for row in self.rows:
+            self.text(row)
 
-    def __getitem__(self, row: int) -> Example:
-        row = range(len(self))[row]  # negative rows, and IndexError past the end
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Example:
+        row = self.rows[place]
         example_id, question, answers, category = self.text(row)
-        return Example(example_id, self._checked(row, self.image(row)), question, answers, category)
+        return Example(example_id, self.picture(row), question, answers, category)
+
+    def keep_first(self, n: int) -> None:
+        """Forget all but the first n."""
+        self.rows = self.rows[:n]
+
+    # ---- text
 
     def text(self, row: int) -> tuple[str, str, tuple[str, ...], str]:
         """The row's id, question, answers and category."""
-        raise NotImplementedError
+        cells, layout = self.table.text(row), self.layout
+        example_id = self._cell(cells, row, layout.id)
+        if not isinstance(example_id, str | int) or example_id == "":
+            self._refuse(row, layout.id, f"there is no id, but {example_id!r:.60}; give text or a whole number")
+        question = self._question(row, self._cell(cells, row, layout.question))
+        category = _inside(cells, layout.category)
+        category = category or self.details.get(str(example_id), "")
+        return str(example_id), question, self._answers(row, cells), str(category or "")
 
-    def image(self, row: int) -> bytes:
-        """The row's encoded picture, unchecked."""
-        raise NotImplementedError
+    def _cell(self, cells: dict[str, Any], row: int, name: str) -> Any:
+        column = name.partition(".")[0]
+        if column not in cells:
+            self._refuse(row, column, f"missing (found {', '.join(cells)}); add it")
+        return _inside(cells, name)
 
-    def _checked(self, row: int, picture: bytes) -> bytes:
+    def _question(self, row: int, value: Any) -> str:
+        """Text, or the last user message of a conversation; the marker that some exports put for the picture goes."""
+        if isinstance(value, list):
+            asked = [message.get("content") for message in value if _says(message, "user")]
+            value = asked[-1] if asked else None
+        question = value.replace("<image>", "").strip() if isinstance(value, str) else ""
+        return question or self._refuse(row, self.layout.question, "the question is empty; fill it in or drop the row")
+
+    def _answers(self, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
+        """All accepted answers, each once, without blank ones (a blank alias would be matched by an empty answer)."""
+        found: list[str] = []
+        for name in self.layout.answers:
+            value = self._cell(cells, row, name)
+            if name in self.layout.listed and isinstance(value, str):
+                value = self._list_in(row, name, value)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            texts = [self._answer(row, name, each) for each in values]
+            found += [text for text in texts if text.strip()]
+            if not found:  # aliases of no ground truth are a damaged row
+                self._refuse(row, name, "there is no answer; give one or drop the row")
+        return tuple(dict.fromkeys(found))
+
+    def _answer(self, row: int, column: str, value: Any) -> str:
+        if isinstance(value, dict) and "wikidata" in value:  # InfoSeek's numbers: {"wikidata": 12.0, "range": [11, 13]}
+            value = value["wikidata"]
+        if isinstance(value, float):
+            return "" if value != value else str(int(value)) if value.is_integer() else str(value)
+        if not isinstance(value, str | int):
+            self._refuse(row, column, f"{value!r:.60} is neither text nor a list of texts; write it as one")
+        return str(value)
+
+    def _list_in(self, row: int, column: str, text: str) -> list[Any]:
+        try:
+            found = json.loads(text or "[]")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, list):
+            self._refuse(row, column, f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
+        return found
+
+    @cached_property
+    def details(self) -> dict[str, str]:
+        """The category of each id, where a file beside the data tells it."""
+        path = self.path.parent / (self.layout.details or ".")
+        if not path.is_file():
+            return {}
+        found = json_file(path)
+        if isinstance(found, dict):
+            found = [{self.layout.id: key, **row} for key, row in found.items() if isinstance(row, dict)]
+        rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+        return {str(row.get(self.layout.id)): str(row.get(self.layout.category) or "") for row in rows}
+
+    # ---- pictures
+
+    def picture(self, row: int) -> bytes:
+        """The row's encoded picture, checked."""
+        picture = self._bytes(row, self.table.picture(row, self.layout.image))
         try:
             with Image.open(BytesIO(picture), formats=IMAGE_FORMATS) as image:
                 image.verify()
         except Exception as error:  # Pillow raises a dozen types on a broken file
             why = str(error) if isinstance(error, Image.DecompressionBombError) else "cannot be decoded"
-            self._refuse(row, self.picture_column, f"{len(picture)} bytes {why}; give a JPEG, PNG, WEBP or GIF picture")
+            complaint = f"{len(picture)} bytes {why}; give a JPEG, PNG, WEBP or GIF picture"
+            self._refuse(row, self.layout.image, complaint)
         return picture
+
+    def _bytes(self, row: int, value: Any) -> bytes:
+        if isinstance(value, list):
+            if len(value) > 1:
+                self._refuse(row, self.layout.image, f"{len(value)} pictures; a question has one, drop the others")
+            value = value[0] if value else None
+        embedded = isinstance(value, dict)
+        if embedded:
+            value = value.get("bytes")
+        if isinstance(value, str) and value.startswith(BASE64_STARTS):
+            return self._decoded(row, value)
+        if isinstance(value, str) and value.strip() and not embedded:
+            return self._file(row, value)
+        if not value or not isinstance(value, bytes):
+            complaint = "no image bytes; embed the picture itself (paths and URLs are not followed)"
+            self._refuse(row, self.layout.image, complaint)
+        return value
+
+    def _decoded(self, row: int, text: str) -> bytes:
+        try:
+            return base64.b64decode(text.rpartition("base64,")[2])
+        except (binascii.Error, ValueError):
+            self._refuse(row, self.layout.image, f"base64 text of {len(text)} characters is cut short; get it again")
+
+    def _file(self, row: int, name: str) -> bytes:
+        """A file of the picture folder, or of a folder right in it; the name may lack its ending."""
+        try:
+            for folder in self._folders():
+                for ending in ENDINGS:
+                    for file in (folder / f"{name}{ending}", folder / f"{name.lstrip('/')}{ending}"):
+                        if file.is_file():
+                            return file.read_bytes()
+        except (OSError, ValueError):
+            pass
+        complaint = f"no readable file {name!r:.200} in {self.folder}; correct it, or name the folder with --images"
+        self._refuse(row, self.layout.image, complaint)
+
+    def _folders(self) -> Iterator[Path]:
+        yield self.folder
+        yield from self._inner_folders  # not looked for until a file is not in the folder itself
+
+    @cached_property
+    def _inner_folders(self) -> list[Path]:
+        return sorted(entry for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
+
+    def _pictured(self) -> list[int]:
+        """The rows that have a picture at all."""
+        values = (self.table.picture(row, self.layout.image) for row in range(len(self.table)))
+        return [row for row, value in enumerate(values) if (value.get("bytes") if isinstance(value, dict) else value)]
 
     def _refuse(self, row: int, column: str, complaint: str) -> NoReturn:
         raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
 
-    def _id(self, row: int, column: str, value: Any) -> str:
-        return self._refuse(row, column, "there is no id; give one") if value in (None, "") else str(value)
 
-    def _question(self, row: int, column: str, value: Any) -> str:
-        question = value.strip() if isinstance(value, str) else ""
-        return question or self._refuse(row, column, "the question is empty; fill it in or drop the row")
-
-    def _answers(self, row: int, column: str, values: Any) -> tuple[str, ...]:
-        """The values as strings, each once, without blank ones (a blank alias would be matched by an empty answer)."""
-        if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
-            self._refuse(row, column, f"{values!r:.60} is not a list of strings; write it as one")
-        answers = tuple(dict.fromkeys(str(value) for value in values if str(value).strip()))
-        return answers or self._refuse(row, column, "there is no answer; give one or drop the row")
+def _inside(cells: dict[str, Any], name: str) -> Any:
+    """The value of a column, or of a struct's field."""
+    column, _, field = name.partition(".")
+    value = cells.get(column)
+    return value.get(field) if field and isinstance(value, dict) else None if field else value
 
 
-class ParquetDataset(Dataset):
-    """FactualVQA's schema: prompt, images, reward_model, data_id, category; other columns are ignored.
-
-    The question is the content of the last user message of `prompt`, without the `<image>` marker that some exports put
-    into it; the published rows hold the bare question there, and all instructions are the chat template's affair. The
-    answers are `ground_truth`, then the aliases of `candidate_answers` (a JSON list in a string; null is none).
-    """
-
-    picture_column = "images"
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = self._open(path)
-        self._check_columns()
-        if any(group.total_byte_size > GROUP_BYTES for group in self._groups()):
-            self.file = self._cut_up()
-        self.starts = [0, *accumulate(group.num_rows for group in self._groups())]
-        self.columns = self._read(range(self.file.num_row_groups), TEXT_COLUMNS)
-        self.pictures = lru_cache(GROUPS_KEPT)(lambda group: self._read([group], ["images"])["images"])
-        for row in range(len(self)):
-            self.text(row)
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def text(self, row: int) -> tuple[str, str, tuple[str, ...], str]:
-        prompt, truth, example_id, category = (self.columns[name][row].as_py() for name in TEXT_COLUMNS)
-        asked = [message["content"] for message in prompt or () if message and message["role"] == "user"]
-        question = str(asked[-1] or "").replace("<image>", "") if asked else ""
-        question = self._question(row, "prompt", question)
-        return self._id(row, "data_id", example_id), question, self._truth(row, truth or {}), str(category or "")
-
-    def image(self, row: int) -> bytes:
-        group = bisect_right(self.starts, row) - 1
-        pictures = self.pictures(group)[row - self.starts[group]].as_py() or [None]
-        if len(pictures) > 1:
-            self._refuse(row, "images", f"{len(pictures)} pictures; a question has one, drop the others")
-        data = pictures[0] and pictures[0]["bytes"]
-        if not data or not isinstance(data, bytes):
-            self._refuse(row, "images", "no image bytes; embed the picture itself (paths and URLs are not followed)")
-        return data
-
-    def _truth(self, row: int, truth: dict[str, Any]) -> tuple[str, ...]:
-        encoded = truth.get("candidate_answers")
-        try:
-            aliases = json.loads(encoded or "[]")
-        except (TypeError, ValueError, RecursionError):
-            aliases = None
-        if not isinstance(aliases, list):
-            complaint = f'candidate_answers {encoded!r:.60} is not a JSON list; write one such as ["Tagus"]'
-            self._refuse(row, "reward_model", complaint)
-        gold = self._answers(row, "reward_model", [truth.get("ground_truth") or ""])
-        return self._answers(row, "reward_model", [*gold, *aliases])
-
-    def _open(self, source: Path | BinaryIO) -> pq.ParquetFile:
-        try:  # without pre-buffering and with a small buffer, batches of a huge row group need little memory
-            return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
-        except FileNotFoundError:
-            raise _missing(self.path) from None
-        except DAMAGE as error:
-            raise self._unreadable(error) from error
-
-    def _groups(self) -> list[pq.RowGroupMetaData]:
-        return [self.file.metadata.row_group(group) for group in range(self.file.num_row_groups)]
-
-    def _read(self, groups: Iterable[int], columns: list[str]) -> pa.Table:
-        try:
-            table = self.file.read_row_groups(list(groups), columns=columns)
-            table.validate(full=True)  # most writers store no checksums
-            return table
-        except DAMAGE as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> UserError:
-        why = str(error).partition("\n")[0][:100]
-        return UserError(f"{self.path}: not a Parquet file, or cut short or damaged ({why}); get it again")
-
-    def _check_columns(self) -> None:
-        schema = self.file.schema_arrow
-        found = set(schema.names).union(*(_fields(column) for column in schema))
-        missing = [name for name in PARQUET_FIELDS if name not in found]
-        if missing:
-            names = ", ".join(schema.names)
-            raise UserError(f"{self.path}: column {', '.join(missing)} missing (found {names}); use FVQA's columns")
-
-    def _cut_up(self) -> pq.ParquetFile:
-        """A copy with small row groups in an unnamed temporary file: some writers put all rows into one group."""
-        try:
-            copy = tempfile.TemporaryFile()
-            with pq.ParquetWriter(copy, self.file.schema_arrow) as writer:
-                for batch in self.file.iter_batches(ROWS_PER_CUT):
-                    writer.write_batch(batch)
-        except DAMAGE as error:
-            folder, why = tempfile.gettempdir(), str(error).partition("\n")[0][:100]
-            complaint = f"cannot cut up its large row groups in {folder} ({why}); free space there or set TMPDIR"
-            raise UserError(f"{self.path}: {complaint}") from error
-        return self._open(copy)
-
-
-def _fields(column: pa.Field) -> set[str]:
-    """A column's fields as `PARQUET_FIELDS` writes them."""
-    in_list = hasattr(column.type, "value_type")
-    kind = column.type.value_type if in_list else column.type
-    return {f"{column.name}{'[]' * in_list}.{kind.field(index).name}" for index in range(kind.num_fields)}
-
-
-class JsonlDataset(Dataset):
-    """One {"id", "image", "question", "answers", "category"} a line; blank lines are no rows."""
-
-    picture_column = "image"
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.offsets = array("Q", (offset for offset, _ in _lines(path)))
-        for row in range(len(self)):
-            self.text(row)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def text(self, row: int) -> tuple[str, str, tuple[str, ...], str]:
-        line = self._line(row)
-        question = self._question(row, "question", line["question"])
-        answers = self._answers(row, "answers", line["answers"])
-        return self._id(row, "id", line["id"]), question, answers, str(line.get("category") or "")
-
-    def image(self, row: int) -> bytes:
-        name = self._line(row)["image"]
-        try:
-            return (self.path.parent / name).read_bytes()
-        except (OSError, TypeError, ValueError):
-            self._refuse(row, "image", f"no readable file {name!r:.200} beside the data; correct the path")
-
-    def _line(self, row: int) -> dict[str, Any]:
-        with _opened(self.path) as file:
-            file.seek(self.offsets[row])
-            line = _json_object(self.path, row, file.readline())
-        for column in ("id", "image", "question", "answers"):
-            if column not in line:
-                self._refuse(row, column, f"missing (found {', '.join(line)}); add it")
-        return line
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its offset."""
-    offset = 0
-    with _opened(path) as file:
-        for line in file:
-            if line.strip():
-                yield offset, line
-            offset += len(line)
-
-
-def _missing(path: Path) -> UserError:
-    return UserError(f"{path}: no such file; check the path")
-
-
-def _json_object(path: Path, row: int, line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; write one a line")
-    return found
+def _says(message: Any, role: str) -> bool:
+    return isinstance(message, dict) and message.get("role") == role
 
 
 class Sampler:
@@ -305,50 +308,3 @@ def _epoch(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
-
-
-@dataclass(frozen=True)
-class RecordedTurn:
-    """What a model said in a recorded rollout and, where it searched, what came back."""
-
-    response: str
-    action: str | None  # "answer", "image_search", "text_search", or None
-    query: str | None
-    observation: Observation | None
-
-
-def recorded_turns(path: str | Path) -> dict[str, list[RecordedTurn]]:
-    """The turns of each example id in a transcripts file such as `mmsearch_r1_7b_transcripts.jsonl`.
-
-    Thumbnails are recorded as addresses, which are not followed: an image search gives titles only. A page without a
-    summary gives its snippet. Of an id that recurs the last line counts. Raises `UserError` for a missing or ill-formed
-    file.
-    """
-    path, recorded = Path(path), {}
-    for row, (_, line) in enumerate(_lines(path)):
-        transcript = _json_object(path, row, line)
-        for column in ("data_id", "turns"):
-            if column not in transcript:
-                raise UserError(f"{path}: row {row}, column {column}: missing; give a transcripts file")
-        try:
-            recorded[str(transcript["data_id"])] = [_recorded_turn(turn) for turn in transcript["turns"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: row {row}, column turns: not as recorded ({what}); mend the line") from None
-    return recorded
-
-
-def _recorded_turn(turn: dict[str, Any]) -> RecordedTurn:
-    result = turn.get("tool_result")
-    observation = None if result is None else Observation(_recorded_hits(result), source="replay", cached=True)
-    return RecordedTurn(turn["response"], turn.get("action"), turn.get("query"), observation)
-
-
-def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
-    if "titles" in result:
-        return tuple(Hit(title or "") for title in result["titles"])
-    summaries = {page["rank"]: page.get("summary") for page in result["summaries"]}
-    return tuple(
-        Hit(page.get("title") or "", page.get("url") or "", summaries.get(page["rank"]) or page.get("snippet") or "")
-        for page in result["documents"]
-    )

@@ -1,12 +1,32 @@
-"""What a set of finished episodes amounts to: the numbers that training, evaluation and their tables share."""
+"""What a set of finished episodes amounts to: the numbers that training, evaluation and their tables share.
+
+An episode in numbers is `measures`. Training adds them up over the ranks (`summary`). eval.py writes them into its
+lines and takes all else from these (`results`): a run that was interrupted or shared out gives the same numbers.
+
+Search ratio has two definitions: the share of answers before which there was a search (`search_ratio`, the paper's),
+and the share of the allowed calls that were made (`calls_ratio`).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections import Counter
+from typing import Any, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from .episode import Episode
 from .parallel import SINGLE, Ranks
+from .reward import RewardRule, answer_score
 from .tools import IMAGE_SEARCH, TEXT_SEARCH
+
+# Categories of questions that call for a search, and of those that do not; others tell nothing of the decision.
+CALLS_FOR_SEARCH = {
+    **dict.fromkeys(("search_required", "unfamiliar", "held_out", "known_new_fact", "unknown_two_hop"), True),
+    **dict.fromkeys(("search_free", "familiar", "familiar_fact"), False),
+}  # fmt: skip
+OFFICIAL, STRICT = RewardRule("paper"), RewardRule("strict")
+RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")
+DRAWS = 1000
 
 
 def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, float]:
@@ -26,15 +46,38 @@ def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str,
     }
 
 
-def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
+def measures(episode: Episode) -> dict[str, float]:
+    """A scored episode in numbers whose means are those of a set."""
     return {
-        "n": len(episodes),
-        "accuracy": sum(e.reward_parts["accuracy"] for e in episodes),
-        "search_ratio": sum(e.searches() > 0 for e in episodes),
-        "search_ratio_image": sum(e.searches(IMAGE_SEARCH) > 0 for e in episodes),
-        "search_ratio_text": sum(e.searches(TEXT_SEARCH) > 0 for e in episodes),
-        "reward": sum(e.reward for e in episodes),
+        "accuracy": episode.reward_parts["accuracy"],
+        "search_ratio": float(episode.searches() > 0),
+        "search_ratio_image": float(episode.searches(IMAGE_SEARCH) > 0),
+        "search_ratio_text": float(episode.searches(TEXT_SEARCH) > 0),
+        "reward": episode.reward,
     }
+
+
+def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
+    """The same and what only an evaluation looks at."""
+    return {
+        **measures(episode),
+        "accuracy": answer_score(episode, OFFICIAL),  # also where the reward is a strict one
+        "accuracy_strict": answer_score(episode, STRICT),
+        "format": episode.reward_parts["format"],
+        "calls_ratio": episode.searches() / calls_allowed if calls_allowed else 0.0,
+        "tool_failures": tool_errors([episode]).total(),
+        "turns": sum(turn.role == "assistant" for turn in episode.turns),
+        "tokens": len(episode.input_ids),
+        "tokens_sampled": sum(episode.loss_mask),
+    }
+
+
+def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
+    total = dict.fromkeys(("n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"), 0)
+    for episode in episodes:
+        for key, value in {"n": 1, **measures(episode)}.items():
+            total[key] += value
+    return total
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -42,24 +85,99 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     return {key: value if key == "n" else value / n for key, value in sums.items()}
 
 
-def tool_failures(episodes: Sequence[Episode]) -> int:
-    """Calls whose infrastructure failed. A search that finds nothing, or one over its limit, is none."""
+def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
+    """What calls say whose infrastructure failed. A search that finds nothing, or one over its limit, is none."""
     seen = [turn.observation for e in episodes for turn in e.turns if turn.role == "tool"]
-    return sum(not observation.ok and observation.source != "limit" for observation in seen)
+    return Counter(str(one.error) for one in seen if not one.ok and one.source != "limit")
 
 
 def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:
-    """Text table of several evaluations: `rows` maps a name to its `by_category`.
+    """Text table of several evaluations, a column each: `rows` maps a name to its `by_category`.
 
-    The last columns are overall means, the categories weighted by `mix`, or else by their number of questions.
+    A cell has the shares of episodes that searched by image and by text (left out where nobody did) and the accuracy.
+    The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
     """
-    categories = list(dict.fromkeys(category for row in rows.values() for category in row))
-    keys = ("search_ratio", "accuracy")
-    lines = [["", *(f"{key.split('_')[0]} {c}" for key in keys for c in categories), "accuracy", "reward"]]
-    for name, row in rows.items():
-        share = {c: (mix or {}).get(c, 0 if mix else row[c]["n"]) for c in categories}
-        overall = [sum(row[c][k] * share[c] for c in categories) / sum(share.values()) for k in ("accuracy", "reward")]
-        cells = [*(row[c][key] for key in keys for c in categories), *overall]
-        lines.append([name, *(f"{cell:.3f}" for cell in cells)])
+    keys = ["search_ratio_image", "search_ratio_text", "accuracy"]
+    if not any(category["search_ratio_text"] for row in rows.values() for category in row.values()):
+        keys.remove("search_ratio_text")
+    means = [_overall(row, mix, [*keys, "reward"]) for row in rows.values()]
+    lines = [["/".join(key.split("_")[-1] for key in keys), *rows]]
+    for name in dict.fromkeys(name for row in rows.values() for name in row):
+        lines.append([name, *(_cell(row[name], keys) for row in rows.values())])
+    lines.append(["mean", *(_cell(mean, keys) for mean in means)])
+    lines.append(["reward", *(f"{mean['reward']:.3f}" for mean in means)])
+    return aligned(lines)
+
+
+def _overall(row: dict[str, dict[str, Any]], mix: dict[str, float] | None, keys: Sequence[str]) -> dict[str, float]:
+    share = {name: (mix or {}).get(name, 0 if mix else category["n"]) for name, category in row.items()}
+    return {key: sum(row[name][key] * share[name] for name in row) / sum(share.values()) for key in keys}
+
+
+def _cell(numbers: Mapping[str, float], keys: Sequence[str]) -> str:
+    return " ".join(f"{numbers[key]:.2f}" for key in keys)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+# ---- evaluations
+
+
+def results(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an evaluation's lines amount to: {"category", "measures", "judged": verdict or None, if there is a judge}.
+
+    Means over the questions, but `n`, `tool_failures` and `judge_failures` count. `interval`: 95 % intervals.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["category"] or "all", []).append(line)
+    return {
+        **_result(lines),
+        **decision(lines),
+        "interval": {key: interval(_values(lines, key)) for key in RESAMPLED if _values(lines, key)},
+        "by_category": {category: _result(groups[category]) for category in sorted(groups)},
+    }
+
+
+def _result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    keys = lines[0]["measures"] if lines else ()
+    found: dict[str, Any] = {"n": len(lines), **{key: _mean(_values(lines, key)) for key in keys}}
+    found["tool_failures"] = sum(_values(lines, "tool_failures"))
+    judged = [line for line in lines if line.get("judged") is not None]
+    agreed = [line["judged"] == (line["measures"]["accuracy"] == 1) for line in judged]
+    found |= {"accuracy_judge": _mean(_values(judged, "accuracy_judge")), "judge_agreement": _mean(agreed)}
+    return found | {"judge_failures": sum("judged" in line for line in lines) - len(judged)}
+
+
+def _values(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    if key == "accuracy_judge":
+        return [float(line["judged"]) for line in lines if line.get("judged") is not None]
+    return [line["measures"][key] for line in lines]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def decision(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of the answers with a search, the share that called for one; of those that called for one, the share with it."""
+    pairs = [
+        (CALLS_FOR_SEARCH[line["category"]], line["measures"]["search_ratio"] > 0)
+        for line in lines
+        if line["category"] in CALLS_FOR_SEARCH
+    ]
+    return {
+        "search_precision": _mean([needed for needed, searched in pairs if searched]),
+        "search_recall": _mean([searched for needed, searched in pairs if needed]),
+    }
+
+
+def interval(values: Sequence[float], seed: int = 0) -> list[float]:
+    """Bounds of the middle 95 % of the means of `DRAWS` resamplings (bootstrap over questions)."""
+    sample, dice = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [sample[dice.integers(0, len(sample), len(sample))].mean() for _ in range(DRAWS)]
+    return np.quantile(means, [0.025, 0.975]).round(6).tolist()

@@ -1,7 +1,7 @@
-"""Where the pictures of a new data set come from: photographs of one's own, the live web, or any other search engine.
+"""Where the pictures of a new data set come from: photographs of one's own, the live web, or another search engine.
 
-A finder is a `tools.Backend` that also has `pictures(concept)`. Of one without it, the pictures that its text search
-shows are taken.
+A finder is a `tools.Backend` that also has `pictures(concept)`. One without it may be handed to `construct.build` too:
+then the pictures are taken that its text search shows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from . import bm25
-from .backends import open_backend
 from .client import Client, web_address
 from .episode import Hit, Observation, UserError, digest
 from .factory import Lines, fingerprint
@@ -44,13 +43,13 @@ def find_pictures(finder: Backend, concept: str) -> list[Picture]:
 
 
 def open_finder(spec: str, spend: Callable[[str], None], client: Client) -> Backend:
-    """`corpus:FILE.jsonl`, `live`, or what `--search` takes elsewhere. Raises UserError."""
+    """`corpus:FILE.jsonl` or `live`: the search engines that find pictures by words. Raises UserError."""
     kind, _, where = spec.partition(":")
     if kind == "corpus":
         return Corpus(Path(where))
     if spec == "live":
         return Web(Live.from_environment(spend=spend, images=False, client=client))
-    return open_backend(spec)
+    raise UserError(f"--search {spec}: finds no pictures by words; give corpus:FILE.jsonl or live")
 
 
 class Corpus:

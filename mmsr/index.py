@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .encoders import Encoder, open_encoder
 from .episode import Hit, Observation, UserError
-from .pictures import check_image
+from .pictures import decode
 from .tools import ToolFailure
 
 APPLICATION = 0x6D6D7372  # "mmsr" in the file's header
@@ -182,7 +182,7 @@ def _known(db: sqlite3.Connection, table: str, digest: bytes) -> int | None:
 
 def _open_picture(data: bytes) -> PIL.Image.Image:
     """The picture as it is encoded. Raises ValueError for what is none."""
-    picture = check_image(data)
+    picture = decode(data)
     picture.thumbnail((ENCODED, ENCODED), PIL.Image.Resampling.BICUBIC, reducing_gap=2.0)
     return picture
 
@@ -198,7 +198,7 @@ def _thumbnail(picture: PIL.Image.Image) -> bytes:
 
 
 def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
-    """The index of a path, read-only unless it may be created. Raises UserError for what is no index."""
+    """The index of a path; nothing is written unless it may be created. Raises UserError for what is no index."""
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
     if create and not file.parent.is_dir():
@@ -206,13 +206,13 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
     if not create and not file.exists():
         raise UserError(f"{file}: no such index; make one with: python search.py index --out {file} …")
     try:
-        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'ro'}"
+        # Not "ro": after a kill in the middle of a batch, whoever opens the file next must be able to roll it back.
+        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
         db = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise UserError(f"{file} is a database, but not an index of search.py; name another file")
-        if create:
-            db.executescript(SCHEMA)
+        db.executescript(SCHEMA if create else "PRAGMA query_only = ON")
         return db
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it anew") from None
@@ -310,7 +310,9 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     rows = db.execute("SELECT id, vector FROM pictures ORDER BY id LIMIT ?", (n,))
     for place, (number, vector) in enumerate(rows):
         ids[place], vectors[place] = number, np.frombuffer(vector, dtype=np.float16)
-    if not np.isfinite(vectors.sum()):
+    with np.errstate(invalid="ignore"):
+        sound = np.isfinite(vectors.sum())
+    if not sound:
         raise ValueError("a vector is not finite")
     return ids, vectors
 

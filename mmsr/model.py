@@ -22,13 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import Attend
 from .episode import UserError
 from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower, inverse_frequencies, rotate, run_block
 
 BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
+TILE = 12 * 2**20  # logits at a time: 82 rows of the real vocabulary
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -252,37 +252,60 @@ class Qwen2_5_VL(nn.Module):
 
 def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, banned: Tensor | None = None) -> Tensor:
     """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature. `banned` (V,) bool: probability 0."""
-    values = (hidden @ head.T).float() / temperature
+    values = (hidden @ head.T).float().div_(temperature)
     return values if banned is None else values.masked_fill(banned, BANNED_LOGIT)
 
 
 def log_probs(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    chunk: int = 1024,
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
-    The entropy carries no gradient. At most `chunk` rows of logits exist at a time, in the backward pass too.
+    The entropy carries no gradient. Only some rows of logits exist at a time, in the backward pass too, which makes
+    them again: three tiles in all.
     """
+    return _LogProbs.apply(hidden, head, targets, temperature, banned)
 
-    def score(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
-        every = logits(hidden, head, temperature, banned).log_softmax(-1)
-        logps = every.gather(-1, targets[:, None])[:, 0]
-        with torch.no_grad():  # stands last: recomputing stops at the last value that the backward pass needs
-            entropy = -(every.exp() * every).sum(-1)
+
+class _LogProbs(torch.autograd.Function):
+    """`log_probs`. Its own backward pass, so that half-precision rows add up their gradient of the head in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, banned: Tensor | None):
+        ctx.save_for_backward(hidden, head, targets, banned)
+        ctx.temperature = temperature
+        logps, entropy = [], []
+        for rows, wanted in _tiles(hidden, targets, head):
+            # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
+            every = logits(rows, head, temperature, banned).log_softmax(-1)
+            logps.append(every.gather(-1, wanted[:, None])[:, 0])
+            entropy.append(-every.exp().mul_(every).sum(-1))
+        logps, entropy = torch.cat(logps), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
-    parts = [
-        checkpoint(score, rows, head, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
-    ]
-    logps, entropy = zip(*parts)
-    return torch.cat(logps), torch.cat(entropy)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor, _: Tensor):
+        hidden, head, targets, banned = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_head = torch.zeros_like(head, dtype=torch.float32)
+        for rows, wanted, scale, out in reversed(_tiles(hidden, targets, head, gradient[:, None], to_hidden)):
+            every = logits(rows, head, ctx.temperature, banned).log_softmax(-1)
+            slope = torch.zeros_like(every).scatter_(1, wanted[:, None], scale)
+            slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
+            if banned is not None:
+                slope.masked_fill_(banned, 0)
+            slope = slope.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(slope, head, out=out)
+            to_head += slope.T @ rows
+        return to_hidden, to_head.to(head.dtype), None, None, None
+
+
+def _tiles(hidden: Tensor, targets: Tensor, head: Tensor, *more: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike along their rows, so that the logits of one cut are at most TILE numbers."""
+    rows = min(1024, max(1, TILE // len(head)))
+    return list(zip(*(x.split(rows) for x in (hidden, targets, *more))))
 
 
 # ---- random weights
@@ -316,14 +339,25 @@ def resolve(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     repository = SHORT_NAMES.get(name, name)
-    from huggingface_hub import snapshot_download  # slow to import, and not needed for a folder
+    return fetched(
+        "snapshot_download", f"model {name!r} is not a folder, and {repository!r}",
+        "check the name and the network, or pass a local folder",
+        repo_id=repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+    )  # fmt: skip
+
+
+def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
+    """What a function of huggingface_hub's fetches, or finds in its cache. UserError "what … : advice" where it fails.
+
+    The hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
+    """
+    import huggingface_hub  # slow to import, and not needed for files that are here
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(getattr(huggingface_hub, function)(**where))
     except Exception as error:  # of the hub's client, its HTTP library or the file system
         raise UserError(
-            f"model {name!r} is not a folder, and {repository!r} could not be fetched from the Hugging Face hub "
-            f"({_first_line(error)}): check the name and the network, or pass a local folder"
+            f"{what} could not be fetched from the Hugging Face hub ({_first_line(error)}): {advice}"
         ) from error
 
 

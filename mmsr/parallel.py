@@ -16,6 +16,8 @@ This is the only module that imports torch.distributed. What it keeps to, each l
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequence, TypeVar
 
 import torch
@@ -155,13 +158,14 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
     if ranks.size == 1:
         yield ranks
         return
+    peers = ranks.everyone(_identity(os.getpid()))
     try:
         yield ranks
     except SystemExit:
         dist.destroy_process_group()
         raise
     except BaseException as error:
-        _leave(ranks, error)
+        _leave(ranks, error, peers)
     dist.destroy_process_group()
 
 
@@ -175,6 +179,8 @@ def _join(device: str, timeout: float) -> Ranks:
         torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store outlives the processes that it restarts: keep these from the addresses that the dead ones left.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=place if cuda else None
@@ -203,10 +209,11 @@ def _status(error: BaseException) -> int:
     return error.status if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1
 
 
-def _leave(ranks: Ranks, error: BaseException) -> NoReturn:
+def _leave(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
     """Say what happened unless another rank has, and end this process.
 
-    Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish.
+    Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish. Who has
+    waited for another rank in vain ends the others of its machine too: torchrun would give one that hangs 30 seconds.
     """
     first = not isinstance(error, Stopped) and _first_to_fail(ranks)
     if first:
@@ -214,7 +221,20 @@ def _leave(ranks: Ranks, error: BaseException) -> NoReturn:
     sys.stdout.flush(), sys.stderr.flush()
     if not first or _lost(error):
         time.sleep(3)  # torchrun ends all when it sees one end, and names that one: let it be the one that failed
+    if _lost(error):
+        for peer in peers:
+            if peer != _identity(os.getpid()) and peer == _identity(peer[1]):
+                os.kill(peer[1], signal.SIGKILL)
     os._exit(_status(error))
+
+
+def _identity(pid: int) -> tuple[str, int, str | None]:
+    """(machine, process, when it began): numbers of processes are used again."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # gone, or no Linux
+        return socket.gethostname(), pid, None
+    return socket.gethostname(), pid, stat.rpartition(")")[2].split()[19]
 
 
 def _first_to_fail(ranks: Ranks) -> bool:

@@ -22,34 +22,35 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 def decode(data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS) -> PIL.Image.Image:
     """The RGB picture of an encoded file; transparency is laid on white, an animation gives its first frame.
 
-    Raises ValueError, in one line, for a file that is too large, broken, or of another format. Size is read from the
-    header and refused before any pixel is decoded, so a bomb costs nothing.
+    Raises ValueError, in one line, for a file that is too large, too elongated, broken, or of another format. Size is
+    read from the header and refused before any pixel is decoded, so a bomb costs nothing.
     """
     if len(data) > max_bytes:
         raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {max_bytes:,}")
     try:
         picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = picture.size
-        if width * height <= max_pixels:
-            return _to_rgb(picture)
     except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
-        known = not isinstance(error, PIL.UnidentifiedImageError)  # whose text is a Python object's address
-        reason = (" ".join(str(error).split()) or type(error).__name__) if known else "it begins like none of these"
-        raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({len(data):,} bytes): {reason}") from error
-    raise ValueError(f"picture of {width} x {height} is over the limit of {max_pixels:,} pixels")
+        raise _unreadable(data, error) from error
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(f"picture of {width} x {height} is over the limit of {max_pixels:,} pixels")
+    check_aspect(width, height)
+    try:
+        return _to_rgb(picture)
+    except Exception as error:
+        raise _unreadable(data, error) from error
+
+
+def _unreadable(data: bytes, error: Exception) -> ValueError:
+    known = not isinstance(error, PIL.UnidentifiedImageError)  # whose text is a Python object's address
+    reason = (" ".join(str(error).split()) or type(error).__name__) if known else "it begins like none of these"
+    return ValueError(f"not a readable {', '.join(FORMATS)} picture ({len(data):,} bytes): {reason}")
 
 
 def check_aspect(width: int, height: int) -> None:
     """Raises ValueError when one side is more than 200 times the other."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"picture of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT}")
-
-
-def check_image(data: bytes) -> PIL.Image.Image:
-    """`decode`, and the picture's proportions too: what comes back can be shown to the model. Raises ValueError."""
-    picture = decode(data)
-    check_aspect(*picture.size)
-    return picture
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -74,6 +75,4 @@ def jpeg(picture: PIL.Image.Image, side: int, max_bytes: int) -> bytes:
 
 def thumbnail(data: bytes) -> bytes:
     """A stranger's picture file as a small JPEG. Raises ValueError where it is no picture, or too much of one."""
-    picture = decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS)
-    check_aspect(*picture.size)
-    return jpeg(picture, THUMBNAIL_SIDE, THUMBNAIL_BYTES)
+    return jpeg(decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS), THUMBNAIL_SIDE, THUMBNAIL_BYTES)

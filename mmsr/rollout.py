@@ -12,6 +12,7 @@ what comes back is appended as a user turn with mask 0.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
@@ -23,6 +24,11 @@ from .tools import Call, Toolbox
 from .vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
+LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
+
+
+class Opening(str):
+    """In a script, how a model turn begins: these words are forced, the model writes the rest of the turn."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Limits:
     min_pixels: int
     max_pixels: int
     thumbnail_pixels: int = 224 * 224
+    tool_seconds: float = 600.0  # a call that takes longer is given up, where tools run in threads
     stop_on_tool_error: bool = False  # end the episode (status tool-error) instead of telling the model
 
 
@@ -42,9 +49,11 @@ class _Run:
 
     episode: Episode
     member: Member
-    script: list[str] = field(default_factory=list)  # model turns to force before sampling begins
+    script: list[str] = field(default_factory=list)  # model turns to force, then openings of turns
+    begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
+    called: float = 0.0  # when the tool was, by time.monotonic
 
 
 class Rollout:
@@ -71,7 +80,8 @@ class Rollout:
         `slots`: the examples' group ids, where they are not all of a batch and so not 0, 1, 2, ...
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
-        model turns to force (replay, RAG): their tools really run, their tokens are not trained.
+        model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
+        an `Opening` for each of the turns that follow.
         """
         slots = range(len(examples)) if slots is None else slots
         groups = [self._open(example, slot, group_size, seed, scripts) for slot, example in zip(slots, examples)]
@@ -131,6 +141,9 @@ class Rollout:
     def _force_turn(self, run: _Run) -> None:
         if not run.script or run.episode.status:
             return
+        if opening := self._opening(run):
+            run.begun = len(run.member.ids)
+            return run.member.force(opening)
         text = run.script.pop(0)
         start = len(run.member.ids)
         run.member.force(self.chat.assistant(text))
@@ -139,6 +152,11 @@ class Rollout:
             return self._end(run, LENGTH)
         self._act(run, turn)
 
+    def _opening(self, run: _Run) -> list[int]:
+        """Ids of the opening that the script has for the coming turn; none where it has none."""
+        begins = run.script and isinstance(run.script[0], Opening)
+        return self.chat.opening(run.script.pop(0)) if begins else []
+
     # ---- turns ------------------------------------------------------------------------------------------------------
 
     def _turn_ended(self, run: _Run) -> None:
@@ -146,6 +164,8 @@ class Rollout:
         start = len(member.loss_mask)
         while start and member.loss_mask[start - 1]:
             start -= 1
+        if run.begun is not None:
+            start, run.begun = run.begun, None
         text = self.chat.decode(member.ids[start : len(member.ids) - member.stopped])
         turn = self._turn(run, text, start)
         if member.stopped:
@@ -173,15 +193,25 @@ class Rollout:
         run.calls[turn.action] = run.calls.get(turn.action, 0) + 1
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
-        example = run.episode.example
+        example, run.called = run.episode.example, time.monotonic()
         self.waiting[self.toolbox.call(turn.action, Call(turn.query, example.image, example.question))] = run
 
     def _collect(self, block: bool) -> None:
-        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one."""
-        if self.waiting:
-            wait(self.waiting, timeout=None if block else 0, return_when=FIRST_COMPLETED)
-            for future in [future for future in self.waiting if future.done()]:
-                self._observe(self.waiting.pop(future), future.result())
+        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.
+
+        A call that hangs is given up: its thread goes on, nobody waits for it.
+        """
+        if not self.waiting:
+            return
+        deadline = min(run.called for run in self.waiting.values()) + self.limits.tool_seconds
+        patience = max(0.0, deadline - time.monotonic()) if block else 0.0
+        wait(self.waiting, timeout=patience, return_when=FIRST_COMPLETED)
+        now = time.monotonic()
+        for future, run in list(self.waiting.items()):
+            late = now >= run.called + self.limits.tool_seconds
+            if future.done() or late:
+                del self.waiting[future]
+                self._observe(run, future.result() if future.done() else LATE)
 
     def _observe(self, run: _Run, seen: Observation) -> None:
         """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""
@@ -193,13 +223,16 @@ class Rollout:
         run.episode.turns.append(turn)
         if not seen.ok and seen is not OVER_LIMIT and self.limits.stop_on_tool_error:
             return self._end(run, TOOL_ERROR)
-        if start + len(piece.ids) >= self.engine.max_tokens:
+        opening = self._opening(run)
+        if start + len(piece.ids) + len(opening) >= self.engine.max_tokens:
             return self._end(run, LENGTH)
         turn.end += len(piece.ids)
+        run.begun = len(member.ids) + len(piece.ids) if opening else None
         if member.group is not None:
-            return self.engine.extend(member, piece.ids, piece.images)
-        member.force(piece.ids, piece.images)  # still playing its opening
-        self._force_turn(run)
+            return self.engine.extend(member, piece.ids + opening, piece.images)
+        member.force(piece.ids + opening, piece.images)  # before sampling begins
+        if not opening:
+            self._force_turn(run)
 
     def _thumbnail(self, image: bytes | None) -> Image | None:
         if image is None:

@@ -22,8 +22,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from .episode import Hit, Observation, UserError
-from .pictures import check_image
+from .episode import Hit, UserError
+from .pictures import decode
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
 
 MAX_BODY = 16 * 2**20  # bytes; a picture of 12 MiB
@@ -57,7 +57,7 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from None
-        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=True)
+        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
         self.private = ipaddress.ip_address(self.server_address[0]).is_loopback
         self.room = threading.BoundedSemaphore(MAX_RUNNING)
 
@@ -83,13 +83,16 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
-    def observe(self, tool: str, query: str = "", image: bytes = b"", question: str = "") -> Observation:
-        """One search. Raises Refused where the back-end fails."""
-        seen = self.toolbox.call(tool, Call(query, image, question)).result()
-        if not seen.ok:
-            kind, _, message = (seen.error or "error").partition(": ")
-            raise Refused(502, message or kind, kind=kind)
-        return seen
+    def search(self, tool: str, calls: list[Call]) -> list[tuple[Hit, ...]]:
+        """Hits of each call, all made at once. Raises Refused where the back-end fails one."""
+        futures = [self.toolbox.call(tool, call) for call in calls]
+        for seen in (future.result() for future in futures):
+            if not seen.ok:
+                for future in futures:
+                    future.cancel()  # what has not begun need not be paid for
+                kind, _, message = (seen.error or "error").partition(": ")
+                raise Refused(502, message or kind, kind=kind)
+        return [future.result().hits for future in futures]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -170,8 +173,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(queries) > MAX_QUERIES:
             raise Refused(400, f"{len(queries):,} queries are over the limit of {MAX_QUERIES:,}")
         most, scored = _top_k(body), body.get("return_scores") is True
-        found = [self.server.observe(TEXT_SEARCH, query=query).hits[:most] for query in queries]
-        return {"result": [[_document(hit, scored) for hit in hits] for hits in found]}
+        found = self.server.search(TEXT_SEARCH, [Call(query, b"", query) for query in queries])
+        return {"result": [[_document(hit, scored) for hit in hits[:most]] for hits in found]}
 
     def image_search(self) -> dict:
         body = self._body()
@@ -180,10 +183,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, '"image" must be base64 text, and "question", if given, text')
         try:
             image = base64.b64decode(encoded, validate=True)
-            check_image(image)
+            decode(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
-        hits = self.server.observe(IMAGE_SEARCH, "<img>", image, question).hits
+        (hits,) = self.server.search(IMAGE_SEARCH, [Call("<img>", image, question)])
         return {"results": [image_result(hit) for hit in hits[:most]]}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:

@@ -1,49 +1,151 @@
-"""The toy world: a synthetic FactualVQA, its web, a tokenizer and a tiny model, for training on any machine in minutes.
+"""The toy world: a synthetic FactualVQA and its web, for training on any machine in minutes.
 
-A *concept* is an emblem of eight attributes with a made-up name and a made-up town. Some concepts are **familiar**:
-the base model has met them. The others are **unfamiliar** (met only as questions in training) or **held_out** (only in
-evaluation), and nothing but the toy web knows them. So the best policy is to answer what one knows and to search for
-what one does not — and to tell which is which, on emblems never trained on.
+A *concept* is an emblem of eight attributes with a made-up name and a made-up town. Concepts come in *pools*, by how
+much the base model was taught of them (`toy_base.py`): nothing, the name, or name and town. What it does not know, the
+toy web does. So the best policy is to answer what one knows and to search for what one does not — and to tell which is
+which, on emblems never trained on. Questions come in *categories*, by their pools and by what they ask for.
 
-The warm start stands in for pre-training and instruction tuning: supervised traces through the very trainer that GRPO
-uses later. A direct answer recalls the name first: recall and "let me look it up" then compete in one softmax, and how
-sharp the recall is becomes the knowledge boundary that reinforcement learning finds.
+One world, two settings. In BASIC the titles that an image search finds tell the town too: the right episode is `answer`
+or `image → answer`. In FULL they tell the name alone, and a town is found by a text search for that name:
+
+| category (what is asked of whom)                | the model knows | the right episode     |
+|-------------------------------------------------|-----------------|-----------------------|
+| familiar (a name), familiar_fact (a town)       | name; and town  | answer                |
+| known_new_fact (a town)                         | name            | text → answer         |
+| unfamiliar, held_out (a name)                   | nothing         | image → answer        |
+| unfamiliar_fact, unknown_two_hop (a town)       | nothing         | image → text → answer |
+
+held_out and unknown_two_hop ask about concepts that no training question is about.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
-from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import PIL.Image
-import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
-from . import model as modeling
-from .chat import PROMPTS, Chat
-from .engine import Engine
-from .episode import ANSWERED, Episode, Example, Hit, Observation, UserError
-from .rollout import Limits, Rollout
-from .tools import Toolbox, search_tools
-from .update import MasterWeights, Trainer
-from .vision import Image, VisionConfig, patchify
+from .episode import Example, Hit, Observation
+from .tools import IMAGE_SEARCH, TEXT_SEARCH
 
-CATEGORIES = {"familiar": 40, "unfamiliar": 300, "held_out": 300}  # concepts in each
-MIX = {"familiar": 0.5, "unfamiliar": 0.25, "held_out": 0.25}  # weights of overall means: half known, as in training
-QUESTIONS = ("what is this ?", "which town does it belong to ?")  # its name; its town
-TITLES = ("{name} of {town}", "{name} in {town}", "{name} from {town}")
-RESULTS, DISTRACTION = 3, 0.3  # titles per search; chance that a title below the first is about something else
+QUESTIONS = ("what is this ?", "which town does it belong to ?")
+NAME, TOWN = 0, 1  # places in QUESTIONS; a concept of which n facts are known is one whose first n answers are
+PAGES = ("{name} of {town}", "{name} in {town}", "{name} from {town}")
+TITLES = ("{name} crest", "{name} wiki", "{name} emblem")  # of an image search where they do not tell the town
+ENOUGH = 450  # exposures in the warm start; with fewer a concept is known, but not as surely as training needs
+RESULTS, DISTRACTION = 3, 0.3  # results per search; chance that one below the first is about something else
 LOOK_IT_UP = "<reason> let me look it up . </reason> <search><img></search>"
 SIZE = 56  # picture side in pixels: 4 × 4 patches, 4 image tokens
+
+
+def look_up(name: str) -> str:
+    """The model turn that searches for a name's town."""
+    return f"<reason> {name} , look it up . </reason> <text_search> {name} town </text_search>"
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Concepts of which the base model knows equally much."""
+
+    name: str
+    size: int
+    facts: int = 0  # known of each: none, its name, its name and town
+    exposure: int = 0  # how often the warm start shows each
+
+
+@dataclass(frozen=True)
+class Category:
+    """Questions that are evaluated together, and how many of them there are in training."""
+
+    name: str
+    pools: tuple[str, ...]
+    questions: tuple[int, ...] = (NAME, TOWN)  # asked in turn
+    train: int = 0
+    weight: float = 0.0  # in means over all categories
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What kind of world. A variation is a `dataclasses.replace` of BASIC or FULL."""
+
+    pools: tuple[Pool, ...]
+    categories: tuple[Category, ...]
+    two_hops: bool = False  # an image search tells the name alone, and a text search for that the town
+    wrong: float = 0.0  # share of searches whose first result is about something else
+    thumbnails: bool = False  # image search shows a picture beside each title
+    reader: tuple[float, ...] = (1.0, 0.0, 0.0)  # chance that the warm start copies from the first result, the second …
+
+    @property
+    def mix(self) -> dict[str, float]:
+        return {category.name: category.weight for category in self.categories}
+
+    def facts(self, pool: str) -> int:
+        """How many facts the base model knows of the concepts of a pool; none of one that is not the world's."""
+        return next((p.facts for p in self.pools if p.name == pool), 0)
+
+    def right_searches(self, category: Category) -> tuple[str, ...]:
+        """The tools that an episode of this category needs, in order."""
+        known, asked = min(map(self.facts, category.pools)), max(category.questions)
+        if known > asked:
+            return ()
+        if not self.two_hops:
+            return (IMAGE_SEARCH,)
+        return (IMAGE_SEARCH,) * (known == 0) + (TEXT_SEARCH,) * (asked == TOWN)
+
+
+BASIC = Settings(
+    pools=(
+        Pool("familiar", 40, facts=2, exposure=720),
+        Pool("unfamiliar", 300),
+        Pool("held_out", 300),
+    ),
+    categories=(
+        Category("familiar", ("familiar",), train=240, weight=0.5),
+        Category("unfamiliar", ("unfamiliar",), train=240, weight=0.25),
+        Category("held_out", ("held_out",), weight=0.25),
+    ),
+)
+
+FULL = Settings(
+    pools=(
+        Pool("known", 24, facts=2, exposure=700),  # its towns are recalled in a quarter of the traces only
+        Pool("named", 24, facts=1, exposure=500),
+        Pool("unfamiliar", 300),
+        Pool("held_out", 300),
+    ),
+    categories=(  # a third of the training questions about each pool but held_out; known and unknown weigh alike
+        Category("familiar", ("known", "named"), (NAME,), train=160, weight=4 / 12),
+        Category("familiar_fact", ("known",), (TOWN,), train=80, weight=2 / 12),
+        Category("known_new_fact", ("named",), (TOWN,), train=80, weight=2 / 12),
+        Category("unfamiliar", ("unfamiliar",), (NAME,), train=80, weight=1 / 12),
+        Category("unfamiliar_fact", ("unfamiliar",), (TOWN,), train=80, weight=1 / 12),
+        Category("held_out", ("held_out",), (NAME,), weight=1 / 12),
+        Category("unknown_two_hop", ("held_out",), (TOWN,), weight=1 / 12),
+    ),
+    two_hops=True,
+    wrong=0.07,  # so that .93 can be right at best where one search is needed, and .86 where two are
+)
+
+SETTINGS = {"basic": BASIC, "full": FULL}
+
+
+def graded(settings: Settings, exposures: Sequence[int], size: int = 6) -> Settings:
+    """`settings` with more pools, of graded familiarity: the warm start shows the concepts of each as often as said.
+
+    Nothing is known of them but the name, they are in no training question, and for each there is a category of name
+    questions, `exposure_0` and so on, which has no weight in means.
+    """
+    pools = tuple(Pool(f"exposure_{n}", size, facts=int(n > 0), exposure=n) for n in exposures)
+    categories = tuple(Category(pool.name, (pool.name,), (NAME,)) for pool in pools)
+    return replace(settings, pools=settings.pools + pools, categories=settings.categories + categories)
+
 
 # ---- concepts and their pictures ------------------------------------------------------------------------------------
 
@@ -124,7 +226,7 @@ def png(picture: np.ndarray) -> bytes:
 SYLLABLES = [c + v for c in "bdfgjkmnpvz" for v in "aeiou"]
 
 
-def _words(rng: np.random.Generator, n: int, syllables: int) -> list[str]:
+def made_up(rng: np.random.Generator, n: int, syllables: int) -> list[str]:
     """`n` distinct made-up words."""
     words: dict[str, None] = {}
     while len(words) < n:
@@ -137,279 +239,124 @@ class Concept:
     emblem: np.ndarray
     name: str
     town: str
-    category: str
+    pool: str
 
     def answer(self, question: int) -> str:
         return (self.name, self.town)[question]
 
 
 class World:
-    """Concepts, questions about fresh pictures of them, and a web that knows those pictures. A function of `seed`."""
+    """Concepts, questions about fresh pictures of them, and a web that knows those pictures.
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    A function of `seed` and `settings`.
+    """
+
+    def __init__(self, seed: int, settings: Settings = BASIC):
+        self.seed, self.settings = seed, settings
         rng = np.random.default_rng([seed, 1])
-        total = sum(CATEGORIES.values())
-        familiar = draw_emblems(rng, CATEGORIES["familiar"])
-        emblems = np.concatenate([familiar, draw_emblems(rng, total - len(familiar), unlike=familiar)])
-        names, towns = _words(rng, total, 3), _words(rng, total, 2)
-        kinds = [category for category, n in CATEGORIES.items() for _ in range(n)]
-        self.concepts = [Concept(*parts) for parts in zip(emblems, names, towns, kinds)]
-        self.familiar = emblems[: len(familiar)]
-        self.web = Web(self.concepts, seed)
+        of_each = [pool for pool in settings.pools for _ in range(pool.size)]
+        taught = np.array([pool.facts > 0 for pool in of_each])
+        emblems = np.empty((len(of_each), len(RANGES)), dtype=int)
+        emblems[taught] = draw_emblems(rng, taught.sum())
+        emblems[~taught] = draw_emblems(rng, (~taught).sum(), unlike=emblems[taught])
+        names, towns = made_up(rng, len(of_each), 3), made_up(rng, len(of_each), 2)
+        self.concepts = [Concept(e, name, town, p.name) for e, name, town, p in zip(emblems, names, towns, of_each)]
+        self.taught = emblems[taught]  # of these the base model knows something
+        self.web = Web(self.concepts, settings, seed)
 
-    def of(self, category: str) -> list[Concept]:
-        return [concept for concept in self.concepts if concept.category == category]
+    def of(self, *pools: str) -> list[Concept]:
+        return [concept for concept in self.concepts if concept.pool in pools]
 
-    def questions(self, category: str, n: int, tag: str) -> list[Example]:
+    def questions(self, category: str | Category, n: int, tag: str) -> list[Example]:
         """`n` questions about fresh pictures of a category, which the web then knows. Equal tags give equal ones."""
-        salt = int.from_bytes(hashlib.sha256(f"{category}/{tag}".encode()).digest()[:4], "little")
+        if isinstance(category, str):
+            category = next(c for c in self.settings.categories if c.name == category)
+        salt = int.from_bytes(hashlib.sha256(f"{category.name}/{tag}".encode()).digest()[:4], "little")
         rng = np.random.default_rng([self.seed, 2, salt])
-        pool = self.of(category)
+        pool = self.of(*category.pools)
         chosen = [pool[i] for i in rng.integers(0, len(pool), n)]
         pictures = render(np.stack([concept.emblem for concept in chosen]), rng)
         examples = []
         for i, (concept, picture) in enumerate(zip(chosen, pictures)):
-            image, question = png(picture), i % len(QUESTIONS)
+            image, question = png(picture), category.questions[i % len(category.questions)]
             self.web.add(image, concept)
-            answers = (concept.answer(question),)
-            examples.append(Example(f"{category}-{tag}-{i}", image, QUESTIONS[question], answers, category))
+            name, answers = f"{category.name}-{tag}-{i}", (concept.answer(question),)
+            examples.append(Example(name, image, QUESTIONS[question], answers, category.name))
         return examples
 
     @cached_property
     def train(self) -> list[Example]:
-        """The 480 questions of reinforcement learning, half familiar, half unfamiliar."""
-        pairs = zip(self.questions("familiar", 240, "train"), self.questions("unfamiliar", 240, "train"))
-        return [example for pair in pairs for example in pair]
+        """The questions of reinforcement learning."""
+        asked = [category for category in self.settings.categories if category.train]
+        return [example for category in asked for example in self.questions(category, category.train, "train")]
+
+    def always_search(self, example: Example, texts: bool = True) -> list[str]:
+        """Model turns that search for all that is asked, known or not. They believe the first title."""
+        if not (self.settings.two_hops and texts and example.question == QUESTIONS[TOWN]):
+            return [LOOK_IT_UP]
+        found = self.web.image_search(example.image).hits[:1]
+        return [LOOK_IT_UP, *(look_up(hit.title.split()[0]) for hit in found)]
 
 
 class Web:
-    """The toy world's web, a search back-end. It sees picture bytes only, and finds the pictures that are on it."""
+    """The toy world's web, a search back-end.
 
-    def __init__(self, concepts: list[Concept], seed: int):
-        self.concepts, self.seed = concepts, seed
+    It sees picture bytes or words only. It finds the pictures that are on it, and the towns of names that are. Equal
+    searches give equal results. Where retrieval is imperfect, a share `wrong` of the pictures lead to something else
+    first, and so do the names of that same share of each pool's concepts.
+    """
+
+    def __init__(self, concepts: list[Concept], settings: Settings, seed: int):
+        self.concepts, self.settings, self.seed = concepts, settings, seed
+        self.names = {concept.name: concept for concept in concepts}
         self.pictures: dict[bytes, Concept] = {}
+        self._seen: dict[bytes, Observation] = {}
+        rng = np.random.default_rng([seed, 5])
+        self.misleading: set[str] = set()  # names
+        for pool in settings.pools:
+            names = [concept.name for concept in concepts if concept.pool == pool.name]
+            self.misleading.update(rng.choice(names, round(settings.wrong * len(names)), replace=False))
 
     def add(self, image: bytes, concept: Concept) -> None:
         self.pictures[hashlib.sha256(image).digest()] = concept
-
-    def titles(self, concept: Concept, rng: np.random.Generator) -> list[str]:
-        """Page titles about a concept, the best first; those below it may be about another."""
-        about = [concept] + [
-            self.concepts[rng.integers(len(self.concepts))] if rng.random() < DISTRACTION else concept
-            for _ in range(RESULTS - 1)
-        ]
-        return [TITLES[rng.integers(len(TITLES))].format(name=c.name, town=c.town) for c in about]
 
     def image_search(self, image: bytes, question: str = "") -> Observation:
         digest = hashlib.sha256(image).digest()
         concept = self.pictures.get(digest)
         if concept is None:
             return Observation(source="toy")
-        rng = np.random.default_rng([self.seed, 3, *np.frombuffer(digest[:16], dtype=np.uint32)])
-        return Observation(tuple(Hit(title=title) for title in self.titles(concept, rng)), source="toy")
+        if digest not in self._seen:
+            rng = np.random.default_rng([self.seed, 3, *np.frombuffer(digest[:16], dtype=np.uint32)])
+            about = self.about(concept, rng, misleading=rng.random() < self.settings.wrong)
+            self._seen[digest] = Observation(self.hits(IMAGE_SEARCH, about, rng), source="toy")
+        return self._seen[digest]
 
     def text_search(self, query: str) -> Observation:
-        words = set(query.split())
-        found = [c for c in self.concepts if c.name in words or c.town in words]
-        hits = tuple(Hit(title=TITLES[0].format(name=c.name, town=c.town)) for c in found[:RESULTS])
-        return Observation(hits, source="toy")
+        name = next((word for word in query.split() if word in self.names), None)
+        if name is None:
+            return Observation(source="toy")
+        digest = hashlib.sha256(name.encode()).digest()
+        rng = np.random.default_rng([self.seed, 6, *np.frombuffer(digest[:16], dtype=np.uint32)])
+        about = self.about(self.names[name], rng, misleading=name in self.misleading)
+        return Observation(self.hits(TEXT_SEARCH, about, rng), source="toy")
 
+    def about(self, concept: Concept, rng: np.random.Generator, misleading: bool = False) -> list[Concept]:
+        """What the results of a search for a concept are about, the first one first."""
+        others = [misleading, *(rng.random(RESULTS - 1) < DISTRACTION)]
+        return [self._another(concept, rng) if other else concept for other in others]
 
-# ---- tokenizer and model --------------------------------------------------------------------------------------------
+    def _another(self, concept: Concept, rng: np.random.Generator) -> Concept:
+        other = concept
+        while other.name == concept.name:
+            other = self.concepts[rng.integers(len(self.concepts))]
+        return other
 
-# The control tokens of Qwen2.5-VL, in its order, behind the vocabulary.
-SPECIAL = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-]
-
-
-def build_tokenizer() -> Tokenizer:
-    """Byte-level BPE, so that any text has ids, trained so that a syllable is a token and a word of the traces too."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    templates = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
-    said = [*QUESTIONS, *TITLES, LOOK_IT_UP, _direct("", ""), _copied(""), "user assistant system"]
-    words = [word for word in dict.fromkeys(" ".join(templates + said).split()) if "{" not in word]
-    corpus = [form for s in SYLLABLES for form in [s, f" {s}"] for _ in range(2000)]
-    corpus += [form for w in words for form in [w, f" {w}"] for _ in range(200)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=100, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    return tokenizer
-
-
-def model_config(tokenizer: Tokenizer) -> modeling.ModelConfig:
-    """About a million parameters in the architecture of Qwen2.5-VL."""
-    return modeling.ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        mrope_section=(4, 6, 6),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
-        eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-        video_token_id=tokenizer.token_to_id("<|video_pad|>"),
-        vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
-        vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
-        vision=VisionConfig(
-            depth=2, hidden_size=96, num_heads=4, intermediate_size=192, out_hidden_size=128, fullatt_block_indexes=(1,)
-        ),
-    )
-
-
-# ---- warm start -----------------------------------------------------------------------------------------------------
-
-
-def _direct(name: str, answer: str) -> str:
-    return f"<reason> {name} . </reason> <answer> {answer} </answer>"
-
-
-def _copied(answer: str) -> str:
-    return f"<reason> results say so . </reason> <answer> {answer} </answer>"
-
-
-class Traces:
-    """Supervised episodes: half about familiar emblems, half about one-off emblems with random names; half search."""
-
-    def __init__(self, world: World, chat: Chat, seed: int):
-        self.world, self.chat = world, chat
-        self.rng = np.random.default_rng([seed, 4])
-        self.made = 0
-
-    def batch(self, n: int) -> list[Episode]:
-        rng, known = self.rng, self.world.of("familiar")
-        emblems = draw_emblems(rng, n // 2, unlike=self.world.familiar)
-        novel = [Concept(emblem, *_words(rng, 1, 3), *_words(rng, 1, 2), "novel") for emblem in emblems]
-        concepts = [known[i] for i in rng.integers(0, len(known), n - len(novel))] + novel
-        pictures = render(np.stack([concept.emblem for concept in concepts]), rng)
-        return [self._episode(concept, picture, i) for i, (concept, picture) in enumerate(zip(concepts, pictures))]
-
-    def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
-        rng, question = self.rng, int(self.rng.integers(len(QUESTIONS)))
-        self.made += 1
-        image = Image(patchify(picture), (SIZE // 14, SIZE // 14), f"trace {self.made}")
-        search = rng.random() < 0.5
-        mode = "search" if search or rng.random() < 0.75 else "direct"
-        prompt = self.chat.prompt(QUESTIONS[question], image, mode)
-        episode = Episode(Example("", b"", QUESTIONS[question], (), concept.category), group_id, 0, prompt.ids)
-        episode.loss_mask, episode.images = [0] * len(prompt.ids), prompt.images
-        episode.prompt_length, episode.advantage = len(prompt.ids), 1.0
-        if not search:
-            return self._say(episode, _direct(concept.name, concept.answer(question)))
-        self._say(episode, LOOK_IT_UP)
-        hits = tuple(Hit(title=title) for title in self.world.web.titles(concept, rng))
-        back = self.chat.observation("image_search", Observation(hits), [None] * len(hits), QUESTIONS[question])
-        episode.input_ids += back.ids
-        episode.loss_mask += [0] * len(back.ids)
-        return self._say(episode, _copied(concept.answer(question)))
-
-    def _say(self, episode: Episode, text: str) -> Episode:
-        ids = self.chat.assistant(text)
-        episode.input_ids += ids
-        episode.loss_mask += [1] * len(ids)
-        episode.logps = [0.0] * len(episode.input_ids)
-        return episode
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """The proven recipe. From `steps` on, training goes on in stretches of `extra` until the gate is passed."""
-
-    steps: int = 900
-    batch: int = 64
-    lr: float = 1.5e-3
-    warmup: int = 50
-    decay_from: float = 0.6
-    extra: int = 150
-    most: int = 1800
-    copying: float = 0.95  # gate: accuracy on unfamiliar concepts when the search is forced, T = 1
-    recall: float = 0.8  # gate: accuracy on familiar concepts when asked to answer directly, T = 1
-
-    def rate(self, step: int) -> float:
-        left = (self.steps - step) / (self.steps * (1 - self.decay_from))
-        return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.05))
-
-
-MADE_BY = ("toy", "vision", "attention", "model", "chat", "grpo", "pack", "update")  # modules: a change makes it anew
-
-
-def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
-    """Folder of the warm-started model for `world`, a Hugging Face checkpoint; made once, then found by its hash.
-
-    Raises UserError when the gate is not passed within `recipe.most` steps.
-    """
-    modules = [Path(__file__).with_name(f"{name}.py") for name in MADE_BY]
-    made_of = [file.read_bytes() for file in [*modules, *sorted((PROMPTS / "toy").glob("*.txt"))]]
-    digest = hashlib.sha256(b"".join([*made_of, repr((world.seed, recipe)).encode()])).hexdigest()[:16]
-    cache = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
-    folder = cache / f"toy-base-{digest}"
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            _warm_start(world, recipe, Path(scratch) / "model")
-            try:
-                (Path(scratch) / "model").rename(folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
-    return folder
-
-
-def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
-    folder.mkdir()
-    tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(kind | names, indent=2) + "\n")
-    ends = {name.replace("token", "token_id"): tokenizer.token_to_id(token) for name, token in names.items()}
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-    model = modeling.random_model(model_config(tokenizer), seed=world.seed)
-    banned = chat.banned(model.config.vocab_size)
-    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98), fused=True))
-    trainer = Trainer(model, optimizer, banned, loss_norm="token", sft=True)
-    traces = Traces(world, chat, world.seed)
-    print("Warm start, a stand-in for pre-training: made once per world, then kept.")
-    bar = tqdm(total=recipe.steps, desc="warm start", unit="step")
-    for step in count():
-        if step >= recipe.steps and (step - recipe.steps) % recipe.extra == 0:
-            copying, recall = _gate(model, chat, world, banned)
-            bar.write(f"step {step}: copies from results {copying:.3f}, recalls {recall:.3f}")
-            if copying >= recipe.copying and recall >= recipe.recall:
-                break
-            if step >= recipe.most:
-                raise UserError(
-                    f"the toy warm start still copies {copying:.3f} (needs {recipe.copying}) and recalls {recall:.3f} "
-                    f"(needs {recipe.recall}) after {step} steps; take another --seed"
-                )
-            bar.total = step + recipe.extra
-        metrics = trainer.step([traces.batch(recipe.batch)], recipe.rate(step))
-        bar.update(), bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-    bar.close()
-    modeling.save(model, folder)
-
-
-def _gate(model, chat: Chat, world: World, banned: torch.Tensor) -> tuple[float, float]:
-    """Accuracy at T = 1: on unfamiliar concepts with the search forced, and on familiar ones answered directly."""
-
-    def accuracy(category: str, direct: bool) -> float:
-        engine = Engine(model, chat.stop_id, banned, slots=256, max_tokens=128, turn_tokens=32)
-        toolbox = Toolbox(search_tools(world.web, 1, 0), inline=True)
-        rollout = Rollout(engine, chat, toolbox, Limits(2, SIZE * SIZE, SIZE * SIZE), direct=direct)
-        scripts = None if direct else lambda example, sample: [LOOK_IT_UP]
-        episodes = rollout(world.questions(category, 200, "gate"), 1, ("gate", world.seed), scripts)
-        return sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes) / len(episodes)
-
-    return accuracy("unfamiliar", False), accuracy("familiar", True)
+    def hits(self, tool: str, about: Sequence[Concept], rng: np.random.Generator) -> tuple[Hit, ...]:
+        """The results that a search shows for these concepts."""
+        image = tool == IMAGE_SEARCH
+        forms = TITLES if image and self.settings.two_hops else PAGES
+        titles = [forms[rng.integers(len(forms))].format(name=c.name, town=c.town) for c in about]
+        if not (image and self.settings.thumbnails):
+            return tuple(Hit(title=title) for title in titles)
+        pictures = render(np.stack([concept.emblem for concept in about]), rng)
+        return tuple(Hit(title=title, image=png(picture)) for title, picture in zip(titles, pictures))

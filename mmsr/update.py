@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import grpo
 from .episode import Episode, Example, UserError
 from .model import Qwen2_5_VL, log_probs
+from .optimizer import MasterWeights
 from .pack import Pack, cut, pack, unique_tokens
 from .parallel import SINGLE, Lockstep, OutOfRoom, Ranks
 from .vision import MERGE, PATCH_VALUES, Image
@@ -49,6 +50,8 @@ class ImageFeatures:
         with torch.set_grad_enabled(train):
             self.output = model.encode_images(list(distinct.values())) if distinct else None
         self.leaf = self.output.detach().requires_grad_(train) if distinct else None
+        if self.leaf is not None:
+            self.leaf.grad_dtype = torch.float32  # what micro-batches add up in
 
     def of(self, batch: Pack) -> Tensor | None:
         """The rows that `batch.image_index` wants, (M, d)."""
@@ -60,33 +63,8 @@ class ImageFeatures:
     def backward(self) -> None:
         """Send the summed gradients of all micro-batches through the vision tower."""
         if self.output is not None and self.output.requires_grad:
-            self.output.backward(torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad)
-
-
-class MasterWeights:
-    """An optimizer over fp32 copies of half-precision parameters: at rates near 1e-6 a bf16 weight never moves.
-
-    In fp32 the parameters are their own masters. Costs 4 bytes per parameter otherwise. Sharded parameters have sharded
-    masters.
-    """
-
-    def __init__(self, model: nn.Module, make: Callable[[list[Tensor]], torch.optim.Optimizer]):
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
-        self.optimizer = make(self.masters)
-
-    def step(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for param, master in zip(self.params, self.masters):
-            if master is not param:
-                master.grad = None if param.grad is None else param.grad.float()
-        self.optimizer.step()
-        with torch.no_grad():
-            for param, master in zip(self.params, self.masters):
-                if master is not param:
-                    param.copy_(master)
-                    master.grad = None
+            gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+            self.output.backward(gradient.to(self.output.dtype))
 
 
 class Stats:
@@ -219,6 +197,7 @@ class Trainer:
     def _gradient(self, share: Share, old_logps: Sequence[Tensor] | None) -> Stats:
         """Leave the gradient of one update in the parameters; returns what this rank saw on the way."""
         parts, packs = self._packs(share.episodes)
+        self.optimizer.expect(len(packs))
         images = [image for p in packs for image in p.images]
         weights, advantages = self._per_episode(share)
         reference = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, packed_attention
-from .pictures import FORMATS, check_aspect, check_image, decode  # noqa: F401 - check_image for those who look here
+from .pictures import FORMATS, check_aspect, decode
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token

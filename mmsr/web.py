@@ -39,12 +39,18 @@ SERVICES = {
     "jina": "https://r.jina.ai",
     "openai": "https://api.openai.com",
 }
+READERS = ("jina", "openai")  # without whom found pages are of no use
 SUMMARIZER = "gpt-4o-mini"  # the model, where OPENAI_MODEL names none
 UPLOAD_BYTES, UPLOAD_SIDE = 500_000, 1600
 PAGE_CHARACTERS = 30_000  # of a page that are read
 SUMMARY_TOKENS, SUMMARY_CHARACTERS = 400, 2_000
+UPLOAD_SECONDS, SEARCH_SECONDS, PAGE_SECONDS, SUMMARY_SECONDS = 30.0, 90.0, 60.0, 90.0
+MORE_SECONDS = 60.0  # after which no further pages are begun
+LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMARY_SECONDS  # a search takes
+WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
-FOUND = 20  # results looked at, at most
+REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
+FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
 ANSWERED = ("search_metadata", "search_information", "search_parameters", "searchParameters")  # without any result
 
 
@@ -79,7 +85,8 @@ class Live:
 
     `form` is what an image search gives: "thumbnails", titles and pictures of the `results` best matches, or "summary",
     what the pages behind them say about the question. `spend(provider)` is called before every paid request and raises
-    ToolFailure("budget") when nothing is left. `counts` says how many pages and thumbnails came, and how many failed.
+    ToolFailure("budget") when nothing is left. A search takes LONGEST seconds at most. `counts` says how many pages and
+    thumbnails came, and how many failed.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class Live:
         self.engine = services["serpapi" if services["serpapi"].key else "serper"]
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(64, thread_name_prefix="page")
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="page")
         self._prompts = {name: (PROMPTS / f"{name}.txt").read_text(encoding="utf-8") for name in ("text", "image")}
 
     @staticmethod
@@ -122,8 +129,7 @@ class Live:
         client, openai, summarizer = client or Client(), services["openai"], None
         if openai.key or environ.get("OPENAI_BASE_URL"):
             model = environ.get("OPENAI_MODEL") or SUMMARIZER
-            paid = spend if openai.key else None
-            summarizer = ChatServer(openai.url, model, openai.key, client, spend=paid, provider="openai")
+            summarizer = ChatServer(openai.url, model, openai.key, client, SUMMARY_SECONDS, spend, "openai")
         return Live(services, client, form, results, summarizer, spend)
 
     # ---- the two searches
@@ -131,6 +137,8 @@ class Live:
     def image_search(self, image: bytes, question: str) -> Observation:
         if not self.services["serpapi"].key:
             raise failure("auth", "SERPAPI_API_KEY is not set, and Serper takes no picture files")
+        if self.form == "summary":
+            self.client.check(*READERS)
         return self._seen(self._lens({"image_id": self._upload(image)}), question)
 
     def image_search_at(self, address: str, question: str) -> Observation:
@@ -140,6 +148,7 @@ class Live:
         return self._seen(self._serper("/lens", {"url": address}), question)
 
     def text_search(self, query: str) -> Observation:
+        self.client.check(*READERS)
         if self.engine.name == "serpapi":
             found = self._serpapi("organic_results", {"engine": "google", "q": query, "gl": "us", "num": "10"})
         else:
@@ -159,30 +168,30 @@ class Live:
             raise failure("format", str(error)) from None
         service = self.services["serpapi"]
         files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
-        reply = self.client.request(service.name, "POST", f"{service.url}/image", files=files, data=data).json()
-        name = reply.get("image_id")
-        if not isinstance(name, str) or not name:
-            raise failure("format", "serpapi: no image_id for an uploaded picture")
-        return name
+        form = {"files": files, "data": data, "seconds": UPLOAD_SECONDS, "tries": 3}
+        name = self.client.request(service.name, "POST", f"{service.url}/image", **form).json().get("image_id")
+        if isinstance(name, str) and name:
+            return name
+        raise failure("format", "serpapi: no image_id for an uploaded picture")
 
     def _lens(self, params: dict[str, str]) -> list[Found]:
-        fixed = {"engine": "google_lens", "type": "visual_matches", "country": "us"}
-        return self._serpapi("visual_matches", fixed | params)
+        return self._serpapi(
+            "visual_matches", params | {"engine": "google_lens", "type": "visual_matches", "country": "us"}
+        )
 
     def _serpapi(self, name: str, params: dict[str, str]) -> list[Found]:
         service = self.services["serpapi"]
-        params = params | {"hl": "en", "api_key": service.key}
-        return self._list(service, name, "GET", "/search", params=params)
+        return self._list(service, name, "GET", "/search", params=params | {"hl": "en", "api_key": service.key})
 
     def _serper(self, path: str, body: dict[str, Any]) -> list[Found]:
         service = self.services["serper"]
-        headers = {"X-API-KEY": service.key}
-        return self._list(service, "organic", "POST", path, headers=headers, json=body | {"hl": "en"})
+        body = body | {"hl": "en"}
+        return self._list(service, "organic", "POST", path, headers={"X-API-KEY": service.key}, json=body)
 
     def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[Found]:
         """The usable entries of the list `name`. No results is an empty list, anything else raises ToolFailure."""
-        url = service.url + path
-        reply = self.client.request(service.name, method, url, seconds=120, tries=3, spend=self.spend, **content).json()
+        content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend}
+        reply = self.client.request(service.name, method, service.url + path, **content).json()
         listed = reply.get(name)
         if listed is None and (isinstance(reply.get("error"), str) or any(key in reply for key in ANSWERED)):
             return []
@@ -208,17 +217,15 @@ class Live:
 
     def _pages(self, found: list[Found], query: str, prompt: str) -> tuple[Hit, ...]:
         """What the first `results` readable pages say. Raises the first ToolFailure where all of them failed."""
-        linked: dict[str, Found] = {}
-        for entry in found:
-            if entry.link:
-                linked.setdefault(entry.link, entry)
-        waiting, hits, failures = iter(linked.values()), [], []
+        waiting = iter({entry.link: entry for entry in found if entry.link}.values())  # each page once
+        hits, failures, until = [], [], self.client.clock() + MORE_SECONDS
         while batch := list(islice(waiting, self.results - len(hits))):
             tried = list(self._pool.map(partial(self._page, query=query, prompt=prompt), batch))
             hits += [hit for hit in tried if isinstance(hit, Hit)]
             failures += [error for error in tried if isinstance(error, ToolFailure)]
-            if any(error.kind in (*FATAL, "budget", "breaker") for error in failures):
-                break  # the next page would fail in the same way
+            hopeless = any(error.kind in (*FATAL, "budget", "breaker") for error in failures)
+            if hopeless or self.client.clock() > until:
+                break
         if failures and not hits:
             raise failure(failures[0].kind, f"none of {len(failures)} pages could be read: {failures[0].message}")
         return tuple(hits)
@@ -237,11 +244,12 @@ class Live:
         """Title and text of a page, by Jina Reader."""
         service = self.services["jina"]
         headers = {"Accept": "application/json", "X-Retain-Images": "none"}
-        paid = {}
         if service.key:
             headers["Authorization"] = f"Bearer {service.key}"
-            paid = {"spend": self.spend}
-        request = partial(self.client.request, service.name, headers=headers, seconds=60, tries=2, **paid)
+        spend = self.spend if service.key else None
+        request = partial(
+            self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend
+        )
         if "#" in link:  # in a path it would be cut off
             answer = request("POST", f"{service.url}/", data={"url": link})
         else:
@@ -261,7 +269,7 @@ class Live:
         fields = {"query": query, "title": title, "page": page}
         asked = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self._prompts[prompt])
         summary = self.summarizer.complete([{"role": "user", "content": asked}], SUMMARY_TOKENS)
-        return summary[:SUMMARY_CHARACTERS]
+        return _text(summary[:SUMMARY_CHARACTERS])
 
     def _count(self, what: str) -> None:
         with self._lock:
@@ -276,8 +284,8 @@ def passages(query: str, page: str) -> str:
 
 
 def _found(entry: dict[str, Any]) -> Found:
-    picture = web_address(entry.get("thumbnail")) or web_address(entry.get("thumbnailUrl"))
-    return Found(_text(entry.get("title")), web_address(entry.get("link")), picture)
+    title, link, picture = (_text(entry.get(name)) for name in ("title", "link", "thumbnail"))
+    return Found(title[:TITLE_CHARACTERS], web_address(link), web_address(picture or _text(entry.get("thumbnailUrl"))))
 
 
 def _text(value: object) -> str:
@@ -313,9 +321,8 @@ class Remote:
         return self._seen(map(_remote_document, lists[0]))
 
     def _ask(self, path: str, body: dict[str, Any], name: str) -> list[Any]:
-        listed = (
-            self.client.request(self.name, "POST", self.url + path, json=body, seconds=120, tries=3).json().get(name)
-        )
+        answer = self.client.request(self.name, "POST", self.url + path, json=body, seconds=120, tries=3)
+        listed = answer.json().get(name)
         if not isinstance(listed, list):
             raise failure("format", f"{self.name}{path}: no list {name} in the reply")
         return listed
@@ -332,8 +339,8 @@ def _remote_match(entry: object) -> Hit | None:
         image = thumbnail(base64.b64decode(entry["thumbnail"], validate=True))
     except (KeyError, TypeError, ValueError):
         image = None
-    texts = (_text(entry.get(name)) for name in ("title", "link", "text"))
-    return Hit(*texts, image=image, score=_number(entry.get("score")))
+    title, link, text = (_text(entry.get(name)) for name in ("title", "link", "text"))
+    return Hit(title[:TITLE_CHARACTERS], link, text[:REMOTE_CHARACTERS], image, score=_number(entry.get("score")))
 
 
 def _remote_document(entry: object) -> Hit | None:
@@ -346,8 +353,10 @@ def _remote_document(entry: object) -> Hit | None:
     title, text = (head.strip().strip('"'), body) if parted else ("", head)
     title, text = title or _text(document.get("title")), text or _text(document.get("text"))
     url = web_address(document.get("url")) or web_address(document.get("id"))
-    return Hit(title, url, text, score=_number(entry.get("score")) if scored else None)
+    return Hit(
+        title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(entry.get("score")) if scored else None
+    )
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # no NaN either

@@ -35,6 +35,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from .tools import ToolFailure
 
+HEADERS = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"}
 SHORTEST_SECRET = 8  # characters: "EMPTY", which local servers take as a key, must not be cut out of every page
 TRANSPORT = (
     requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, zlib.error,
@@ -50,6 +51,7 @@ PUBLIC_V6 = ipaddress.ip_network("2000::/3")
 
 _lookups = ThreadPoolExecutor(32, thread_name_prefix="lookup")
 _secrets: tuple[str, ...] = ()
+_keeping = threading.Lock()
 
 
 # ---- keys
@@ -60,7 +62,8 @@ def keep_secret(key: str) -> str:
     global _secrets
     key = key.strip()
     if len(key) >= SHORTEST_SECRET:
-        _secrets = tuple(sorted({*_secrets, key, quote(key, safe=""), quote_plus(key)}, key=len, reverse=True))
+        with _keeping:
+            _secrets = tuple(sorted({*_secrets, key, quote(key, safe=""), quote_plus(key)}, key=len, reverse=True))
     return key
 
 
@@ -237,7 +240,7 @@ def exchange(
     """
     wire, where = _Wire(seconds, resolve, check), "the address"
     try:
-        headers = {"User-Agent": "mmsr", "Accept": "*/*", "Accept-Encoding": "gzip"} | content.pop("headers", {})
+        headers = HEADERS | content.pop("headers", {})
         sent = requests.Request(method, url, headers=headers, **content).prepare()
         where = urlsplit(sent.url).hostname
         with _pool(sent.url, wire, tls) as pool:
@@ -254,19 +257,20 @@ def exchange(
     except ToolFailure as refused:
         return refused
     except TRANSPORT as error:
-        kind = _kind(error, wire)
-        why = "" if kind == "timeout" else f"{type(error).__name__}: {error}"
+        cause = next((part for part in error.args if isinstance(part, Exception)), error)  # urllib3 wraps
+        kind = _kind(cause, wire)
+        why = "" if kind == "timeout" else getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
     finally:
         wire.close()
     why = why or f"no whole reply within {seconds:.1f} s"
     return failure(kind, f"{where}: {why}", ToolFailure if wire.guards else Unsent)
 
 
-def _kind(error: Exception, wire: _Wire) -> str:
-    causes = (error, *error.args)  # urllib3 wraps what the dial raised
-    if wire.expired or any(isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)) for cause in causes):
+def _kind(cause: Exception, wire: _Wire) -> str:
+    if wire.expired or isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)):
         return "timeout"
-    return "format" if isinstance(error, (ValueError, zlib.error)) else "network"
+    lasting = isinstance(cause, (ValueError, zlib.error)) and not isinstance(cause, OSError)
+    return "format" if lasting else "network"
 
 
 def _redacted(body: bytes) -> bytes:

@@ -1,13 +1,19 @@
 """A toy world, and a base model that is made once, in seconds: it speaks the markup and knows nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from mmsr import attention, toy
+from mmsr import attention, toy, toy_base
+from mmsr import model as modeling
+from mmsr.chat import PROMPTS, Chat
+from mmsr.tools import search_tools
+from mmsr.update import MasterWeights, Trainer
 
 torch.set_num_threads(1)  # see helpers.py
 
-MINIATURE = toy.WarmStart(steps=60, batch=16, lr=3e-3, warmup=10, copying=0.0, recall=0.0)
+MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +31,24 @@ def miniature(world, miniature_cache):
     """Folder of a base model that got the miniature warm start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMSR_CACHE", str(miniature_cache))
-        return toy.base_model(world, MINIATURE)
+        return toy_base.base_model(world, MINIATURE)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A model of the toy world that has barely learnt the format, so that its rewards differ."""
+    folder, world = tmp_path_factory.mktemp("newborn"), toy.World(0)
+    tokenizer = toy_base.build_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
+    model = modeling.random_model(toy_base.model_config(tokenizer), 0)
+    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
+    trainer = Trainer(model, optimizer, chat.banned(model.config.vocab_size), loss_norm="token", sft=True)
+    traces = toy_base.Traces(world, chat, 0)
+    for step in range(25):
+        trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
+    modeling.save(model, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

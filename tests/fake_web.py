@@ -16,7 +16,6 @@ remote.text, remote.image, and file for every other address. What they say by de
 from __future__ import annotations
 
 import base64
-import gzip
 import io
 import json
 import socket
@@ -24,6 +23,7 @@ import socketserver
 import struct
 import threading
 import time
+import zlib
 from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -165,7 +165,10 @@ def endless() -> Fault:
 
 def bomb(size: int) -> Fault:
     """`size` decoded bytes of JSON text, a thousandth of them on the wire."""
-    return raw(gzip.compress(b'"' + b" " * (size - 2) + b'"', 9), Content_Encoding="gzip")
+    packer, blanks = zlib.compressobj(wbits=zlib.MAX_WBITS | 16), b" " * 2**20
+    pieces = [packer.compress(b'"')]
+    pieces += [packer.compress(blanks[: size - 2 - start]) for start in range(0, size - 2, len(blanks))]
+    return raw(b"".join([*pieces, packer.compress(b'"'), packer.flush()]), Content_Encoding="gzip")
 
 
 def redirect(location: str, code: int = 302) -> Fault:

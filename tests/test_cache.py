@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from mmsr import assemble, cache
+from mmsr.backends import import_searches, open_backend
 from mmsr.cache import Cached, Replayed, export_jsonl, import_jsonl, import_results, import_transcripts, merge
-from mmsr.config import Config
-from mmsr.data import read_examples, recorded_turns
+from mmsr.config import Config, Options
+from mmsr.data import read_examples
 from mmsr.episode import Example, Hit, Observation, UserError
+from mmsr.parallel import SINGLE
+from mmsr.recorded import recorded_turns
 from mmsr.store import Store, image_key, text_key
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
 
@@ -377,7 +380,7 @@ def test_a_pickle_is_refused_by_name_wherever_results_are_read(tmp_path, monkeyp
         lambda: import_transcripts(store, path, []),
         lambda: import_jsonl(store, path),
         lambda: merge(store, path),
-        lambda: assemble._backend(Config(search=f"replay:{path}"), None, []),
+        lambda: open_backend(Options(search=f"replay:{path}")),
     ):
         refused(read, str(path), "pickle")
     assert os.listdir(tmp_path) == [path.name]
@@ -396,17 +399,27 @@ def test_replay_takes_conversations_or_a_store(tmp_path, store, transcripts):
         (transcripts, (Hit("River", text="Tagus."),), (Hit("A bridge"), Hit())),
         (path, page(1).hits, page(2).hits),
     ):
-        backend, scripts = assemble._backend(Config(search=f"replay:{file}"), None, [examples()[:1], examples()[1:]])
-        assert (
-            backend.text_search("Which river?").hits == text and backend.image_search(b"picture 0", "?").hits == image
-        )
+        backend = open_backend(Options(search=f"replay:{file}"), examples()).backend
+        assert backend.text_search("Which river?").hits == text
+        assert backend.image_search(b"picture 0", "?").hits == image
         miss = backend.text_search("which sea?")
-        assert miss.ok and miss.hits == () and miss.source == "replay" and scripts is None
+        assert miss.ok and miss.hits == () and miss.source == "replay"
     assert path.read_bytes() == before
-    refused(
-        lambda: assemble._backend(Config(search=f"replay:{path}", force_searches=True), None, []), str(path), "force"
-    )
-    refused(lambda: assemble._backend(Config(search=f"replay:{tmp_path}/no.sqlite"), None, []), "no.sqlite", "no such")
+    forced = Config(search=f"replay:{path}", force_searches=True)
+    refused(lambda: assemble._search(forced, forced.search, None, [], SINGLE), str(path), "force")
+    refused(lambda: open_backend(Options(search=f"replay:{tmp_path}/no.sqlite")), "no.sqlite", "no such")
+
+
+def test_exported_searches_are_taken_for_conversations(tmp_path, store, transcripts):
+    """Both are .jsonl: a store's export must replay as what it is, and import again as nothing new."""
+    store.put(text_key("which river?"), page(1))
+    export_jsonl(store, tmp_path / "lines.jsonl")
+    backend = open_backend(Options(search=f"replay:{tmp_path / 'lines.jsonl'}", on_miss="error")).backend
+    assert backend.text_search("which river?").hits == page(1).hits
+    assert import_searches(store, tmp_path / "lines.jsonl", ()) == "0 new searches"
+    assert import_searches(store, transcripts, examples()).startswith("2 new")
+    with pytest.raises(ToolFailure, match="miss"):
+        backend.text_search("which sea?")
 
 
 def test_cache_reads_no_pickle():

@@ -26,6 +26,7 @@ from mmsr.episode import UserError
 from mmsr.update import MasterWeights, Trainer
 
 DTYPES = (torch.float32, torch.bfloat16)
+SHARDED = (torch.float32,)  # shards are kept as fp32 masters
 FROZEN = "visual.patch_embed.proj.weight"  # gets no gradient in these tests: the optimizer has no state for it
 
 
@@ -73,7 +74,7 @@ def test_round_trip_is_exact_and_goes_on_exactly(tmp_path, dtype, options):
     assert [p.data_ptr() for p in fresh.parameters()] == places, "loaded in place"
     saved = contents(model, optimizer)
     assert f"optimizer.step.{FROZEN}" not in saved and sum("exp_avg_sq." in name for name in saved) > 30
-    assert ("master.model.norm.weight" in saved) == (dtype == torch.bfloat16)
+    assert ("rest.model.norm.weight" in saved) == (dtype == torch.bfloat16)
     assert_equal(contents(fresh, resumed), saved)
     walk(model, optimizer, 2, seed=2)
     walk(fresh, resumed, 2, seed=2)
@@ -356,7 +357,7 @@ def sharded(seed: int, dtype: torch.dtype) -> nn.Module:
 
 def on_two_ranks(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
-    for dtype in DTYPES:
+    for dtype in SHARDED:
         take_over(rank, root / str(dtype), dtype)
     dist.barrier()  # gloo aborts a rank whose peer has gone
     dist.destroy_process_group()
@@ -389,7 +390,7 @@ def full(file: Path) -> None:
 
 def test_two_ranks_take_over_from_one_and_one_from_two(tmp_path):
     runs = {}
-    for dtype in DTYPES:
+    for dtype in SHARDED:
         model = tiny_model(1).to(dtype)
         runs[dtype] = model, adam(model)
         walk(*runs[dtype], 3, seed=1)

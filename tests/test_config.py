@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from mmsr.config import RECIPES, Config, _field_docs, parse
+from mmsr.config import RECIPES, Config, EvalConfig, Options, _field_docs, parse
 from mmsr.episode import UserError
 
 # The contract's table, column by column.
@@ -69,6 +69,16 @@ def test_recipe_defaults_to_toy_and_with_a_model_to_blog():
     assert parse(["--model", "Qwen2.5-VL-7B", "--recipe", "released"]).group_size == 4
 
 
+def test_full_toy_world_takes_another_turn_and_leaves_other_recipes_alone():
+    def limits(*argv):
+        config = parse(argv)
+        return config.max_turns, config.max_images, config.max_texts
+
+    assert limits("--toy", "full") == (3, 1, 1) and limits("--toy", "basic") == (2, 1, 0)
+    assert limits("--toy", "full", "--max-texts", "2") == (3, 1, 2), "the command line wins"
+    assert limits("--toy", "full", "--recipe", "blog") == limits("--recipe", "blog") == (2, 1, 0)
+
+
 def test_command_line_wins_over_recipe_and_recipe_over_dataclass():
     config = parse(["--recipe", "blog", "--lr", "1e-5", "--no-deterministic", "--out", "x", "--max-turns=4"])
     assert (config.lr, config.max_turns, config.deterministic, config.out) == (1e-5, 4, False, "x")
@@ -77,12 +87,13 @@ def test_command_line_wins_over_recipe_and_recipe_over_dataclass():
     assert parse(["--deterministic", "--recipe", "paper"]).deterministic, "the order of options does not matter"
 
 
-def test_help_explains_every_option(capsys):
+@pytest.mark.parametrize("kind", [Config, EvalConfig])
+def test_help_explains_every_option(capsys, kind):
     with pytest.raises(SystemExit) as stop:
-        parse(["--help"])
+        parse(["--help"], kind)
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    docs, names = _field_docs(), {field.name for field in dataclasses.fields(Config)}
+    docs, names = _field_docs(kind), {field.name for field in dataclasses.fields(kind)}
     assert all(re.search(rf"--{name.replace('_', '-')}[ ,]", text) for name in names)
     assert set(docs) == names, "an option without a word of help"
     squeezed = "".join(text.split())
@@ -149,6 +160,58 @@ def test_not_a_number_is_refused(option):
     """nan passes every comparison with a bound, and trains a model of nan."""
     with pytest.raises((UserError, SystemExit)):
         parse([option, "nan"])
+
+
+# Evaluation shares the options that are not about training.
+
+
+def evaluation(*argv) -> EvalConfig:
+    return parse(argv, EvalConfig, "eval.py")
+
+
+def test_recipes_apply_to_evaluation_as_far_as_they_are_not_about_training():
+    config = evaluation("--model", "Qwen2.5-VL-7B", "--data", "a.parquet", "b.jsonl", "--recipe", "paper")
+    shared = {field.name for field in dataclasses.fields(Options)} - {"data"}
+    assert {name: getattr(config, name) for name in shared & set(RECIPES["paper"])} == {
+        name: RECIPES["paper"][name] for name in shared & set(RECIPES["paper"])
+    }
+    assert (config.data, config.temperature, config.out) == (("a.parquet", "b.jsonl"), 0.0, "runs/eval-search")
+    assert evaluation("--model", "x", "--data", "y").recipe == "blog" and evaluation().data == ("toy",)
+
+
+def test_evaluation_never_falls_back_on_the_training_questions():
+    with pytest.raises(UserError, match="--data is missing"):
+        evaluation("--model", "x")
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--data", "x", "x"], "each file once"),
+        (["--judge", "http://127.0.0.1"], "--judge-model"),
+        (["--judge-model", "gpt"], "--judge "),
+        (["--temperature", "-1"], "--temperature"),
+        (["--limit", "-1"], "--limit"),
+        (["--max-turns", "0"], "--max-turns"),
+    ],
+)
+def test_evaluation_refuses_what_makes_no_sense(argv, said):
+    with pytest.raises(UserError) as error:
+        evaluation(*argv)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_training_options_are_unknown_to_evaluation(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation("--lr", "1")
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("eval.py: ")
+
+
+def test_config_json_of_an_evaluation_is_recognised_again(tmp_path):
+    evaluation("--mode", "rag").save(tmp_path)
+    evaluation("--mode", "rag", "--judge", "http://x", "--judge-model", "y").check_resumes(tmp_path)
+    with pytest.raises(UserError, match="--mode"):
+        evaluation("--mode", "direct").check_resumes(tmp_path)
 
 
 def test_one_rollout_a_question_is_enough_for_imitation():

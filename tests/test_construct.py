@@ -637,7 +637,7 @@ def test_more_concepts_cost_only_what_is_new(tmp_path, model):
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--search", "live"), "give --budget N"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--metadata", "not/there"), "cannot be read"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--search", "corpus:not/there"), "cannot be read"),
-        ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--search", "none"), "--metadata is missing"),
+        ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, ("--search", "none"), "finds no pictures by words"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9", "OPENAI_API_KEY": "k-0123456789"},
          ("--search", "live", "--budget", "9", "--metadata", "x"), "SERPAPI_API_KEY"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:9"}, (), "does not answer"),

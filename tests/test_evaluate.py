@@ -1,8 +1,11 @@
-"""Summaries against numbers worked out by hand."""
+"""Summaries, evaluations and their tables against numbers worked out by hand."""
 
+import csv
+
+import numpy as np
 import pytest
 
-from mmsr import evaluate
+from mmsr import compare, evaluate
 from mmsr.episode import Episode, Example, Observation, Turn
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
@@ -62,28 +65,139 @@ def test_by_category_by_hand_in_order_of_appearance():
 
 
 def test_failures_count_calls_and_neither_refusals_nor_empty_results():
-    assert evaluate.tool_failures(EPISODES) == 2
-    assert evaluate.tool_failures(EPISODES[3:]) == 0
-
-
-def cells(text):
-    return [line.split("  ") for line in text.splitlines()]
+    assert evaluate.tool_errors(EPISODES).total() == 2
+    assert evaluate.tool_errors(EPISODES[3:]).total() == 0
 
 
 def test_table_by_hand():
     rows = {"before": evaluate.by_category(EPISODES), "after, greedy": evaluate.by_category(EPISODES[:2])}
-    head, before, after = evaluate.table(rows).splitlines()
-    assert head.split() == "search new search old accuracy new accuracy old accuracy reward".split()
-    assert before.split() == ["before", "0.667", "0.500", "0.667", "0.500", "0.600", "0.564"]
-    assert after.split() == ["after,", "greedy", "1.000", "0.000", "1.000", "1.000", "1.000", "0.955"]
-    assert all(line == line.rstrip() for line in (head, before, after))
-    starts = [head.index("search new"), head.index("accuracy new")]
-    assert before[starts[0]] == "0" and before[starts[0] - 1] == before[starts[1] - 1] == " ", "columns must line up"
+    lines = evaluate.table(rows).splitlines()
+    head, new, old, mean, reward = lines
+    assert head.split("  ")[0] == "image/text/accuracy" and head.split()[1:] == ["before", "after,", "greedy"]
+    assert new.split() == ["new", "0.67", "0.33", "0.67", "1.00", "0.00", "1.00"]
+    assert old.split() == ["old", "0.00", "0.50", "0.50", "0.00", "0.00", "1.00"]
+    assert mean.split() == ["mean", "0.40", "0.40", "0.60", "0.50", "0.00", "1.00"]
+    assert reward.split() == ["reward", "0.564", "0.955"]
+    assert all(line == line.rstrip() for line in lines)
+    start = head.index("after")
+    assert all(line[start] in "01" and line[start - 1] == " " for line in lines[1:]), "columns must line up"
+
+
+def test_table_has_no_text_searches_where_there_were_none():
+    head, new, *_ = evaluate.table({"x": evaluate.by_category(EPISODES[:2])}).splitlines()
+    assert head.split() == ["image/accuracy", "x"] and new.split() == ["new", "1.00", "1.00"]
 
 
 def test_table_weights_categories_by_the_mix():
     row = evaluate.by_category(EPISODES)
-    line = evaluate.table({"x": row}, {"new": 0.25, "old": 0.75}).splitlines()[1].split()
-    assert line[-2:] == [f"{0.25 * 2 / 3 + 0.75 * 0.5:.3f}", f"{0.25 * 1.91 / 3 + 0.75 * 0.455:.3f}"]
-    only_old = evaluate.table({"x": row}, {"old": 0.5}).splitlines()[1].split()
-    assert only_old[-2:] == ["0.500", "0.455"], "a category outside the mix has no weight"
+    *_, mean, reward = evaluate.table({"x": row}, {"new": 0.25, "old": 0.75}).splitlines()
+    assert mean.split()[-1] == f"{0.25 * 2 / 3 + 0.75 * 0.5:.2f}"
+    assert reward.split()[-1] == f"{0.25 * 1.91 / 3 + 0.75 * 0.455:.3f}"
+    *_, mean, reward = evaluate.table({"x": row}, {"old": 0.5}).splitlines()
+    assert mean.split()[-1] == "0.50" and reward.split()[-1] == "0.455", "a category outside the mix has no weight"
+
+
+# ---- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def line(category="", accuracy=0.0, searched=0.0, **more):
+    numbers = {key: 0.0 for key in evaluate.more_measures(EPISODES[0], 2)}
+    numbers |= {"accuracy": accuracy, "search_ratio": searched, "search_ratio_image": searched}
+    judged = {"judged": more.pop("judged")} if "judged" in more else {}
+    return {"category": category, "measures": numbers | more, **judged}
+
+
+def test_measures_of_an_episode_by_hand():
+    found = evaluate.more_measures(EPISODES[2], calls_allowed=4)
+    assert found == {
+        "accuracy": 0.0, "search_ratio": 1.0, "search_ratio_image": 1.0, "search_ratio_text": 1.0, "reward": 0.1,
+        "accuracy_strict": 0.0, "format": 1.0, "calls_ratio": 0.75, "tool_failures": 2, "turns": 4, "tokens": 0,
+        "tokens_sampled": 0,
+    }  # fmt: skip
+    assert evaluate.more_measures(EPISODES[3], 2)["calls_ratio"] == 0, "a refused call was not made"
+    assert evaluate.more_measures(EPISODES[1], 0)["calls_ratio"] == 0, "direct: none is allowed"
+
+
+def test_results_by_hand():
+    lines = [
+        line("search_required", 1.0, 1.0, calls_ratio=0.5, tool_failures=1),
+        line("search_required", 0.0, 0.0),
+        line("search_free", 1.0, 1.0, calls_ratio=1.0, tool_failures=2),
+        line("search_free", 1.0, 0.0),
+        line("search_free", 0.0, 0.0),
+    ]
+    found = evaluate.results(lines)
+    assert (found["n"], found["accuracy"], found["search_ratio"], found["calls_ratio"]) == (5, 0.6, 0.4, 0.3)
+    assert found["tool_failures"] == 3, "failures are counted, not averaged"
+    assert (found["search_precision"], found["search_recall"]) == (0.5, 0.5)
+    assert found["by_category"]["search_required"]["accuracy"] == 0.5 and found["by_category"]["search_free"]["n"] == 3
+    assert found["accuracy_judge"] is None and found["judge_failures"] == 0
+
+
+def test_decision_without_searches_or_without_known_categories_is_no_number():
+    assert evaluate.decision([line("search_required"), line("news", searched=1.0)]) == {
+        "search_precision": None, "search_recall": 0.0,
+    }  # fmt: skip
+    assert set(evaluate.decision([line("news", searched=1.0)]).values()) == {None}
+
+
+def test_a_missing_verdict_is_neither_right_nor_wrong():
+    lines = [line(accuracy=1.0, judged=True), line(judged=True), line(judged=False), line(accuracy=1.0, judged=None)]
+    found = evaluate.results(lines)
+    assert found["accuracy_judge"] == pytest.approx(2 / 3) and found["judge_agreement"] == pytest.approx(2 / 3)
+    assert found["judge_failures"] == 1 and found["accuracy"] == 0.5
+    assert "gave no verdict on 1 answers" in compare.report("x", "search", found, [])
+
+
+def test_no_verdict_at_all_is_no_accuracy_of_nought():
+    found = evaluate.results([line(judged=None), line(judged=None)])
+    assert (
+        found["accuracy_judge"] is None and found["judge_failures"] == 2 and "accuracy_judge" not in found["interval"]
+    )
+
+
+def test_interval_is_seeded_and_as_wide_as_theory_says():
+    values = [1.0] * 300 + [0.0] * 700
+    low, high = evaluate.interval(values)
+    assert [low, high] == evaluate.interval(values)
+    spread = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
+    assert low == pytest.approx(0.3 - spread, abs=0.004) and high == pytest.approx(0.3 + spread, abs=0.004)
+    assert evaluate.interval([1.0] * 9) == [1.0, 1.0]
+
+
+def test_interval_holds_the_truth_in_about_nineteen_of_twenty_samples():
+    dice = np.random.default_rng(5)
+    held = sum(low <= 0.4 <= high for low, high in (evaluate.interval(dice.random(200) < 0.4) for _ in range(100)))
+    assert 88 <= held <= 100
+
+
+@pytest.mark.parametrize(
+    "name, layout, sets",
+    [
+        ("fvqa_test.parquet", "fvqa", {"FVQA-test", "FactualVQA"}),
+        ("test-00000.parquet", "fvqa", {"FVQA-test", "FactualVQA"}),
+        ("mmsearch_r1_infoseek_sub_2k.parquet", "fvqa", {"InfoSeek-2k", "InfoSeek-val-sub"}),
+        ("end2end.parquet", "mmsearch", {"MMSearch-171", "MMSearch-image"}),
+        ("qa.json", "livevqa", {"LiveVQA-3602"}),
+        ("Gimmick-CIVQA.jsonl", "plain", {"Gimmick-CIVQA"}),
+        ("my_own.jsonl", "plain", set()),
+        ("toy", "", set()),
+    ],
+)
+def test_published_rows_of_a_benchmark(name, layout, sets):
+    assert {row["set"] for row in compare.published(name, layout)} == sets
+
+
+def test_published_numbers_are_whole_and_average_as_the_paper_says():
+    with compare.PUBLISHED.open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) == 6 * 5 + 6 * 4 and all(None not in row and None not in row.values() for row in rows)
+    averages = {"GPT-4o, direct": 36.0, "GPT-4o, RAG": 62.1, "Qwen2.5-VL-7B, direct": 21.9, "Qwen2.5-VL-7B, RAG": 51.6}
+    averages |= {"Qwen2.5-VL-32B, RAG": 55.1, "MMSearch-R1-7B, search": 54.6}
+    paper = [row for row in rows if row["source"] == "paper"]
+    for system, average in averages.items():
+        mine = [float(row["judge"]) for row in paper if row["system"] == system]
+        assert sum(mine) / len(mine) == pytest.approx(average, abs=0.1)  # the paper cuts off
+    searched = [float(row["searched"]) for row in paper if row["system"] == "MMSearch-R1-7B, search"]
+    assert sum(searched) / 5 == pytest.approx(67.1, abs=0.06)
+    assert all(0 <= float(row[key] or 0) <= 100 for row in rows for key in ("exact", "judge", "searched"))

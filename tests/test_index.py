@@ -204,6 +204,24 @@ def test_kill_9_loses_a_batch_that_was_committed(tmp_path):
     assert all(whole.image_search(jpeg(scene(i))).hits[0].title == f"scene {i}" for i in range(0, 120, 7))
 
 
+DIES_WRITING = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1])
+db.execute("PRAGMA cache_size = 2")
+for i in range(2000):
+    db.execute("INSERT INTO pages (digest, url, title, text) VALUES (?, '', '', ?)", (str(i).encode(), "x" * 2000))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_an_index_cannot_be_searched_after_kill_9(local, tmp_path):
+    file = tmp_path / "my.index"
+    subprocess.run([sys.executable, "-c", DIES_WRITING, file])
+    assert (tmp_path / "my.index-journal").stat().st_size > 0
+    assert Local(file).image_search(jpeg(scene(3))).hits[0].title == "scene 3"
+    assert len(local.text_search("tower").hits) == 2
+
+
 def test_a_wrong_line_leaves_half_an_index(tmp_path):
     folder = tmp_path / "photos"
     corpus(folder, 1)

@@ -22,6 +22,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+from mmsr import model as model_module
 from mmsr.attention import Packed, SharedPrefix
 from mmsr.episode import UserError
 from mmsr.model import ModelConfig, Qwen2_5_VL, load, log_probs, logits, mrope_positions, resolve, save, save_weights
@@ -172,10 +173,11 @@ def scored(rows: int = 11, size: int = 8, vocabulary: int = 30):
     return hidden, head, torch.randint(4, vocabulary, (rows,)), banned
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-def test_chunks_change_log_probabilities(chunk):
+@pytest.mark.parametrize("rows", [1, 4, 11, 100])
+def test_tiles_change_log_probabilities(rows, monkeypatch):
     hidden, head, targets, banned = scored()
-    logps, entropy = log_probs(hidden, head, targets, 0.7, banned, chunk)
+    monkeypatch.setattr("mmsr.model.TILE", rows * len(head))
+    logps, entropy = log_probs(hidden, head, targets, 0.7, banned)
     wanted = torch.distributions.Categorical(logits=(hidden @ head[4:].T) / 0.7)
     torch.testing.assert_close(logps, wanted.log_prob(targets - 4))
     torch.testing.assert_close(entropy, wanted.entropy())
@@ -203,6 +205,47 @@ def test_half_precision_gives_half_precision_log_probabilities():
     hidden, head, targets, _ = scored()
     logps, entropy = log_probs(hidden.bfloat16(), head.bfloat16(), targets)
     assert logps.dtype == entropy.dtype == torch.float32
+
+
+def test_head_gradient_of_half_precision_is_added_up_in_half_precision(monkeypatch, record_property):
+    """Against fp32; autograd would add the tiles' shares up in bfloat16."""
+    monkeypatch.setattr("mmsr.model.TILE", 4 * 30)
+    hidden, head, targets, banned = (x.detach() for x in scored(rows=800))
+    exact = head.bfloat16().float().requires_grad_()
+    log_probs(hidden.bfloat16().float(), exact, targets, 1.0, banned)[0].sum().backward()
+    half = head.bfloat16().requires_grad_()
+    log_probs(hidden.bfloat16(), half, targets, 1.0, banned)[0].sum().backward()
+    error = ((half.grad.float() - exact.grad).norm() / exact.grad.norm()).item()
+    report(record_property, "bf16 gradient of the head from 200 tiles, relative error", error)
+    assert error < 5e-3
+
+
+def peak_memory(work) -> int:
+    """Most bytes that torch's CPU allocator held at a time during `work`, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    assert most > 0
+    return most
+
+
+def test_all_logits_are_in_memory_at_once(monkeypatch, record_property):
+    """A pack of 16,384 trained tokens with a 64th of the real vocabulary, and of the tile: forward and backward."""
+    tokens, vocabulary, size = 16384, 152064 // 64, 16
+    monkeypatch.setattr("mmsr.model.TILE", model_module.TILE // 64)
+    hidden, head, targets, banned = scored(tokens, size, vocabulary)
+
+    def work():
+        log_probs(hidden, head, targets, 1.0, banned)[0].sum().backward()
+
+    results = (2 * hidden.numel() + 3 * head.numel() + 4 * tokens) * 4  # gradients, and the log-probabilities
+    share = (peak_memory(work) - results) / (tokens * vocabulary * 4)
+    report(record_property, "memory of log-probabilities beyond inputs and gradients, of tokens × vocabulary", share)
+    assert share < 0.02
 
 
 # ---- folders
@@ -451,8 +494,8 @@ def test_a_missing_folder_gives_a_traceback(tmp_path):
 def test_a_model_name_means_another_checkpoint(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(repository, allow_patterns):
-        asked.append(repository)
+    def fetch(repo_id, allow_patterns):
+        asked.append(repo_id)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)

@@ -19,12 +19,9 @@ from helpers import conversation, report, tiny_config, tiny_model
 from test_update import BANNED, EXAMPLE, made, relative
 
 from mmsr import model as modeling
-from mmsr import toy
 from mmsr.assemble import load_model
-from mmsr.chat import PROMPTS, Chat
 from mmsr.episode import Episode, UserError
 from mmsr.parallel import Ranks, Stopped, deal, gathered, generation, shard
-from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import image_tokens, load_image
 
@@ -249,7 +246,8 @@ def test_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(pair, what
 
 def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
     """Whole weights after steps of the optimizer that train.py uses, clipped, two updates each."""
-    model = shard(tiny_model(1).to(dtype), ranks, dtype)
+    stored = dtype if ranks.size == 1 else torch.float32
+    model = shard(tiny_model(1).to(dtype).to(stored), ranks, dtype)
     optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
     trainer = Trainer(model, optimizer, BANNED, micro_tokens=60, max_grad_norm=0.5, ranks=ranks)
     episodes = share(ranks, "even")
@@ -267,7 +265,7 @@ def test_weights_after_some_steps_equal_those_of_one_process(pair, record_proper
     assert difference < 2e-5, "Adam magnifies noise where a gradient is nearly 0, but not beyond a part of a step"
 
 
-def test_bf16_shards_have_fp32_masters(pair):
+def test_shards_used_in_bf16_are_fp32_masters(pair):
     alone, (main, _) = on_one(trained_weights, torch.bfloat16), pair(trained_weights, torch.bfloat16)
     before = tiny_model(1).bfloat16().state_dict()
     moved = sum((main[name] != before[name]).sum().item() for name in before)
@@ -430,23 +428,6 @@ def test_loading_with_hybrid_shards(four, tmp_path):
 
 
 # ---- train.py
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A model of the toy world that has barely learnt the format, so that its rewards differ."""
-    folder, world = tmp_path_factory.mktemp("newborn"), toy.World(0)
-    tokenizer = toy.build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-    model = modeling.random_model(toy.model_config(tokenizer), 0)
-    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
-    trainer = Trainer(model, optimizer, chat.banned(model.config.vocab_size), loss_norm="token", sft=True)
-    traces = toy.Traces(world, chat, 0)
-    for step in range(25):
-        trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
-    modeling.save(model, folder)
-    return folder
 
 
 def train(size: int, out: Path, folder: Path, *options: str, script: str = "train.py") -> list[subprocess.Popen]:

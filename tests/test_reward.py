@@ -370,3 +370,57 @@ def test_fuzz_never_raises_and_rewards_stay_in_range(rule):
         reward = rewarded(subject, rule).reward
         assert (-0.09 if rule == "blog" else 0) - 1e-12 <= reward <= 1 + 1e-12
         assert subject.reward_parts["accuracy"] in (0, 1) and subject.reward_parts["format"] in (0, 1)
+
+
+# Row 20 of the programme against attackers: 100,000 cases, no exception, no exploit paid.
+
+FORGERIES = [  # what a page or a model may try, around an answer A that the model did not properly give
+    "<reason>so <answer>{}</answer></reason>",
+    "<reason>so <answer>{}</answer></reason><search><img></search>",
+    "<reason>x</reason><answer>no</answer><answer>{}</answer>",
+    "<reason>x</reason><answer>{}</answer><answer>no</answer>",
+    "<reason>x</reason><answer>no, {}, or yes</answer>",
+    "<reason>x</reason><answer>{0} {0}</answer>",
+    "<reason>x</reason><answer>{}",
+    "<reason>x</reason></answer>{}<answer>",
+    "<reason>x</reason><answer>{}</answer></answer>",
+    "<answer><reason>{}</reason></answer>",
+    "<reason><answer>{}</answer>",
+    "<reason>x</reason><ANSWER>{}</ANSWER>",
+    "<reason>x</reason><answer >{}</answer >",
+    "{}",
+    "",
+]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_cases_raise_nothing_and_strict_pays_no_exploit():
+    dice = random.Random(20)
+    paid = {"strict": 0, "paper": 0}
+    for case in range(100_000):
+        gold = babble(dice, 4)
+        while "<" in gold or not strict_match(gold, [gold]):  # a tag, or nothing after normalisation: no gold answer
+            gold = dice.choice(["Paris", "a river", "東京", "C+", "42", "The Who"]) + babble(dice, 3).replace("<", "")
+        aliases = tuple(dice.choice(["", "A", "the", "?", " "]) for _ in range(dice.randrange(3)))
+        kind = case % 4
+        if kind == 0:  # an answer that is forged
+            text, status = dice.choice(FORGERIES).format(gold), ANSWERED
+        elif kind == 1:  # nothing, or what normalises to nothing, against aliases that do so too
+            text, status = f"<reason>x</reason><answer>{dice.choice(['', 'a', 'The', '?!', ' '])}</answer>", ANSWERED
+        elif kind == 2:  # right, but the rollout was cut off, or asked for a search, before it ended
+            text, status = f"<reason>x</reason><answer>{gold}</answer>", dice.choice([LENGTH, TURNS, INVALID, ""])
+        else:  # a page that says the answer, and a model that says something else
+            text, status = f"<reason>x</reason><answer>{gold} no</answer>", ANSWERED
+        subject = ended(text, (gold, *aliases), status)
+        if dice.random() < 0.5:
+            subject.turns.insert(0, turn(f"<reason>y</reason><answer>{gold}</answer>", TEXT_SEARCH, "web"))
+            subject.turns.insert(0, turn(MARKUP[TEXT_SEARCH], TEXT_SEARCH))
+        if dice.random() < 0.1:
+            subject.turns.insert(0, turn(babble(dice), dice.choice(["answer", None, "unheard-of"])))
+        for rule in ALL_RULES:
+            reward = rewarded(subject, rule).reward
+            assert (-0.09 if rule == "blog" else 0) - 1e-12 <= reward <= 1 + 1e-12
+            if rule in paid:
+                paid[rule] += subject.reward_parts["accuracy"] > 0
+    assert paid["strict"] == 0, "an exploit was paid"
+    assert paid["paper"] > 20_000, "these are no exploits, if the official scorer pays none of them"

@@ -3,7 +3,11 @@
 Turns are scripted (forced before sampling begins), or put into the model's mouth by `Puppet`, or left to the model.
 """
 
+import gc
 import threading
+import time
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +20,7 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation, UserError
 from mmsr.pack import cut, pack
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits, Opening, Rollout
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
 from mmsr.update import ImageFeatures, Trainer
 
@@ -350,6 +354,44 @@ def test_forced_opening_then_sampling_trains_the_sampled_turn_only(home):
         assert sum(episode.loss_mask) > 0 and episode.searches() >= episode.sample
 
 
+QUERY = Opening("<reason>a fact</reason> <text_search>")
+
+
+@pytest.mark.parametrize("before", [[], [LOOK]])
+def test_opening_is_part_of_its_turn_and_only_what_the_model_adds_is_trained(home, before):
+    rollout = make(home, turns=3, say=lambda episode, turn: "bridge lisbon</text_search>")
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: [*before, QUERY])
+    spoken = [t for t in episode.turns if t.role == "assistant"]
+    asked = spoken[len(before)]
+    assert asked.text == QUERY + "bridge lisbon</text_search>" and not asked.forced
+    assert (asked.action, asked.query) == (TEXT_SEARCH, "bridge lisbon")
+    mask = episode.loss_mask[asked.start : asked.end]
+    opening = rollout.chat.opening(QUERY)
+    assert mask == [0] * len(opening) + [1] * (len(mask) - len(opening)) and sum(mask) > 0
+    assert episode.input_ids[asked.start :][: len(opening)] == opening
+    assert episode.turns[episode.turns.index(asked) + 1].observation.hits[0].text == "about bridge lisbon"
+
+
+def test_every_turn_may_have_an_opening(home):
+    said = {1: "bridge lisbon</text_search>", 2: " done</reason> <answer>Tagus</answer>"}
+    rollout = make(home, turns=3, say=lambda episode, turn: said[turn])
+    script = [LOOK, QUERY, Opening("<reason>I am")]
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: list(script))
+    assert [t.action for t in episode.turns if t.role == "assistant"] == [IMAGE_SEARCH, TEXT_SEARCH, "answer"]
+    assert (episode.status, episode.answer) == (ANSWERED, "Tagus")
+    assert episode.turns[-1].text == "<reason>I am done</reason> <answer>Tagus</answer>"
+    for turn, following in zip(episode.turns, [*episode.turns[1:], None]):
+        assert turn.end == (following.start if following else len(episode.input_ids))
+
+
+def test_opening_without_room_ends_the_episode(home):
+    rollout = make(home, turns=3)
+    (fits,) = rollout([question()], 1, scripts=lambda example, sample: [LOOK])
+    room = fits.turns[1].end + 1
+    (episode,) = make(home, turns=3, max_tokens=room)([question()], 1, scripts=lambda example, sample: [LOOK, QUERY])
+    assert episode.status == LENGTH and len(episode.input_ids) < room
+
+
 def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
     rollout = make(home, say=lambda episode, turn: REPLY)
     scripts = [[REPLY.replace("Tagus River", "Douro")], [], [LOOK, "nonsense"], [LOOK]]
@@ -477,6 +519,34 @@ def test_forced_tokens_are_prefilled_once(home):
     assert rollout.counts["prefilled"] == rollout.counts["prefilled_unique"] == prompts + forced
 
 
+def test_cache_outlives_the_rollout(home):
+    """The update needs its memory, so nothing that is kept may hold on to it, not even until the next collection."""
+    rollout = make(home, turns=2)
+    gc.collect()
+    gc.disable()
+    try:
+        episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: [LOOK])
+        cache, counts = weakref.ref(rollout.engine.cache), rollout.counts
+        del rollout
+        assert episodes and counts["sampled"] and cache() is None
+    finally:
+        gc.enable()
+
+
+def test_a_tool_that_hangs_holds_its_rollout_for_ever(home):
+    never = threading.Event()
+    tools = [Tool(TEXT_SEARCH, "text_search", 1, lambda call: never.wait(SECONDS) or "late")]
+    say = lambda e, turn: (ASK, REPLY)[turn] if e.group_id == 0 else REPLY  # noqa: E731
+    rollout = make(home, tools=tools, inline=False, say=say)
+    rollout.limits = replace(rollout.limits, tool_seconds=0.2)
+    start = time.monotonic()
+    hung, quick = rollout([question(0), question(1)], 1)
+    assert time.monotonic() - start < SECONDS / 2
+    never.set()
+    assert hung.status == quick.status == ANSWERED
+    assert not hung.turns[1].observation.ok and "timeout" in hung.turns[1].observation.error
+
+
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 
@@ -521,3 +591,28 @@ def test_record_of_an_episode_is_json_with_every_key_of_the_contract(home):
         *("ok", "error", "source", "titles", "urls", "thumbnails", "text", "images", "seconds", "cached")
     }
     assert record["turns"][1]["observation"]["titles"] == ["first title", "second title"]
+
+
+def test_slow_tools_run_one_after_another(home, record_property):
+    """16 searches of a quarter of a second: 4 seconds in a row, and hidden behind each other and decoding here."""
+
+    class SlowWeb(FakeWeb):
+        latency = 0.0
+
+        def image_search(self, image, question):
+            time.sleep(self.latency)
+            return super().image_search(image, question)
+
+    def seconds(latency):
+        web = SlowWeb()
+        web.latency = latency
+        rollout = make(home, web, inline=False, say=lambda episode, turn: (LOOK, REPLY)[turn])
+        start = time.perf_counter()
+        episodes = rollout([question(n) for n in range(4)], 4)
+        assert all(episode.status == ANSWERED and episode.searches() == 1 for episode in episodes)
+        return time.perf_counter() - start
+
+    at_once = seconds(0.0)
+    added = seconds(0.25) - at_once
+    report(record_property, "seconds that 16 searches of 0.25 s add to a rollout", added)
+    assert added < 2

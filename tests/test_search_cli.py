@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from helpers import picture_bytes
 from test_index import PAGES, corpus, write_lines
 
 import search
-from mmsr import backends
-from mmsr.assemble import _backend
-from mmsr.config import Config
-from mmsr.episode import Hit, Observation
+from mmsr.backends import Search, Spending, open_backend
+from mmsr.config import Options
+from mmsr.episode import Hit, Observation, UserError
 from mmsr.index import Local
+from mmsr.store import Store, text_key
 from mmsr.tools import ToolFailure
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ class Fake:
 
 
 def finding(monkeypatch, found) -> None:
-    monkeypatch.setattr(search, "open_backend", lambda spec, results: Fake(found))
+    monkeypatch.setattr(search, "open_backend", lambda options: Search(Fake(found)))
 
 
 # ---- for people and for machines
@@ -136,7 +137,9 @@ def test_a_page_steers_the_terminal(monkeypatch, capsys):
         ("text x --search local:", "not complete; give toy, local:FILE"),
         ("text x --search toy:1", "not complete"),
         ("text x --search google", "unknown back-end; give toy, local:FILE"),
-        ("text x --search=", "unknown back-end"),
+        ("text x --search=", "--search is missing"),
+        ("text x", "--search is missing; give toy"),
+        ("text x --search none --results 0", "--results 0: give a number from 1"),
         ("text {blank} --search none", "the query is empty"),
         ("index --out {folder}/i", "nothing to index: give --images DIR"),
         ("index --out {folder}/i --images {folder}", "--images and --titles go together"),
@@ -167,8 +170,7 @@ def test_a_mistake_is_a_traceback_or_leaves_a_file(command, message, tmp_path, c
     [
         ("", "arguments are required: COMMAND"),
         ("find x", "invalid choice: 'find'"),
-        ("text x", "required: --search"),
-        ("text x --search none --results 0", "no whole number from 1"),
+        ("text x --search none --results few", "invalid int value"),
         ("text x --search none --jsno", "unrecognized arguments: --jsno"),
         ("serve --search none --port x", "invalid int value"),
     ],
@@ -241,11 +243,65 @@ def test_serve_does_not_answer_or_not_stop(made):
 # ---- back-ends by name
 
 
-def test_a_run_cannot_search_a_local_index(made):
-    backend, scripts = _backend(Config(search=f"local:{made / 'my.index'}"), None, [])
-    assert isinstance(backend, Local) and scripts is None and len(backend.text_search("tower").hits) == 2
+def test_a_run_cannot_search_a_local_index(made, monkeypatch):
+    """Nor is it asked twice: what it found is recorded, for this state of the index."""
+    options = Options(search=f"local:{made / 'my.index'}", results=2)
+    first, again = open_backend(options).backend, open_backend(options).backend
+    assert len(first.text_search("tower").hits) == 2 and isinstance(first.backend, Local)
+    monkeypatch.setattr(again.backend, "text_search", None)
+    assert again.text_search("tower").cached
 
 
 def test_the_toy_web_knows_no_picture(world):
-    web = backends.open_backend("toy")
-    assert web.image_search(world.train[0].image).hits and backends.open_backend("none").text_search("x").hits == ()
+    web = open_backend(Options(search="toy")).backend
+    assert web.image_search(world.train[0].image).hits
+    assert open_backend(Options(search="none")).backend.text_search("x").hits == ()
+
+
+def test_a_live_search_without_a_budget(monkeypatch):
+    for name in ("SERPAPI_API_KEY", "SERPER_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="--budget N"):
+        open_backend(Options(search="live"))
+    with pytest.raises(UserError, match="SERPAPI_API_KEY"):
+        open_backend(Options(search="live", budget=3))
+
+
+def test_a_run_that_never_pays_leaves_a_ledger_and_one_that_pays_is_not_stopped(tmp_path):
+    spending = Spending(tmp_path / "spent.sqlite", total=3, per_step=2)
+    spending.begin_step("step 1")
+    assert spending.spent == {} and not list(tmp_path.iterdir())
+    spending.spend("serpapi"), spending.spend("openai")
+    with pytest.raises(ToolFailure, match="budget"):
+        spending.spend("serpapi")
+    spending.begin_step("step 2")
+    spending.spend("serpapi")
+    spending.begin_step("step 3")
+    with pytest.raises(ToolFailure, match="budget"):
+        spending.spend("serpapi")
+    assert Spending(tmp_path / "spent.sqlite", 9, 0).spent == {} and spending.spent == {"openai": 1, "serpapi": 2}
+
+
+# ---- recorded searches
+
+
+def test_import_and_export_lose_a_search(tmp_path, capsys):
+    store, lines, again = (str(tmp_path / name) for name in ("a.sqlite", "a.jsonl", "b.sqlite"))
+    with closing(Store(store)) as made:
+        made.put(text_key("which river?"), Observation((Hit("Tagus"),), source="serpapi"))
+    assert search.main(["cache", "export", store, "--out", lines]) == 0
+    assert search.main(["cache", "import", lines, "--out", again]) == 0
+    assert search.main(["cache", "import", store, "--out", again]) == 0
+    said = capsys.readouterr().out
+    assert "1 searches" in said and "1 new searches" in said and "0 new searches" in said
+    assert search.main(["cache", again]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == {"text_search": {"serpapi": 1}}
+    assert search.main(["text", "Which  river?", "--search", f"replay:{again}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["title"] == "Tagus"
+
+
+@pytest.mark.parametrize("words", [["import"], ["a", "b"], ["import", "a"], ["export", "a"], ["a", "--out", "b"]])
+def test_cache_words_that_make_no_sense(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert search.main(["cache", *words]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())

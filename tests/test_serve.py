@@ -53,8 +53,9 @@ class Engine:
 
 @pytest.fixture
 def server():
-    found = serve.Server(Engine(), "test", port=0)
-    found.engine = found.toolbox.tools["text_search"].run.__closure__[0].cell_contents
+    engine = Engine()
+    found = serve.Server(engine, "test", port=0)
+    found.engine = engine
     thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     yield found
@@ -120,6 +121,18 @@ def test_an_image_search_loses_a_field(server):
 def test_a_failed_search_looks_like_no_results(server, query, kind, message):
     reply = post(server, "/retrieve", {"queries": ["one", query]})
     assert reply.status_code == 502 and reply.json() == {"error": message, "kind": kind} and alive(server)
+
+
+def test_queries_of_a_request_wait_for_each_other(server):
+    replies = []
+    body = {"queries": ["wait"] * 8}
+    asking = threading.Thread(target=lambda: replies.append(post(server, "/retrieve", body).json()))
+    asking.start()
+    for _ in range(8):
+        assert server.engine.running.acquire(timeout=20)
+    server.engine.release.set()
+    asking.join(20)
+    assert len(replies[0]["result"]) == 8
 
 
 # ---- what is refused

@@ -1,45 +1,22 @@
-"""The toy world, its tokenizer and its warm start."""
+"""The toy world: its concepts, its questions, its web, in both settings."""
 
-import json
-import re
+import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from conftest import MINIATURE
 
 from mmsr import toy
-from mmsr.chat import PROMPTS, Chat
-from mmsr.episode import UserError
-from mmsr.model import load
-from mmsr.tools import search_tools
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 from mmsr.vision import load_image
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return toy.build_tokenizer()
+def full():
+    return toy.World(0, toy.FULL)
 
 
-@pytest.fixture(scope="module")
-def chat(tokenizer, tmp_path_factory, world):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-
-
-@pytest.fixture
-def fake_warm_start(monkeypatch):
-    """A warm start that takes no time; returns the list of its calls."""
-    calls = []
-
-    def made(world, recipe, folder):
-        calls.append((world.seed, recipe))
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-
-    monkeypatch.setattr(toy, "_warm_start", made)
-    return calls
+def perfect(settings):
+    return dataclasses.replace(settings, wrong=0.0)
 
 
 # ---- concepts -------------------------------------------------------------------------------------------------------
@@ -49,17 +26,19 @@ def distances(a, b):
     return (a[:, None] != b[None]).sum(-1)
 
 
+@pytest.mark.parametrize("settings", [toy.BASIC, toy.FULL], ids=["basic", "full"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_no_emblem_is_nearly_a_familiar_one(seed):
-    world = toy.World(seed)
-    emblems = {c: np.stack([concept.emblem for concept in world.of(c)]) for c in toy.CATEGORIES}
-    assert {c: len(e) for c, e in emblems.items()} == {"familiar": 40, "unfamiliar": 300, "held_out": 300}
-    assert np.array_equal(emblems["familiar"], world.familiar)
-    others = np.concatenate([emblems["unfamiliar"], emblems["held_out"]])
-    assert distances(others, world.familiar).min() >= 3
-    assert len(np.unique(np.concatenate([others, world.familiar]), axis=0)) == 640
-    novel = toy.draw_emblems(np.random.default_rng(seed), 500, unlike=world.familiar)
-    assert len(novel) == 500 and distances(novel, world.familiar).min() >= 3
+def test_no_emblem_is_nearly_one_that_was_taught(seed, settings):
+    world = toy.World(seed, settings)
+    of_each = {pool.name: np.stack([concept.emblem for concept in world.of(pool.name)]) for pool in settings.pools}
+    assert {name: len(emblems) for name, emblems in of_each.items()} == {p.name: p.size for p in settings.pools}
+    assert np.array_equal(world.taught, np.concatenate([of_each[p.name] for p in settings.pools if p.facts]))
+    others = np.concatenate([of_each[p.name] for p in settings.pools if not p.facts])
+    assert distances(others, world.taught).min() >= 3
+    everything = np.concatenate([others, world.taught])
+    assert len(np.unique(everything, axis=0)) == len(everything), "pools share no emblem"
+    novel = toy.draw_emblems(np.random.default_rng(seed), 500, unlike=world.taught)
+    assert len(novel) == 500 and distances(novel, world.taught).min() >= 3
 
 
 def test_neighbouring_colours_of_an_emblem_differ():
@@ -70,9 +49,10 @@ def test_neighbouring_colours_of_an_emblem_differ():
     assert (drawn[:, toy.BADGE_COLOUR] != drawn[:, toy.BACKGROUND]).all()
 
 
-def test_names_and_towns_are_nobody_elses(world):
-    for words in ([c.name for c in world.concepts], [c.town for c in world.concepts]):
-        assert len(set(words)) == 640
+def test_names_and_towns_are_nobody_elses(world, full):
+    for concepts in (world.concepts, full.concepts):
+        for words in ([c.name for c in concepts], [c.town for c in concepts]):
+            assert len(set(words)) == len(concepts)
 
 
 def test_pictures_of_one_emblem_differ_less_than_those_of_two(world):
@@ -96,40 +76,104 @@ def test_every_attribute_shows(world):
         assert abs(a - b).mean(0).max() > 30, attribute
 
 
-# ---- world and web --------------------------------------------------------------------------------------------------
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_right_searches_are_the_tables():
+    def table(settings):
+        return {category.name: settings.right_searches(category) for category in settings.categories}
+
+    by_image, by_text = (IMAGE_SEARCH,), (TEXT_SEARCH,)
+    assert table(toy.BASIC) == {"familiar": (), "unfamiliar": by_image, "held_out": by_image}
+    assert table(toy.FULL) == {
+        **{"familiar": (), "familiar_fact": (), "known_new_fact": by_text, "unfamiliar": by_image},
+        **{"unfamiliar_fact": by_image + by_text, "held_out": by_image, "unknown_two_hop": by_image + by_text},
+    }
+    new_fact_in_one_hop = dataclasses.replace(toy.FULL, two_hops=False).right_searches(toy.FULL.categories[2])
+    assert new_fact_in_one_hop == by_image, "the titles tell the town"
+
+
+@pytest.mark.parametrize("settings", [toy.BASIC, toy.FULL], ids=["basic", "full"])
+def test_concepts_are_shown_often_enough_and_known_and_unknown_weigh_alike(settings):
+    assert all(pool.exposure >= 450 for pool in settings.pools if pool.facts)
+    assert sum(settings.mix.values()) == pytest.approx(1)
+    of_pool = {pool.name: 0.0 for pool in settings.pools}
+    for category in settings.categories:
+        for name in category.pools:
+            of_pool[name] += category.weight / len(category.pools)
+    unknown = sum(weight for name, weight in of_pool.items() if not settings.facts(name))
+    assert unknown == pytest.approx(0.5 if settings is toy.BASIC else 1 / 3)
+    assert of_pool["held_out"] == of_pool["unfamiliar"]
+
+
+def test_graded_concepts_are_asked_about_but_never_in_training():
+    settings = toy.graded(toy.FULL, (500, 50, 0))
+    world = toy.World(0, settings)
+    assert [(p.name, p.size, p.facts) for p in settings.pools[-3:]] == [
+        *(("exposure_500", 6, 1), ("exposure_50", 6, 1), ("exposure_0", 6, 0)),
+    ]
+    asked = world.questions("exposure_50", 12, "here")
+    names = {concept.name for concept in world.of("exposure_50")}
+    assert {e.question for e in asked} == {toy.QUESTIONS[toy.NAME]} and {e.answers[0] for e in asked} <= names
+    assert settings.mix["exposure_50"] == 0 and settings.right_searches(settings.categories[-1]) == (IMAGE_SEARCH,)
+    graded = {word for p in settings.pools[-3:] for c in world.of(p.name) for word in (c.name, c.town)}
+    assert not graded & {answer for e in world.train for answer in e.answers}
+
+
+# ---- world ----------------------------------------------------------------------------------------------------------
 
 
 def facts(world):
-    return [(c.emblem.tolist(), c.name, c.town, c.category) for c in world.concepts]
+    return [(c.emblem.tolist(), c.name, c.town, c.pool) for c in world.concepts]
 
 
-def test_world_is_a_function_of_its_seed():
-    a, b, other = toy.World(3), toy.World(3), toy.World(4)
+@pytest.mark.parametrize("settings", [toy.BASIC, toy.FULL], ids=["basic", "full"])
+def test_world_is_a_function_of_its_seed(settings):
+    a, b, other = toy.World(3, settings), toy.World(3, settings), toy.World(4, settings)
     assert facts(a) == facts(b) != facts(other)
     late = b.questions("held_out", 5, "eval")  # in another order: nothing hangs on what was asked before
     assert a.train == b.train != other.train
     assert a.questions("held_out", 5, "eval") == late != a.questions("held_out", 5, "other")
     assert [a.web.image_search(e.image) for e in late] == [b.web.image_search(e.image) for e in late]
+    assert [a.web.text_search(c.name) for c in a.concepts] == [b.web.text_search(c.name) for c in b.concepts]
 
 
-def test_training_questions_are_half_familiar_and_never_held_out(world):
+def test_basic_training_questions_are_half_familiar(world):
     assert len(world.train) == 480 and len({e.id for e in world.train}) == 480
     kinds = [e.category for e in world.train]
     assert kinds.count("familiar") == kinds.count("unfamiliar") == 240
     assert {q: sum(e.question == q for e in world.train) for q in toy.QUESTIONS} == dict.fromkeys(toy.QUESTIONS, 240)
-    held_out = {word for c in world.of("held_out") for word in (c.name, c.town)}
-    assert not held_out & {answer for e in world.train for answer in e.answers}
 
 
-def test_questions_know_their_answers_and_fit_the_model(world):
-    by_answer = {(q, c.answer(i)): c for c in world.concepts for i, q in enumerate(toy.QUESTIONS)}
-    for example in world.questions("unfamiliar", 30, "here"):
-        concept = by_answer[example.question, example.answers[0]]
-        assert concept.category == example.category == "unfamiliar"
-        assert load_image(example.image, 56 * 56, 56 * 56).tokens == 4
+def test_full_training_questions_are_a_third_each_known_named_and_unfamiliar(full):
+    assert len(full.train) == 480 and len({e.id for e in full.train}) == 480
+    pool = {answer: c.pool for c in full.concepts for answer in (c.name, c.town)}
+    pools = [pool[e.answers[0]] for e in full.train]
+    assert pools.count("unfamiliar") == 160 and 130 < pools.count("known") < 190 and 130 < pools.count("named") < 190
+    assert {q: sum(e.question == q for e in full.train) for q in toy.QUESTIONS} == dict.fromkeys(toy.QUESTIONS, 240)
 
 
-def test_first_title_is_right_and_some_below_are_not(world):
+def test_training_never_asks_about_what_is_held_out(world, full):
+    for it in (world, full):
+        held_out = {word for c in it.of("held_out") for word in (c.name, c.town)}
+        assert not held_out & {answer for e in it.train for answer in e.answers}
+
+
+def test_questions_know_their_answers_and_fit_the_model(full):
+    for category in full.settings.categories:
+        examples = full.questions(category.name, 30, "here")
+        by_answer = {(q, c.answer(i)): c for c in full.concepts for i, q in enumerate(toy.QUESTIONS)}
+        assert {e.question for e in examples} == {toy.QUESTIONS[i] for i in category.questions}
+        for example in examples:
+            concept = by_answer[example.question, example.answers[0]]
+            assert concept.pool in category.pools and example.category == category.name
+            assert load_image(example.image, 56 * 56, 56 * 56).tokens == 4
+
+
+# ---- web ------------------------------------------------------------------------------------------------------------
+
+
+def test_basic_titles_tell_name_and_town_the_first_is_right_and_some_below_are_not(world):
     examples = world.questions("unfamiliar", 300, "titles")
     wrong = 0
     for example in examples:
@@ -143,6 +187,52 @@ def test_first_title_is_right_and_some_below_are_not(world):
     assert abs(wrong / (2 * len(examples)) - toy.DISTRACTION) < 0.06
 
 
+def test_full_image_search_tells_the_name_alone_and_text_search_the_town():
+    full = toy.World(1, perfect(toy.FULL))
+    towns = {concept.town for concept in full.concepts}
+    town_of = {concept.name: concept.town for concept in full.concepts}
+    below = 0
+    for example in full.questions("unknown_two_hop", 200, "hops"):
+        titles = [hit.title for hit in full.web.image_search(example.image).hits]
+        assert not towns & set(" ".join(titles).split())
+        name = titles[0].split()[0]
+        lines = [hit.title.split() for hit in full.web.text_search(f"{name} town").hits]
+        assert lines[0][0] == name and lines[0][2] == example.answers[0]
+        assert all(town_of[line[0]] == line[2] for line in lines), "pages on something else are true of that"
+        below += sum(line[0] != name for line in lines[1:])
+    assert abs(below / 400 - toy.DISTRACTION) < 0.09
+
+
+@pytest.mark.parametrize("wrong", [0.07, 0.3])
+def test_searches_mislead_as_often_as_they_are_said_to(wrong):
+    world = toy.World(2, dataclasses.replace(toy.FULL, wrong=wrong))
+    examples = world.questions("held_out", 1000, "wrong")
+    misled = sum(world.web.image_search(e.image).hits[0].title.split()[0] != e.answers[0] for e in examples)
+    assert abs(misled / 1000 - wrong) < 0.04
+    for pool in world.settings.pools:  # every pool alike: 24 concepts by the throw of a die could be all sound
+        first = [world.web.text_search(c.name).hits[0].title.split()[0] != c.name for c in world.of(pool.name)]
+        assert sum(first) == round(wrong * pool.size)
+
+
+def test_thumbnails_show_what_the_titles_are_about():
+    world = toy.World(0, dataclasses.replace(toy.FULL, thumbnails=True))
+    example = world.questions("unfamiliar", 1, "thumbnails")[0]
+    hits = world.web.image_search(example.image).hits
+    emblem_of = {concept.name: concept.emblem for concept in world.concepts}
+    for hit in hits:
+        assert load_image(hit.image, 56 * 56, 56 * 56).tokens == 4
+        patches = load_image(hit.image, 56 * 56, 56 * 56).patches
+        distance = {}
+        for concept in [*world.of("unfamiliar")[:20], *(c for c in world.concepts if c.name == hit.title.split()[0])]:
+            many = toy.render(np.stack([emblem_of[concept.name]] * 10), np.random.default_rng(0))
+            shown = [load_image(toy.png(picture), 56 * 56, 56 * 56).patches for picture in many]
+            distance[concept.name] = min(float((patches - other).square().mean()) for other in shown)
+        assert min(distance, key=distance.get) == hit.title.split()[0]
+    assert world.web.image_search(example.image) == world.web.image_search(example.image)
+    assert not any(hit.image for hit in world.web.text_search(hits[0].title).hits)
+    assert not any(hit.image for hit in toy.World(0, toy.FULL).web.text_search(hits[0].title).hits)
+
+
 def test_web_knows_pictures_by_their_bytes_and_honestly_finds_no_others(world):
     example = world.questions("familiar", 1, "bytes")[0]
     concept = next(c for c in world.of("familiar") if example.answers[0] in (c.name, c.town))
@@ -153,222 +243,22 @@ def test_web_knows_pictures_by_their_bytes_and_honestly_finds_no_others(world):
     assert world.web.image_search(bytes(example.image)).hits
 
 
-def test_text_search_finds_names_and_towns_and_nothing_else(world):
-    concept = world.concepts[77]
-    for query in (concept.name, f"{concept.town} town", f"{concept.name} {concept.town}"):
-        titles = [hit.title for hit in world.web.text_search(query).hits]
-        assert f"{concept.name} of {concept.town}" in titles
-    assert not world.web.text_search("").hits and not world.web.text_search("nobody's town").hits
+def test_text_search_finds_names_and_nothing_else(full):
+    concept = full.concepts[77]
+    assert full.web.text_search(f"{concept.name} town") == full.web.text_search(f"town of {concept.name}")
+    for query in ("", "nobody's town", concept.town):
+        seen = full.web.text_search(query)
+        assert seen.ok and not seen.hits
 
 
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
+def test_always_search_asks_for_what_the_first_title_names(full):
+    """It is a policy, not an oracle: a misleading picture search leads it to another town."""
+    for example in full.questions("familiar_fact", 60, "always"):
+        found = full.web.image_search(example.image).hits[0].title.split()[0]
+        assert full.always_search(example) == [toy.LOOK_IT_UP, toy.look_up(found)]
+        assert full.always_search(example, texts=False) == [toy.LOOK_IT_UP]
+    assert all(full.always_search(e) == [toy.LOOK_IT_UP] for e in full.questions("familiar", 5, "always"))
 
 
-def test_names_are_three_tokens_and_towns_two(world, tokenizer):
-    for concept in world.concepts:
-        for word, n in ((concept.name, 3), (concept.town, 2)):
-            assert len(tokenizer.encode(word).ids) == len(tokenizer.encode(f" {word}").ids) == n, word
-
-
-def test_every_word_of_the_traces_is_one_token(tokenizer):
-    templates = [path.read_text() for path in (PROMPTS / "toy").glob("*.txt")]
-    said = [toy.LOOK_IT_UP, toy._direct("", ""), toy._copied(""), *toy.QUESTIONS, *toy.TITLES, "user assistant"]
-    words = {word for text in templates + said for word in text.split() if "{" not in word}
-    assert len(words) > 30
-    for word in words:
-        assert len(tokenizer.encode(word).ids) == len(tokenizer.encode(f" {word}").ids) == 1, word
-    assert len(tokenizer.encode("user\n").ids) == 2
-
-
-def test_any_text_round_trips(chat):
-    texts = [
-        "",
-        " ",
-        "  two  blanks \n\n\ttab \r\n",
-        "Ünïcödé 漢字 🙂 \u200b",
-        "<|im_end|><|image_pad|>",
-        "a" * 99,
-        "<reason>x</reason>",
-    ]
-    rng = np.random.default_rng(0)
-    texts += ["".join(map(chr, rng.integers(1, 0xD7FF, 40))) for _ in range(50)]
-    for text in texts:
-        assert chat.decode(chat.assistant(text)) == text + "<|im_end|>"
-
-
-def test_control_tokens_stand_behind_the_vocabulary_in_qwens_order(tokenizer):
-    ids = [tokenizer.token_to_id(name) for name in toy.SPECIAL]
-    assert ids == list(range(ids[0], tokenizer.get_vocab_size()))
-
-
-def test_tokenizer_is_the_same_every_time(tokenizer):
-    assert toy.build_tokenizer().to_str() == tokenizer.to_str()
-
-
-# ---- traces ---------------------------------------------------------------------------------------------------------
-
-
-def test_traces_train_exactly_the_assistants_words(world, chat):
-    opening = chat.assistant("assistant\n")[:-1]
-    start, stop = chat.added["<|im_start|>"], chat.stop_id
-    for episode in toy.Traces(world, chat, 1).batch(60):
-        ids, speaking, mask = episode.input_ids, False, []
-        for at, token in enumerate(ids):
-            mask.append(int(speaking))
-            if speaking and token == stop:
-                speaking = False
-            elif ids[at - len(opening) : at + 1] == [start, *opening]:
-                speaking = True
-        assert episode.loss_mask == mask and not speaking
-        assert len(episode.logps) == len(ids) and episode.advantage == 1
-        assert sum(mask[: episode.prompt_length]) == 0 and mask[episode.prompt_length] == 1
-        ((offset, image),) = episode.images
-        pads = [at for at, token in enumerate(ids) if token == chat.added["<|image_pad|>"]]
-        assert pads == list(range(offset, offset + image.tokens))
-
-
-def test_traces_recall_first_or_search_and_copy(world, chat):
-    """The direct reason must begin with the name: an opaque one makes every run drift to always-search."""
-    batch = toy.Traces(world, chat, 1).batch(400)
-    known = {word: c for c in world.of("familiar") for word in (c.name, c.town)}
-    searches = 0
-    for episode in batch:
-        question = toy.QUESTIONS.index(episode.example.question)
-        text = chat.decode(episode.input_ids)
-        prompt, *spoken = re.split(r"<\|im_start\|>assistant\n", text)
-        spoken = [turn.split("<|im_end|>")[0] for turn in spoken]
-        assert all(chat.well_formed(turn) for turn in spoken)
-        answer = chat.parse(spoken[-1]).query
-        if len(spoken) == 2:
-            searches += 1
-            assert spoken[0] == toy.LOOK_IT_UP and "no search" not in prompt
-            first = re.search(r"<information> (\w+) \w+ (\w+) ;", text).groups()
-            assert answer == first[question]
-        else:
-            name = spoken[0].split()[1]
-            assert spoken[0] == toy._direct(name, answer) and (question == 1 or answer == name)
-            if episode.example.category == "familiar":
-                assert known[answer].name == name
-    assert 0.4 < searches / 400 < 0.6
-    kinds = [episode.example.category for episode in batch]
-    assert kinds.count("familiar") == kinds.count("novel") == 200
-    novel = {
-        chat.parse(chat.decode(e.input_ids).split("assistant\n")[-1]).query
-        for e in batch
-        if e.example.category == "novel"
-    }
-    assert len(novel) > 150, "a one-off emblem has a name of its own"
-
-
-def test_traces_are_a_function_of_the_seed(world, chat):
-    a, b, c = (toy.Traces(world, chat, seed).batch(8) for seed in (1, 1, 2))
-    assert [e.input_ids for e in a] == [e.input_ids for e in b] != [e.input_ids for e in c]
-    assert all(torch.equal(x.images[0][1].patches, y.images[0][1].patches) for x, y in zip(a, b))
-
-
-# ---- warm start -----------------------------------------------------------------------------------------------------
-
-
-def test_warm_start_makes_a_folder_that_transformers_opens(miniature):
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-
-    twin, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(miniature, output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in load(miniature).parameters())
-    ids = PreTrainedTokenizerFast(tokenizer_file=str(miniature / "tokenizer.json"))("<|im_start|>user")["input_ids"]
-    config = json.loads((miniature / "config.json").read_text())
-    assert len(ids) == 2 and max(ids) < config["vocab_size"] and config["model_type"] == "qwen2_5_vl"
-
-
-def test_warm_start_teaches_the_markup(miniature, world):
-    """A few seconds are enough to speak; without this the tests of training would train on nothing."""
-    from mmsr.engine import Engine
-    from mmsr.rollout import Limits, Rollout
-    from mmsr.tools import Toolbox
-
-    tools = search_tools(world.web, 1, 0)
-    chat, model = Chat(miniature, PROMPTS / "toy", tools), load(miniature)
-    engine = Engine(model, chat.stop_id, chat.banned(model.config.vocab_size), slots=64, max_tokens=128, turn_tokens=32)
-    rollout = Rollout(engine, chat, Toolbox(tools, True), Limits(2, 56 * 56, 56 * 56))
-    episodes = rollout(world.questions("familiar", 16, "markup"), 2)
-    assert sum(e.status == "answered" for e in episodes) > 16
-    assert 4 < sum(e.searches() for e in episodes) < 30
-
-
-def test_warm_start_is_made_once(miniature, miniature_cache, world, monkeypatch, fake_warm_start):
-    monkeypatch.setenv("MMSR_CACHE", str(miniature_cache))
-    before = {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
-    assert toy.base_model(toy.World(0), MINIATURE) == miniature
-    assert not fake_warm_start and before == {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
-    assert list(miniature_cache.iterdir()) == [miniature]
-
-
-def test_another_recipe_or_world_is_another_folder(tmp_path, monkeypatch, fake_warm_start, world):
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "one"))
-    folders = [
-        toy.base_model(world, MINIATURE),
-        toy.base_model(world, toy.WarmStart(steps=61)),
-        toy.base_model(toy.World(1), MINIATURE),
-        toy.base_model(world, MINIATURE),
-    ]
-    assert folders[0] == folders[3] and len(set(folders)) == 3 == len(fake_warm_start)
-    assert all(folder.parent == tmp_path / "one" for folder in folders)
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "two"))
-    assert toy.base_model(world, MINIATURE).parent == tmp_path / "two"
-
-
-def test_cache_is_in_the_home_folder_unless_told_otherwise(tmp_path, monkeypatch, fake_warm_start, world):
-    monkeypatch.delenv("MMSR_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert toy.base_model(world).parent == tmp_path / ".cache" / "mmsr"
-
-
-def test_missed_gate_is_the_users_to_know_and_leaves_nothing(tmp_path, monkeypatch, world):
-    measured = []
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "_gate", lambda *given: measured.append(given) or (0.96, 0.5))
-    with pytest.raises(UserError) as error:
-        toy.base_model(world, toy.WarmStart(steps=2, batch=4, extra=1, most=4))
-    assert len(measured) == 3, "at 2, 3 and 4 steps"
-    assert "0.500" in str(error.value) and "--seed" in str(error.value) and "\n" not in str(error.value)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_gate_is_passed_by_both_numbers(tmp_path, monkeypatch, world):
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-    found = [(0.96, 0.5), (0.5, 0.96), (0.95, 0.8)]
-    monkeypatch.setattr(toy, "_gate", lambda *given: found.pop(0))
-    folder = toy.base_model(world, toy.WarmStart(steps=1, batch=4, extra=1, most=9))
-    assert not found and (folder / "model.safetensors").exists()
-
-
-def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):
-    def interrupted(world, recipe, folder):
-        folder.mkdir()
-        (folder / "tokenizer.json").write_text("{}")
-        raise KeyboardInterrupt
-
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "_warm_start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        toy.base_model(world)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_two_warm_starts_at_a_time_leave_one_sound_folder(tmp_path, monkeypatch, world):
-    """The second one to finish must not be moved into the first one's folder."""
-    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
-
-    def made(world, recipe, folder):
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-
-    def overtaken(world, recipe, folder):
-        monkeypatch.setattr(toy, "_warm_start", made)
-        toy.base_model(world, recipe)
-        made(world, recipe, folder)
-
-    monkeypatch.setattr(toy, "_warm_start", overtaken)
-    folder = toy.base_model(world)
-    assert [file.name for file in folder.iterdir()] == ["config.json"]
-    assert list(folder.parent.iterdir()) == [folder]
+def test_always_search_in_the_basic_world_is_one_search(world):
+    assert {len(world.always_search(e)) for e in world.questions("familiar", 4, "always")} == {1}

@@ -1,12 +1,13 @@
 """`train.py` as a user runs it, on a base model that was made in seconds (conftest.py); and once for real (slow)."""
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 import signal
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import train
 from mmsr import model as modeling
-from mmsr import reward, toy
+from mmsr import reward, toy, toy_base
 from mmsr.chat import PROMPTS, Chat
-from mmsr.config import Config
+from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
 from mmsr.episode import Episode, Example
 from mmsr.parallel import SINGLE
@@ -33,7 +34,18 @@ SMALL = dict(recipe="toy", data="toy", search="toy", steps=2, questions=4, mini_
 
 METRICS = {
     *("step", "reward", "accuracy", "format", "search_ratio", "search_ratio_image", "search_ratio_text"),
-    *("tool_failures", "response_tokens", "zero_std_groups", "loss", "kl", "entropy", "clip_fraction", "logp_gap"),
+    *(
+        "tool_calls",
+        "tool_failures",
+        "tool_errors",
+        "response_tokens",
+        "zero_std_groups",
+        "loss",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "logp_gap",
+    ),
     *("logp_gap_max", "grad_norm", "lr", "seconds", "tokens", "images"),
 }
 EVALUATION = {"n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"}
@@ -192,7 +204,7 @@ def test_nothing_is_trained_or_encoded_twice(first):
 
 
 def test_trainer_and_sampler_agree_on_log_probabilities(first):
-    assert all(0 < line["logp_gap"] <= line["logp_gap_max"] <= 1e-5 for line in first.steps)
+    assert all(0 <= line["logp_gap"] <= line["logp_gap_max"] <= 2e-6 for line in first.steps)
 
 
 # ---- the same again, and otherwise ----------------------------------------------------------------------------------
@@ -290,14 +302,17 @@ def test_sft_with_nothing_right_changes_nothing(miniature, tmp_path, monkeypatch
     assert all(line["loss"] == 0 and line["tokens"]["trained"] == 0 for line in found.steps)
 
 
-def test_failed_tools_are_counted_and_can_be_left_out(miniature, tmp_path, monkeypatch, every_other_right):
-    def down(self, image):
+def test_failed_tools_are_counted_told_of_and_can_be_left_out(
+    miniature, tmp_path, monkeypatch, every_other_right, capsys
+):
+    def down(self, image, question):
         raise OSError("down")
 
     monkeypatch.setattr(toy.Web, "image_search", down)
     told = run(miniature, tmp_path / "told", steps=1)
     calls = sum(turn["role"] == "tool" for e in told.rollouts[0] for turn in e["turns"])
-    assert told.steps[0]["tool_failures"] == calls > 0
+    assert told.steps[0]["tool_failures"] == told.steps[0]["tool_calls"] == calls > 0
+    assert f"step 1: {calls} of {calls} tool calls failed, most often: OSError: down" in capsys.readouterr().err
     assert "tool-error" not in {e["status"] for e in told.rollouts[0]}
     dropped = run(miniature, tmp_path / "dropped", steps=1, on_tool_error="drop", zero_std="keep")
     stopped = [e for e in dropped.rollouts[0] if e["status"] == "tool-error"]
@@ -404,7 +419,12 @@ def test_question_with_half_a_character_ends_no_run(tmp_path):
     """JSON has lone surrogates, UTF-8 has not."""
     out = train.Output(Config(out=str(tmp_path / "out")), SINGLE)
     out.begin(0)
-    out.step(1, {"step": 1, "reward": 0.0}, [Episode(Example("e", b"", "why \ud800 ?", ("a",)), 0, 0)], None)
+    out.step(
+        1,
+        {"step": 1, "tool_failures": 0, "tool_calls": 0},
+        [Episode(Example("e", b"", "why \ud800 ?", ("a",)), 0, 0)],
+        None,
+    )
     assert Run(tmp_path / "out").rollouts[0][0]["question"] == "why \ud800 ?"
 
 
@@ -464,7 +484,7 @@ def test_out_folder_that_is_not_empty_is_refused(capsys, miniature, tmp_path):
 
 
 def test_out_folder_is_looked_at_before_minutes_of_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "_warm_start", lambda *given: pytest.fail("the warm start ran before --out was checked"))
+    monkeypatch.setattr(toy_base, "_warm_start", lambda *given: pytest.fail("warm start before --out was checked"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -607,7 +627,7 @@ def test_broken_picture_met_later_ends_the_run_with_one_line(capsys, miniature, 
         (dict(eval_data="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(prompts="/no/such/folder"), "/no/such/folder"),
         (dict(device="warp"), "--device warp"),
-        (dict(toy="full"), "full"),
+        (dict(toy="flat"), "flat"),
     ],
 )
 def test_wrong_option_is_one_line(capsys, miniature, tmp_path, changes, said):
@@ -625,6 +645,59 @@ def test_prompts_folder_of_ones_own(miniature, tmp_path):
     assert run(miniature, tmp_path / "out", prompts=tmp_path / "prompts", steps=1).steps
 
 
+# ---- toy worlds ----------------------------------------------------------------------------------------------------
+
+TOWNS = ("familiar_fact", "known_new_fact", "unfamiliar_fact", "unknown_two_hop")  # categories that ask for a town
+FULL = {"familiar", "unfamiliar", "held_out", *TOWNS}
+
+
+def test_full_world_is_evaluated_by_its_categories_with_all_searches_and_with_none(miniature, tmp_path, capsys):
+    found = run(miniature, tmp_path / "out", toy="full", steps=1)
+    for line in found.evaluations:
+        assert set(line["eval"]) == set(line["eval_sampled"]) == FULL
+    before = found.evaluations[0]
+    for name in FULL:
+        always, never = before["always_search"][name], before["never_search"][name]
+        assert always["search_ratio_image"] == 1 and always["search_ratio_text"] == (name in TOWNS)
+        assert never["search_ratio"] == 0
+    table = capsys.readouterr().out.split("image/text/accuracy")[1].split("\n\n")[0]
+    assert all(name in table for name in FULL) and max(map(len, table.splitlines())) <= 120
+
+
+def test_text_searches_are_not_forced_where_there_are_none(miniature, tmp_path):
+    found = run(miniature, tmp_path / "out", toy="full", steps=1, max_texts=0)
+    always = found.evaluations[0]["always_search"]["unknown_two_hop"]
+    assert (always["search_ratio_image"], always["search_ratio_text"]) == (1, 0)
+
+
+def test_world_of_ones_own_is_trained_in(miniature, tmp_path):
+    """Thumbnails go from the web through the rollout into the update."""
+    world = toy.World(0, dataclasses.replace(toy.FULL, thumbnails=True))
+    train.train(parse(arguments(miniature, tmp_path / "out", toy="full", steps=1)), SINGLE, world)
+    found = Run(tmp_path / "out")
+    (step,) = found.steps
+    seen = [turn["observation"] for record in found.rollouts[0] for turn in record["turns"] if turn["role"] == "tool"]
+    shown = [observation["images"] for observation in seen if observation["source"] == "toy" and observation["titles"]]
+    assert shown and set(shown) <= {0, 3} and 3 in shown
+    assert step["images"]["distinct"] > 4
+
+
+@pytest.mark.slow
+def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
+    """All of `python train.py --toy full`, with a warm start that is far too short."""
+    recipe = toy_base.WarmStart(steps=150, batch=32, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
+    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(toy_base, "base_model", partial(toy_base.base_model, recipe=recipe))
+    train.main(["--toy", "full", "--steps", "3", "--eval-size", "20", "--out", str(tmp_path / "out")])
+    found = Run(tmp_path / "out")
+    assert len(found.steps) == 3 and all(line["search_ratio_image"] > 0 for line in found.steps)
+    assert set(found.evaluations[-1]["eval"]) == FULL
+    records = [record for step in found.rollouts for record in step]
+    shapes = {tuple(turn["action"] for turn in r["turns"] if turn["role"] == "assistant") for r in records}
+    assert ("image_search", "text_search", "answer") in shapes and ("text_search", "answer") in shapes
+    assert "unknown_two_hop" in capsys.readouterr().out
+
+
 # ---- for real -------------------------------------------------------------------------------------------------------
 
 
@@ -639,7 +712,7 @@ def all_threads():
 @pytest.mark.slow
 def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path, all_threads):
     """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
-    model = toy.base_model(toy.World(0))
+    model = toy_base.base_model(toy.World(0))
     found = run(model, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
     before, after = found.evaluations[0], found.evaluations[-1]
     greedy = {category: row["search_ratio"] for category, row in after["eval"].items()}
@@ -647,7 +720,7 @@ def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_
     assert greedy["familiar"] <= 0.25 and greedy["unfamiliar"] >= 0.85 and greedy["held_out"] >= 0.85
 
     def accuracy(line):
-        return sum(toy.MIX[category] * row["accuracy"] for category, row in line["eval_sampled"].items())
+        return sum(toy.BASIC.mix[category] * row["accuracy"] for category, row in line["eval_sampled"].items())
 
     assert accuracy(after) >= accuracy(before) + 0.15
     assert all(line["tokens"]["prefilled"] <= 1.05 * line["tokens"]["prefilled_unique"] for line in found.steps)

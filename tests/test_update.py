@@ -7,6 +7,7 @@ import torch
 from helpers import IMAGE, conversation, random_image, report, tiny_model
 
 from mmsr.episode import Episode, Example
+from mmsr.model import Qwen2_5_VL
 from mmsr.pack import cut, pack, trained_length, unique_tokens
 from mmsr.update import ImageFeatures, MasterWeights, Trainer, split
 
@@ -116,6 +117,21 @@ def test_trained_tokens_are_unique_tokens_when_nothing_is_cut():
     assert metrics["trained"] == metrics["trained_unique"] == unique_tokens(episodes)
     cut_up = trainer(tiny_model(1), micro_tokens=40).step([episodes], 0.1)
     assert cut_up["trained"] > cut_up["trained_unique"] == metrics["trained_unique"]
+
+
+def test_one_update_makes_a_second_pass_for_old_log_probabilities(monkeypatch):
+    """One forward pass per micro-batch: with one update π_old is π. With two, each token has one more."""
+    episodes = made(4)
+    passes = []
+    forward = Qwen2_5_VL.forward
+    monkeypatch.setattr(
+        Qwen2_5_VL, "forward", lambda self, ids, *a, **k: passes.append(len(ids)) or forward(self, ids, *a, **k)
+    )
+    metrics = trainer(tiny_model(1), micro_tokens=60).step([episodes], 0.1)
+    assert len(passes) > 1 and sum(passes) == metrics["trained"]
+    passes.clear()
+    metrics = trainer(tiny_model(1), micro_tokens=60).step(split(episodes, 2), 0.1)
+    assert sum(passes) == 2 * metrics["trained"]
 
 
 def test_second_update_of_a_batch_is_clipped_against_the_first():

@@ -4,13 +4,16 @@ import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import PIL.Image
 import pytest
 from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset, status
 
+from mmsr.cache import Cached
 from mmsr.client import Client
 from mmsr.episode import Hit, Observation, UserError
+from mmsr.store import Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
 from mmsr.web import Live, Remote, passages
 
@@ -155,6 +158,35 @@ def test_fewer_pages_than_wanted_are_still_a_result_and_none_is_a_failure(web):
         live(web).text_search("q")
 
 
+def test_no_further_pages_are_begun_when_the_time_for_them_is_over(web):
+    now = [0.0]
+
+    def late(handler):
+        now[0] = 61.0
+        status(422, {"code": 422, "message": "No content available"})(handler)
+
+    web.always("jina", late)
+    client = Client(clock=lambda: now[0], sleep=lambda seconds: None)
+    assert kind(Live.from_environment(environ=web.environ(), client=client, results=3).text_search, "q") == "status"
+    assert len(web.calls("jina")) == 3
+
+
+def test_recorded_searches_are_not_paid_for_again_and_failures_not_recorded(web, tmp_path):
+    """Rows 12 and 13 as the pieces are put together in a run."""
+    with closing(Store(tmp_path / "cache.db")) as store:
+        budget = store.budget("run", 2)
+        environ = web.environ("serpapi")
+        engine = Cached(
+            Live.from_environment(environ=environ, client=quick(), spend=budget.spend), store, "thumbnails/5"
+        )
+        web.then("serpapi.google", raw(b"<html>busy</html>"))
+        assert kind(engine.text_search, "q") == "format"
+        seen = engine.text_search("q")
+        assert engine.text_search("Q ").hits == seen.hits and budget.spent == {"serpapi": 2}
+        assert kind(engine.image_search, IMAGE, "?") == "budget" and not web.calls("serpapi.lens")
+        assert not any(key.encode() in path.read_bytes() for key in KEYS.values() for path in tmp_path.iterdir())
+
+
 def test_pages_are_read_at_the_same_time(web):
     together = threading.Barrier(5)
 
@@ -170,7 +202,8 @@ def test_each_page_is_read_once_and_strange_links_never(web):
     web.results[1]["link"] = web.results[0]["link"]
     web.results[2]["link"] = "javascript:alert(1)"
     web.results[3]["link"] = "file:///etc/passwd"
-    assert [hit.title for hit in live(web).text_search("q").hits] == [f"Page {n}" for n in (1, 5, 6, 7, 8)]
+    sites = [f"https://site{n}.example/page" for n in (1, 5, 6, 7, 8)]
+    assert [hit.url for hit in live(web).text_search("q").hits] == sites
     assert len(web.calls("jina")) == 5
 
 
@@ -214,6 +247,16 @@ def test_serper_is_used_where_it_has_the_only_key(web):
     assert len(web.calls("serpapi.google")) == 1
 
 
+def test_endless_texts_are_cut_to_what_a_turn_can_hold(web):
+    web.results[0]["title"] = web.matches[0]["title"] = "t" * 100_000
+    web.pages = web.answer = lambda _: "w " * 100_000
+    for backend in (live(web), live(web, "serpapi"), live(web, form="summary")):
+        for seen in (backend.text_search("w"), backend.image_search(IMAGE, "w")):
+            assert all(len(hit.title) <= 300 and len(hit.text) <= 2_000 for hit in seen.hits)
+    web.results[0]["snippet"] = "s" * 100_000
+    assert [len(hit.text) for hit in Remote(web.url, results=1).text_search("q").hits] == [8_000]
+
+
 # ---- answers that are none (row 12)
 
 
@@ -250,7 +293,7 @@ def test_every_fault_of_every_service_is_a_failure_of_its_kind(web, service):
         assert kind(*search or (backend.text_search, "q")) == expected, (service, expected)
 
 
-ODD = [None, 7, 1.5, True, [], {}, "x", [[]], {"a": {"b": []}}, "\ud800", "9" * 5000, -1]
+ODD = [None, 7, 10**400, 1.5, True, [], {}, "x", [[]], {"a": {"b": []}}, "\ud800", "9" * 5000, -1]
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -312,6 +355,15 @@ def test_refused_reader_is_not_asked_page_after_page(web):
 
 
 # ---- money
+
+
+def test_search_is_not_paid_for_when_its_pages_can_no_longer_be_read(web):
+    web.always("openai", status(401, {"error": {"message": "Incorrect API key provided"}}))
+    spent = []
+    backend = live(web, spend=spent.append)
+    assert [kind(backend.text_search, "q") for _ in range(3)] == ["auth"] * 3
+    assert spent.count("serpapi") == 1 and len(web.calls("serpapi.google")) == 1
+    assert backend.image_search(IMAGE, "?").hits  # thumbnails need no reader
 
 
 def test_every_paid_request_is_announced_and_nothing_free(web):
@@ -424,9 +476,10 @@ def test_remote_image_search_sends_the_very_bytes(web):
         ({"id": "12", "contents": '"Tagus"\nA river.\nIn Iberia.'}, Hit("Tagus", "", "A river.\nIn Iberia.")),
         ({"contents": "only a text"}, Hit("", "", "only a text")),
         ({"title": "T", "text": "x", "url": "https://a.example/"}, Hit("T", "https://a.example/", "x")),
-        ({"document": {"contents": '"T"\nx'}, "score": "high"}, Hit("T", "", "x")),
+        *[({"document": {"contents": '"T"\nx'}, "score": score}, Hit("T", "", "x"))
+          for score in ("high", True, 10**400, float("nan"), float("inf"), None)],
     ],
-)
+)  # fmt: skip
 def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
     web.always("remote.text", status(200, {"result": [[document, None, 7, {}, {"document": 3}, {"contents": 5}]]}))
     assert Remote(web.url).text_search("q").hits == (hit,)
@@ -447,6 +500,29 @@ def test_remote_thumbnails_are_strangers_pictures(web):
 def test_server_without_image_search_says_so(web):
     web.always("remote.image", status(404, {"detail": "Not Found"}))
     assert kind(Remote(web.url, quick()).image_search, IMAGE, "") == "status"
+
+
+def test_remote_understands_our_own_server(web):
+    from mmsr.serve import Server
+
+    class Engine:
+        def image_search(self, image, question):
+            return Observation((Hit(question, "https://a.example/", "text", picture(), 0.25),))
+
+        def text_search(self, query):
+            if query == "fail":
+                raise ToolFailure("budget", "all calls are spent")
+            return Observation((Hit(query, "https://b.example/", "a\nb", None, 0.5),))
+
+    with Server(Engine(), "engine", port=0) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        remote = Remote(f"http://127.0.0.1:{server.server_address[1]}", quick())
+        assert remote.text_search("who?").hits == (Hit("who?", "https://b.example/", "a\nb", None, 0.5),)
+        (hit,) = remote.image_search(IMAGE, "what?").hits
+        assert (hit.title, hit.url, hit.text, hit.score) == ("what?", "https://a.example/", "text", 0.25) and hit.image
+        with pytest.raises(ToolFailure, match="all calls are spent"):
+            remote.text_search("fail")
+        server.shutdown()
 
 
 def test_remote_wants_an_address():

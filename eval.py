@@ -1,0 +1,240 @@
+"""Evaluate a model on one or several data sets: `python eval.py --help`. Shared out by `torchrun eval.py …`.
+
+Three modes. `search` leaves it to the model whether to search. `direct` asks it without tools. `rag` is the paper's
+baseline of a fixed pipeline, with the same rollout: the image search is forced; then, where the limits allow one, the
+words before a text search's query are, and the model goes on with a query of its own; then the words that begin a turn
+of answering. What is forced stands in `rag.txt` of the prompt set, a line a turn (`prompts/real/rag.txt` by default).
+
+OUT/episodes.jsonl gets a line a question, appended whole and synced; started again, the same command goes on where that
+file ends. OUT/results.json is made of that file alone and holds no times, so equal runs, shared out or not, interrupted
+or not, give equal results.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping, Sequence
+
+from tqdm import tqdm
+
+from mmsr import compare, evaluate
+from mmsr.album import Album
+from mmsr.assemble import Setup, assemble_evaluation, prompts_folder
+from mmsr.chat import PROMPTS
+from mmsr.config import CONFIG_SIDE, EvalConfig, parse
+from mmsr.episode import Episode, Example, UserError
+from mmsr.interrupt import Interrupts
+from mmsr.judge import Judge
+from mmsr.parallel import Ranks, start
+from mmsr.report import write_report
+from mmsr.rollout import Opening
+from mmsr.toy import World
+
+JUDGE_TOKENS = 1024
+SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "seconds")  # of a line
+
+
+def run(config: EvalConfig, ranks: Ranks) -> None:
+    with ranks.alone():
+        out = Output(config, ranks)
+    setup, sets = assemble_evaluation(config, ranks)
+    script = rag_script(config, setup.world) if config.mode == "rag" else None
+    with ranks.alone():
+        done = out.begin(setup)
+    done = ranks.everyone(done)[0]
+    todo = {name: [row for row in range(len(part)) if (name, row) not in done] for name, part in sets.items()}
+    size = 2 * config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
+    chunks = [(name, rows[i : i + size]) for name, rows in todo.items() for i in range(0, len(rows), size)]
+    total = math.ceil(sum(map(len, todo.values())) / ranks.size)
+    with Interrupts() as stop, tqdm(total=total, unit="question", disable=not ranks.main) as bar:
+        for name, rows in chunks:
+            setup.begin_step("evaluation")
+            episodes = roll_out(name, rows, sets[name], setup, script, stop, bar)
+            if episodes is None:
+                break
+            out.append(*episodes)
+    setup.toolbox.drop()  # what still hangs
+    if status := int(ranks.max(stop.status)):
+        out.say("Interrupted; the same command goes on.")
+        raise SystemExit(status)
+    if ranks.main:  # the others need not wait for a judge
+        out.finish(sets)
+
+
+def roll_out(
+    name: str,
+    rows: list[int],
+    questions: Sequence[Example],
+    setup: Setup,
+    script: Callable[[Example, int], list[str]] | None,
+    stop: Interrupts,
+    bar: tqdm,
+) -> tuple[list[dict[str, Any]], list[Episode]] | None:
+    """This rank's share of some questions of data set `name`: lines of episodes.jsonl, episodes. None: interrupted."""
+    c, begin, seconds = setup.config, time.perf_counter(), {}
+
+    def on_done(episode: Episode) -> None:
+        seconds[episode.group_id] = round(time.perf_counter() - begin, 3)
+        bar.update()
+
+    rollouts = setup.roll_out(
+        [questions[row] for row in rows], 1, (c.seed, "evaluation", name), c.temperature, group_ids=rows,
+        direct=c.mode == "direct", scripts=script,
+        on_done=on_done, attempt=stop.breakable,
+    )  # fmt: skip
+    if rollouts is None:
+        return None
+    episodes, _ = rollouts
+    with setup.ranks.alone():
+        setup.score(episodes)
+    allowed, pieces = calls_allowed(c), setup.chat.pieces if c.log_tokens else None
+    lines = [
+        {"data": name, "row": e.group_id, **e.record(pieces), "measures": evaluate.more_measures(e, allowed)}
+        | {"seconds": seconds[e.group_id]}
+        for e in episodes
+    ]
+    return lines, episodes
+
+
+def calls_allowed(config: EvalConfig) -> int:
+    """Searches that one question may take."""
+    return 0 if config.mode == "direct" else min(config.max_images + config.max_texts, config.max_turns - 1)
+
+
+def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], list[str]]:
+    """The forced image search, and the openings of the turns that follow, as far as the limits go."""
+    if world and config.prompts == "toy":
+        return lambda example, sample: world.always_search(example, config.max_texts > 0)
+    own, usual = prompts_folder(config) / "rag.txt", PROMPTS / "real" / "rag.txt"
+    turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
+    if len(turns) != 3:
+        complaint = "write three: the turn of an image search, the first words of a text search's, and of an answer's"
+        raise UserError(f"{own}: {len(turns)} lines; {complaint}")
+    image, query, answer = turns[0], Opening(turns[1]), Opening(turns[2])
+    searches = [image] * bool(config.max_images) + [query] * bool(config.max_texts)
+    return lambda example, sample: [*searches[: config.max_turns - 1], answer]
+
+
+class Output:
+    """The files of an evaluation. The main rank alone writes and prints."""
+
+    def __init__(self, config: EvalConfig, ranks: Ranks):
+        self.config, self.folder, self.ranks = config, Path(config.out), ranks
+        self.episodes, self.album = self.folder / "episodes.jsonl", Album(self.folder / "images")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is no folder: name another")
+        if self.folder.exists() and any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir()):
+            config.check_resumes(self.folder)
+
+    def begin(self, setup: Setup) -> set[tuple[str, int]]:
+        """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done."""
+        if not self.ranks.main:
+            return set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be made ({error.strerror}); name another folder") from None
+        self.config.save(self.folder)
+        self._check_inputs(setup)
+        with open(self.episodes, "a+b") as file:
+            file.seek(0)
+            whole = 0
+            for line in file:
+                whole += len(line) if line.endswith(b"\n") else 0
+            file.truncate(whole)
+        done = {(line["data"], line["row"]) for line in self._lines()}
+        if done:
+            self.say(f"{len(done)} questions are done already.")
+        return done
+
+    def _check_inputs(self, setup: Setup) -> None:
+        """Numbers of one model or data file must not be joined with those of another that has its name."""
+        named = [*self.config.data, self.config.search.partition(":")[2]]
+        files = [file for file in map(Path, named) if file.is_file()]
+        files += [file for ending in ("safetensors", "json") for file in sorted(setup.folder.glob(f"*.{ending}"))]
+        now = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        kept = self.folder / "inputs.json"
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else now
+        changed = sorted(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
+        if changed:
+            raise UserError(f"--out {self.folder}: {changed[0]} has changed since that run began; name another folder")
+        _replace(kept, now)
+
+    def append(self, lines: list[dict[str, Any]], episodes: Sequence[Episode]) -> None:
+        """Add all ranks' lines, in the order of the questions, and their pictures."""
+        pictures = self.ranks.gather(self.album.new(episodes))
+        order = {name: place for place, name in enumerate(self.config.data)}
+        lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
+        if self.ranks.main:
+            self.album.add(pictures)
+            with open(self.episodes, "a", encoding="utf-8", errors="replace") as file:  # JSON may hold lone surrogates
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self, sets: Mapping[str, Sequence[Example]]) -> None:
+        """Judge, sum up, write results.json and print."""
+        if not self.ranks.main:
+            return
+        lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
+        if self.config.judge:
+            judge = Judge(self._judge(), self.config.judge_model, self.folder / "judge.jsonl")
+            for line, verdict in zip(lines, judge(lines)):
+                line["judged"] = verdict
+            if judge.failure:
+                self.say(f"The judge failed, at first with {judge.failure}")
+        of = {name: [line for line in lines if line["data"] == name] for name in sets}
+        found = {name: evaluate.results(of[name]) for name in sets}
+        _replace(self.folder / "results.json", found)
+        for name, result in found.items():
+            others = compare.published(Path(name).name, getattr(sets[name], "format", ""))
+            print(f"\n{compare.report(Path(name).name, self.config.mode, result, others)}")
+            waited = sum(line["seconds"] for line in of[name]) / len(of[name])
+            print(f"{waited:.2f} s from a batch's start to an answer in it, on average")
+        try:
+            write_report(self.folder)
+        except Exception as error:  # a page is not worth an evaluation
+            self.say(f"report.html: {type(error).__name__}: {error}")
+        print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
+
+    def _judge(self):
+        from mmsr.client import ChatServer, Client
+
+        server = ChatServer(self.config.judge, self.config.judge_model, os.environ.get("OPENAI_API_KEY", ""), Client())
+        return lambda messages: server.complete(messages, JUDGE_TOKENS)
+
+    def _lines(self) -> Iterable[dict[str, Any]]:
+        with open(self.episodes, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    def say(self, text: str) -> None:
+        if self.ranks.main:
+            print(text)
+
+
+def _replace(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    side = path.with_name(f".{path.name}.tmp")
+    side.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    side.replace(path)
+
+
+def main(argv: Sequence[str]) -> None:
+    try:
+        config = parse(argv, EvalConfig, "eval.py")
+        with start(config.device, config.timeout) as ranks:
+            run(config, ranks)
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the first question
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
