@@ -158,7 +158,8 @@ class Rollouts:
 
         model = ["--model", options.model] if options.model else []
         recipe = ["--recipe", options.recipe] if options.recipe else []
-        config = parse([*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)])
+        given = [*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)]
+        config = parse(given, program="mmsr.construct")
         self.setup, self.questions = assemble(config), read_examples(pool)
         self.tries, self.seed = options.tries, options.seed
         tools = search_tools(backend, config.max_images, config.max_texts)
