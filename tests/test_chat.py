@@ -318,7 +318,7 @@ def test_hostile_text_forges_no_turn_no_image_slot_and_no_tag(tiny, prompts):
 
 @pytest.mark.parametrize("guard", ["neutralise", "plain"])
 def test_the_hostile_texts_would_do_harm_without_either_guard(tiny, monkeypatch, guard):
-    """So that the tests around this one can fail: without the one tags are forged, without the other turns and slots."""
+    """So that the tests beside it can fail: without the one tags are forged, without the other turns and slots."""
     chat, rng = Chat(tiny, PROMPTS / "real", TOOLS), random.Random(1)
     expected = outline(chat, "who", (Hit("t"), Hit("t")), [Picture(3), None])
     if guard == "neutralise":
