@@ -8,7 +8,7 @@ import torch
 from chat_helpers import tiny_tokenizer
 from helpers import hf_twin, picture_bytes, positions, report, tiny_model
 from safetensors.torch import load_file
-from test_train import Run, arguments, equal, refused, run
+from test_train import FVQA, TRANSCRIPTS, Run, arguments, equal, refused, run
 
 import train
 from mmsr import reward, toy
@@ -178,6 +178,18 @@ def test_rollouts_of_a_run_are_demonstrations_for_another(miniature, tmp_path, m
         assert len({(record["id"], *said(record)) for record in step}) > 4, "a group must not play one thing twice"
         assert all((record["id"], *said(record)) in answered and record["trained"] for record in step)
     assert not equal(second.weights, load_file(miniature / "model.safetensors"))
+
+
+@pytest.mark.skipif(not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA} and {TRANSCRIPTS.name} are not there")
+def test_recorded_conversations_are_imitated_with_their_own_results(miniature, tmp_path):
+    found = run(
+        miniature, tmp_path / "out", data=FVQA, search=f"replay:{TRANSCRIPTS}", algorithm="sft", steps=1, group_size=1,
+        demonstrations=TRANSCRIPTS, questions=4, mini_batch=4, max_turns=3, max_texts=2, max_tokens=4000, eval_size=1,
+    )  # fmt: skip
+    recorded = {line["data_id"]: line["turns"] for line in map(json.loads, TRANSCRIPTS.read_text().splitlines())}
+    for record in found.rollouts[0]:
+        assert said(record) == [turn["response"] for turn in recorded[record["id"]]] and record["trained"]
+        assert all(turn["observation"]["source"] == "replay" for turn in record["turns"] if turn["role"] == "tool")
 
 
 def test_resumed_imitation_is_the_same_run(miniature, world, tmp_path):

@@ -85,8 +85,8 @@ def test_a_teacher_sees_what_the_model_sees(teacher):
     assert second[2]["content"] == LOOK
     before, thumbnail, back = second[3]["content"]
     assert _file(thumbnail) == THUMBNAIL and "<information>" in before["text"] and "user\n" not in before["text"]
-    assert "<|im_end|> a title" in back["text"] and "other" in back["text"] and "third" in back["text"]
-    assert "</information>" in back["text"], "a page's control words must not end a message"
+    assert "<|im_end|> a title" in before["text"], "a page's control words are words and must not end a message"
+    assert "other" in back["text"] and "third" in back["text"] and "</information>" in back["text"]
 
 
 def _file(part) -> bytes:
