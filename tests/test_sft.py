@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_train import FVQA, TRANSCRIPTS, Run, arguments, equal, refused, run
 
 import train
-from mmsr import reward, toy
+from mmsr import reward, toy, toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config
 from mmsr.engine import Engine
@@ -127,15 +127,21 @@ def test_grpo_does_not_train_forced_turns(home):
 
 def oracle(path, world, n=40, searched=True):
     """Rollout lines that answer the first questions of a toy world rightly; every fifth one wrongly."""
-    lines = []
-    for i, example in enumerate(world.train[:n]):
-        answer = "wrong" if i % 5 == 4 else example.answers[0]
-        said = [toy.LOOK_IT_UP] * searched + [f"<reason> results say so . </reason> <answer> {answer} </answer>"]
-        turns = [{"role": "assistant", "text": text} for text in said]
-        turns[1:1] = [{"role": "tool", "text": "not what a search gives"}] * searched
-        lines.append({"id": example.id, "turns": turns})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = [oracle_line(example, searched, wrong=i % 5 == 4) for i, example in enumerate(world.train[:n])]
+    path.write_text("".join(shown))
     return path
+
+
+def oracle_line(example, searched, wrong=False) -> str:
+    name = "wrong" if wrong else example.answers[0]
+    said = (
+        [toy.LOOK_IT_UP, toy_base.copied(name)]
+        if searched
+        else [f"<reason> {name} . </reason> <answer> {name} </answer>"]
+    )
+    turns = [{"role": "assistant", "text": text} for text in said]
+    turns[1:1] = [{"role": "tool", "text": "not what a search gives"}] * searched
+    return json.dumps({"id": example.id, "turns": turns}) + "\n"
 
 
 def test_only_right_demonstrations_of_known_questions_are_imitated(miniature, world, tmp_path, capsys):
@@ -260,15 +266,37 @@ def test_options_that_do_not_go_together(given, said):
         Config(**given)
 
 
+def test_the_policy_takes_the_shape_of_what_it_imitates(miniature, world, tmp_path):
+    """It searches in half of its samples; it must come to search always, and the other way round never."""
+    for searched in (False, True):
+        path = oracle(tmp_path / f"{searched}.jsonl", world, n=120, searched=searched)
+        found = run(
+            miniature, tmp_path / str(searched), algorithm="sft", demonstrations=path, questions=32, mini_batch=16,
+            group_size=1, steps=6, lr=3e-3, eval_size=8,
+        )  # fmt: skip
+        before, after = (
+            sum(row["search_ratio"] for row in line["eval_sampled"].values()) / 3
+            for line in (found.evaluations[0], found.evaluations[-1])
+        )
+        assert 0.2 < before < 0.8 and (after > 0.9 if searched else after < 0.1), (searched, before, after)
+        assert found.steps[-1]["loss"] < found.steps[0]["loss"]
+
+
 @pytest.mark.slow
-def test_imitating_an_oracle_teaches_to_search_and_to_answer(miniature, world, tmp_path):
-    path = oracle(tmp_path / "oracle.jsonl", world, n=len(world.train))
+def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path, all_threads):
+    """The oracle knows who is familiar. The base model (minutes) is kept in the user's cache."""
+    world, path = toy.World(0), tmp_path / "oracle.jsonl"
+    model = toy_base.base_model(world)
+    shown = [oracle_line(example, searched=example.category != "familiar") for example in world.train]
+    path.write_text("".join(shown))
     found = run(
-        miniature, tmp_path / "out", algorithm="sft", demonstrations=path, group_size=1, questions=64, mini_batch=32,
-        steps=60, lr=3e-3, eval_size=60,
+        model, tmp_path / "out", algorithm="sft", demonstrations=path, questions=32, mini_batch=32, group_size=1,
+        steps=30, eval_size=100,
     )  # fmt: skip
-    before, after = (line["eval"] for line in (found.evaluations[0], found.evaluations[-1]))
-    for category in before:
-        assert after[category]["search_ratio"] >= 0.98
-        assert after[category]["accuracy"] >= before[category]["accuracy"] + 0.2, (before, after)
-    assert found.steps[-1]["loss"] < found.steps[0]["loss"] / 2
+    before, after = (line["eval_sampled"] for line in (found.evaluations[0], found.evaluations[-1]))
+    print({name: (before[name]["search_ratio"], after[name]["search_ratio"]) for name in after})
+    print({name: (before[name]["accuracy"], after[name]["accuracy"]) for name in after})
+    assert before["familiar"]["search_ratio"] > 0.3 and after["familiar"]["search_ratio"] <= 0.25
+    for unknown in ("unfamiliar", "held_out"):
+        assert after[unknown]["search_ratio"] >= 0.85
+        assert after[unknown]["accuracy"] >= before[unknown]["accuracy"] + 0.15

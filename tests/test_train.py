@@ -701,14 +701,6 @@ def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
 # ---- for real -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def all_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path, all_threads):
     """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
