@@ -18,7 +18,7 @@ def key_of(*asked: Any) -> str:
 class Kept:
     """A file of lines {"key", `field`, …}, and `values`: what it has in `field`, by key. Safe in any number of threads.
 
-    A line that a crash cut short is as good as none.
+    A line that a crash cut short is as good as none. Lone surrogates, which UTF-8 cannot hold, stay escaped.
     """
 
     def __init__(self, path: Path, field: str):
@@ -27,7 +27,7 @@ class Kept:
 
     def add(self, key: str, **line: Any) -> None:
         """On the disk first, then in `values`."""
-        written = (json.dumps({"key": key, **line}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+        written = (json.dumps({"key": key, **line}, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with self.lock, open(self.path, "ab") as file:
             file.write(written if _ends_whole(self.path) else b"\n" + written)
             file.flush()

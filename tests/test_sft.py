@@ -13,7 +13,7 @@ from test_train import FVQA, TRANSCRIPTS, Run, arguments, equal, refused, run
 import train
 from mmsr import reward, toy, toy_base
 from mmsr.chat import PROMPTS, Chat
-from mmsr.config import Config
+from mmsr.config import Config, parse
 from mmsr.engine import Engine
 from mmsr.episode import Example, Hit, Observation, UserError
 from mmsr.recorded import demonstrations
@@ -264,6 +264,13 @@ def test_a_file_that_shows_nothing_is_refused(capsys, miniature, tmp_path):
 def test_options_that_do_not_go_together(given, said):
     with pytest.raises(UserError, match=said):
         Config(**given)
+
+
+def test_one_demonstration_a_question_is_the_default():
+    argv = ["--algorithm", "sft", "--demonstrations", "a.jsonl", "b.jsonl"]
+    assert parse(argv).group_size == 1 and parse([*argv, "--group-size", "3"]).group_size == 3
+    assert parse(argv).demonstrations == ("a.jsonl", "b.jsonl") and parse(["--algorithm", "sft"]).group_size == 8
+    assert parse(["--algorithm", "sft", "--teacher", "u", "--teacher-model", "m"]).group_size == 1
 
 
 def test_the_policy_takes_the_shape_of_what_it_imitates(miniature, world, tmp_path):
