@@ -1,7 +1,9 @@
 """The teacher: what it is asked, what is kept, and what a failing one may not do. Its server is a fake on loopback."""
 
 import base64
+import contextlib
 import json
+import signal
 import threading
 
 import pytest
@@ -206,6 +208,28 @@ def test_a_resumed_run_asks_for_nothing_twice(miniature, server, tmp_path, monke
     monkeypatch.setattr(train, "assign_advantages", assign)
     train.main(arguments(miniature, tmp_path / "out", resume=True, **options(server, tmp_path)))
     assert len(server.calls("openai")) == 8 and Run(tmp_path / "out").untimed == whole.untimed
+
+
+def test_an_interrupt_while_the_teacher_is_asked_loses_no_answer(miniature, server, tmp_path, capsys):
+    questions(tmp_path / "data", 4)
+    meeting = threading.Barrier(4, timeout=SECONDS)
+
+    def answer(body):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            if meeting.wait() == 0:  # all four are being asked, and somebody presses Ctrl-C
+                signal.raise_signal(signal.SIGINT)
+        meeting.abort()
+        return answering(body)
+
+    server.answer = answer
+    with pytest.raises(SystemExit) as stop:
+        run(miniature, tmp_path / "out", **options(server, tmp_path))
+    assert stop.value.code == 130 and "no step was finished" in capsys.readouterr().out
+    for thread in threading.enumerate():  # what had begun ends, as it does before a process exits
+        if thread.name.startswith("teacher"):
+            thread.join(SECONDS)
+    found = run(miniature, tmp_path / "out", resume=True, **options(server, tmp_path))
+    assert len(found.steps) == 2 and len(server.calls("openai")) == 8
 
 
 def test_a_run_whose_teacher_fails_learns_from_the_rest(miniature, server, tmp_path, capsys):
