@@ -132,13 +132,13 @@ def oracle(path, world, n=40, searched=True):
     return path
 
 
-def oracle_line(example, searched, wrong=False) -> str:
-    name = "wrong" if wrong else example.answers[0]
-    said = (
-        [toy.LOOK_IT_UP, toy_base.copied(name)]
-        if searched
-        else [f"<reason> {name} . </reason> <answer> {name} </answer>"]
-    )
+def oracle_line(example, searched, wrong=False, known=None) -> str:
+    """`known`: the concept, where the name of what has a town is to be recalled too."""
+    answer = "wrong" if wrong else example.answers[0]
+    recalled = f"<reason> {answer} . </reason> <answer> {answer} </answer>"
+    if known:
+        recalled = toy_base.recalled(known, toy.QUESTIONS.index(example.question))
+    said = [toy.LOOK_IT_UP, toy_base.copied(answer)] if searched else [recalled]
     turns = [{"role": "assistant", "text": text} for text in said]
     turns[1:1] = [{"role": "tool", "text": "not what a search gives"}] * searched
     return json.dumps({"id": example.id, "turns": turns}) + "\n"
@@ -294,11 +294,12 @@ def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path, all_
     """The oracle knows who is familiar. The base model (minutes) is kept in the user's cache."""
     world, path = toy.World(0), tmp_path / "oracle.jsonl"
     model = toy_base.base_model(world)
-    shown = [oracle_line(example, searched=example.category != "familiar") for example in world.train]
+    concepts = {word: concept for concept in world.concepts for word in (concept.name, concept.town)}
+    shown = [oracle_line(e, e.category != "familiar", known=concepts[e.answers[0]]) for e in world.train]
     path.write_text("".join(shown))
     found = run(
         model, tmp_path / "out", algorithm="sft", demonstrations=path, questions=32, mini_batch=32, group_size=1,
-        steps=30, eval_size=100,
+        steps=20, lr=1e-3, eval_size=50,
     )  # fmt: skip
     before, after = (line["eval_sampled"] for line in (found.evaluations[0], found.evaluations[-1]))
     print({name: (before[name]["search_ratio"], after[name]["search_ratio"]) for name in after})
