@@ -28,7 +28,7 @@ from .pictures import decode
 from .recorded import recorded_turns
 from .reward import RewardRule, score
 from .rollout import Limits, Rollout
-from .tools import Toolbox, search_tools
+from .tools import Toolbox, more_tools, search_tools
 from .vision import image_tokens
 
 
@@ -154,7 +154,7 @@ def _open(
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     with ranks.alone():
         engine, scripts = _search(config, search, world, known, ranks)
-    tools = search_tools(engine.backend, config.max_images, config.max_texts)
+    tools = search_tools(engine.backend, config.max_images, config.max_texts) + more_tools(config.tools, engine.backend)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():

@@ -103,6 +103,8 @@ class Options:
     """Image searches per rollout."""
     max_texts: int = 0
     """Text searches per rollout."""
+    tools: str = ""
+    """MODULE:FUNCTION with more tools than the two searches: given the search engine, it returns a list of Tool."""
     on_tool_error: Literal["tell", "drop"] = "tell"
     """A tool's infrastructure failed: tell the model and go on, or end the rollout (training leaves it out)."""
     tool_timeout: int = 600
