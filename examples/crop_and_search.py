@@ -2,7 +2,7 @@
 
     python train.py --tools examples.crop_and_search:tools --prompts examples/crop_prompts …
 
-The box is x1 y1 x2 y2 in thousandths of the picture's width and height, as `<crop_search>500 0 1000 1000</crop_search>`.
+The box is x1 y1 x2 y2 in thousandths of the picture's width and height: `<crop_search>500 0 1000 1000</crop_search>`.
 What is no box finds nothing: that is the model's fault, and an exception would be counted as the search engine's.
 """
 
@@ -31,9 +31,10 @@ def tools(backend: Backend) -> list[Tool]:
 
 def crop(picture: PIL.Image.Image, query: str) -> bytes | None:
     """The named part of a picture as a PNG file; None where the query is no box, or one without a pixel."""
-    numbers = BOX.fullmatch(query)
-    size = (*picture.size, *picture.size)
-    x1, y1, x2, y2 = (min(int(n), 1000) * side // 1000 for n, side in zip(numbers.groups(), size)) if numbers else [0] * 4
+    numbers, size = BOX.fullmatch(query), (*picture.size, *picture.size)
+    if numbers is None:
+        return None
+    x1, y1, x2, y2 = (min(int(n), 1000) * side // 1000 for n, side in zip(numbers.groups(), size))
     if x1 >= x2 or y1 >= y2:
         return None
     file = io.BytesIO()
