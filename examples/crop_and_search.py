@@ -1,6 +1,6 @@
 """A third tool: the model names a box, and that crop of the picture is searched.
 
-    python train.py --tools examples.crop_and_search:tools --prompts examples/crop_prompts …
+    python train.py --model Qwen2.5-VL-7B --tools examples.crop_and_search:tools --prompts examples/crop_prompts
 
 The box is x1 y1 x2 y2 in thousandths of the picture's width and height: `<crop_search>500 0 1000 1000</crop_search>`.
 What is no box finds nothing: that is the model's fault, and an exception would be counted as the search engine's.
