@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Generic, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, Spending, open_backend
 from .chat import PROMPTS, Chat
-from .config import Config, EvalConfig, Options
+from .config import AnyOptions, Config, EvalConfig, Options
 from .data import read_examples
 from .engine import Engine
 from .episode import Episode, Example, UserError
@@ -33,10 +33,10 @@ from .vision import image_tokens
 
 
 @dataclass
-class Setup:
+class Setup(Generic[AnyOptions]):
     """The parts of a run, opened and checked."""
 
-    config: Options
+    config: AnyOptions
     ranks: Ranks
     dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
     folder: Path  # the checkpoint that training starts from
