@@ -51,8 +51,8 @@ class PairWorld(toy.World):
     def __init__(self, seed: int):
         super().__init__(seed, replace(toy.BASIC, categories=SINGLES + PAIRS))
 
-    def questions(self, category: toy.Category, n: int, tag: str) -> list[Example]:
-        if category not in PAIRS:
+    def questions(self, category: str | toy.Category, n: int, tag: str) -> list[Example]:
+        if isinstance(category, str) or category not in PAIRS:
             return super().questions(category, n, tag)
         singles, asked = super().questions(category, 2 * n, tag), list(LEFT_RIGHT).index(category.name)
         return [

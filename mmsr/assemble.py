@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Generic, Mapping, Sequence
+from typing import Any, Callable, Generic, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -88,7 +88,7 @@ class Setup(Generic[AnyOptions]):
         scripts: Callable[[Example, int], list[str]] | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
         attempt: Callable = lambda work, *args: work(*args),
-    ) -> tuple[list[Episode], Mapping[str, int]] | None:
+    ) -> tuple[list[Episode], Mapping[str, float]] | None:
         """This rank's share of the examples' groups, rolled out by the present weights, and all ranks' `counts`.
 
         Group ids are places in `examples`, if not given. Each `stretch` is dealt by itself: what an update needs. The
@@ -195,14 +195,14 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
-def _local(config: Options, ranks: Ranks) -> Options:
+def _local(config: AnyOptions, ranks: Ranks) -> AnyOptions:
     """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
 
     def here(name: str) -> str:
         place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
         return str(ranks.first(f"fetch {name}", partial(hub.published, *place))) if place else name
 
-    found = {"data": tuple(map(here, config.datasets))}
+    found: dict[str, Any] = {"data": tuple(map(here, config.datasets))}
     if isinstance(config, Config):
         found = {"data": found["data"][0], "eval_data": here(config.eval_data)}
     if config.search == "replay:fvqa":
