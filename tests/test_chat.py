@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from chat_helpers import CHAT_TEMPLATE, CONTROL, REAL_TOKENIZER, TRANSCRIPTS, Picture, tiny_tokenizer
+from tokenizers import Tokenizer
 
 import mmsr.chat
 from mmsr.chat import PROMPTS, Action, Chat
@@ -313,6 +314,25 @@ def test_hostile_text_forges_no_turn_no_image_slot_and_no_tag(tiny, prompts):
     for _ in range(800):
         hits = tuple(Hit(hostile(rng), hostile(rng), hostile(rng)) for _ in thumbnails)
         assert outline(chat, hostile(rng) + "?", hits, thumbnails) == expected, hits
+
+
+@pytest.mark.parametrize("guard", ["neutralise", "plain"])
+def test_the_hostile_texts_would_do_harm_without_either_guard(tiny, monkeypatch, guard):
+    """So that the tests beside it can fail: without the one tags are forged, without the other turns and slots."""
+    chat, rng = Chat(tiny, PROMPTS / "real", TOOLS), random.Random(1)
+    expected = outline(chat, "who", (Hit("t"), Hit("t")), [Picture(3), None])
+    if guard == "neutralise":
+        monkeypatch.setattr(Chat, "neutralise", lambda self, text: text)
+    else:  # a tokenizer that knows the control tokens in text, as the checkpoint's own does
+        knowing = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+        monkeypatch.setattr(
+            chat, "_encode_text", lambda text: knowing.encode(text.encode("utf-8", "replace").decode()).ids
+        )
+    harmed = 0
+    for _ in range(200):
+        hits = tuple(Hit(hostile(rng), hostile(rng), hostile(rng)) for _ in range(2))
+        harmed += outline(chat, hostile(rng) + "?", hits, [Picture(3), None]) != expected
+    assert harmed > 50
 
 
 def test_hostile_text_is_harmless_right_behind_a_tag_of_ours(tiny, tmp_path):

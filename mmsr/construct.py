@@ -1,0 +1,299 @@
+"""A FactualVQA of one's own: from a list of concepts to questions about pictures that need a search, or do not.
+
+    python -m mmsr.construct --demo --out mine                     # a toy data set, off-line, with a scripted model
+    python -m mmsr.construct --out mine --metadata metadata.json --counts entry_counts_400m.json \\
+        --search live --budget 200000                              # OPENAI_API_KEY, SERPAPI_API_KEY
+
+Concepts come from the head and the tail of MetaCLIP's metadata, pictures and pages from a search engine, questions from
+a vision model behind any OpenAI-compatible server. A model's own rollouts tell what has to be searched for. Every stage
+leaves a file that can be read, and the same command goes on where the last one ended (see factory.py). The published
+pipeline is described in section 3 of the paper; its prompts and thresholds are not public, these are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
+
+from .author import Shelf, Stages, external
+from .cache import Cached
+from .client import ChatServer
+from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
+from .data import read_examples
+from .episode import UserError
+from .factory import Again, Calls, Factory, Idempotent, Journal, Lines, alone, write_lines
+from .finders import open_finder
+from .likeness import distinct
+from .store import Store
+from .tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
+from .web import Service
+
+# ---- the whole
+
+
+def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
+    """All stages, in a folder that is new or one of this command's. Raises UserError."""
+    folder = own_folder(o.out)
+    service = Service.from_environment("openai", environ)
+    if not service.key and not environ.get("OPENAI_BASE_URL"):
+        raise UserError("OPENAI_API_KEY is not set; export it, or OPENAI_BASE_URL for a server of your own")
+    if (service.key or o.search == "live") and not o.budget:
+        raise UserError("paid services are to be used: give --budget N, the number of paid calls at most")
+    if o.rollouts and not (o.model or o.demo):
+        raise UserError("--model is missing: give one to try what needs a search, or --no-rollouts to go by counts")
+    factory = Factory(folder, o.workers)
+    with alone(folder), ExitStack() as stack:
+        store = Store(folder / "searches.sqlite")
+        stack.callback(store.close)
+        budget = store.budget("construct", o.budget)
+        client = Idempotent()
+        finder = finder or open_finder(o.search, budget.spend, client)
+        drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
+        paid = budget.spend if service.key else None
+        server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, paid, "openai")
+        calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
+        stack.callback(calls.journal.close)
+        backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
+        stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
+        check_answers(calls)
+        asked = ask_all(factory, stages, write_lines(folder / "drawn.jsonl", drawn), o)
+        needed = decide(factory, asked, backend, shelf, o)
+        splits = choose(list(needed), {"train": o.train, "test": o.test}, o.required, o.seed)
+        for split, chosen in splits.items():
+            write_parquet(folder / f"{split}.parquet", chosen, shelf)
+        if o.record:
+            factory.stage("recorded", splits["train"] + splits["test"], stages.record)
+        cost = {"answers": len(calls.journal), "paid calls": budget.spent}
+        write_card(folder, splits, factory.report, cost, shelf)
+    for split, chosen in splits.items():
+        print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")
+    if left := sum(sum(done["postponed"].values()) for done in factory.report.values()):
+        print(f"{left} items failed for now (see {folder}/card.md): the same command tries them again")
+
+
+def own_folder(out: str) -> Path:
+    """Raises UserError for a folder that holds something else."""
+    folder = Path(out)
+    if folder.exists() and not (folder.is_dir() and ((folder / "work").is_dir() or not any(folder.iterdir()))):
+        raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
+    return folder
+
+
+def check_answers(calls: Calls) -> None:
+    """Raises UserError before hundreds of calls find out that the model does not answer."""
+    try:
+        calls.complete([{"role": "user", "content": "Answer with the word ready."}], 10)
+    except ToolFailure as refused:
+        raise UserError(f"{calls.server.model} at {calls.server.url} does not answer: {refused}") from None
+
+
+def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespace) -> Lines:
+    """Concepts to sorted questions."""
+    told = [o.vision_model, stages.prompts]
+    visual = factory.stage("concepts", drawn, stages.concept, told)
+    found = factory.stage("found", visual, stages.search, [o.search, getattr(stages.finder, "version", "")])
+    pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])
+    single = write_lines(factory.folder / "distinct.jsonl", distinct(pictures))
+    questions = factory.stage("questions", single, stages.question, told)
+    others = write_lines(factory.folder / "external.jsonl", external(o.questions, stages.shelf))
+    return factory.stage("groups", Again(lambda: chain(questions, others)), stages.group, told)
+
+
+def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: argparse.Namespace) -> Iterable[dict]:
+    """What each question needs. `pool.parquet` holds the questions that the model is asked."""
+    if not o.rollouts:
+        return write_lines(factory.folder / "needs.jsonl", map(guessed_need, questions))
+    pool = factory.folder / "pool.parquet"
+    write_parquet(pool, questions, shelf)
+    rollouts = Rollouts(pool, backend, o)
+    settings = [o.model, str(rollouts.setup.folder), o.recipe, o.tries, o.seed]
+    return factory.stage("needs", Again(lambda: chunks(questions)), rollouts, settings, workers=1)
+
+
+def _concept_files(o: argparse.Namespace, finder: Any) -> tuple[Any, Any]:
+    """Contents of --metadata, or a corpus's titles, and of --counts, or None."""
+    titles = getattr(finder, "titles", None)
+    if not o.metadata and titles is None:
+        raise UserError("--metadata is missing: give MetaCLIP's metadata.json, or --search corpus:FILE.jsonl")
+    metadata = _json(o.metadata, "--metadata") if o.metadata else titles
+    return metadata, _json(o.counts, "--counts") if o.counts else None
+
+
+def _json(path: str, option: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {path}: not JSON ({error}); get it again") from None
+
+
+# ---- search need
+
+
+def need_of(tries: dict[str, int]) -> str:
+    """What a question needs, by who answered it rightly: free, image, text or both; "" where nobody did."""
+    if tries["right_direct"] or tries["right_none"]:
+        return "free"
+    if tries["right_image"] or tries["right_text"]:
+        return "image" if tries["right_image"] >= tries["right_text"] else "text"
+    return "both" if tries["right_both"] else ""
+
+
+class Rollouts:
+    """k tries of a model with tools and k without them, for a chunk of questions at a time."""
+
+    def __init__(self, pool: Path, backend: Any, options: argparse.Namespace):
+        from .assemble import assemble
+        from .config import parse
+
+        model = ["--model", options.model] if options.model else []
+        recipe = ["--recipe", options.recipe] if options.recipe else []
+        given = [*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)]
+        config = parse(given, program="mmsr.construct")
+        self.setup, self.questions = assemble(config), read_examples(pool)
+        self.tries, self.seed = options.tries, options.seed
+        tools = search_tools(backend, config.max_images, config.max_texts)
+        self.setup.toolbox = Toolbox(tools, inline=config.deterministic)
+
+    def __call__(self, item: dict, reasons: Counter) -> list[dict]:
+        rows = range(item["first"], item["first"] + len(item["questions"]))
+        examples = [self.questions[row] for row in rows]
+        found = [Counter() for _ in examples]
+        for direct in (False, True):
+            seed = ("need", self.seed, item["id"], direct)
+            episodes, _ = self.setup.roll_out(examples, self.tries, seed, 1.0, direct=direct)
+            _refuse_failures(episodes)
+            self.setup.score(episodes)
+            for episode in episodes:
+                if episode.reward_parts["accuracy"] >= 1:
+                    found[episode.group_id]["right_direct" if direct else f"right_{_searched(episode)}"] += 1
+        names = [f"right_{way}" for way in ("direct", "none", "image", "text", "both")]
+        counted = [{"tries": self.tries} | {name: right[name] for name in names} for right in found]
+        records = [q | {"tries": tries, "need": need_of(tries)} for q, tries in zip(item["questions"], counted)]
+        reasons["never answered"] += sum(not record["need"] for record in records)
+        return [record for record in records if record["need"]]
+
+
+def _refuse_failures(episodes: Sequence[Any]) -> None:
+    """Raises ToolFailure where a search failed: what a model could have found is then not known."""
+    seen = (turn.observation for episode in episodes for turn in episode.turns if turn.role == "tool")
+    for error in (one.error for one in seen if not one.ok and one.source != "limit"):
+        kind, _, message = error.partition(": ")
+        raise ToolFailure(kind, message)
+
+
+def _searched(episode: Any) -> str:
+    image, text = episode.searches(IMAGE_SEARCH) > 0, episode.searches(TEXT_SEARCH) > 0
+    return "both" if image and text else "image" if image else "text" if text else "none"
+
+
+def chunks(questions: Iterable[dict], size: int = 32) -> Iterator[dict]:
+    questions, first = iter(questions), 0
+    while chunk := list(islice(questions, size)):
+        yield {"id": f"{first:07d}", "first": first, "questions": chunk}
+        first += len(chunk)
+
+
+def guessed_need(question: dict) -> dict:
+    """Without rollouts: what is familiar needs no search."""
+    need = "free" if question["section"] == FAMILIAR else "unknown"
+    return question | {"tries": None, "need": need}
+
+
+# ---- the command
+
+OPTIONS: dict[str, tuple[Any, str]] = {  # default, whose type is the option's, and help
+    "out": ("", "folder of the data set; the same command goes on in it"),
+    "metadata": ("", "MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus"),
+    "counts": ("", "MetaCLIP's entry_counts_400m.json, entry to count"),
+    "search": ("live", "where pictures and pages come from: corpus:FILE.jsonl or live"),
+    "vision-model": (os.environ.get("OPENAI_MODEL", "gpt-4o"), "the model that judges and writes, by OPENAI_API_KEY"),
+    "budget": (0, "paid calls at most, searches and answers together; needed where any is paid"),
+    "concepts": (1000, "concepts to begin with, half of them familiar"),
+    "familiar": (0.95, "count from which an entry is familiar; up to 1 a quantile of all counts"),
+    "unfamiliar": (0.5, "count up to which an entry is unfamiliar; up to 1 a quantile"),
+    "per-concept": (1, "pictures of a concept at most"),
+    "min-side": (224, "pixels along the shorter side of a picture at least"),
+    "model": ("", "whose rollouts tell what needs a search, as for train.py"),
+    "recipe": ("", "whose limits the rollouts have, as for train.py"),
+    "tries": (8, "rollouts of a question with tools, and as many without"),
+    "train": (5000, "training questions"),
+    "test": (1800, "test questions"),
+    "required": (0.68, "share of the questions that need a search"),
+    "workers": (256, "calls in flight"),
+    "seconds": (240.0, "for an answer, all tries together"),
+    "seed": (0, "seeds every choice"),
+}
+
+
+def options(argv: Sequence[str], defaults: Mapping[str, Any] = MappingProxyType({})) -> argparse.Namespace:
+    parser = _Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text) in OPTIONS.items():
+        default = defaults.get(name, default)
+        said = f"{text} ({default})" if default not in ("", 0) else text
+        metavar = type(default).__name__.upper()
+        parser.add_argument(f"--{name}", default=default, type=type(default), metavar=metavar, help=said)
+    parser.add_argument("--questions", nargs="*", default=[], metavar="FILE", help="questions of others that join")
+    switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
+    switch("--rollouts", default=True, help="without: what is familiar counts as known")
+    switch("--record", default="record" in defaults, help="search every picture once, so that training can replay it")
+    parser.add_argument("--demo", action="store_true", help="a toy data set, off-line, by a scripted model")
+    o = parser.parse_args(argv)
+    least = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1}
+    for name in ("workers", "concepts", "per_concept", "tries", "train", "test", "budget", "min_side"):
+        if getattr(o, name) < least.get(name, 0):
+            parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give at least {least.get(name, 0)}")
+    if not o.out or not 0 <= o.required <= 1:
+        parser.error("--out DIR is missing" if not o.out else f"--required {o.required}: give a share from 0 to 1")
+    return o
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+
+DEMO = {
+    "search": "toy", "concepts": 600, "familiar": 4000, "unfamiliar": 1000, "per-concept": 8, "min-side": 56,
+    "vision-model": "scripted", "train": 400, "test": 100, "required": 0.5, "recipe": "toy", "tries": 4, "workers": 32,
+    "seconds": 6.0, "record": True,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        if "--demo" not in argv:
+            build(options(argv))
+            return 0
+        from .construct_demo import ScriptedModel, ToyFinder, prepare
+        from .toy import World
+
+        o = options(argv, DEMO)
+        own_folder(o.out)
+        world = World(o.seed)
+        with ScriptedModel() as model:
+            prepare(o, world)
+            build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
+        files = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet --search replay:{o.out}/searches.sqlite"
+        print(f"python train.py --recipe toy --seed {o.seed} {files}")
+        return 0
+    except UserError as error:
+        print(f"mmsr.construct: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,323 @@
+"""Much work in many threads that no crash undoes: a journal, paid answers recorded before they are used, stages.
+
+A stage maps items to records. An item's outcome is one line of the stage's journal, known by the digest of the item and
+of the settings, so that whatever ends a run, the same command goes on from there, and an input that grew costs only
+what is new. The stage's file is written last, sorted by the records' ids: its bytes depend neither on the order in
+which threads finished nor on crashes.
+
+What a kill can cost: calls under way at that moment are sent again, with the same Idempotency-Key, which only some
+servers honour. What failed for now (a time-out, a busy server) is not in the journal: the next run tries it again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+from tqdm import tqdm
+
+from .client import FATAL, ChatServer, Client
+from .episode import UserError
+from .tools import ToolFailure
+
+SYNC = 1.0  # seconds of work that a loss of power may cost
+PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
+IN_A_ROW = 50  # calls that fail for now before a stage gives up
+STOPPING = (*FATAL, "budget")  # kinds of failure after which no call can succeed
+FOR_GOOD = ("blocked", "too-large", "forbidden")  # kinds that would be the same tomorrow
+LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # and so would a refusal of this very request
+
+Work = Callable[[dict, Counter], list[dict]]
+
+
+def fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class LeftOut(Exception):
+    """An item, or a part of one, is of no use; says why."""
+
+
+class Journal:
+    """Values by key in a file of lines, only ever appended to. Safe in any number of threads, not of processes.
+
+    A line is in the file when `put` returns, so a killed process loses none; a last line cut short is cut off. Memory
+    holds keys and offsets alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lock, self._places, self._end, self._synced = path, threading.Lock(), {}, 0, 0.0
+        self._file = open(path, "a+b", buffering=0)
+        self._reader = open(path, "rb")
+        for line in self._reader:
+            if not line.endswith(b"\n"):
+                self._file.truncate(self._end)
+                break
+            try:
+                self._places[json.loads(line)[0]] = self._end
+            except (ValueError, LookupError, TypeError):
+                pass  # a damaged line: its item is worked on again
+            self._end += len(line)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: str) -> Any:
+        with self._lock:
+            self._reader.seek(self._places[key])
+            line = self._reader.readline()
+        return json.loads(line)[1]
+
+    def put(self, key: str, value: Any) -> None:
+        line = memoryview(json.dumps([key, value]).encode() + b"\n")
+        with self._lock:
+            place = self._end
+            try:
+                while line:
+                    written = self._file.write(line)
+                    self._end, line = self._end + written, line[written:]
+            except OSError as error:
+                self._file.truncate(place)
+                self._end = place
+                complaint = f"{self.path}: cannot be written ({error.strerror}); make room and run the same again"
+                raise UserError(complaint) from None
+            self._places[key] = place
+            if time.monotonic() - self._synced > SYNC:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._reader.close()
+
+
+class Idempotent(Client):
+    """A client whose JSON calls bear the digest of their body: servers that heed it charge once for one sent twice."""
+
+    def request(self, *where: str, headers: dict | None = None, **content: Any):
+        key = {"Idempotency-Key": fingerprint(*where, content["json"])} if "json" in content else {}
+        return super().request(*where, headers=(headers or {}) | key, **content)
+
+
+class Calls:
+    """A chat server that is asked nothing twice: every answer is in the journal before anybody sees it."""
+
+    def __init__(self, server: ChatServer, journal: Journal):
+        self.server, self.journal = server, journal
+        self._lock, self._flights = threading.Lock(), {}
+
+    def complete(self, messages: list[dict], max_tokens: int, temperature: float = 0.0) -> str:
+        """As `ChatServer.complete`; where the server is busy or given a rest, waits up to `PATIENCE` seconds."""
+        key = fingerprint(self.server.model, messages, max_tokens, temperature)
+        with self._lock:
+            if key in self.journal:
+                return self.journal.get(key)
+            flight = self._flights.get(key)
+            if first := flight is None:
+                flight = self._flights[key] = Future()
+        if first:
+            try:
+                answer = self._patiently(messages, max_tokens, temperature)
+                self.journal.put(key, answer)
+                flight.set_result(answer)
+            except BaseException as error:
+                flight.set_exception(error)
+            finally:
+                with self._lock:
+                    del self._flights[key]
+        return flight.result()
+
+    def _patiently(self, *request: Any) -> str:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.server.complete(*request)
+            except ToolFailure as refused:
+                if refused.kind not in ("breaker", "rate") or time.monotonic() > end:
+                    raise
+            time.sleep(1.0)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises UserError where another process is at work in the folder."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--out {folder}: another run is at work there; wait for it or name another") from None
+        yield
+
+
+class Factory:
+    """Stages in a folder: `NAME.jsonl` is a stage's file, `work/NAME.jsonl` its journal. `report` tells what became of
+    each stage's items."""
+
+    def __init__(self, folder: Path, workers: int):
+        self.folder, self.workers = folder, workers
+        self.report: dict[str, dict[str, Any]] = {}
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str, items: Iterable[dict], work: Work, settings: Any = None, workers: int = 0) -> Lines:
+        """The records of all items, each an object with an "id".
+
+        `items` is gone through several times and never held. `work(item, reasons)` runs in threads, gives the item's
+        records and counts what is worth telling; it raises LeftOut, or ToolFailure for what may pass. Equal `settings`
+        promise equal results for equal items. Raises UserError where no call can succeed any more, or many in a row
+        did not.
+        """
+        journal = Journal(self.folder / "work" / f"{name}.jsonl")
+        try:
+            run = _Run(name, items, work, fingerprint(settings), journal)
+            run.go(workers or self.workers)
+            return self._finish(run)
+        finally:
+            journal.close()
+
+    def _finish(self, run: _Run) -> Lines:
+        order, reasons, total = [], Counter(), 0
+        for key, _ in run.keyed():
+            total += 1
+            if key in run.journal:
+                done = run.journal.get(key)
+                reasons.update(done["reasons"])
+                order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
+        records = (run.journal.get(key)["records"][place] for _, key, place in sorted(order))
+        counted = {"reasons": dict(sorted(reasons.items())), "postponed": dict(sorted(run.postponed.items()))}
+        self.report[run.name] = {"items": total, "records": len(order), **counted}
+        return write_lines(self.folder / f"{run.name}.jsonl", records)
+
+
+class _Run:
+    """The threads of one stage. Each takes an item when it is idle, so no more than that many are in memory."""
+
+    def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
+        self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
+        self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
+        self.running, self.failed_in_a_row, self.error = 0, 0, None
+
+    def go(self, workers: int) -> None:
+        left = sum(1 for _ in self._left())
+        self.waiting = self._left()
+        with tqdm(total=left, desc=self.name, unit="item", disable=None if left else True) as self.bar:
+            try:
+                for _ in range(min(workers, left)):
+                    with self.lock:
+                        self.running += 1
+                    threading.Thread(target=self._work, daemon=True).start()
+                self._wait()
+            finally:
+                self.stopped.set()  # Ctrl-C: what is under way is recorded, nothing new begun
+                self._wait()
+        if self.error is not None:
+            raise self.error
+
+    def _wait(self) -> None:
+        """Not by `join`: Python 3.11 takes a thread for ended when Ctrl-C comes while it is waited for."""
+        while self.running:
+            time.sleep(0.02)
+
+    def keyed(self) -> Iterator[tuple[str, dict]]:
+        return ((fingerprint(self.settings, item), item) for item in self.items)
+
+    def _left(self) -> Iterator[tuple[str, dict]]:
+        return ((key, item) for key, item in self.keyed() if key not in self.journal)
+
+    def _work(self) -> None:
+        try:
+            while not self.stopped.is_set():
+                with self.lock:
+                    key, item = next(self.waiting, (None, None))
+                if key is None:
+                    return
+                self._settle(key, item)
+                with self.lock:
+                    self.bar.update()
+        except BaseException as error:  # a mistake of ours or of the user's: it must end the run, not a thread
+            self._stop(error)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def _settle(self, key: str, item: dict) -> None:
+        reasons: Counter = Counter()
+        try:
+            records = self.work(item, reasons)
+        except ToolFailure as refused:
+            if refused.kind in STOPPING or not (refused.kind in FOR_GOOD or LASTING.search(refused.message)):
+                return self._postpone(refused)
+            records, reasons[f"refused: {refused.kind}"] = [], 1
+        except LeftOut as why:
+            records, reasons[str(why)] = [], 1
+        self.journal.put(key, {"records": records, "reasons": +reasons})
+        self.failed_in_a_row = 0
+
+    def _postpone(self, refused: ToolFailure) -> None:
+        with self.lock:
+            self.postponed[refused.kind] += 1
+            self.failed_in_a_row += 1
+            self.bar.set_postfix(postponed=self.postponed.total())
+        if refused.kind in STOPPING:
+            self._stop(UserError(f"{self.name}: {refused}; mend that and run the same again, nothing is lost"))
+        elif self.failed_in_a_row >= IN_A_ROW:
+            why = f"{self.failed_in_a_row} items in a row failed, the last with {refused}"
+            self._stop(UserError(f"{self.name}: {why}; run the same again later, nothing is lost"))
+
+    def _stop(self, error: BaseException) -> None:
+        self.error = self.error or error
+        self.stopped.set()
+
+
+class Lines:
+    """The records of a JSONL file, read anew each time they are gone through."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict]:
+        with open(self.path, "rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+
+class Again:
+    """What can be gone through as often as `make` can be called."""
+
+    def __init__(self, make: Callable[[], Iterator[dict]]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.make()
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> Lines:
+    """Whole or not at all. Half a surrogate pair, which a model may write, is no text and becomes a question mark."""
+    write_whole(path, (json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for record in records))
+    return Lines(path)
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """A file that is there with all its bytes or not at all. Raises UserError where it cannot be written."""
+    side = path.with_name(f".{path.name}.{threading.get_ident()}.tmp")
+    try:
+        with open(side, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        side.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run the same again") from None
