@@ -8,7 +8,9 @@ from test_rollout import REPLY, home, make, question, tool_text  # noqa: F401
 
 from examples.crop_and_search import CROP_SEARCH, crop, tools
 from mmsr import reward
+from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Chat
+from mmsr.config import parse
 from mmsr.episode import Hit, Observation
 from mmsr.pictures import decode
 from mmsr.tools import Toolbox, search_tools
@@ -86,3 +88,10 @@ def test_prompt_is_the_real_one_and_a_sentence(home):  # noqa: F811
     chat = Chat(home.folder, ours[0].rpartition("/")[0], every)
     assert "<crop_search>query</crop_search> looks a part" in chat.decode(chat.prompt("What?", None).ids)
     assert Toolbox(every, True).tools[CROP_SEARCH].limit == 1
+
+
+def test_option_offers_the_tool_to_a_run(folder):
+    options = ["--recipe", "toy", "--model", str(folder), "--tools", "examples.crop_and_search:tools"]
+    setup = assemble(parse(options))
+    assert list(setup.toolbox.tools) == ["image_search", "text_search", CROP_SEARCH]
+    assert setup.chat.parse(box("0 0 500 1000")).name == CROP_SEARCH
