@@ -92,7 +92,7 @@ def roll_out(
     episodes, _ = rollouts
     with setup.ranks.alone():
         setup.score(episodes)
-    allowed, pieces = calls_allowed(c), setup.chat.pieces if c.log_tokens else None
+    allowed, pieces = calls_allowed(setup), setup.chat.pieces if c.log_tokens else None
     lines = [
         {"data": name, "row": e.group_id, **e.record(pieces), "measures": evaluate.more_measures(e, allowed)}
         | {"seconds": seconds[e.group_id]}
@@ -101,9 +101,10 @@ def roll_out(
     return lines, episodes
 
 
-def calls_allowed(config: EvalConfig) -> int:
-    """Searches that one question may take."""
-    return 0 if config.mode == "direct" else min(config.max_images + config.max_texts, config.max_turns - 1)
+def calls_allowed(setup: Setup) -> int:
+    """Tool calls that one question may take."""
+    limits = sum(tool.limit for tool in setup.toolbox.tools.values())
+    return 0 if setup.config.mode == "direct" else min(limits, setup.config.max_turns - 1)
 
 
 def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], list[str]]:

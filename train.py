@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -191,7 +191,7 @@ class Checkpoints:
         self.cursor = 0  # of the sampler when that step was finished
         device = setup.ranks.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self.versions = {"torch": torch.__version__, "device": kind, "dtype": str(setup.dtype)}
+        self.versions: dict[str, Any] = {"torch": torch.__version__, "device": kind, "dtype": str(setup.dtype)}
         self.versions["processes"] = setup.ranks.size
 
     def resume(self) -> int:
@@ -312,7 +312,7 @@ class Output:
         Nothing is written of one that is interrupted.
         """
         setup.begin_step(f"evaluation {step}")
-        modes = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
+        modes: dict[str, tuple] = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
         if step == 0 and setup.config.data == "toy":
             texts = setup.config.max_texts > 0
             modes["always_search"] = (1.0, lambda example, sample: setup.world.always_search(example, texts), False)

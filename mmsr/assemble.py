@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, Spending, open_backend
 from .chat import ANSWER, PROMPTS, Chat
-from .config import Config, EvalConfig, Options
+from .config import AnyOptions, Config, EvalConfig, Options
 from .data import read_examples
 from .engine import Engine
 from .episode import ANSWERED, Episode, Example, Turn, UserError
@@ -28,7 +28,7 @@ from .pictures import decode
 from .recorded import demonstrations, recorded_turns
 from .reward import RewardRule, answer_score, score
 from .rollout import Limits, Rollout, Scripts
-from .tools import Toolbox, search_tools
+from .tools import Toolbox, more_tools, search_tools
 from .vision import image_tokens
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Setup:
+class Setup(Generic[AnyOptions]):
     """The parts of a run, opened and checked."""
 
-    config: Options
+    config: AnyOptions
     ranks: Ranks
     dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
     folder: Path  # the checkpoint that training starts from
@@ -88,7 +88,7 @@ class Setup:
         scripts: Scripts | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
         attempt: Callable = lambda work, *args: work(*args),
-    ) -> tuple[list[Episode], Mapping[str, int]] | None:
+    ) -> tuple[list[Episode], Mapping[str, float]] | None:
         """This rank's share of the examples' groups, rolled out by the present weights, and all ranks' `counts`.
 
         Group ids are places in `examples`, if not given. Each `stretch` is dealt by itself: what an update needs. The
@@ -165,7 +165,7 @@ def _open(
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     with ranks.alone():
         engine, scripts = _search(config, search, world, known, ranks)
-    tools = search_tools(engine.backend, config.max_images, config.max_texts)
+    tools = search_tools(engine.backend, config.max_images, config.max_texts) + more_tools(config.tools, engine.backend)
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
@@ -206,14 +206,14 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
-def _local(config: Options, ranks: Ranks) -> Options:
+def _local(config: AnyOptions, ranks: Ranks) -> AnyOptions:
     """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
 
     def here(name: str) -> str:
         place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
         return str(ranks.first(f"fetch {name}", partial(hub.published, *place))) if place else name
 
-    found = {"data": tuple(map(here, config.datasets))}
+    found: dict[str, Any] = {"data": tuple(map(here, config.datasets))}
     if isinstance(config, Config):
         found = {"data": found["data"][0], "eval_data": here(config.eval_data)}
     if config.search == "replay:fvqa":

@@ -12,11 +12,14 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import TYPE_CHECKING, Iterable
 
 from .config import Options
 from .episode import Example, UserError
 from .tools import Backend, NoSearch
+
+if TYPE_CHECKING:
+    from .store import Budget
 
 KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
 
@@ -31,7 +34,8 @@ class Spending:
 
     def __init__(self, file: Path | None, total: int, per_step: int):
         self.file, self.total, self.per_step, self.step = file, total, per_step, ""
-        self.budget, self.lock = None, threading.Lock()
+        self.budget: Budget | None = None
+        self.lock = threading.Lock()
 
     def begin_step(self, step: str) -> None:
         """What is spent from now on belongs to this step."""

@@ -27,6 +27,7 @@ import shutil
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
@@ -138,7 +139,8 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights) -> None:
     tensors = _tensors(model, optimizer)
     for name in sorted(tensors.keys() | stored.keys()):
         here = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
-        there = (tuple(stored[name].size), stored[name].properties.dtype) if name in stored else "nothing"
+        kept: Any = stored.get(name)
+        there = (tuple(kept.size), kept.properties.dtype) if name in stored else "nothing"
         if here != there:
             raise UserError(f"{folder}: {name} is {there} there and {here} in this run: resume with equal options")
     with _plain_errors():
@@ -197,7 +199,7 @@ def _purge(newest: Path, keep: int) -> None:
     sound = 1
     for folder in _on_first(lambda: _checkpoints(newest.parent)[1:]):
         if sound == keep:
-            _on_first(lambda folder=folder: _discard(folder))
+            _on_first(partial(_discard, folder))
         elif _problem(folder, _step_of(folder)) is None:
             sound += 1
 

@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Sequence, cast
 from urllib.parse import urljoin, urlsplit
 
 import PIL.Image
@@ -108,8 +108,9 @@ class Client:
                 "GET", url, seconds=end - time.monotonic(), limit=limit, tls=self.tls, resolve=self.resolve,
                 check=require_public,
             )  # fmt: skip
-            moved = isinstance(answer, Answer) and answer.status in (301, 302, 303, 307, 308)
-            location = answer.headers.get("location") if moved else None
+            if not isinstance(answer, Answer) or answer.status not in (301, 302, 303, 307, 308):
+                return answer
+            location = answer.headers.get("location")
             if location is None:
                 return answer
         return failure("blocked", f"more than {HOPS} redirects")
@@ -132,7 +133,7 @@ class Client:
             refused, transient = _verdict(provider, answer)
             self._note(provider, refused, transient)
             if refused is None:
-                return answer
+                return cast(Answer, answer)  # a failure is always refused
             pause = self.jitter() * min(BACKOFF, 2.0 ** (tries - left))
             if isinstance(answer, Answer):
                 pause = max(pause, _retry_after(answer.headers.get("retry-after", "")))
@@ -174,7 +175,7 @@ class Client:
                 state.open_until = self.clock() + BREAKER_SECONDS
 
 
-def web_address(link: object, base: str = "") -> str:
+def web_address(link: Any, base: str = "") -> str:
     """The whole address of a link found in data or on a page; "" unless it is http or https, without a user name."""
     try:
         url = urljoin(base, link)

@@ -103,6 +103,8 @@ class Options:
     """Image searches per rollout."""
     max_texts: int = 0
     """Text searches per rollout."""
+    tools: str = ""
+    """MODULE:FUNCTION with more tools than the two searches: given the search engine, it returns a list of Tool."""
     on_tool_error: Literal["tell", "drop"] = "tell"
     """A tool's infrastructure failed: tell the model and go on, or end the rollout (training leaves it out)."""
     tool_timeout: int = 600
@@ -307,7 +309,7 @@ class Config(Options):
 class EvalConfig(Options):
     """Options of eval.py."""
 
-    data: tuple[str, ...] = ("toy",)
+    data: tuple[str, ...] = ("toy",)  # type: ignore[assignment]  # several data sets where training has one
     """toy, or .parquet, .jsonl or .json files of questions about pictures; several are evaluated one by one."""
     mode: Literal["search", "direct", "rag"] = "search"
     """search: as the model likes. direct: asked without tools. rag: searches forced, the words of queries its own."""
@@ -350,7 +352,11 @@ class EvalConfig(Options):
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
-def parse(argv: Sequence[str], kind: type[AnyOptions] = Config, program: str = "train.py") -> AnyOptions:
+def parse(
+    argv: Sequence[str],
+    kind: type[AnyOptions] = Config,  # type: ignore[assignment]  # mypy has no defaults of generic arguments
+    program: str = "train.py",
+) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     given = vars(_parser(kind, program).parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
@@ -377,7 +383,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options], names: 
         if field.name not in names:
             continue
         kind, name = types[field.name], f"--{_kebab(field.name)}"
-        absent = dict(default=argparse.SUPPRESS, help=docs.get(field.name, "").replace("%", "%%"))
+        absent: dict[str, Any] = dict(default=argparse.SUPPRESS, help=docs.get(field.name, "").replace("%", "%%"))
         if typing.get_origin(kind) is Literal:
             parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
         elif typing.get_origin(kind) is tuple:
@@ -393,12 +399,12 @@ def _field_docs(options: type[Options]) -> dict[str, str]:
     import ast
     import inspect
 
-    docs = {}
+    docs: dict[str, str] = {}
     for kind in options.__mro__[-2::-1]:  # object has none; the base first, so that a field made anew has the last word
-        body = ast.parse(inspect.getsource(kind)).body[0].body
-        for field, text in zip(body, body[1:]):
+        parsed: Any = ast.parse(inspect.getsource(kind)).body[0]
+        for field, text in zip(parsed.body, parsed.body[1:]):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                docs[field.target.id] = text.value.value.strip()
+                docs[field.target.id] = text.value.value.strip()  # type: ignore
     return docs
 
 

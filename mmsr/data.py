@@ -126,7 +126,7 @@ class Dataset(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> Example:
+    def __getitem__(self, place: int) -> Example:  # type: ignore[override]  # no slices
         row = self.rows[place]
         example_id, question, answers, category = self.text(row)
         return Example(example_id, self.picture(row), question, answers, category)

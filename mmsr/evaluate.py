@@ -73,7 +73,9 @@ def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
 
 
 def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
-    total = dict.fromkeys(("n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"), 0)
+    total: dict[str, float] = dict.fromkeys(
+        ("n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"), 0
+    )
     for episode in episodes:
         for key, value in {"n": 1, **measures(episode)}.items():
             total[key] += value

@@ -38,6 +38,7 @@ from torch.distributed.tensor import distribute_tensor
 from .episode import UserError
 
 T = TypeVar("T")
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 # Their names since torch 2.13, and before.
 _gather_shards = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -82,7 +83,7 @@ class Ranks:
         """All ranks' items one after another on the main rank, nothing on the others."""
         if self.size == 1:
             return items
-        parts = [None] * self.size if self.main else None
+        parts: list[Any] | None = [None] * self.size if self.main else None
         dist.gather_object(items, parts)
         return [item for part in parts or () for item in part]
 
@@ -280,7 +281,7 @@ def deal(loads: Sequence[float], parts: int) -> list[list[int]]:
 # ---- sharded models
 
 
-def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype, across: str = "node") -> nn.Module:
+def shard(model: AnyModule, ranks: Ranks, compute: torch.dtype, across: str = "node") -> AnyModule:
     """Spread the weights of `model` (a Qwen2_5_VL, on the meta device or in memory) over the ranks, in place.
 
     Units: each decoder block, each vision block, and the root with all the rest. Weights are kept in the dtype they
@@ -293,7 +294,7 @@ def shard(model: nn.Module, ranks: Ranks, compute: torch.dtype, across: str = "n
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == stored else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    options = dict(mesh=_mesh(ranks, across), mp_policy=policy, reshard_after_forward=True)
+    options: dict[str, Any] = dict(mesh=_mesh(ranks, across), mp_policy=policy, reshard_after_forward=True)
     for block in (*model.visual.blocks, *model.model.layers):
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -309,7 +310,7 @@ def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
     return init_device_mesh(ranks.device.type, (nodes, ranks.node_size), mesh_dim_names=("replicate", "shard"))
 
 
-def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> nn.Module:
+def fill(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
     """Give a sharded model on the meta device its weights, read on the main rank alone, one tensor at a time.
 
     `weights` (name, whole tensor) is not looked at on the other ranks. Beside its shards no rank holds more than one

@@ -60,7 +60,7 @@ class _Machine:
         self.marks: list[int] = []  # where on the stack the items of a container under way begin
         self.memo: dict[int, Any] = {}
 
-    def run(self, content: mmap.mmap) -> Any:
+    def run(self, content: Any) -> Any:  # a mmap: bytes that can be read like a file
         for count, (opcode, value, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
                 return self.stack.pop()

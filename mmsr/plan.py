@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
@@ -232,7 +232,11 @@ def check(model: ModelConfig, c: Config, capacity: float, ranks: int = 1, node: 
 
 def _smaller(c: Config) -> Iterator[tuple[str, Config]]:
     """(option, the configuration with it) for each option that may save memory."""
-    steps = [("--recompute", dict(recompute=True)), ("--kl 0", dict(kl=0.0)), ("--shard all", dict(shard="all"))]
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("--recompute", dict(recompute=True)),
+        ("--kl 0", dict(kl=0.0)),
+        ("--shard all", dict(shard="all")),
+    ]
     for name in ("mini_batch", "slots", "micro_tokens", "max_tokens", "max_pixels"):
         half = getattr(c, name) // 2
         also = {"min_pixels": min(c.min_pixels, half)} if name == "max_pixels" else {}

@@ -145,7 +145,8 @@ def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, li
     """What the curves draw, a list per quantity along the steps. None where a step does not have it."""
     rows = []
     for step in sorted(steps.keys() | counts.keys() - {0}):
-        row, seen = {"step": step}, counts.get(step, Counter())
+        row: dict[str, Any] = {"step": step}
+        seen = counts.get(step, Counter())
         for name, value in steps.get(step, {}).items():
             if name in PLAIN:
                 row |= {f"{name}/{phase}": x for phase, x in value.items()} if name == "seconds" else {name: value}

@@ -58,7 +58,7 @@ class Server(ThreadingHTTPServer):
             why = getattr(error, "strerror", None) or error
             raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from None
         self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
-        self.private = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.private = ipaddress.ip_address(str(self.server_address[0])).is_loopback
         self.room = threading.BoundedSemaphore(MAX_RUNNING)
 
     def server_bind(self) -> None:
@@ -241,8 +241,9 @@ def serve(backend: Backend, name: str, host: str, port: int) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    address = f"[{server.server_address[0]}]" if ":" in host else server.server_address[0]
-    print(f"{name} on http://{address}:{server.server_address[1]}, until Ctrl-C", flush=True)
+    bound, port = str(server.server_address[0]), server.server_address[1]
+    address = f"[{bound}]" if ":" in host else bound
+    print(f"{name} on http://{address}:{port}, until Ctrl-C", flush=True)
     accepting = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
     accepting.start()
     stop.wait()

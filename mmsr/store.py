@@ -380,9 +380,10 @@ class Budget:
     """Paid calls, each reserved in the file before it is made: a crash may waste one, nothing can overspend."""
 
     def __init__(self, store: Store, run: str, total: int, per_step: int = 0):
-        self.store, self.run, self.total, self.per_step, self.step = store, run, total, per_step, 0
+        self.store, self.run, self.total, self.per_step = store, run, total, per_step
+        self.step: str | int = 0
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: str | int) -> None:
         """What is spent from now on belongs to this step."""
         self.step = step
 
@@ -428,7 +429,7 @@ def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation
         demand(str, hit.title, hit.url, hit.text)
         demand((str, type(None)), hit.image)
         demand((int, float, type(None)), hit.score)
-        hits.append(hit if hit.image is None else replace(hit, image=image(hit.image)))
+        hits.append(hit if hit.image is None else replace(hit, image=image(given["image"])))
     demand(str, found["source"])
     demand((int, float), found["seconds"])
     return Observation(tuple(hits), source=found["source"], seconds=found["seconds"], cached=True)

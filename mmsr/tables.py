@@ -11,11 +11,11 @@ import json
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Callable, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ DAMAGE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises on a br
 class Table(Protocol):
     """What a data set reads from."""
 
-    names: Sequence[str]  # of the columns; of a JSON file, of its first row
+    names: list[str]  # of the columns; of a JSON file, of its first row
     fields: set[str]  # the same, and fields of structs as `column.field`
 
     def __len__(self) -> int: ...
@@ -48,7 +48,7 @@ class Table(Protocol):
 
 def open_table(path: Path) -> Table:
     """Raises UserError for a file that is missing, of another kind, or not what its name says."""
-    kinds = {".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray}
+    kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray}
     if path.suffix not in kinds:
         raise UserError(f"{path}: cannot tell the data's kind; give --data a file named .parquet, .jsonl or .json")
     return kinds[path.suffix](path)

@@ -9,12 +9,13 @@ A search engine is a `Backend`: two methods, behind the paper's two tools.
 
 from __future__ import annotations
 
+import importlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Callable, Protocol
 
-from .episode import Hit, Observation
+from .episode import Hit, Observation, UserError
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
@@ -70,6 +71,21 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
         Tool(IMAGE_SEARCH, "search", max_images, image_search, payload="<img>"),
         Tool(TEXT_SEARCH, "text_search", max_texts, text_search),
     ]
+
+
+def more_tools(name: str, backend: Backend) -> list[Tool]:
+    """What the function "MODULE:FUNCTION" makes of the search engine; no tools where `name` is empty. UserError."""
+    if not name:
+        return []
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--tools {name}: {error}; give MODULE:FUNCTION, as you would import it here") from error
+    tools = make(backend)
+    if not isinstance(tools, list) or not all(isinstance(tool, Tool) for tool in tools):
+        raise UserError(f"--tools {name}: gave {tools!r:.80}; return a list of Tool from the search engine it gets")
+    return tools
 
 
 class NoSearch:

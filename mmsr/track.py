@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 from .episode import UserError
 
@@ -21,7 +21,8 @@ class Tracker:
 
     def __init__(self, kind: str):
         """Raises UserError where the tracker's package is missing."""
-        self.kind, self.send, self.warned = kind, None, False
+        self.kind, self.warned = kind, False
+        self.send: Callable[[dict, int], Any] | None = None
         try:
             self.module = importlib.import_module(MODULES[kind]) if kind else None
         except ImportError as error:

@@ -168,7 +168,7 @@ class Live:
             raise failure("format", str(error)) from None
         service = self.services["serpapi"]
         files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
-        form = {"files": files, "data": data, "seconds": UPLOAD_SECONDS, "tries": 3}
+        form: dict[str, Any] = {"files": files, "data": data, "seconds": UPLOAD_SECONDS, "tries": 3}
         name = self.client.request(service.name, "POST", f"{service.url}/image", **form).json().get("image_id")
         if isinstance(name, str) and name:
             return name
@@ -343,7 +343,7 @@ def _remote_match(entry: object) -> Hit | None:
     return Hit(title[:TITLE_CHARACTERS], link, text[:REMOTE_CHARACTERS], image, score=_number(entry.get("score")))
 
 
-def _remote_document(entry: object) -> Hit | None:
+def _remote_document(entry: Any) -> Hit | None:
     """With or without a score around it; its contents are a quoted title, a line end and the text."""
     scored = isinstance(entry, dict) and isinstance(entry.get("document"), dict)
     document = entry["document"] if scored else entry
@@ -358,5 +358,5 @@ def _remote_document(entry: object) -> Hit | None:
     )
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # no NaN either

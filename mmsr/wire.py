@@ -185,12 +185,12 @@ class _Wire:
 @cache
 def public_authorities() -> ssl.SSLContext:
     """TLS with the certificates that requests brings, read once: that takes longer than many a call."""
-    return ssl.create_default_context(cafile=requests.certs.where())
+    return ssl.create_default_context(cafile=requests.certs.where())  # type: ignore[attr-defined]
 
 
 def _connection(kind: type[HTTPConnection], wire: _Wire, **options: Any) -> HTTPConnection:
     connection = kind(**options)
-    connection._new_conn = partial(wire.dial, connection)
+    connection._new_conn = partial(wire.dial, connection)  # type: ignore[method-assign]
     return connection
 
 
@@ -199,10 +199,10 @@ def _pool(url: str, wire: _Wire, tls: ssl.SSLContext) -> urllib3.HTTPConnectionP
     parts = urllib3.util.parse_url(url)
     if parts.scheme == "https":
         pool = urllib3.HTTPSConnectionPool(parts.host, parts.port or 443, ssl_context=tls, cert_reqs="CERT_REQUIRED")
-        pool.ConnectionCls = partial(_connection, HTTPSConnection, wire)
+        pool.ConnectionCls = partial(_connection, HTTPSConnection, wire)  # type: ignore[assignment]
     else:
         pool = urllib3.HTTPConnectionPool(parts.host, parts.port or 80)
-        pool.ConnectionCls = partial(_connection, HTTPConnection, wire)
+        pool.ConnectionCls = partial(_connection, HTTPConnection, wire)  # type: ignore[assignment]
     return pool
 
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from mmsr.episode import Hit, Observation
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, NoSearch, Tool, Toolbox, ToolFailure, search_tools
+from mmsr.episode import Hit, Observation, UserError
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, NoSearch, Tool, Toolbox, ToolFailure, more_tools, search_tools
 
 SECONDS = 30
 NOTHING = Call("", b"", "")
@@ -119,3 +119,26 @@ def test_search_tools_hand_over_the_picture_and_question_or_the_query_alone():
 def test_no_search_finds_nothing_and_does_not_fail():
     for seen in (NoSearch().image_search(b"", "who?"), NoSearch().text_search("q")):
         assert seen.ok and not seen.hits and seen.source == "none"
+
+
+def test_function_that_is_named_makes_tools_of_the_search_engine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from mmsr.tools import Tool\n"
+        "def tools(backend): return [Tool('zoom', 'zoom', 1, lambda call: backend.text_search(call.query))]\n"
+        "def none(backend): return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (zoom,) = more_tools("mine:tools", NoSearch())
+    assert zoom.name == "zoom" and zoom.run(NOTHING).source == "none"
+    assert more_tools("", NoSearch()) == []
+    for wrong in ("mine:absent", "mine", "absent:tools", ":tools", "mine:none"):
+        with pytest.raises(UserError, match=f"--tools {wrong}: "):
+            more_tools(wrong, NoSearch())
+
+
+def test_error_within_a_module_of_tools_is_shown_as_it_is(tmp_path, monkeypatch):
+    """A forker's bug must not read as a wrong option."""
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        more_tools("broken:tools", NoSearch())

@@ -1,0 +1,79 @@
+"""The toy world of examples/crop_and_search_toy.py: only the right half of a picture leads to the answer."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from examples.crop_and_search import CROP_SEARCH, crop
+from examples.crop_and_search import tools as crop_tools
+from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld, main
+from mmsr import toy_base
+from mmsr.chat import PROMPTS, Chat
+from mmsr.config import parse
+from mmsr.pictures import decode
+from mmsr.tools import search_tools
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return PairWorld(0)
+
+
+def test_only_the_half_that_is_asked_for_leads_to_the_answer(pairs):
+    for category in PAIRS:
+        for example in pairs.questions(category, 20, "test"):
+            assert not pairs.web.image_search(example.image).hits
+            for side, box in LEFT_RIGHT.items():
+                seen = pairs.web.image_search(crop(decode(example.image), box))
+                assert (example.answers[0] in seen.hits[0].title.split()) == (side == category.name)
+
+
+def test_traces_name_boxes_whatever_is_asked(pairs, tmp_path):
+    """Were the warm start to teach the right side, there would be nothing left to learn."""
+    toy_base.build_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    chat = Chat(tmp_path, PROMPTS / "toy", search_tools(pairs.web, 1, 0) + crop_tools(pairs.web))
+    traces, options = PairTraces(pairs, chat, 0), parse(OPTIONS)
+    right, crops = 0, 0
+    for episode in (traces.pair(i) for i in range(160)):
+        assert len(episode.input_ids) < options.max_tokens and sum(episode.loss_mask) > 0
+        action = chat.parse(said(chat, episode)[0])
+        if action.name == "crop_search":
+            crops, side = crops + 1, episode.example.question.split()[2]
+            right += action.query == LEFT_RIGHT[side]
+    assert 50 < crops < 110 and 0.3 < right / crops < 0.7
+
+
+def said(chat, episode):
+    """The model turns of a trace."""
+    mask = np.array(episode.loss_mask)
+    starts, ends = np.flatnonzero(np.diff(mask, prepend=0) == 1), np.flatnonzero(np.diff(mask, append=0) == -1)
+    turns = [episode.input_ids[start:end] for start, end in zip(starts, ends)]  # without the stop ids
+    assert max(map(len, turns)) < parse(OPTIONS).turn_tokens
+    return [chat.decode(turn) for turn in turns]
+
+
+def first_actions(out, steps) -> dict[str, Counter]:
+    """What the first turns did, by category; crops by whether they are of the half that was asked for."""
+    found: dict[str, Counter] = {}
+    for step in steps:
+        for line in (out / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines():
+            rollout = json.loads(line)
+            category, turn = rollout["category"], rollout["turns"][0]
+            right = turn["query"] == LEFT_RIGHT.get(category)
+            action = ("right half" if right else "another box") if turn["action"] == CROP_SEARCH else turn["action"]
+            found.setdefault(category, Counter())[action] += 1
+    return found
+
+
+@pytest.mark.slow
+def test_crop_and_search_is_learned_beside_searching_the_whole_and_answering(tmp_path):
+    """Minutes: the toy base model (kept in the cache), a warm start on pairs, 60 steps."""
+    main(["--out", str(tmp_path / "crop")])
+    early, late = (first_actions(tmp_path / "crop", steps) for steps in ([1], range(56, 61)))
+    for side in LEFT_RIGHT:
+        assert early[side]["right half"] < 0.5 * early[side].total()
+        assert late[side]["right half"] > 0.75 * late[side].total()
+    assert late["unfamiliar"]["image_search"] > 0.9 * late["unfamiliar"].total()
+    assert late["familiar"]["answer"] > 0.7 * late["familiar"].total()
