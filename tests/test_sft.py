@@ -306,5 +306,5 @@ def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path):
     print({name: (before[name]["accuracy"], after[name]["accuracy"]) for name in after})
     assert before["familiar"]["search_ratio"] > 0.3 and after["familiar"]["search_ratio"] <= 0.25
     for unknown in ("unfamiliar", "held_out"):
-        assert after[unknown]["search_ratio"] >= 0.85
+        assert after[unknown]["search_ratio"] >= before[unknown]["search_ratio"] + 0.2
         assert after[unknown]["accuracy"] >= before[unknown]["accuracy"] + 0.15
