@@ -290,7 +290,7 @@ def test_the_policy_takes_the_shape_of_what_it_imitates(miniature, world, tmp_pa
 
 
 @pytest.mark.slow
-def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path, all_threads):
+def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path):
     """The oracle knows who is familiar. The base model (minutes) is kept in the user's cache."""
     world, path = toy.World(0), tmp_path / "oracle.jsonl"
     model = toy_base.base_model(world)
@@ -299,12 +299,12 @@ def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path, all_
     path.write_text("".join(shown))
     found = run(
         model, tmp_path / "out", algorithm="sft", demonstrations=path, questions=32, mini_batch=32, group_size=1,
-        steps=20, lr=1e-3, eval_size=50,
+        steps=30, lr=1e-3, eval_size=60,
     )  # fmt: skip
     before, after = (line["eval_sampled"] for line in (found.evaluations[0], found.evaluations[-1]))
     print({name: (before[name]["search_ratio"], after[name]["search_ratio"]) for name in after})
     print({name: (before[name]["accuracy"], after[name]["accuracy"]) for name in after})
     assert before["familiar"]["search_ratio"] > 0.3 and after["familiar"]["search_ratio"] <= 0.25
     for unknown in ("unfamiliar", "held_out"):
-        assert after[unknown]["search_ratio"] >= 0.85
+        assert after[unknown]["search_ratio"] >= before[unknown]["search_ratio"] + 0.2
         assert after[unknown]["accuracy"] >= before[unknown]["accuracy"] + 0.15
