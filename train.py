@@ -69,6 +69,8 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
                 batches = split(episodes, config.questions // config.mini_batch, config.questions)
                 trained = [[e for e in batch if e.trained] for batch in batches]
                 update = trainer.step(trained, learning_rate(config, step))
+                if config.imitates:  # no sampler's numbers to compare with
+                    update |= {"logp_gap": math.nan, "logp_gap_max": math.nan}
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
             saved.finished(step)
@@ -78,7 +80,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             out.evaluation(config.steps, setup, stop)
         if status := int(ranks.max(stop.status)):
             bar.close()
-            setup.toolbox.drop()
+            setup.drop()
             saved.leave()
             out.model(setup)
             out.report(at_once=True)
@@ -115,8 +117,10 @@ def make_trainer(setup: Setup) -> Trainer:
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
     """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal."""
     sound = [e.status != TOOL_ERROR for e in episodes]
-    if config.algorithm == "sft":  # rejection sampling: imitate what was right
+    if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
         for episode, ok in zip(episodes, sound):
+            if config.imitates:
+                episode.imitate()
             episode.advantage, episode.trained = 1.0, ok and episode.reward_parts["accuracy"] == 1
         return 0
     rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Generic, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -18,18 +18,21 @@ from tqdm import tqdm
 from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, Spending, open_backend
-from .chat import PROMPTS, Chat
+from .chat import ANSWER, PROMPTS, Chat
 from .config import AnyOptions, Config, EvalConfig, Options
 from .data import read_examples
 from .engine import Engine
-from .episode import Episode, Example, UserError
+from .episode import ANSWERED, Episode, Example, Turn, UserError
 from .parallel import SINGLE, Ranks
 from .pictures import decode
-from .recorded import recorded_turns
-from .reward import RewardRule, score
-from .rollout import Limits, Rollout
+from .recorded import demonstrations, recorded_turns
+from .reward import RewardRule, answer_score, score
+from .rollout import Limits, Rollout, Scripts
 from .tools import Toolbox, more_tools, search_tools
 from .vision import image_tokens
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Setup(Generic[AnyOptions]):
     chat: Chat
     toolbox: Toolbox
     spending: Spending | None  # where searches cost money
-    scripts: Callable[[Example, int], list[str]] | None  # model turns to force in training
+    scripts: Scripts | None  # model turns to force in training
+    teacher: Teacher | None = None  # who writes them, where somebody does
     world: toy.World | None = None  # where anything of the run is the toy world's
     questions: Sequence[Example] = ()  # of training
     eval_questions: Sequence[Example] = ()  # of the evaluations within training
@@ -69,11 +73,7 @@ class Setup(Generic[AnyOptions]):
             self.model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
         )  # fmt: skip
-        limits = Limits(
-            c.max_turns, c.min_pixels, c.max_pixels, tool_seconds=c.tool_timeout,
-            stop_on_tool_error=c.on_tool_error == "drop",
-        )  # fmt: skip
-        return Rollout(engine, self.chat, self.toolbox, limits, direct)
+        return Rollout(engine, self.chat, self.toolbox, _limits(c), direct)
 
     def roll_out(
         self,
@@ -85,7 +85,7 @@ class Setup(Generic[AnyOptions]):
         stretch: int | None = None,
         group_ids: Sequence[int] | None = None,
         direct: bool = False,
-        scripts: Callable[[Example, int], list[str]] | None = None,
+        scripts: Scripts | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
         attempt: Callable = lambda work, *args: work(*args),
     ) -> tuple[list[Episode], Mapping[str, float]] | None:
@@ -116,6 +116,12 @@ class Setup(Generic[AnyOptions]):
     def score(self, episodes: Sequence[Episode]) -> None:
         score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
 
+    def drop(self) -> None:
+        """Give up what tools and teacher have not begun."""
+        self.toolbox.drop()
+        if self.teacher:
+            self.teacher.drop()
+
 
 def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = None) -> Setup:
     """Open everything that a training run names. Raises UserError where something is missing or wrong.
@@ -129,6 +135,11 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
         evaluation = _eval_questions(files, world, questions, ranks)
     setup = _open(config, files.search, ranks, world, [questions, evaluation])
     setup.questions, setup.eval_questions = questions, evaluation
+    with ranks.alone():
+        if config.demonstrations:
+            _imitate_file(setup)
+        if config.teacher:
+            setup.scripts = setup.teacher = _teacher(setup)
     setup.model.checkpoint_blocks = setup.model.visual.checkpoint_blocks = config.recompute
     return setup
 
@@ -165,7 +176,7 @@ def _open(
     chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
     attention.sum_widely(config.deterministic)
-    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world)
+    return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world=world)
 
 
 def prompts_folder(config: Options) -> Path:
@@ -220,7 +231,7 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     if questions.left_out and ranks.main:
         print(f"{name}: {questions.left_out} of {len(questions.table)} questions have no picture and are left out.")
     if isinstance(config, EvalConfig) and config.limit:
-        questions.keep_first(config.limit)
+        questions.keep(range(min(config.limit, len(questions))))
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
     for place in tqdm(places, desc="checking pictures", unit="picture", leave=False, disable=hidden):
         try:
@@ -232,7 +243,7 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
 
 def _search(
     config: Options, search: str, world: toy.World | None, known: Sequence[Sequence[Example]], ranks: Ranks
-) -> tuple[Search, Callable[[Example, int], list[str]] | None]:
+) -> tuple[Search, Scripts | None]:
     """The search engine, and the recorded turns to force. `known`: questions whose pictures a recording may name."""
     if search == "toy":
         if config.datasets != ("toy",):
@@ -252,6 +263,60 @@ def _recorded_script(recorded: dict, group_size: int, example: Example, sample: 
     if sample >= group_size // 2:
         return []
     return [turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None]
+
+
+def _imitate_file(setup: Setup) -> None:
+    """Keep the questions that --demonstrations shows rightly answered, and have the turns that did so played."""
+    files, questions = setup.config.demonstrations, setup.questions
+    found = demonstrations(files)
+
+    def right(example: Example) -> list[list[str]]:
+        return [said for said in found.get(example.id, ()) if _answers(setup, example, said)]
+
+    known = [place for place, example in enumerate(questions) if example.id in found]
+    shown = {place: len(right(questions[place])) for place in known}
+    places = [place for place in known if shown[place]]
+    if not places:
+        complaint = "answers a question rightly" if known else "is about a question of --data: ids must be the same"
+        raise UserError(f"--demonstrations {' '.join(files)}: none of {len(found)} {complaint}; give others")
+    if setup.ranks.main:
+        of_all = f"{len(places)} of {len(questions)} questions"
+        print(f"Demonstrations: {sum(shown.values())} of {sum(map(len, found.values()))} are right, on {of_all}.")
+    if isinstance(questions, list):
+        setup.questions = [questions[place] for place in places]
+    else:
+        questions.keep(places)
+
+    def script(example: Example, sample: int) -> list[str]:
+        turns = right(example)
+        return turns[sample % len(turns)]
+
+    setup.scripts = script
+
+
+def _answers(setup: Setup, example: Example, said: Sequence[str]) -> bool:
+    """Whether the last of these turns ends a conversation with the right answer."""
+    if not said or setup.chat.parse(said[-1]).name != ANSWER:
+        return False
+    episode = Episode(example, 0, 0, turns=[Turn("assistant", said[-1], 0, 0)], status=ANSWERED)
+    return answer_score(episode, RewardRule(setup.config.reward)) == 1
+
+
+def _teacher(setup: Setup) -> Teacher:
+    from .client import ChatServer, Client
+    from .teacher import ANSWER_TOKENS, Teacher
+
+    c = setup.config
+    server = ChatServer(c.teacher, c.teacher_model, os.environ.get("OPENAI_API_KEY", ""), Client())
+    complete, kept = partial(server.complete, max_tokens=ANSWER_TOKENS), Path(c.out) / "teacher.jsonl"
+    return Teacher(complete, c.teacher_model, kept, setup.chat, setup.toolbox, _limits(c))
+
+
+def _limits(config: Options) -> Limits:
+    return Limits(
+        config.max_turns, config.min_pixels, config.max_pixels, tool_seconds=config.tool_timeout,
+        stop_on_tool_error=config.on_tool_error == "drop",
+    )  # fmt: skip
 
 
 def _eval_questions(

@@ -199,7 +199,13 @@ class Config(Options):
     """Options of train.py."""
 
     algorithm: Literal["grpo", "sft"] = "grpo"
-    """sft: maximise the likelihood of rollouts whose answer is right (rejection sampling), same trainer."""
+    """sft: maximise the likelihood of what answered rightly, the model's own rollouts unless one of these is given."""
+    demonstrations: tuple[str, ...] = ()
+    """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are made anew."""
+    teacher: str = ""
+    """Address of an OpenAI-compatible server whose model shows what to imitate; its key: OPENAI_API_KEY."""
+    teacher_model: str = ""
+    """The teaching model, as that server calls it."""
 
     steps: int = 100
     """Training steps; a step is one batch of rollouts."""
@@ -266,12 +272,13 @@ class Config(Options):
         "importance_cap": (0, 1e6), "temperature": (0.01, 100),
     }  # fmt: skip
     RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
-        *("save_every", "keep", "resume", "max_skipped", "track"),
+        *("save_every", "keep", "resume", "max_skipped", "track", "teacher"),
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        self.out = self.out or f"runs/{self.recipe}"
+        self.out, self.demonstrations = self.out or f"runs/{self.recipe}", tuple(self.demonstrations)
         super().__post_init__()
+        self._check_imitation()
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
@@ -280,6 +287,22 @@ class Config(Options):
             raise UserError(f"--slots {self.slots} is less than --group-size {self.group_size}: raise --slots")
         if self.force_searches and not self.search.startswith("replay:"):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
+
+    @property
+    def imitates(self) -> bool:
+        """Whether somebody else's turns are trained, none of the model's own."""
+        return bool(self.demonstrations or self.teacher)
+
+    def _check_imitation(self) -> None:
+        if bool(self.teacher) != bool(self.teacher_model):
+            raise UserError("--teacher and --teacher-model go together: give the address and the model's name there")
+        if self.demonstrations and self.teacher:
+            raise UserError("--demonstrations and --teacher: imitate one of them, leave the other out")
+        if self.imitates and (self.algorithm != "sft" or self.force_searches):
+            given = "--teacher" if self.teacher else "--demonstrations"
+            raise UserError(f"{given} is what --algorithm sft imitates: give that, and no --force-searches")
+        if self.teacher and self.group_size > 1:
+            raise UserError(f"--group-size {self.group_size}: a teacher answers a question once; give 1")
 
 
 @dataclass
@@ -337,7 +360,8 @@ def parse(
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     given = vars(_parser(kind, program).parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
-    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **given, "recipe": recipe})
+    imitated = {"group_size": 1} if given.get("demonstrations") or given.get("teacher") else {}
+    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ import binascii
 import json
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from io import BytesIO
@@ -131,9 +131,9 @@ class Dataset(Sequence):
         example_id, question, answers, category = self.text(row)
         return Example(example_id, self.picture(row), question, answers, category)
 
-    def keep_first(self, n: int) -> None:
-        """Forget all but the first n."""
-        self.rows = self.rows[:n]
+    def keep(self, places: Iterable[int]) -> None:
+        """Forget all but these, which then have places in this order."""
+        self.rows = array("Q", [self.rows[place] for place in places])
 
     # ---- text
 

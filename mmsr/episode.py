@@ -60,7 +60,7 @@ class Turn:
     end: int
     action: str | None = None  # assistant: "answer", a tool's name, or None where no action could be read
     query: str | None = None
-    forced: bool = False  # replayed, not sampled: its tokens are not trained
+    forced: bool = False  # replayed, not sampled: its tokens are not trained, unless they are to be imitated
     observation: Observation | None = None  # tool turns only
 
 
@@ -77,7 +77,8 @@ class Episode:
     """One rollout, token for token as it was sampled.
 
     The first `prompt_length` tokens are the group's shared prompt. `loss_mask[t]` is 1 where the model sampled token t
-    itself, and `logps[t]` is then the log-probability it had when sampled. `images` are pairs (offset of the first
+    itself, and `logps[t]` is then the log-probability it had when sampled. `imitate` makes it 1 on forced turns, which
+    nobody sampled: there `logps` stay 0 and mean nothing. `images` are pairs (offset of the first
     placeholder token in `input_ids`, `vision.Image`).
     """
 
@@ -96,6 +97,12 @@ class Episode:
     reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
     trained: bool = True  # takes part in the update
+
+    def imitate(self) -> None:
+        """Have the forced turns trained, as if the model had said them itself."""
+        for turn in self.turns:
+            if turn.forced:
+                self.loss_mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
 
     def searches(self, tool: str | None = None) -> int:
         """Number of executed tool calls, of one tool or of all. A call refused over its limit was not executed."""
@@ -138,7 +145,8 @@ class Episode:
             return {}
         span = slice(turn.start, turn.end)
         chances = [
-            round(math.exp(logp), 4) if mine else None for mine, logp in zip(self.loss_mask[span], self.logps[span])
+            round(math.exp(logp), 4) if mine and not turn.forced else None
+            for mine, logp in zip(self.loss_mask[span], self.logps[span])
         ]
         return {"pieces": list(zip(pieces(self.input_ids[span]), self.loss_mask[span], chances))}
 

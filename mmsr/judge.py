@@ -8,16 +8,14 @@ verdict, there is none: that is counted, never taken for right or wrong, not kep
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from .episode import UserError
+from .kept import Kept, key_of
 
 PROMPT = Path(__file__).parent / "prompts" / "judge.txt"
 VERDICT = re.compile(r"verdict\W*(correct|incorrect)\b", re.IGNORECASE)
@@ -30,10 +28,8 @@ class Judge:
     """Verdicts of one model. `name` tells it from other models in `kept`, a JSON lines file of verdicts."""
 
     def __init__(self, complete: Complete, name: str, kept: Path):
-        self.complete, self.name, self.kept = complete, name, kept
+        self.complete, self.name, self.kept = complete, name, Kept(kept, "correct")
         self.template = PROMPT.read_text(encoding="utf-8")
-        self.verdicts = dict(_read(kept))
-        self.lock = threading.Lock()
         self.failure = ""  # the first, in words
 
     def __call__(self, lines: Sequence[Mapping[str, Any]]) -> list[bool | None]:
@@ -53,30 +49,20 @@ class Judge:
         if not (line["answer"] or "").strip():
             return False
         asked = self._asked(line)
-        key = hashlib.sha256(json.dumps([self.name, asked]).encode()).hexdigest()
-        if key not in self.verdicts:
+        key = key_of(self.name, asked)
+        if key not in self.kept.values:
             try:
                 reply = self.complete([{"role": "user", "content": asked}])
-                self._keep(key, _right(reply), reply)
+                self.kept.add(key, correct=_right(reply), reply=reply)
             except UserError:
                 raise
             except Exception as error:  # whatever a server, or a forker's callable, does: it is no verdict
                 self.failure = self.failure or f"{type(error).__name__}: {error}"[:300]
-        return self.verdicts.get(key)
+        return self.kept.values.get(key)
 
     def _asked(self, line: Mapping[str, Any]) -> str:
         fields = {name: json.dumps(line[name], ensure_ascii=False) for name in ("question", "answers", "answer")}
         return re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], self.template)
-
-    def _keep(self, key: str, right: bool, reply: str) -> None:
-        line = json.dumps({"key": key, "correct": right, "reply": reply}, ensure_ascii=False) + "\n"
-        with self.lock, open(self.kept, "ab") as file:
-            if file.tell() and not _ends_whole(self.kept):
-                file.write(b"\n")  # a crash cut the last line short
-            file.write(line.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-            self.verdicts[key] = right
 
 
 def _right(reply: str) -> bool:
@@ -85,19 +71,3 @@ def _right(reply: str) -> bool:
     if not found:
         raise ValueError(f"no verdict in the judge's reply {reply[-80:]!r}")
     return found[-1].lower() == "correct"
-
-
-def _read(kept: Path) -> Iterable[tuple[str, bool]]:
-    """The verdicts in a file; lines that a crash cut short are no verdicts."""
-    for line in kept.read_bytes().splitlines() if kept.exists() else ():
-        try:
-            found = json.loads(line)
-            yield str(found["key"]), bool(found["correct"])
-        except (ValueError, TypeError, KeyError):
-            continue
-
-
-def _ends_whole(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        opened.seek(-1, os.SEEK_END)
-        return opened.read(1) == b"\n"

@@ -1,10 +1,11 @@
-"""Recorded conversations: what a model said turn by turn, what its searches brought back."""
+"""Recorded conversations: what a model said turn by turn, what its searches brought back; and those to be imitated."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from .episode import Hit, Observation, UserError
 from .tables import json_object, lines
@@ -39,6 +40,34 @@ def recorded_turns(path: str | Path) -> dict[str, list[RecordedTurn]]:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: row {row}, column turns: not as recorded ({what}); mend the line") from None
     return recorded
+
+
+def demonstrations(paths: Sequence[str | Path]) -> dict[str, list[list[str]]]:
+    """What was said, model turn by model turn, in the conversations about each example id; each conversation once.
+
+    The files hold rollouts of ours (`rollouts/*.jsonl`, `episodes.jsonl`) or transcripts as `recorded_turns` reads
+    them. Raises `UserError` for a missing or ill-formed file.
+    """
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    for path in map(Path, paths):
+        for row, (_, line) in enumerate(lines(path)):
+            example_id, said = _demonstration(path, row, json_object(path, row, line))
+            if said not in found[example_id]:
+                found[example_id].append(said)
+    return found
+
+
+def _demonstration(path: Path, row: int, record: dict[str, Any]) -> tuple[str, list[str]]:
+    ours = "data_id" not in record
+    try:
+        turns = [turn for turn in record["turns"] if not ours or turn["role"] == "assistant"]
+        said = [turn["text" if ours else "response"] for turn in turns]
+        if all(isinstance(text, str) for text in said):
+            return str(record["id" if ours else "data_id"]), said
+    except (KeyError, TypeError):
+        pass
+    wanted = "a rollout (id; turns with role and text) or a recorded conversation (data_id; turns with response)"
+    raise UserError(f"{path}: row {row}: no demonstration; give lines that each hold {wanted}")
 
 
 def _recorded_turn(turn: dict[str, Any]) -> RecordedTurn:

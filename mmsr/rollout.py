@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Callable, Sequence
+from typing import Callable, Sequence, Union
 
 from .chat import Chat
 from .engine import Engine, Group, Member, sampling_key
@@ -25,6 +25,9 @@ from .vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
+
+
+Scripts = Callable[[Example, int], Union[Sequence[str], "Future[Sequence[str]]"]]  # of an example and a sample
 
 
 class Opening(str):
@@ -49,7 +52,7 @@ class _Run:
 
     episode: Episode
     member: Member
-    script: list[str] = field(default_factory=list)  # model turns to force, then openings of turns
+    script: list[str] | Future  # model turns to force, then openings of turns
     begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
@@ -71,7 +74,7 @@ class Rollout:
         examples: Sequence[Example],
         group_size: int,
         seed: tuple = (),
-        scripts: Callable[[Example, int], list[str]] | None = None,
+        scripts: Scripts | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
         slots: Sequence[int] | None = None,
     ) -> list[Episode]:
@@ -81,7 +84,7 @@ class Rollout:
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
         model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
-        an `Opening` for each of the turns that follow.
+        an `Opening` for each of the turns that follow. All are asked for before one that is a Future is waited for.
         """
         slots = range(len(examples)) if slots is None else slots
         groups = [self._open(example, slot, group_size, seed, scripts) for slot, example in zip(slots, examples)]
@@ -114,7 +117,7 @@ class Rollout:
 
     # ---- opening ----------------------------------------------------------------------------------------------------
 
-    def _open(self, example: Example, group_id: int, size: int, seed: tuple, scripts) -> Group:
+    def _open(self, example: Example, group_id: int, size: int, seed: tuple, scripts: Scripts | None) -> Group:
         try:
             image = load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
         except ValueError as error:
@@ -126,14 +129,14 @@ class Rollout:
             length = len(prompt.ids)
             episode = Episode(example, group_id, sample, list(prompt.ids), [0] * length, [0.0] * length)
             episode.images, episode.prompt_length = list(prompt.images), length
-            script = list(scripts(example, sample)) if scripts else []
-            self.runs[member] = _Run(episode, member, script)
+            self.runs[member] = _Run(episode, member, scripts(example, sample) if scripts else [])
             members.append(member)
         return Group(prompt.ids, prompt.images, members)
 
     def _play_openings(self) -> None:
         """Run all scripts to their last forced turn, tools included, before sampling begins."""
         for run in self.runs.values():
+            run.script = list(run.script.result() if isinstance(run.script, Future) else run.script)
             self._force_turn(run)
         while self.waiting:
             self._collect(block=True)

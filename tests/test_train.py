@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -699,14 +698,6 @@ def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def all_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
