@@ -116,7 +116,7 @@ class Stages:
         """
         text = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self.prompts[prompt])
         shown = [picture_part(jpeg(decode(picture), 1024, 2**20))] if picture else []
-        messages = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+        messages: list[dict] = [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
         complaints = []
         for _ in range(2):
             answer = self.calls.complete(messages, 500)

@@ -106,12 +106,15 @@ def _field(name: str, text: str) -> str:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 1024
+    model: ScriptedModel
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
         with suppress(OSError):  # the caller has gone

@@ -208,7 +208,8 @@ class _Run:
     def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
         self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
         self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
-        self.running, self.failed_in_a_row, self.error = 0, 0, None
+        self.running = self.failed_in_a_row = 0
+        self.error: BaseException | None = None
 
     def go(self, workers: int) -> None:
         left = sum(1 for _ in self._left())

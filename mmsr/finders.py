@@ -114,6 +114,7 @@ class Web:
 
     def pictures(self, concept: str) -> list[Picture]:
         service = self.live.engine
+        request: tuple[str, str, dict[str, Any]]
         if service.name == "serpapi":
             params = {"engine": "google_images", "q": concept, "hl": "en", "gl": "us", "api_key": service.key}
             name, request = "images_results", ("GET", f"{service.url}/search", {"params": params})
