@@ -1,0 +1,191 @@
+"""Training runs in variations of the toy world, many and resumable: what `claims.py` and `what_breaks.py` share.
+
+Every run is a process of one thread with a folder DIR/VARIANT-SEED. What it amounts to is kept there in outcome.json: a
+run that has one is not run again, and one that was cut off goes on with `--resume`. Variations of equal knowledge share
+a base model, found in MMSR_CACHE, so base models are made before the runs that start from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+from common import ROOT
+from tqdm import tqdm
+
+import train
+from mmsr import evaluate
+from mmsr.assemble import assemble
+from mmsr.config import Config
+from mmsr.episode import UserError
+from mmsr.parallel import SINGLE
+from mmsr.toy import FULL, Settings, World
+from mmsr.toy_base import WarmStart, base_model
+
+Outcome = Mapping[str, Any]
+SHAPES = ("answer", "image → answer", "text → answer", "image → text → answer")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train. Variants with the same `base` start from the same base models."""
+
+    settings: Settings = FULL
+    options: Mapping[str, Any] = field(default_factory=dict)  # of Config
+    patch: Callable[[], None] = lambda: None  # bends the program before anything else happens
+    base: str = "full"
+    recipe: WarmStart = WarmStart()
+    forced: bool = False  # evaluate with searches forced too, greedily and after training
+
+
+# ---- one run
+
+
+def base_of(variant: Variant, seed: int) -> Path:
+    return base_model(World(seed, variant.settings), variant.recipe)
+
+
+def run(variant: Variant, seed: int, folder: Path) -> None:
+    """Train and evaluate one variant, or go on with it, and leave its outcome.json."""
+    options = {"save_every": 20, **Config.defaults("toy", "full"), **variant.options, "toy": "full", "seed": seed}
+    world, start = World(seed, variant.settings), base_of(variant, seed)
+    config = Config(**options, model=str(start), out=str(folder), resume=folder.exists())
+    train.train(config, SINGLE, world)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = [record for record in records if "eval" in record]
+    last = next(record for record in reversed(records) if "loss" in record)
+    found = {"before": evaluations[0], "after": evaluations[-1], "last": last, "shapes": shapes(folder)}
+    if variant.forced:
+        found["forced"] = forced(config, world, start, folder / "model")
+    side = folder / ".outcome.tmp"
+    side.write_text(json.dumps(found), encoding="utf-8")
+    side.replace(folder / "outcome.json")
+
+
+def forced(config: Config, world: World, before: Path, after: Path) -> dict[str, Any]:
+    """Evaluations with all searches forced, or none, by the model before and after training."""
+    wanted = {
+        "always, before": (before, 0.0, False), "always, after": (after, 0.0, False),
+        "always, after, T = 1": (after, 1.0, False), "never, before": (before, 0.0, True),
+    }  # fmt: skip
+    found = {}
+    for name, (model, temperature, direct) in wanted.items():
+        setup = assemble(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
+        scripts = None if direct else lambda example, sample: world.always_search(example, config.max_texts > 0)
+        seed = (config.seed, "always_search")
+        episodes, _ = setup.roll_out(setup.eval_questions, 1, seed, temperature, direct=direct, scripts=scripts)
+        setup.score(episodes)
+        found[name] = evaluate.by_category(episodes)
+    return found
+
+
+def shapes(folder: Path) -> list[dict[str, float]]:
+    """Of each step's rollouts, the share of every turn shape; what is none of `SHAPES` counts as other."""
+    steps = []
+    for file in sorted((folder / "rollouts").glob("step-*.jsonl")):
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            seen = Counter(_shape(json.loads(line)) for line in lines)
+        steps.append({shape: seen[shape] / seen.total() for shape in (*SHAPES, "other")})
+    return steps
+
+
+def _shape(line: Mapping[str, Any]) -> str:
+    actions = [str(turn["action"]).split("_")[0] for turn in line["turns"] if turn["role"] == "assistant"]
+    shape = " → ".join(actions)
+    return shape if shape in SHAPES else "other"
+
+
+# ---- all runs
+
+
+def main(variants: Mapping[str, Variant], options: argparse.Namespace) -> dict[str, dict[int, Outcome]]:
+    """The outcomes of all variants by seed, as far as there are any; those that are missing are run first.
+
+    A process started for one run or base model does that alone, and ends here.
+    """
+    if options.child:
+        raise SystemExit(_child(variants, *options.child, options.out))
+    places = {(name, seed): options.out / f"{name}-{seed}" for name in variants for seed in options.seeds}
+    todo = [] if options.table else [key for key, place in places.items() if not (place / "outcome.json").exists()]
+    options.out.mkdir(parents=True, exist_ok=True)
+    _run_all(variants, todo, options)
+    found: dict[str, dict[int, Outcome]] = {name: {} for name in variants}
+    for (name, seed), place in places.items():
+        if (place / "outcome.json").exists():
+            found[name][seed] = json.loads((place / "outcome.json").read_text(encoding="utf-8"))
+    return found
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--table", action="store_true", help="run nothing: the table of what there is")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], options: argparse.Namespace) -> None:
+    """Base models in the order of the variants, each followed by the runs that start from it."""
+    models = dict.fromkeys((variants[name].base, seed) for name, seed in todo)
+    with tqdm(total=len(todo) + len(models), unit="job") as bar, ThreadPoolExecutor(options.jobs) as pool:
+        for base in dict.fromkeys(base for base, _ in models):
+            mine = [(name, seed) for name, seed in todo if variants[name].base == base]
+            makers = {seed: name for name, seed in reversed(mine)}
+            for jobs in ([("base", name, seed) for seed, name in makers.items()], [("run", *job) for job in mine]):
+                list(pool.map(lambda job: _start(*job, options, bar), jobs))
+
+
+def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> None:
+    """A process of its own for one job; what it prints goes to DIR/VARIANT-SEED.log."""
+    log = options.out / f"{name}-{seed}.log"
+    command = [sys.executable, sys.argv[0], "--child", kind, name, str(seed), "--out", str(options.out)]
+    with open(log, "a", encoding="utf-8") as file:
+        ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    if ended.returncode:
+        bar.write(f"{kind} of {name}, seed {seed}: exit status {ended.returncode}; see {log}")
+    bar.update()
+
+
+def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out: Path) -> int:
+    variant = variants[name]
+    variant.patch()
+    work = (
+        partial(base_of, variant, int(seed))
+        if kind == "base"
+        else partial(run, variant, int(seed), out / f"{name}-{seed}")
+    )
+    try:
+        work()
+    except UserError as error:
+        print(error)
+        return 2
+    return 0
+
+
+# ---- numbers
+
+
+def mean(evaluation: Mapping[str, Mapping[str, float]], key: str, categories: Sequence[str] = ()) -> float:
+    """Mean of a number over categories (all that weigh, if none are named), weighted as the world does."""
+    names = categories or [name for name, weight in FULL.mix.items() if weight]
+    share = {name: FULL.mix[name] for name in names}
+    return sum(_number(evaluation[name], key) * weight for name, weight in share.items()) / sum(share.values())
+
+
+def _number(row: Mapping[str, float], key: str) -> float:
+    """`calls`: searches per question, of which there is at most one by image and one by text."""
+    return row["search_ratio_image"] + row["search_ratio_text"] if key == "calls" else row[key]
+
+
+__all__ = ["ROOT", "SHAPES", "Outcome", "Variant", "main", "mean", "parser"]
