@@ -41,7 +41,8 @@ class Variant:
 
     settings: Settings = FULL
     options: Mapping[str, Any] = field(default_factory=dict)  # of Config
-    patch: Callable[[], None] = lambda: None  # bends the program before anything else happens
+    patch: Callable[[], None] = lambda: None  # bends the program before training
+    patch_base: Callable[[], None] = lambda: None  # bends it before the base model is looked for or made
     base: str = "full"
     recipe: WarmStart = WarmStart()
     forced: bool = False  # evaluate with searches forced too, greedily and after training
@@ -51,6 +52,7 @@ class Variant:
 
 
 def base_of(variant: Variant, seed: int) -> Path:
+    variant.patch_base()
     return base_model(World(seed, variant.settings), variant.recipe)
 
 
@@ -58,6 +60,7 @@ def run(variant: Variant, seed: int, folder: Path) -> None:
     """Train and evaluate one variant, or go on with it, and leave its outcome.json."""
     options = {"save_every": 20, **Config.defaults("toy", "full"), **variant.options, "toy": "full", "seed": seed}
     world, start = World(seed, variant.settings), base_of(variant, seed)
+    variant.patch()
     config = Config(**options, model=str(start), out=str(folder), resume=folder.exists())
     train.train(config, SINGLE, world)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -159,7 +162,6 @@ def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tq
 
 def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out: Path) -> int:
     variant = variants[name]
-    variant.patch()
     work = (
         partial(base_of, variant, int(seed))
         if kind == "base"
