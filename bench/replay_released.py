@@ -70,17 +70,24 @@ def replay(setup: Setup, examples: Sequence[Example], recorded: dict[str, list[R
 
 
 def summary(found: Sequence[dict[str, Any]], prefixes: dict[tuple[str, int], int]) -> str:
-    """A row per turn number: how many turns, and of how many text, action and length of the prefix agree."""
+    """A row per turn number: how many turns, how well they agree, and how many tokens longer what stood before is now.
+
+    `prefixes`: tokens before a turn as recorded, by id and turn number.
+    """
     rows = []
     for number in sorted({turn["turn"] for turn in found}):
         turns = [turn for turn in found if turn["turn"] == number]
         known = [turn for turn in turns if (turn["id"], number) in prefixes]
-        equal = sum(prefixes[turn["id"], number] == turn["prefix"] for turn in known)
+        longer = [turn["prefix"] - prefixes[turn["id"], number] for turn in known]
         leading = sum(turn["leading"] for turn in turns) / len(turns)
         actions = sum(then == now for then, now in (turn["action"] for turn in turns))
         same = sum(turn["same"] for turn in turns)
-        rows.append([number + 1, len(turns), same, actions, f"{leading:.2f}", f"{equal} of {len(known)}"])
-    return table(["turn", "n", "same text", "same action", "leading tokens that agree", "same length before"], rows)
+        rows.append([number + 1, len(turns), same, actions, f"{leading:.2f}", _range(longer)])
+    return table(["turn", "n", "same text", "same action", "leading tokens that agree", "prefix longer by"], rows)
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values)} to {max(values)}" if values else "not recorded"
 
 
 def main(argv: Sequence[str]) -> None:
