@@ -139,18 +139,27 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], options: argparse.Namespace) -> None:
-    """Base models in the order of the variants, each followed by the runs that start from it."""
-    models = dict.fromkeys((variants[name].base, seed) for name, seed in todo)
-    with tqdm(total=len(todo) + len(models), unit="job") as bar, ThreadPoolExecutor(options.jobs) as pool:
-        for base in dict.fromkeys(base for base, _ in models):
-            mine = [(name, seed) for name, seed in todo if variants[name].base == base]
-            makers = {seed: name for name, seed in reversed(mine)}
-            for jobs in ([("base", name, seed) for seed, name in makers.items()], [("run", *job) for job in mine]):
-                list(pool.map(lambda job: _start(*job, options, bar), jobs))
+    """All runs, grouped by the base model that they start from; that of the next group is made beside a group's runs."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name, seed in todo:
+        groups.setdefault((variants[name].base, seed), []).append(name)
+    with tqdm(total=len(todo) + len(groups), unit="job") as bar, ThreadPoolExecutor(options.jobs) as pool:
+        made, jobs = {}, []
+
+        def run_after_base(group: tuple[str, int], name: str) -> None:
+            made[group].result() and _start("run", name, group[1], options, bar)
+
+        for here, coming in zip([None, *groups], [*groups, None]):
+            if coming:
+                made[coming] = pool.submit(_start, "base", groups[coming][0], coming[1], options, bar)
+            if here:
+                jobs += [pool.submit(run_after_base, here, name) for name in groups[here]]
+        for job in jobs:
+            job.result()
 
 
-def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> None:
-    """A process of its own for one job; what it prints goes to DIR/VARIANT-SEED.log."""
+def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> bool:
+    """A process of its own for one job; what it prints goes to DIR/VARIANT-SEED.log. Returns whether it ended well."""
     log = options.out / f"{name}-{seed}.log"
     command = [sys.executable, sys.argv[0], "--child", kind, name, str(seed), "--out", str(options.out)]
     with open(log, "a", encoding="utf-8") as file:
@@ -158,6 +167,7 @@ def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tq
     if ended.returncode:
         bar.write(f"{kind} of {name}, seed {seed}: exit status {ended.returncode}; see {log}")
     bar.update()
+    return ended.returncode == 0
 
 
 def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out: Path) -> int:
