@@ -139,7 +139,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], options: argparse.Namespace) -> None:
-    """All runs, grouped by the base model that they start from; that of the next group is made beside a group's runs."""
+    """All runs, in groups that start from one base model; the next one is made beside a group's runs."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name, seed in todo:
         groups.setdefault((variants[name].base, seed), []).append(name)
