@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
-from common import ROOT
+import common  # noqa: F401  finds train.py and the package
 from tqdm import tqdm
 
 import train
@@ -198,6 +198,3 @@ def mean(evaluation: Mapping[str, Mapping[str, float]], key: str, categories: Se
 def _number(row: Mapping[str, float], key: str) -> float:
     """`calls`: searches per question, of which there is at most one by image and one by text."""
     return row["search_ratio_image"] + row["search_ratio_text"] if key == "calls" else row[key]
-
-
-__all__ = ["ROOT", "SHAPES", "Outcome", "Variant", "main", "mean", "parser"]

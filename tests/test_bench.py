@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
+from mmsr.config import Config
+from mmsr.parallel import SINGLE
 from mmsr.toy import BASIC, FULL, LOOK_IT_UP, World
+from mmsr.update import Trainer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -154,6 +158,25 @@ def test_the_teachers_demonstrations_are_no_conversations():
             chat_shapes.add((category, tuple("image" if "<img>" in t else "text" for t in turns[:-1])))
     of_known = {shape for category, shape in chat_shapes if category == "familiar_fact"}
     assert of_known == {(), ("text",), ("image", "text")}  # not the model's boundary
+
+
+def test_sft_samples_a_rollout_of_its_own_or_leaves_out_a_teachers_turn(folder, tmp_path, monkeypatch):
+    for name in ("assemble", "assign_advantages"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    batches, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, parts, lr: batches.extend(parts) or step(self, parts, lr))
+    small = dict(questions=8, mini_batch=8, eval_size=1, out=str(tmp_path / "out"), model=str(folder))
+    options = {**Config.defaults("toy", "full"), **claims.SFT, **small, "steps": 1, "toy": "full"}
+    world = World(0, replace(FULL, wrong=0.3))
+    claims.foreign_teacher()
+    train.train(Config(**options), SINGLE, world)
+    (batch,) = batches
+    assert 0 < len(batch) < 8  # a search that misled ended in a wrong answer
+    for episode in batch:
+        said = [turn for turn in episode.turns if turn.role == "assistant"]
+        assert [turn.text for turn in said] == claims.demonstration(world, episode.example)
+        assert sum(episode.loss_mask) == sum(turn.end - turn.start for turn in said)
+        assert not any(any(episode.loss_mask[t.start : t.end]) for t in episode.turns if t.role == "tool")
 
 
 def test_shapes_of_rollouts_are_miscounted(tmp_path):
