@@ -211,6 +211,38 @@ def test_raw_advantages_are_divided_by_something(monkeypatch):
     ]
 
 
+def first_step(folder, out):
+    """What the trainer says of one step in a world with thumbnails, cut into several micro-batches."""
+    small = dict(questions=8, mini_batch=8, group_size=4, eval_size=1, steps=1, kl=0.0, max_tokens=256, zero_std="keep")
+    options = {**Config.defaults("toy", "full"), **small, "loss_norm": "token", "micro_tokens": 1024, "toy": "full"}
+    world = World(0, replace(FULL, thumbnails=True))
+    train.train(Config(**options, out=str(out), model=str(folder)), SINGLE, world)
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return next(record for record in records if "loss" in record)
+
+
+@pytest.fixture(scope="module")
+def sound(folder, tmp_path_factory):
+    return first_step(folder, tmp_path_factory.mktemp("sound") / "out")
+
+
+BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_positions", "ban_nothing")
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path, monkeypatch):
+    for place, name in (
+        *((Trainer, name) for name in ("step", "_packs", "_micro_batch")),
+        (what_breaks.grpo, "group_advantages"),
+        (what_breaks.pack, "mrope_positions"),
+        (what_breaks.Chat, "banned"),
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
+    getattr(what_breaks, bend)()
+    bent = first_step(folder, tmp_path / "out")
+    assert bent["skipped_updates"] == 0 and bent["grad_norm"] != sound["grad_norm"]
+
+
 # ---- recorded conversations through a checkpoint
 
 
