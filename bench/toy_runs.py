@@ -34,6 +34,8 @@ from mmsr.toy_base import WarmStart, base_model
 Outcome = Mapping[str, Any]
 SHAPES = ("answer", "image → answer", "text → answer", "image → text → answer")
 
+DIED = "exit status"  # the last line of the log of a job that did not end well
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -164,6 +166,8 @@ def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tq
     command = [sys.executable, sys.argv[0], "--child", kind, name, str(seed), "--out", str(options.out)]
     with open(log, "a", encoding="utf-8") as file:
         ended = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+        if ended.returncode:
+            file.write(f"\n{DIED} {ended.returncode}\n")
     if ended.returncode:
         bar.write(f"{kind} of {name}, seed {seed}: exit status {ended.returncode}; see {log}")
     bar.update()
@@ -183,6 +187,13 @@ def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out
         print(error)
         return 2
     return 0
+
+
+def last_words(log: Path) -> str:
+    """What a job said last before it died; nothing of one that did not, or has not begun."""
+    lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else []
+    lines = [line for line in lines if line.strip()]
+    return lines[-2].strip() if lines and lines[-1].startswith(DIED) else ""
 
 
 # ---- numbers

@@ -16,7 +16,7 @@ import torch
 from claims import SEARCH_FREE, across
 from claims import VARIANTS as SOUND
 from common import table
-from toy_runs import Outcome, Variant, main, mean, parser
+from toy_runs import Outcome, Variant, last_words, main, mean, parser
 
 from mmsr import grpo, pack, toy_base
 from mmsr.chat import Chat
@@ -108,10 +108,8 @@ BROKEN = {
 def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int]) -> list[str]:
     """What is wrong, and the sampled evaluation after training: mean ± standard deviation over the seeds there are."""
     if not runs:
-        logs = [out / f"{name}-{seed}.log" for seed in seeds]
-        last = [log.read_text(encoding="utf-8").strip().splitlines()[-1:] for log in logs if log.exists()]
-        words = f"not run, or died: {last[0][0][-100:]}" if last and last[0] else "not run"
-        return [BROKEN[name][0], *[""] * 5, words]
+        words = next(filter(None, (last_words(out / f"{name}-{seed}.log") for seed in seeds)), "")
+        return [BROKEN[name][0], *[""] * 5, f"died: {words[-100:]}" if words else "not yet run"]
     found = [run["after"]["eval_sampled"] for run in runs.values()]
     cells = [across([mean(evaluation, key) for evaluation in found]) for key in ("reward", "accuracy")]
     for categories in (SEARCH_FREE, UNKNOWN):

@@ -211,6 +211,15 @@ def test_raw_advantages_are_divided_by_something(monkeypatch):
     ]
 
 
+def test_a_run_that_goes_on_stands_there_as_dead(tmp_path):
+    def told(log):
+        (tmp_path / "raw-0.log").write_text(log)
+        return what_breaks.row("raw", {}, tmp_path, [0])[-1]
+
+    assert what_breaks.row("raw", {}, tmp_path, [0])[-1] == told("train: 3 of 80") == "not yet run"
+    assert told("Traceback\nValueError: no such thing\n\nexit status 1\n") == "died: ValueError: no such thing"
+
+
 def first_step(folder, out):
     """What the trainer says of one step in a world with thumbnails, cut into several micro-batches."""
     small = dict(questions=8, mini_batch=8, group_size=4, eval_size=1, steps=1, kl=0.0, max_tokens=256, zero_std="keep")
