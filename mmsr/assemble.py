@@ -114,7 +114,7 @@ class Setup(Generic[AnyOptions]):
         return [start + i for start, hand in zip(starts, hands) for i in hand]
 
     def score(self, episodes: Sequence[Episode]) -> None:
-        score(episodes, RewardRule(self.config.reward), self.chat.well_formed)
+        score(episodes, RewardRule(self.config.reward, self.config.penalty), self.chat.well_formed)
 
     def drop(self) -> None:
         """Give up what tools and teacher have not begun."""

@@ -96,6 +96,8 @@ class Options:
     """Seeds the data order, the sampling and the toy world."""
     reward: Literal["blog", "paper", "strict"] = "paper"
     """Reward rule; see reward.py."""
+    penalty: float = 0.1
+    """What a search takes off the reward of a right answer (blog: of any answer), as a share."""
 
     max_turns: int = 2
     """Model turns per rollout: searches in all are at most one less."""
@@ -144,7 +146,7 @@ class Options:
         **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout", "tool_timeout"), (1, _MANY)),
         **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
         **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
-        "max_tokens": (2, _MANY), "results": (1, 100),
+        "max_tokens": (2, _MANY), "results": (1, 100), "penalty": (0, 1),
     }  # fmt: skip
     # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
     RESUME_FREELY: ClassVar[set[str]] = {

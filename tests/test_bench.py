@@ -1,12 +1,28 @@
 """Benchmarks that no GPU or peer is there for must still run when one is."""
 
+import ast
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import train
+from mmsr.config import Config
+from mmsr.parallel import SINGLE
+from mmsr.toy import BASIC, FULL, LOOK_IT_UP, World
+from mmsr.update import Trainer
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import claims  # noqa: E402
+import replay_released  # noqa: E402
+import toy_runs  # noqa: E402
+import what_breaks  # noqa: E402
 
 
 def output(*arguments: str) -> str:
@@ -32,3 +48,234 @@ def test_generation_benchmark_compares_unequal_tokens():
 def test_latency_benchmark_no_longer_runs():
     sizes = ["--questions", "2", "--group", "2", "--slots", "4", "--turn-tokens", "8", "--latency", "0.01"]
     assert "| ratio |" in output("bench/latency.py", *sizes)
+
+
+# ---- claims
+
+
+def evaluation(**changes):
+    """Every category alike, but for `changes`: a category's numbers."""
+    usual = dict(accuracy=0.9, reward=0.85, search_ratio=0.5, search_ratio_image=0.4, search_ratio_text=0.2)
+    return {category: usual | changes.get(category, changes.get("every", {})) for category in FULL.mix}
+
+
+def outcome(forced=None, sampled=None, **changes):
+    found = evaluation(**changes)
+    return {"after": {"eval": found, "eval_sampled": sampled or found}, "forced": forced or {}, "shapes": []}
+
+
+def everywhere(**numbers):
+    return outcome(every=numbers)
+
+
+def test_familiarity_that_is_not_followed_counts_as_followed():
+    def curve(rates):
+        found = {f"exposure_{n}": {"search_ratio_image": rate} for n, rate in zip(claims.EXPOSURES, rates)}
+        return {"graded": outcome(sampled=found)}
+
+    rising = [0.0, 0.0, 0.05, 0.02, 0.3, 0.9, 1.0, 0.97, 1.0]
+    assert claims.a(curve(rising))[1]
+    assert not claims.a(curve(rising[::-1]))[1]
+    assert not claims.a(curve([rate / 2 for rate in rising]))[1]  # in order, but never sure
+    assert not claims.a(curve([0.5] * 9))[1]
+
+
+def test_rank_correlation_is_not_spearmans():
+    assert claims.rank_correlation([1, 2, 3], [1, 100, 101]) == pytest.approx(1)
+    assert claims.rank_correlation([1, 2, 3, 4], [1, 3, 3, 2]) == pytest.approx(1.5 / 22.5**0.5)
+    assert claims.rank_correlation([1, 2], [5, 5]) == 0
+
+
+@pytest.mark.parametrize("worse", [dict(accuracy=0.95), dict(reward=0.95)])
+def test_sft_that_is_better_in_one_thing_counts_as_beaten(worse):
+    grpo = everywhere(accuracy=0.9, reward=0.9)
+    assert claims.b({"full": grpo, "sft-2n": everywhere(accuracy=0.8, reward=0.8)})[1]
+    assert not claims.b({"full": grpo, "sft-2n": everywhere(**dict(accuracy=0.8, reward=0.8) | worse)})[1]
+
+
+@pytest.mark.parametrize(
+    "always, calls, never, holds",
+    [(0.9, 1.0, 0.5, True), (0.91, 1.0, 0.5, False), (0.9, 0.8, 0.5, False), (0.9, 1.0, 0.9, False)],
+)
+def test_each_part_of_searching_on_demand_is_not_asked_for(always, calls, never, holds):
+    forced = {
+        "always, before": evaluation(every=dict(accuracy=0.1, search_ratio_image=1.0, search_ratio_text=0.5)),
+        "always, after": evaluation(every=dict(accuracy=always, search_ratio_image=calls, search_ratio_text=0.0)),
+        "never, before": evaluation(every=dict(accuracy=never)),
+    }  # fmt: skip
+    run = outcome(forced)
+    assert claims.c({"full": run, "wrong-30": run})[1] == holds
+
+
+@pytest.mark.parametrize("claim, run", [(claims.d, "no-penalty"), (claims.e, "no-search-free")])
+def test_a_ratio_of_one_that_the_sound_run_has_too_counts(claim, run):
+    much, little = everywhere(search_ratio=0.99), everywhere(search_ratio=0.6)
+    assert claim({run: much, "full": little})[1]
+    assert not claim({run: little, "full": little})[1]
+    assert not claim({run: much, "full": much})[1]
+
+
+def test_reading_that_gets_better_only_in_sampling_counts():
+    def naive(after, sampled):
+        forced = {
+            "always, before": evaluation(every=dict(accuracy=0.6)),
+            "always, after": evaluation(every=dict(accuracy=after)),
+            "always, after, T = 1": evaluation(every=dict(accuracy=sampled)),
+        }
+        return {"naive": outcome(forced) | {"before": {"always_search": evaluation(every=dict(accuracy=0.5))}}}
+
+    assert claims.f(naive(0.7, 0.7))[1]
+    assert not claims.f(naive(0.6, 0.7))[1] and not claims.f(naive(0.7, 0.5))[1]
+
+
+def test_rewards_that_lead_elsewhere_count_as_alike():
+    assert claims.g({"full": everywhere(accuracy=0.9), "blog": everywhere(accuracy=0.92)})[1]
+    assert not claims.g({"full": everywhere(accuracy=0.9), "blog": everywhere(accuracy=0.8)})[1]
+    assert not claims.g({"full": everywhere(), "blog": everywhere(search_ratio_text=0.4)})[1]
+
+
+def test_text_search_that_helps_nobody_counts():
+    assert claims.h({"full": everywhere(accuracy=0.9), "image-only": everywhere(accuracy=0.7)})[1]
+    assert not claims.h({"full": everywhere(accuracy=0.7), "image-only": everywhere(accuracy=0.7)})[1]
+
+
+def test_a_claim_met_on_some_seeds_is_told_as_holding_and_one_not_run_as_anything():
+    good, bad = everywhere(search_ratio=0.99), everywhere(search_ratio=0.5)
+    runs = {"full": {0: bad, 1: bad, 2: bad}, "no-penalty": {0: good, 1: good}}
+    assert claims.row("d", runs, [0, 1, 2])[-1] == "holds, seeds 0 1"
+    runs["no-penalty"][1] = bad
+    assert claims.row("d", runs, [0, 1, 2])[-1].startswith("does not hold (met on 1 of 2 seeds)")
+    assert claims.row("d", runs | {"no-penalty": {}}, [0])[-1] == "not yet run"
+
+
+def test_the_teachers_demonstrations_are_no_conversations():
+    world = World(0, replace(FULL, wrong=0.0))
+    chat_shapes = set()
+    for category in ("familiar", "familiar_fact", "unfamiliar", "unfamiliar_fact"):
+        for example in world.questions(category, 40, "demonstrations"):
+            turns = claims.demonstration(world, example)
+            assert f"<answer> {example.answers[0]} </answer>" in turns[-1]
+            chat_shapes.add((category, tuple("image" if "<img>" in t else "text" for t in turns[:-1])))
+    of_known = {shape for category, shape in chat_shapes if category == "familiar_fact"}
+    assert of_known == {(), ("text",), ("image", "text")}  # not the model's boundary
+
+
+def test_sft_samples_a_rollout_of_its_own_or_leaves_out_a_teachers_turn(folder, tmp_path, monkeypatch):
+    for name in ("assemble", "assign_advantages"):
+        monkeypatch.setattr(train, name, getattr(train, name))
+    batches, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, parts, lr: batches.extend(parts) or step(self, parts, lr))
+    small = dict(questions=8, mini_batch=8, eval_size=1, out=str(tmp_path / "out"), model=str(folder))
+    options = {**Config.defaults("toy", "full"), **claims.SFT, **small, "steps": 1, "toy": "full"}
+    world = World(0, replace(FULL, wrong=0.3))
+    claims.foreign_teacher()
+    train.train(Config(**options), SINGLE, world)
+    (batch,) = batches
+    assert 0 < len(batch) < 8  # a search that misled ended in a wrong answer
+    for episode in batch:
+        said = [turn for turn in episode.turns if turn.role == "assistant"]
+        assert [turn.text for turn in said] == claims.demonstration(world, episode.example)
+        assert sum(episode.loss_mask) == sum(turn.end - turn.start for turn in said)
+        assert not any(any(episode.loss_mask[t.start : t.end]) for t in episode.turns if t.role == "tool")
+
+
+def test_shapes_of_rollouts_are_miscounted(tmp_path):
+    def line(*actions):
+        return json.dumps({"turns": [{"role": "assistant", "action": action} for action in actions]}) + "\n"
+
+    (tmp_path / "rollouts").mkdir()
+    steps = [
+        line("answer") + line("image_search", "text_search", "answer"),
+        line("text_search", "answer") + line(None) + line("image_search", "image_search") + line("answer"),
+    ]
+    for number, text in enumerate(steps, 1):
+        (tmp_path / f"rollouts/step-{number:06d}.jsonl").write_text(text)
+    first, second = toy_runs.shapes(tmp_path)
+    assert first == {"answer": 0.5, "image → answer": 0, "text → answer": 0, "image → text → answer": 0.5, "other": 0}
+    assert (second["answer"], second["text → answer"], second["other"]) == (0.25, 0.25, 0.5)
+
+
+# ---- what breaks
+
+
+def test_raw_advantages_are_divided_by_something(monkeypatch):
+    monkeypatch.setattr(what_breaks.grpo, "group_advantages", what_breaks.grpo.group_advantages)
+    what_breaks.raw_advantages()
+    rewards, groups = torch.tensor([1.0, 0.0, 0.5, 0.5], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    advantages, varied = what_breaks.grpo.group_advantages(rewards, groups, 0.05)
+    assert advantages.tolist() == pytest.approx([0.5, -0.5, 0, 0], abs=1e-8) and varied.tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_run_that_goes_on_stands_there_as_dead(tmp_path):
+    def told(log):
+        (tmp_path / "raw-0.log").write_text(log)
+        return what_breaks.row("raw", {}, tmp_path, [0])[-1]
+
+    assert what_breaks.row("raw", {}, tmp_path, [0])[-1] == told("train: 3 of 80") == "not yet run"
+    assert told("Traceback\nValueError: no such thing\n\nexit status 1\n") == "died: ValueError: no such thing"
+
+
+def first_step(folder, out):
+    """What the trainer says of one step in a world with thumbnails, cut into several micro-batches."""
+    small = dict(questions=8, mini_batch=8, group_size=4, eval_size=1, steps=1, kl=0.0, max_tokens=256, zero_std="keep")
+    options = {**Config.defaults("toy", "full"), **small, "loss_norm": "token", "micro_tokens": 1024, "toy": "full"}
+    world = World(0, replace(FULL, thumbnails=True))
+    train.train(Config(**options, out=str(out), model=str(folder)), SINGLE, world)
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return next(record for record in records if "loss" in record)
+
+
+@pytest.fixture(scope="module")
+def sound(folder, tmp_path_factory):
+    return first_step(folder, tmp_path_factory.mktemp("sound") / "out")
+
+
+BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_positions", "ban_nothing")
+
+
+@pytest.mark.parametrize("bend", BENDS)
+def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path, monkeypatch):
+    for place, name in (
+        *((Trainer, name) for name in ("step", "_packs", "_micro_batch")),
+        (what_breaks.grpo, "group_advantages"),
+        (what_breaks.pack, "mrope_positions"),
+        (what_breaks.Chat, "banned"),
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
+    getattr(what_breaks, bend)()
+    bent = first_step(folder, tmp_path / "out")
+    assert bent["skipped_updates"] == 0 and bent["grad_norm"] != sound["grad_norm"]
+
+
+# ---- recorded conversations through a checkpoint
+
+
+def test_a_turn_that_differs_is_replayed_as_the_same(folder, tmp_path, capsys):
+    world, data, file = World(0, BASIC), tmp_path / "data.jsonl", tmp_path / "said.jsonl"
+    rows = []
+    for example in world.questions("unfamiliar", 3, "replay"):
+        (tmp_path / f"{example.id}.png").write_bytes(example.image)
+        rows.append({"id": example.id, "image": f"{example.id}.png", "question": example.question, "answers": ["x"]})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    search = {"response": LOOK_IT_UP, "action": "image_search", "tool_result": {"titles": ["bako of dupa"]}}
+
+    def replayed(answers):
+        turns = [[search, {"response": answer, "action": "answer"}] for answer in answers]
+        lines = [json.dumps({"data_id": row["id"], "turns": two}) + "\n" for row, two in zip(rows, turns)]
+        file.write_text("".join(lines))
+        options = f"--model {folder} --recipe toy --data {data} --search replay:{file} --out {tmp_path / 'out'}"
+        replay_released.main(options.split())
+        return capsys.readouterr().out
+
+    told = replayed(["<answer> nothing the model says </answer>"] * 3)
+    assert "| 2 | 3 | 0 |" in told
+    now = [ast.literal_eval(line.split("now:")[1].strip()) for line in told.splitlines() if "now:" in line]
+    second = [
+        text for text, line in zip(now, [x for x in told.splitlines() if ", turn " in x]) if line.endswith("turn 2")
+    ]
+    assert "| 2 | 3 | 2 |" in replayed([*second[:2], "another"])

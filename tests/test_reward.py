@@ -4,9 +4,12 @@ import math
 import random
 import re
 import string
+from types import SimpleNamespace
 
 import pytest
 
+from mmsr.assemble import Setup
+from mmsr.config import Config
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn, UserError
 from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, score, strict_match
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
@@ -424,3 +427,11 @@ def test_a_hundred_thousand_cases_raise_nothing_and_strict_pays_no_exploit():
                 paid[rule] += subject.reward_parts["accuracy"] > 0
     assert paid["strict"] == 0, "an exploit was paid"
     assert paid["paper"] > 20_000, "these are no exploits, if the official scorer pays none of them"
+
+
+@pytest.mark.parametrize("penalty, reward", [(0.0, 1.0), (0.1, 0.91), (0.5, 0.55)])
+def test_the_penalty_option_does_not_reach_the_reward(penalty, reward):
+    searched = episode(["image_search", "answer"])
+    setup = SimpleNamespace(config=Config(penalty=penalty), chat=SimpleNamespace(well_formed=well_formed))
+    Setup.score(setup, [searched])
+    assert searched.reward == pytest.approx(reward)

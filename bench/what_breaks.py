@@ -1,0 +1,134 @@
+"""What goes wrong when a detail is wrong, in the full toy world: `python bench/what_breaks.py --only raw no-ban`.
+
+Each error is made here, by bending the program, and is no option of it. Runs are made as those of `claims.py` are
+(toy_runs.py): give the same --out and the sound run is shared. The table goes to standard output and DIR/breaks.md; a
+run that died stands there with its last words.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Mapping, Sequence
+
+import torch
+from claims import SEARCH_FREE, across
+from claims import VARIANTS as SOUND
+from common import table
+from toy_runs import Outcome, Variant, last_words, main, mean, parser
+
+from mmsr import grpo, pack, toy_base
+from mmsr.chat import Chat
+from mmsr.toy import FULL
+from mmsr.update import Trainer
+
+UNKNOWN = ("unfamiliar", "unfamiliar_fact", "held_out", "unknown_two_hop")
+
+
+def raw_advantages() -> None:
+    """A = R − mean(R)."""
+    plain, huge = grpo.group_advantages, 1e9  # beside which the deviation is nothing
+
+    def raw(rewards, group_ids, eps, keep=None):
+        advantages, varied = plain(rewards, group_ids, huge, keep)
+        return advantages * huge, varied
+
+    grpo.group_advantages = raw
+
+
+def train_tool_tokens() -> None:
+    """What searches brought back counts as if the model had said it."""
+    plain = Trainer.step
+
+    def step(self, mini_batches, lr):
+        for episode in (episode for batch in mini_batches for episode in batch):
+            for turn in (turn for turn in episode.turns if turn.role == "tool"):
+                for t in range(turn.start, turn.end):  # but for control tokens, which have no probability
+                    episode.loss_mask[t] = int(not self.banned[episode.input_ids[t]])
+        return plain(self, mini_batches, lr)
+
+    Trainer.step = step
+
+
+def mean_per_micro_batch() -> None:
+    """Every micro-batch weighs alike, however few tokens it has."""
+    packs, micro_batch = Trainer._packs, Trainer._micro_batch
+
+    def _packs(self, episodes):
+        found = packs(self, episodes)
+        self.micro_batches = len(found[1])
+        return found
+
+    def _micro_batch(self, batch, features, reference, weights, *rest):
+        even = torch.full_like(weights, 1 / (self.micro_batches * len(batch.targets)))
+        return micro_batch(self, batch, features, reference, even, *rest)
+
+    Trainer._packs, Trainer._micro_batch = _packs, _micro_batch
+
+
+def linear_positions() -> None:
+    """The update counts tool images as text; the sampler has them right."""
+    plain = pack.mrope_positions
+    pack.mrope_positions = lambda length, images: plain(length, images[:1])
+
+
+def ban_nothing() -> None:
+    """The model may say <|image_pad|> and the other control tokens."""
+    plain = Chat.banned
+    Chat.banned = lambda self, vocab_size: torch.zeros_like(plain(self, vocab_size))
+
+
+def opaque_reasons() -> None:
+    """An answer from memory does not begin with what is recalled. Such base models are kept apart from the others."""
+    home = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
+    os.environ["MMSR_CACHE"] = str(home / "opaque")
+    toy_base.recalled = lambda concept, question: (
+        f"<reason> this is it . </reason> <answer> {concept.answer(question)} </answer>"
+    )
+
+
+TOKEN = dict(loss_norm="token", micro_tokens=2048)
+PICTURES = dict(settings=replace(FULL, thumbnails=True), options=dict(max_tokens=256), base="thumbnails")
+BROKEN = {
+    "full": ("nothing (ε = .05)", SOUND["full"]),
+    "eps-1e-6": ("ε of the group = 1e-6, the official code's", Variant(options=dict(group_eps=1e-6))),
+    "raw": ("advantage without the deviation", Variant(patch=raw_advantages)),
+    "no-penalty": ("no search penalty", SOUND["no-penalty"]),
+    "tool-tokens": ("tool tokens trained", Variant(patch=train_tool_tokens)),
+    "no-ban": ("no ban on control tokens", Variant(patch=ban_nothing)),
+    "token": ("nothing, token mean over the update", Variant(options=TOKEN)),
+    "micro-mean": ("token mean per micro-batch", Variant(options=TOKEN, patch=mean_per_micro_batch)),
+    "opaque": ("opaque reasons in the warm start", Variant(patch_base=opaque_reasons, base="opaque")),
+    "thumbnails": ("nothing, thumbnails in the results", Variant(**PICTURES)),
+    "linear": ("thumbnails at text positions in the update", Variant(**PICTURES, patch=linear_positions)),
+}
+
+
+def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int]) -> list[str]:
+    """What is wrong, and the sampled evaluation after training: mean ± standard deviation over the seeds there are."""
+    if not runs:
+        words = next(filter(None, (last_words(out / f"{name}-{seed}.log") for seed in seeds)), "")
+        return [BROKEN[name][0], *[""] * 5, f"died: {words[-100:]}" if words else "not yet run"]
+    found = [run["after"]["eval_sampled"] for run in runs.values()]
+    cells = [across([mean(evaluation, key) for evaluation in found]) for key in ("reward", "accuracy")]
+    for categories in (SEARCH_FREE, UNKNOWN):
+        cells.append(across([mean(evaluation, "search_ratio", categories) for evaluation in found]))
+    gap = max(run["last"]["logp_gap_max"] or 0 for run in runs.values())
+    return [BROKEN[name][0], *cells, f"{gap:.1e}", f"seeds {' '.join(map(str, runs))}"]
+
+
+def breaks() -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=BROKEN, default=list(BROKEN))
+    options = options.parse_args()
+    outcomes = main({name: BROKEN[name][1] for name in (BROKEN if options.child else options.only)}, options)
+    rows = [row(name, outcomes[name], options.out, options.seeds) for name in options.only]
+    header = ["what is wrong", "reward", "accuracy", "searched: known", "unknown", "largest gap, last step", ""]
+    text = table(header, rows)
+    (options.out / "breaks.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{options.out}: breaks.md")
+
+
+if __name__ == "__main__":
+    breaks()
