@@ -285,7 +285,7 @@ def _imitate_file(setup: Setup) -> None:
     if isinstance(questions, list):
         setup.questions = [questions[place] for place in places]
     else:
-        questions.keep(places)
+        questions.keep(places)  # type: ignore[attr-defined]  # what is no list is a Dataset
 
     def script(example: Example, sample: int) -> list[str]:
         turns = right(example)

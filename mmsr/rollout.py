@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Callable, Sequence, Union
+from typing import Any, Callable, Sequence, Union
 
 from .chat import Chat
 from .engine import Engine, Group, Member, sampling_key
@@ -27,7 +27,7 @@ OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
 
 
-Scripts = Callable[[Example, int], Union[Sequence[str], "Future[Sequence[str]]"]]  # of an example and a sample
+Scripts = Callable[[Example, int], Union[Sequence[str], "Future[list[str]]"]]  # of an example and a sample
 
 
 class Opening(str):
@@ -52,7 +52,7 @@ class _Run:
 
     episode: Episode
     member: Member
-    script: list[str] | Future  # model turns to force, then openings of turns
+    script: Any  # model turns to force, then openings of turns; a Future of them until they are needed
     begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
