@@ -1,14 +1,11 @@
 """The toy world of examples/crop_and_search_toy.py: only the right half of a picture leads to the answer."""
 
-import json
-from collections import Counter
-
 import numpy as np
 import pytest
 
-from examples.crop_and_search import CROP_SEARCH, crop
+from examples.crop_and_search import crop
 from examples.crop_and_search import tools as crop_tools
-from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld, main
+from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld
 from mmsr import toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
@@ -52,28 +49,3 @@ def said(chat, episode):
     turns = [episode.input_ids[start:end] for start, end in zip(starts, ends)]  # without the stop ids
     assert max(map(len, turns)) < parse(OPTIONS).turn_tokens
     return [chat.decode(turn) for turn in turns]
-
-
-def first_actions(out, steps) -> dict[str, Counter]:
-    """What the first turns did, by category; crops by whether they are of the half that was asked for."""
-    found: dict[str, Counter] = {}
-    for step in steps:
-        for line in (out / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines():
-            rollout = json.loads(line)
-            category, turn = rollout["category"], rollout["turns"][0]
-            right = turn["query"] == LEFT_RIGHT.get(category)
-            action = ("right half" if right else "another box") if turn["action"] == CROP_SEARCH else turn["action"]
-            found.setdefault(category, Counter())[action] += 1
-    return found
-
-
-@pytest.mark.slow
-def test_crop_and_search_is_learned_beside_searching_the_whole_and_answering(tmp_path):
-    """Minutes: the toy base model (kept in the cache), a warm start on pairs, 60 steps."""
-    main(["--out", str(tmp_path / "crop")])
-    early, late = (first_actions(tmp_path / "crop", steps) for steps in ([1], range(56, 61)))
-    for side in LEFT_RIGHT:
-        assert early[side]["right half"] < 0.5 * early[side].total()
-        assert late[side]["right half"] > 0.75 * late[side].total()
-    assert late["unfamiliar"]["image_search"] > 0.9 * late["unfamiliar"].total()
-    assert late["familiar"]["answer"] > 0.7 * late["familiar"].total()
