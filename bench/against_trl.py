@@ -31,7 +31,7 @@ from typing import Sequence
 import common
 import PIL.Image
 import torch
-from common import toy
+from common import toy_base
 from torch import Tensor
 
 from mmsr import grpo, model
@@ -105,7 +105,7 @@ class World:
     numbers: dict[str, int] = field(default_factory=dict)  # by question
 
     def __post_init__(self):
-        tokenizer = toy.build_tokenizer()
+        tokenizer = toy_base.build_tokenizer()
         self.config = common.tiny_config(tokenizer)
         policy = model.random_model(self.config, seed=0)
         disturb(policy, self.disturbed, seed=1)

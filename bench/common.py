@@ -21,7 +21,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmsr import toy  # noqa: E402
+from mmsr import toy_base  # noqa: E402
 from mmsr.model import ModelConfig  # noqa: E402
 from mmsr.rollout import Rollout  # noqa: E402
 from mmsr.vision import VisionConfig  # noqa: E402
@@ -83,7 +83,7 @@ def tiny_config(tokenizer, vocabulary: int = 4096) -> ModelConfig:
         depth=4, hidden_size=160, num_heads=4, intermediate_size=416, out_hidden_size=256, fullatt_block_indexes=(3,)
     )
     sizes = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, mrope_section=(8, 12, 12))
-    return replace(toy.model_config(tokenizer), vocab_size=vocabulary, vision=vision, **sizes)
+    return replace(toy_base.model_config(tokenizer), vocab_size=vocabulary, vision=vision, **sizes)
 
 
 def picture(side: int, seed: int) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 import common
 import torch
 import transformers
-from common import toy
+from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
@@ -28,7 +28,7 @@ from mmsr.vision import load_image
 
 class Bench:
     def __init__(self, folder: Path, side: int, new_tokens: int):
-        tokenizer = toy.build_tokenizer()
+        tokenizer = toy_base.build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
         model.save(self.ours, folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import common
 import torch
-from common import toy
+from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = toy.build_tokenizer()
+        tokenizer = toy_base.build_tokenizer()
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         policy = model.random_model(common.tiny_config(tokenizer), seed=0)
         without, with_latency = [], []

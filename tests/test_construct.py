@@ -734,7 +734,7 @@ def test_ctrl_c_records_what_is_under_way_and_says_nothing(tmp_path, model):
     said, _ = process.communicate(timeout=60)
     recorded = (tmp_path / "out" / "work" / "calls.jsonl").read_bytes().count(b"\n")
     assert process.returncode == 130 and b"Traceback" not in said
-    assert recorded == len(model.asked) < 200
+    assert recorded == len(model.asked) < 600  # of more than 900 in all
 
 
 @pytest.mark.slow
