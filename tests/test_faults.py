@@ -102,7 +102,7 @@ def test_torchrun_does_not_restart_from_the_checkpoint(folder, tmp_path, whole):
     assert "Resumed after step" in run.said.read_text() and same(out, whole)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0])  # it holds the store, too
 def test_stopped_rank_holds_the_job_for_ever(folder, tmp_path, whole, rank):
     out, timeout = tmp_path / "out", 8
     run = Torchrun(tmp_path, folder, out, "--timeout", str(timeout))
