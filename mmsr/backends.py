@@ -45,18 +45,22 @@ class Spending:
 
     def spend(self, provider: str) -> None:
         """Reserve one call. Raises ToolFailure("budget") where none is left."""
+        self._open().spend(provider)
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """Paid calls by provider, of all processes and from before a resume; none where nobody has paid."""
+        paid = self.budget or self.file and self.file.exists()
+        return self._open().spent if paid else {}
+
+    def _open(self) -> Budget:
         from .store import Store
 
         with self.lock:
             if not self.budget:
                 self.budget = Store(self.file).budget("run", self.total, self.per_step)
                 self.budget.begin_step(self.step)
-        self.budget.spend(provider)
-
-    @property
-    def spent(self) -> dict[str, int]:
-        """Paid calls by provider: of all processes, once this one has paid."""
-        return self.budget.spent if self.budget else {}
+            return self.budget
 
 
 @dataclass

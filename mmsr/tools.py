@@ -10,9 +10,12 @@ A search engine is a `Backend`: two methods, behind the paper's two tools.
 from __future__ import annotations
 
 import importlib
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
 from typing import Callable, Protocol
 
 from .episode import Hit, Observation, UserError
@@ -99,23 +102,38 @@ class NoSearch:
 
 
 class Toolbox:
-    """Calls tools, in threads or (`inline`, for reproducible runs) on the spot."""
+    """Calls tools, in threads or (`inline`, for reproducible runs) on the spot.
+
+    The threads are daemons: a program ends while a tool hangs, for which a ThreadPoolExecutor would wait.
+    """
 
     def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
         self.tools = {tool.name: tool for tool in tools}
-        self.pool = None if inline else ThreadPoolExecutor(workers, thread_name_prefix="tool")
+        self.inline, self.workers = inline, workers
+        self.queue: SimpleQueue[tuple[Future[Observation], Tool, Call]] = SimpleQueue()
 
     def call(self, name: str, call: Call) -> Future[Observation]:
-        if self.pool is not None:
-            return self.pool.submit(_observe, self.tools[name], call)
         done: Future[Observation] = Future()
-        done.set_result(_observe(self.tools[name], call))
+        if self.inline:
+            done.set_result(_observe(self.tools[name], call))
+            return done
+        self.queue.put((done, self.tools[name], call))
+        if self.workers:  # one more thread a call, until there are all
+            self.workers -= 1
+            threading.Thread(target=self._work, name="tool", daemon=True).start()
         return done
 
+    def _work(self) -> None:
+        while True:
+            done, tool, call = self.queue.get()
+            if done.set_running_or_notify_cancel():
+                done.set_result(_observe(tool, call))
+
     def drop(self) -> None:
-        """Give up calls that wait for a thread: Python would make them all before it exits, paid ones too."""
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+        """Give up calls that wait for a thread: they may cost money."""
+        with suppress(Empty):
+            while True:
+                self.queue.get_nowait()[0].cancel()
 
 
 def _observe(tool: Tool, call: Call) -> Observation:

@@ -1,7 +1,10 @@
 """The toolbox: a tool gives a value, whatever happens inside it."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,3 +145,16 @@ def test_error_within_a_module_of_tools_is_shown_as_it_is(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ZeroDivisionError):
         more_tools("broken:tools", NoSearch())
+
+
+def test_a_program_that_is_done_waits_for_a_tool_that_hangs():
+    script = """
+import threading
+from mmsr.tools import Call, Tool, Toolbox
+begun = threading.Event()
+box = Toolbox([Tool("probe", "probe", 1, lambda call: begun.set() or threading.Event().wait())], inline=False)
+box.call("probe", Call("q", b"", ""))
+begun.wait()
+"""
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True, timeout=SECONDS)
