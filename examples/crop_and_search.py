@@ -18,7 +18,6 @@ from mmsr.tools import Backend, Call, Tool
 
 CROP_SEARCH = "crop_search"
 BOX = re.compile(r"\D*(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D*", re.ASCII)
-LEGAL_SHAPES |= {(CROP_SEARCH, "answer"), (CROP_SEARCH, "text_search", "answer")}
 
 
 def tools(backend: Backend) -> list[Tool]:
@@ -26,6 +25,7 @@ def tools(backend: Backend) -> list[Tool]:
         found = crop(decode(call.image), call.query)
         return Observation(source=CROP_SEARCH) if found is None else backend.image_search(found, call.question)
 
+    LEGAL_SHAPES.update({(CROP_SEARCH, "answer"), (CROP_SEARCH, "text_search", "answer")})
     return [Tool(CROP_SEARCH, CROP_SEARCH, limit=1, run=run)]
 
 

@@ -9,6 +9,7 @@ import torch
 from mmsr import attention, toy, toy_base
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
+from mmsr.reward import LEGAL_SHAPES
 from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
 
@@ -68,6 +69,8 @@ def _no_cache_but_our_own(request, monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_run_widens_the_sums_of_the_next_test():
+def _nothing_switched_on_in_one_test_stays_on_in_the_next():
+    shapes = set(LEGAL_SHAPES)
     yield
     attention.sum_widely(False)
+    LEGAL_SHAPES.intersection_update(shapes)
