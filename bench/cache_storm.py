@@ -48,7 +48,7 @@ class Engine:
             tuple(Hit(name, text="page " * 100, image=name.encode() * 99) for _ in range(3)), source="made"
         )
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         return self.text_search(image.decode())
 
 

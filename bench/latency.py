@@ -31,7 +31,7 @@ class SlowWeb:
     def __init__(self, latency: float):
         self.latency = latency
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         time.sleep(self.latency)
         return Observation(tuple(Hit("a title") for _ in range(5)))
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable
 
@@ -76,7 +77,8 @@ def open_backend(
 ) -> Search:
     """The search engine that `options.search` names. `ledger`: the file of the run's spending.
 
-    `examples` give the pictures to recordings that know image searches by a question's id only. Raises UserError.
+    `examples` give the pictures to recordings that know image searches by a question's id only; the first one tells
+    whether pictures have addresses. Raises UserError.
     """
     kind, colon, where = options.search.partition(":")
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
@@ -95,7 +97,7 @@ def open_backend(
         remote = Remote(where, results=options.results)
         return Search(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
     if kind == "live":
-        return _live(options, ledger)
+        return _live(options, ledger, addressed=any(example.address for example in islice(examples, 1)))
     raise UserError(f"--search {options.search}: unknown back-end; give {KNOWN}")
 
 
@@ -115,13 +117,14 @@ def _local(options: Options, file: str) -> Backend:
     return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
 
 
-def _live(options: Options, ledger: Path | None) -> Search:
+def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
     from .web import Live
 
     if not options.budget:
         raise UserError("--search live: every search costs money; give --budget N, the paid calls that it may make")
     spending, form = Spending(ledger, options.budget, options.step_budget), options.image_results
-    live = Live.from_environment(form, options.results, spending.spend, images=options.max_images > 0)
+    pictures = options.max_images > 0 and not addressed
+    live = Live.from_environment(form, options.results, spending.spend, pictures)
     summary = form == "summary"
     return Search(_recorded(live, options, f"live/{form}/{options.results}", by_question=summary), spending)
 

@@ -43,9 +43,9 @@ class Cached:
         self.backend, self.store, self.form = backend, store, form
         self.by_question, self.patience = by_question, patience
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         key = image_key(image, self.form, question if self.by_question else "")
-        return self._answer(key, lambda: self.backend.image_search(image, question))
+        return self._answer(key, lambda: self.backend.image_search(image, question, address))
 
     def text_search(self, query: str) -> Observation:
         return self._answer(text_key(query, self.form), lambda: self.backend.text_search(query))
@@ -84,7 +84,7 @@ class Replayed:
         self.store, self.miss, self.form = store, miss, form
         self.pages = _Pages(store) if miss == "nearest" else None
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         return self._answer(image_key(image, self.form, question), f"picture {digest(image)[:12]}…")
 
     def text_search(self, query: str) -> Observation:

@@ -164,7 +164,7 @@ class ToyFinder:
         text = f"this emblem is called {about.name} . it belongs to {about.town} ."
         return Observation((Hit(f"{about.name} emblem", f"https://{about.name}.example/", text),), source="toy")
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         return self.web.image_search(image)
 
 

@@ -39,6 +39,7 @@ class Format:
     answers: tuple[str, ...]  # the ground truth's column, then those of accepted aliases
     image: str
     category: str = ""  # may be missing in the file
+    address: str = "image_url"  # of the picture; may be missing, too
     listed: tuple[str, ...] = ()  # of the answers' columns, those where text is no answer but a JSON list of them
     some_pictureless: bool = False  # rows without a picture are part of the benchmark, but not ours
     details: str = ""  # a JSON file beside the data with the category of each id
@@ -86,7 +87,7 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
 
 def _renamed(layout: Format, columns: str) -> Format:
     """`layout` with the columns of "question=q,answers=a" in their places."""
-    names = [field.name for field in fields(Format)][:5]
+    names = [field.name for field in fields(Format)][:6]
     changes: dict[str, Any] = {}
     for part in filter(None, columns.split(",")):
         place, _, column = (side.strip() for side in part.partition("="))
@@ -116,7 +117,7 @@ class Dataset(Sequence):
 
     def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
-        columns = [layout.id, layout.question, *layout.answers, layout.category]
+        columns = [layout.id, layout.question, *layout.answers, layout.category, layout.address]
         self.table.keep(dict.fromkeys(name.partition(".")[0] for name in columns if name in table.fields))
         self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
         self.left_out = len(table) - len(self.rows)
@@ -128,8 +129,8 @@ class Dataset(Sequence):
 
     def __getitem__(self, place: int) -> Example:  # type: ignore[override]  # no slices
         row = self.rows[place]
-        example_id, question, answers, category = self.text(row)
-        return Example(example_id, self.picture(row), question, answers, category)
+        example_id, question, answers, category, address = self.text(row)
+        return Example(example_id, self.picture(row), question, answers, category, address)
 
     def keep(self, places: Iterable[int]) -> None:
         """Forget all but these, which then have places in this order."""
@@ -137,8 +138,8 @@ class Dataset(Sequence):
 
     # ---- text
 
-    def text(self, row: int) -> tuple[str, str, tuple[str, ...], str]:
-        """The row's id, question, answers and category."""
+    def text(self, row: int) -> tuple[str, str, tuple[str, ...], str, str]:
+        """The row's id, question, answers, category and picture's address."""
         cells, layout = self.table.text(row), self.layout
         example_id = self._cell(cells, row, layout.id)
         if not isinstance(example_id, str | int) or example_id == "":
@@ -146,7 +147,8 @@ class Dataset(Sequence):
         question = self._question(row, self._cell(cells, row, layout.question))
         category = _inside(cells, layout.category)
         category = category or self.details.get(str(example_id), "")
-        return str(example_id), question, self._answers(row, cells), str(category or "")
+        address = _inside(cells, layout.address)
+        return str(example_id), question, self._answers(row, cells), str(category or ""), str(address or "")
 
     def _cell(self, cells: dict[str, Any], row: int, name: str) -> Any:
         column = name.partition(".")[0]

@@ -25,6 +25,7 @@ class Example:
     question: str
     answers: tuple[str, ...]  # the ground truth first, then accepted aliases
     category: str = ""
+    address: str = ""  # where the picture is on the web, if anyone knows
 
 
 @dataclass(frozen=True)

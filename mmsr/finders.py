@@ -78,7 +78,7 @@ class Corpus:
     def pictures(self, concept: str) -> list[Picture]:
         return [self._picture(line) for line in self.by_title.get(normal(concept), ())]
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         found = self.by_content.get(digest(image), ())
         return Observation(tuple(Hit(line["title"], str(line.get("url", ""))) for line in found), source="corpus")
 

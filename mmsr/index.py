@@ -265,7 +265,7 @@ class Local:
         except (sqlite3.Error, ValueError, KeyError) as error:
             raise UserError(f"{file}: the index is damaged ({error}); make it anew") from None
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         """The titles of the pictures that look most like this one, with cosines as scores."""
         if self.encoder is None:
             return Observation(source=self.source)

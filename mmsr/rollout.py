@@ -197,7 +197,9 @@ class Rollout:
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
         example, run.called = run.episode.example, time.monotonic()
-        self.waiting[self.toolbox.call(turn.action, Call(turn.query, example.image, example.question))] = run
+        self.waiting[
+            self.toolbox.call(turn.action, Call(turn.query, example.image, example.question, example.address))
+        ] = run
 
     def _collect(self, block: bool) -> None:
         """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.

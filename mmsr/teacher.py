@@ -78,7 +78,7 @@ class Teacher:
             calls[tool.name] += 1
             seen = OVER_LIMIT
             if calls[tool.name] <= tool.limit:
-                call = Call(action.query, example.image, example.question)
+                call = Call(action.query, example.image, example.question, example.address)
                 seen = self.toolbox.call(tool.name, call).result(self.limits.tool_seconds)
             messages.append({"role": "assistant", "content": said[-1]})
             messages += self._result(tool.name, seen, example.question)

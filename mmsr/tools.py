@@ -39,13 +39,17 @@ class Call:
     query: str  # what stood between the tags
     image: bytes  # the question's picture, an encoded file
     question: str
+    address: str = ""  # where the picture is on the web, if that is known
 
 
 class Backend(Protocol):
     """A search engine. No hits are an answer; infrastructure that fails raises, ToolFailure where it knows the kind."""
 
-    def image_search(self, image: bytes, question: str) -> Observation:
-        """What is known of a picture (an encoded file). `question` may guide a summary, nothing else."""
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+        """What is known of a picture (an encoded file), which may also be found at an address of the web.
+
+        `question` may guide a summary, nothing else.
+        """
 
     def text_search(self, query: str) -> Observation: ...
 
@@ -65,7 +69,7 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
     """The paper's two tools over a search engine."""
 
     def image_search(call: Call) -> Observation:
-        return backend.image_search(call.image, call.question)
+        return backend.image_search(call.image, call.question, call.address)
 
     def text_search(call: Call) -> Observation:
         return backend.text_search(call.query)
@@ -94,7 +98,7 @@ def more_tools(name: str, backend: Backend) -> list[Tool]:
 class NoSearch:
     """The back-end `none`: every search honestly finds nothing."""
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         return Observation(source="none")
 
     def text_search(self, query: str) -> Observation:

@@ -320,7 +320,7 @@ class Web:
     def add(self, image: bytes, concept: Concept) -> None:
         self.pictures[hashlib.sha256(image).digest()] = concept
 
-    def image_search(self, image: bytes, question: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         digest = hashlib.sha256(image).digest()
         concept = self.pictures.get(digest)
         if concept is None:

@@ -117,7 +117,7 @@ class Live:
         environ: Mapping[str, str] = os.environ,
         client: Client | None = None,
     ) -> Live:
-        """With the keys of the environment. `images` says whether pictures will be searched by their bytes.
+        """With the keys of the environment. `images` says whether pictures will be searched that have no address.
 
         Raises UserError, naming the variable, where a key is missing.
         """
@@ -125,7 +125,10 @@ class Live:
         if not services["serpapi"].key and not services["serper"].key:
             raise UserError("--search live: neither SERPAPI_API_KEY nor SERPER_API_KEY is set; export one of them")
         if images and not services["serpapi"].key:
-            raise UserError("--search live: SERPAPI_API_KEY is not set, and Serper takes no picture files; export it")
+            raise UserError(
+                "--search live: SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only; "
+                "export it, or name the column of addresses: --columns address=…"
+            )
         client, openai, summarizer = client or Client(), services["openai"], None
         if openai.key or environ.get("OPENAI_BASE_URL"):
             model = environ.get("OPENAI_MODEL") or SUMMARIZER
@@ -134,18 +137,19 @@ class Live:
 
     # ---- the two searches
 
-    def image_search(self, image: bytes, question: str) -> Observation:
-        if not self.services["serpapi"].key:
-            raise failure("auth", "SERPAPI_API_KEY is not set, and Serper takes no picture files")
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+        """By the picture's address, and where it has none or a dead one by an upload, which SerpApi alone takes."""
         if self.form == "summary":
             self.client.check(*READERS)
-        return self._seen(self._lens({"image_id": self._upload(image)}), question)
-
-    def image_search_at(self, address: str, question: str) -> Observation:
-        """Image search for a picture that is on the web."""
-        if self.engine.name == "serpapi":
-            return self._seen(self._lens({"url": address}), question)
-        return self._seen(self._serper("/lens", {"url": address}), question)
+        by_upload, found = bool(self.services["serpapi"].key), []
+        if web_address(address):
+            found = self._lens({"url": address}) if by_upload else self._serper("/lens", {"url": address})
+        elif not by_upload:
+            raise failure("auth", "SERPAPI_API_KEY is not set, and Serper needs an address, which this picture lacks")
+        if by_upload and not found:
+            found = self._lens({"image_id": self._upload(image)})
+        hits = self._pages(found, question, "image") if self.form == "summary" else self._thumbnails(found)
+        return Observation(hits, source=self.engine.name)
 
     def text_search(self, query: str) -> Observation:
         self.client.check(*READERS)
@@ -154,10 +158,6 @@ class Live:
         else:
             found = self._serper("/search", {"q": query, "gl": "us", "num": 10})
         return Observation(self._pages(found, query, "text"), source=self.engine.name)
-
-    def _seen(self, found: list[Found], question: str) -> Observation:
-        hits = self._pages(found, question, "image") if self.form == "summary" else self._thumbnails(found)
-        return Observation(hits, source=self.engine.name)
 
     # ---- search engines
 
@@ -309,7 +309,7 @@ class Remote:
         self.url = _base_url(url.strip(), f"--search remote:{url}").removesuffix("/retrieve")
         self.client, self.results, self.name = client or Client(), results, urlsplit(self.url).netloc
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         body = {"image": base64.b64encode(image).decode(), "topk": self.results, "question": question}
         return self._seen(map(_remote_match, self._ask("/image_search", body, "results")))
 

@@ -43,7 +43,7 @@ class Engine:
     def __init__(self, *results):
         self.results, self.calls = list(results), []
 
-    def image_search(self, image, question):
+    def image_search(self, image, question, address=""):
         return self._next(("image", image, question))
 
     def text_search(self, query):

@@ -832,7 +832,7 @@ def test_rollouts_are_counted_by_what_they_searched(tmp_path, miniature, model):
     assert reasons["never answered"] == 3 - len(found)
 
     class Down:
-        def image_search(self, image, question):
+        def image_search(self, image, question, address=""):
             raise ToolFailure("budget", "all spent")
 
     rollouts = Rollouts(tmp_path / "pool.parquet", Down(), options(argv))

@@ -19,7 +19,7 @@ from mmsr.tools import Toolbox, search_tools
 class Gallery:
     """A back-end that knows pictures by their sizes."""
 
-    def image_search(self, image, question):
+    def image_search(self, image, question, address=""):
         size = PIL.Image.open(io.BytesIO(image)).size
         return Observation((Hit("%d by %d" % size),), source="gallery")
 

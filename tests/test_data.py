@@ -292,12 +292,13 @@ def test_livevqa_joins_its_two_files_and_finds_its_pictures(tmp_path, details, t
 def test_columns_of_an_unknown_data_set_are_mapped(tmp_path):
     path = tmp_path / "civqa.parquet"
     row = {"uid": "c1", "ask": "What festival?", "label": "Holi", "img": picture(), "region": "Asia", "id": None}
+    row["src"] = "https://example.com/holi.png"
     pq.write_table(pa.Table.from_pylist([row]), path)
-    columns = "id=uid, question=ask,answer=label,image=img,category=region"
+    columns = "id=uid, question=ask,answer=label,image=img,category=region,address=src"
     for format in ("civqa", "plain", ""):
         examples = read_examples(path, format, columns)
         assert examples.format == (format or "plain"), "or another benchmark's numbers would stand beside its own"
-        assert examples[0] == Example("c1", picture(), "What festival?", ("Holi",), "Asia")
+        assert examples[0] == Example("c1", picture(), "What festival?", ("Holi",), "Asia", row["src"])
     refused(lambda: read_examples(path, "civqa"), "column question, answer, image: missing", "--columns")
     refused(lambda: read_examples(path, "civqa", "query=ask"), "--columns query=ask: give PLACE=COLUMN", "question")
     refused(lambda: read_examples(path, "cifar"), "--format cifar: unknown", "fvqa, infoseek, mmsearch")

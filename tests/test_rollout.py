@@ -40,7 +40,7 @@ class FakeWeb:
     def __init__(self, found=TWO_TITLES):
         self.found, self.asked = found, []
 
-    def image_search(self, image, question):
+    def image_search(self, image, question, address=""):
         self.asked.append(image)
         if isinstance(self.found, Exception):
             raise self.found
@@ -599,7 +599,7 @@ def test_slow_tools_run_one_after_another(home, record_property):
     class SlowWeb(FakeWeb):
         latency = 0.0
 
-        def image_search(self, image, question):
+        def image_search(self, image, question, address=""):
             time.sleep(self.latency)
             return super().image_search(image, question)
 

@@ -9,20 +9,22 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import requests
+from fake_web import FakeWeb
 from helpers import picture_bytes
 from test_index import PAGES, corpus, write_lines
 
 import search
 from mmsr.backends import Search, Spending, open_backend
 from mmsr.config import Options
-from mmsr.episode import Hit, Observation, UserError
+from mmsr.episode import Example, Hit, Observation, UserError
 from mmsr.index import Local
 from mmsr.store import Store, text_key
-from mmsr.tools import ToolFailure
+from mmsr.tools import Call, ToolFailure, search_tools
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +61,7 @@ class Fake:
             raise self.found
         return self.found
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         return self.text_search(question)
 
 
@@ -265,6 +267,22 @@ def test_a_live_search_without_a_budget(monkeypatch):
         open_backend(Options(search="live"))
     with pytest.raises(UserError, match="SERPAPI_API_KEY"):
         open_backend(Options(search="live", budget=3))
+
+
+def test_serper_alone_is_refused_though_the_pictures_have_addresses(monkeypatch, tmp_path):
+    """Without a picture file it can be told where the picture is; whether it is, the first question tells."""
+    options = Options(search="live", budget=3, search_cache=str(tmp_path / "searches.sqlite"))
+    with FakeWeb() as web:
+        for name, value in web.environ("serper").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("SERPAPI_API_KEY", raising=False)
+        bare = Example("1", b"picture", "Who?", ("Ada",))
+        with pytest.raises(UserError, match="--columns address="):
+            open_backend(options, [bare])
+        example = replace(bare, address="https://example.com/ada.jpg")
+        tools = search_tools(open_backend(options, [example]).backend, 1, 1)
+        seen = tools[0].run(Call("<img>", example.image, example.question, example.address))
+        assert seen.source == "serper" and web.calls("serper.lens")[0].json()["url"] == example.address
 
 
 def test_a_run_that_never_pays_leaves_a_ledger_and_one_that_pays_is_not_stopped(tmp_path):

@@ -33,7 +33,7 @@ class Engine:
     def __init__(self):
         self.release, self.running = threading.Event(), threading.Semaphore(0)
 
-    def image_search(self, image: bytes, question: str) -> Observation:
+    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         hits = [Hit(f"title {question}", "http://a.example", image=b"jpeg", score=0.5), Hit("bare", score=float("nan"))]
         return Observation(tuple(hits), source="engine")
 

@@ -32,7 +32,7 @@ SAID = [[LOOK, ASK, REPLY], [REPLY], [LOOK, REPLY], [LOOK, REPLY.replace("Tagus"
 class PictureWeb:
     """Finds a thumbnail for every picture, and a page for every query."""
 
-    def image_search(self, image, question):
+    def image_search(self, image, question, address=""):
         return Observation((Hit("first title", image=picture_bytes(84, 56, seed=9)), Hit("second title")))
 
     def text_search(self, query):

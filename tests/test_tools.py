@@ -114,8 +114,8 @@ def test_search_tools_hand_over_the_picture_and_question_or_the_query_alone():
     image, text = search_tools(Web(), 1, 2)
     assert (image.name, image.tag, image.limit, image.payload) == (IMAGE_SEARCH, "search", 1, "<img>")
     assert (text.name, text.tag, text.limit, text.payload) == (TEXT_SEARCH, "text_search", 2, None)
-    call = Call("query", b"picture", "who?")
-    assert image.run(call) == repr((b"picture", "who?"))
+    call = Call("query", b"picture", "who?", "https://x.example/")
+    assert image.run(call) == repr((b"picture", "who?", "https://x.example/"))
     assert text.run(call) == repr(("query",))
 
 

@@ -103,15 +103,25 @@ def test_summary_form_reads_the_pages_behind_the_matches_for_the_question(web):
 
 def test_serper_searches_by_address_only(web):
     backend = live(web, "serper", images=False, results=2)
-    seen = backend.image_search_at("https://example.com/bridge.jpg", "?")
+    seen = backend.image_search(IMAGE, "?", "https://example.com/bridge.jpg")
     assert seen.source == "serper" and seen.hits[1].title == "Match 2" and seen.hits[1].image
     assert web.calls("serper.lens")[0].json()["url"] == "https://example.com/bridge.jpg"
-    assert kind(backend.image_search, IMAGE, "?") == "auth"
+    assert kind(backend.image_search, IMAGE, "?") == kind(backend.image_search, IMAGE, "?", "bridge.jpg") == "auth"
 
 
 def test_serpapi_takes_an_address_without_an_upload(web):
-    assert live(web).image_search_at("https://example.com/bridge.jpg", "?").hits and not web.calls("serpapi.image")
+    seen = live(web).image_search(b"no picture", "?", "https://example.com/bridge.jpg")
+    assert seen.hits and not web.calls("serpapi.image")
     assert web.calls("serpapi.lens")[0].query["url"] == "https://example.com/bridge.jpg"
+
+
+def test_a_dead_address_is_made_up_for_by_an_upload(web):
+    web.matches = []
+    assert live(web).image_search(IMAGE, "?", "https://example.com/gone.jpg") == Observation(source="serpapi")
+    first, second = (call.query for call in web.calls("serpapi.lens"))
+    assert (
+        first["url"] == "https://example.com/gone.jpg" and second["image_id"] and len(web.calls("serpapi.image")) == 1
+    )
 
 
 def test_what_is_no_picture_is_not_uploaded(web):
@@ -265,7 +275,7 @@ def test_no_results_are_an_answer(web, names):
     web.results = web.matches = []
     backend = live(web, *names, images=False)
     assert backend.text_search("q") == Observation(source=names[0])
-    assert backend.image_search_at("https://x.example/", "?") == Observation(source=names[0])
+    assert backend.image_search(IMAGE, "?", "https://x.example/") == Observation(source=names[0])
 
 
 @pytest.mark.parametrize(
@@ -383,7 +393,7 @@ def test_no_call_is_made_when_nothing_is_left(web):
         raise ToolFailure("budget", "all 7 calls are spent")
 
     backend = live(web, spend=spend)
-    assert kind(backend.text_search, "q") == kind(backend.image_search_at, "https://x.example/", "?") == "budget"
+    assert kind(backend.text_search, "q") == kind(backend.image_search, IMAGE, "?", "https://x.example/") == "budget"
     assert web.seen == []
 
 
@@ -410,7 +420,9 @@ def test_budget_that_ends_among_the_pages_leaves_those_that_were_read(web):
 def test_missing_key_is_named(web):
     with pytest.raises(UserError, match="SERPAPI_API_KEY nor SERPER_API_KEY"):
         Live.from_environment(environ={})
-    with pytest.raises(UserError, match="SERPAPI_API_KEY is not set, and Serper takes no picture files"):
+    with pytest.raises(
+        UserError, match="SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only"
+    ):
         Live.from_environment(environ=web.environ("serper"))
 
 
@@ -506,7 +518,7 @@ def test_remote_understands_our_own_server(web):
     from mmsr.serve import Server
 
     class Engine:
-        def image_search(self, image, question):
+        def image_search(self, image, question, address=""):
             return Observation((Hit(question, "https://a.example/", "text", picture(), 0.25),))
 
         def text_search(self, query):
