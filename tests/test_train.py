@@ -304,7 +304,7 @@ def test_sft_with_nothing_right_changes_nothing(miniature, tmp_path, monkeypatch
 def test_failed_tools_are_counted_told_of_and_can_be_left_out(
     miniature, tmp_path, monkeypatch, every_other_right, capsys
 ):
-    def down(self, image, question):
+    def down(self, *given):
         raise OSError("down")
 
     monkeypatch.setattr(toy.Web, "image_search", down)
