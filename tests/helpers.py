@@ -130,7 +130,7 @@ def largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 def report(record_property, what: str, value: float) -> None:
     """A measured difference, into the JUnit file and (with -s or on failure) onto the screen."""
-    record_property(what, value)
+    record_property(what, float(value))
     print(f"largest difference, {what}: {value:.2e}")
 
 

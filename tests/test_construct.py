@@ -725,7 +725,7 @@ def test_photographs_become_a_data_set_without_leaks(tmp_path, model):
 def test_ctrl_c_records_what_is_under_way_and_says_nothing(tmp_path, model):
     titles, counts = corpus(tmp_path / "corpus", 300)
     argv = [sys.executable, "-m", "mmsr.construct", *command(tmp_path / "out", titles, counts, 300)]
-    model.delay = 0.05
+    model.delay = 0.5
     environ = os.environ | {"OPENAI_BASE_URL": model.url, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while model.asked.total() < 100 and process.poll() is None:
