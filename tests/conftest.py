@@ -1,6 +1,5 @@
 """A toy world, and a base model that is made once, in seconds: it speaks the markup and knows nothing."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -51,14 +50,6 @@ def folder(tmp_path_factory) -> Path:
         trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
     modeling.save(model, folder)
     return folder
-
-
-@pytest.fixture
-def all_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
