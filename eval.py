@@ -28,6 +28,7 @@ from mmsr.assemble import Setup, assemble_evaluation, prompts_folder
 from mmsr.chat import PROMPTS
 from mmsr.config import CONFIG_SIDE, EvalConfig, parse
 from mmsr.episode import Episode, Example, UserError
+from mmsr.files import write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
 from mmsr.parallel import Ranks, start
@@ -219,10 +220,7 @@ class Output:
 
 
 def _replace(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    side = path.with_name(f".{path.name}.tmp")
-    side.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    side.replace(path)
+    write_whole(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
 
 
 def main(argv: Sequence[str]) -> None:

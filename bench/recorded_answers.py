@@ -16,8 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.episode import ANSWERED, INVALID, TURNS, Episode, Example, Turn, UserError  # noqa: E402
+from mmsr.files import json_object, lines  # noqa: E402
 from mmsr.reward import RewardRule, answer_score, exact_match, official_answer  # noqa: E402
-from mmsr.tables import json_object, lines  # noqa: E402
 
 STATUS = {"answer": ANSWERED, "image_search": TURNS, "text_search": TURNS}
 

@@ -23,10 +23,10 @@ from common import table
 from mmsr.assemble import Setup, assemble_evaluation
 from mmsr.config import EvalConfig, parse
 from mmsr.episode import ANSWERED, Example, UserError
+from mmsr.files import json_object, lines
 from mmsr.parallel import start
 from mmsr.recorded import RecordedTurn, recorded_turns
 from mmsr.rollout import Rollout
-from mmsr.tables import json_object, lines
 
 
 class OneTurn(Rollout):

@@ -6,14 +6,14 @@ side: enough to see what the model saw, in a page that holds thousands of them.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Iterable, Sequence
 
 from .episode import Episode, digest
-from .pictures import decode
+from .files import beside
+from .pictures import decode, jpeg
 
-SIDE = 256  # pixels
+SIDE, MOST_PICTURE_BYTES = 256, 2**18  # of a picture that is kept
 MOST_BYTES = 128 * 2**20  # of a run's folder
 
 
@@ -32,7 +32,7 @@ class Album:
             if name not in self.seen:
                 self.seen.add(name)
                 try:
-                    found[name] = _small(picture)
+                    found[name] = jpeg(decode(picture), SIDE, MOST_PICTURE_BYTES)
                 except ValueError:
                     continue
         return list(found.items())
@@ -44,14 +44,6 @@ class Album:
             file = self.folder / f"{name}.jpg"
             if len(data) > self.room or file.exists():
                 continue
-            side = file.with_suffix(".tmp")
-            side.write_bytes(data)
-            side.replace(file)
+            with beside(file) as side:
+                side.write_bytes(data)
             self.room -= len(data)
-
-
-def _small(picture: bytes) -> bytes:
-    opened, file = decode(picture), io.BytesIO()
-    opened.thumbnail((SIDE, SIDE))
-    opened.save(file, "JPEG", quality=85)
-    return file.getvalue()

@@ -18,7 +18,8 @@ from .cache import Cached
 from .client import picture_part
 from .data import read_examples
 from .episode import Hit, UserError
-from .factory import Calls, LeftOut, write_whole
+from .factory import Calls, LeftOut
+from .files import write_whole
 from .finders import find_pictures
 from .likeness import difference_hash, near_duplicates, normal, says, short_id
 from .pictures import decode, jpeg

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from .episode import Example, Hit, Observation, UserError
+from .files import beside, lines
 from .store import Key, Record, Store, demand, digest, image_key, observation, plain, refuse_pickle, storable, text_key
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
@@ -160,17 +161,13 @@ def merge(store: Store, path: str | Path) -> int:
 
 def export_jsonl(store: Store, path: str | Path) -> int:
     """Write all sound results as JSON lines, thumbnails in base64; how many. Whole or not at all."""
-    side, lines = Path(f"{path}.tmp"), 0
-    try:
-        with side.open("w", encoding="ascii") as file:
-            for key, seen, when in store.records():
-                line = key._asdict() | {"time": when} | plain(seen, lambda image: base64.b64encode(image).decode())
-                file.write(json.dumps(line) + "\n")
-                lines += 1
-        side.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
-    return lines
+    written = 0
+    with beside(Path(path)) as side, side.open("w", encoding="ascii") as file:
+        for key, seen, when in store.records():
+            line = key._asdict() | {"time": when} | plain(seen, lambda image: base64.b64encode(image).decode())
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    return written
 
 
 def import_jsonl(store: Store, path: str | Path) -> int:
@@ -182,17 +179,12 @@ def import_jsonl(store: Store, path: str | Path) -> int:
 
 
 def _exported(path: Path) -> Iterator[Record]:
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-    with file:
-        for row, line in enumerate(file):
-            try:
-                found = json.loads(line)
-                key = Key(*(found[name] for name in Key._fields))
-                demand(str, *key)
-                yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), float(found["time"])
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise UserError(f"{path}: row {row}: no exported result ({what:.100}); mend the line") from None
+    for row, (_, line) in enumerate(lines(path)):
+        try:
+            found = json.loads(line)
+            key = Key(*(found[name] for name in Key._fields))
+            demand(str, *key)
+            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), float(found["time"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: row {row}: no exported result ({what:.100}); mend the line") from None

@@ -13,7 +13,6 @@ pipeline is described in section 3 of the paper; its prompts and thresholds are 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
 from .factory import Again, Calls, Factory, Idempotent, Journal, Lines, alone, write_lines
+from .files import json_file
 from .finders import open_finder
 from .likeness import distinct
 from .store import Store
@@ -124,17 +124,8 @@ def _concept_files(o: argparse.Namespace, finder: Any) -> tuple[Any, Any]:
     titles = getattr(finder, "titles", None)
     if not o.metadata and titles is None:
         raise UserError("--metadata is missing: give MetaCLIP's metadata.json, or --search corpus:FILE.jsonl")
-    metadata = _json(o.metadata, "--metadata") if o.metadata else titles
-    return metadata, _json(o.counts, "--counts") if o.counts else None
-
-
-def _json(path: str, option: str) -> Any:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{option} {path}: not JSON ({error}); get it again") from None
+    metadata = json_file(Path(o.metadata)) if o.metadata else titles
+    return metadata, json_file(Path(o.counts)) if o.counts else None
 
 
 # ---- search need

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from .author import PROMPTS, Shelf
 from .episode import UserError
-from .factory import write_whole
+from .files import beside, write_whole
 from .likeness import near_duplicates, normal, short_id
 from .pictures import decode, jpeg
 
@@ -159,11 +159,10 @@ def choose(questions: Sequence[dict], sizes: dict[str, int], required: float, se
 
 def write_parquet(path: Path, questions: Iterable[dict], shelf: Shelf) -> None:
     """FVQA's columns and our own, read by data.py; whole or not at all."""
-    side, questions = path.with_name(f".{path.name}.tmp"), iter(questions)
-    with pq.ParquetWriter(side, SCHEMA) as writer:
+    questions = iter(questions)
+    with beside(path) as side, pq.ParquetWriter(side, SCHEMA) as writer:
         while rows := [_row(question, shelf) for question in islice(questions, 64)]:
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-    side.replace(path)
 
 
 def _row(question: dict, shelf: Shelf) -> dict:

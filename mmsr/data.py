@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from .episode import Example, UserError
-from .tables import Table, json_file, open_table
+from .files import json_file
+from .tables import Table, open_table
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own

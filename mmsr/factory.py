@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .client import FATAL, ChatServer, Client
 from .episode import UserError
+from .files import write_whole
 from .tools import ToolFailure
 
 SYNC = 1.0  # seconds of work that a loss of power may cost
@@ -309,16 +310,3 @@ def write_lines(path: Path, records: Iterable[dict]) -> Lines:
     """Whole or not at all. Half a surrogate pair, which a model may write, is no text and becomes a question mark."""
     write_whole(path, (json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for record in records))
     return Lines(path)
-
-
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """A file that is there with all its bytes or not at all. Raises UserError where it cannot be written."""
-    side = path.with_name(f".{path.name}.{threading.get_ident()}.tmp")
-    try:
-        with open(side, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        side.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room and run the same again") from None

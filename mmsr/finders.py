@@ -14,7 +14,8 @@ from typing import Any, Callable, NamedTuple
 from . import bm25
 from .client import Client, web_address
 from .episode import Hit, Observation, UserError, digest
-from .factory import Lines, fingerprint
+from .factory import fingerprint
+from .files import json_object, lines
 from .likeness import normal
 from .tools import Backend
 from .web import Live
@@ -61,15 +62,13 @@ class Corpus:
     def __init__(self, path: Path):
         self.folder, self.lines, self.version = path.parent, [], ""
         self.by_title: dict[str, list[dict]] = defaultdict(list)
-        try:
-            for row, line in enumerate(Lines(path)):
-                if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("file", "title")):
-                    raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
-                self.by_title[normal(line["title"])].append(line)
-                self.lines.append(line)
-                self.version = fingerprint(self.version, line)  # what was found in another corpus is not taken for this
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give a file of JSON lines") from None
+        for row, (_, text) in enumerate(lines(path)):
+            line = json_object(path, row, text)
+            if not all(isinstance(line.get(key), str) for key in ("file", "title")):
+                raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
+            self.by_title[normal(line["title"])].append(line)
+            self.lines.append(line)
+            self.version = fingerprint(self.version, line)  # what was found in another corpus is not taken for this
 
     @property
     def titles(self) -> list[str]:

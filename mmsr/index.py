@@ -12,7 +12,6 @@ nothing with another encoder, so the file holds the vector of a test picture, an
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import sqlite3
@@ -30,7 +29,8 @@ from tqdm import tqdm
 
 from .encoders import Encoder, open_encoder
 from .episode import Hit, Observation, UserError
-from .pictures import decode
+from .files import json_object, lines
+from .pictures import decode, jpeg
 from .tools import ToolFailure
 
 APPLICATION = 0x6D6D7372  # "mmsr" in the file's header
@@ -50,6 +50,7 @@ COMMIT;
 """
 PICTURES_PER_BATCH, PAGES_PER_BATCH = 32, 500
 ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side at most: of what is encoded, and of what is shown
+THUMBNAIL_BYTES = 2**18
 PASSAGE = 800  # characters of a page that a search shows at most
 QUERY_WORDS = 64
 COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
@@ -96,31 +97,17 @@ class _Records:
     """The objects of a JSONL file, all checked before the first is used. No path: none. `url` may be left out."""
 
     def __init__(self, path: str | Path | None, fields: tuple[str, ...], unit: str):
-        self.path, self.fields, self.unit = path, fields, unit
+        self.path, self.fields, self.unit = Path(path) if path else None, fields, unit
         self.total = sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        if self.path is None:
-            return
-        try:
-            with open(self.path, "rb") as lines:
-                for row, line in enumerate(lines):
-                    if line.strip():
-                        yield self._read(row, line)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); check the path") from None
-
-    def _read(self, row: int, line: bytes) -> dict[str, str]:
-        try:
-            found: Any = {"url": "", **json.loads(line)}
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{self.path}: row {row}: {line[:60]!r} is not a JSON object; write one a line") from None
         names = {*self.fields, "url"}
-        wrong = sorted(name for name in names if not isinstance(found.get(name), str))
-        if wrong:
-            listed = ", ".join(self.fields)
-            raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")
-        return {name: _clean(found[name]) for name in names}
+        for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
+            found = {"url": "", **json_object(self.path, row, line)}
+            if wrong := sorted(name for name in names if not isinstance(found.get(name), str)):
+                listed = ", ".join(self.fields)
+                raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")
+            yield {name: _clean(found[name]) for name in names}
 
     def batches(self, size: int) -> Iterator[list[dict[str, str]]]:
         records = iter(self)
@@ -152,7 +139,7 @@ def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch:
     vectors = encoder.encode(list(new.values())).astype(np.float16) if new else ()
     with db:
         for (digest, picture), vector in zip(new.items(), vectors):
-            row = (digest, vector.tobytes(), _thumbnail(picture))
+            row = (digest, vector.tobytes(), jpeg(picture, THUMBNAIL, THUMBNAIL_BYTES))
             db.execute("INSERT OR IGNORE INTO pictures (digest, vector, thumbnail) VALUES (?, ?, ?)", row)
         counts["pictures"] += len(new)
         for record in batch:
@@ -185,13 +172,6 @@ def _open_picture(data: bytes) -> PIL.Image.Image:
     picture = decode(data)
     picture.thumbnail((ENCODED, ENCODED), PIL.Image.Resampling.BICUBIC, reducing_gap=2.0)
     return picture
-
-
-def _thumbnail(picture: PIL.Image.Image) -> bytes:
-    small, file = picture.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.BICUBIC, reducing_gap=2.0)
-    small.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 # ---- the file

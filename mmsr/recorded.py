@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from .episode import Hit, Observation, UserError
-from .tables import json_object, lines
+from .files import json_object, lines
 
 
 @dataclass(frozen=True)

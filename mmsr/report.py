@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from .episode import UserError
+from .files import write_whole
 
 PAGE = Path(__file__).with_suffix(".html")
 REPORT = "report.html"
@@ -49,9 +50,7 @@ def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
     for run, part in zip(runs, parts):
         run["name"] = "/".join(part[-1:] if distinct else part[-2:])
     data = {"runs": runs, **_pictures(folders, runs)}
-    side = out.with_name(f".{out.name}.tmp")
-    side.write_bytes(_page(data))
-    side.replace(out)
+    write_whole(out, [_page(data)])
     return out
 
 

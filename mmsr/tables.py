@@ -7,11 +7,10 @@ files. Rows count from 0, in errors too.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .episode import UserError
+from .files import json_file, json_object, lines, missing, opened
 
 GROUPS_KEPT = 4  # row groups of pictures in memory
 GROUP_BYTES = 128 << 20  # a larger row group is cut up first
@@ -184,47 +184,3 @@ class JsonArray:
 def _object_fields(row: dict[str, Any]) -> set[str]:
     inner = {f"{name}.{field}" for name, value in row.items() if isinstance(value, dict) for field in value}
     return {*row, *inner}
-
-
-def json_file(path: Path) -> Any:
-    """What a whole JSON file holds. Raises UserError where it is missing or none."""
-    with opened(path) as file:
-        try:
-            return json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON file, or cut short ({str(error)[:80]}); get it again") from None
-
-
-def json_object(path: Path, row: int, line: bytes) -> dict[str, Any]:
-    """The object that a line of a JSON lines file holds. Raises UserError where it holds none."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; write one a line")
-    return found
-
-
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its offset."""
-    offset = 0
-    with opened(path) as file:
-        for line in file:
-            if line.strip():
-                yield offset, line
-            offset += len(line)
-
-
-def opened(path: Path) -> BinaryIO:
-    """Open for reading, or say in a UserError why not."""
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise missing(path) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-
-
-def missing(path: Path) -> UserError:
-    return UserError(f"{path}: no such file; check the path")

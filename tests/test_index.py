@@ -228,7 +228,7 @@ def test_a_wrong_line_leaves_half_an_index(tmp_path):
     wrong = {
         "not json": ('{"file": "0.jpg", "title": "x"}\nhello\n', "row 1.*not a JSON object"),
         "a list": ("[1]\n", "row 0.*not a JSON object"),
-        "no title": ('\n{"file": "0.jpg"}\n', "row 1, field title"),
+        "no title": ('\n{"file": "0.jpg"}\n', "row 0, field title"),  # a blank line is no row, as in data.py
         "a number": ('{"file": "0.jpg", "title": 5}\n', "row 0, field title"),
         "wrong url": ('{"file": "0.jpg", "title": "x", "url": null}\n', "row 0, field url"),
         "nested": ("[" * 100_000 + "\n", "row 0"),
@@ -249,7 +249,7 @@ def test_a_user_mistake_is_a_traceback_or_leaves_a_file(tmp_path):
         ("builtin", folder, empty, "nothing could be indexed"),
         ("builtin", tmp_path / "gone", titles, "no such folder"),
         ("builtin", None, titles, "no such folder"),
-        ("builtin", folder, tmp_path / "gone.jsonl", "cannot be read"),
+        ("builtin", folder, tmp_path / "gone.jsonl", "no such file"),
         ("clip", folder, titles, "unknown; give builtin"),
         (f"hf:{tmp_path}", folder, titles, "cannot be opened"),
         (f"tower:{tmp_path}", folder, titles, "no config.json"),
