@@ -29,9 +29,10 @@ from .client import ChatServer
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
-from .factory import Again, Calls, Factory, Idempotent, Journal, Lines, alone, write_lines
+from .factory import Again, Calls, Factory, Idempotent, Lines, alone, write_lines
 from .files import json_file
 from .finders import open_finder
+from .kept import Kept
 from .likeness import distinct
 from .store import Store
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
@@ -60,8 +61,7 @@ def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] 
         drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
         paid = budget.spend if service.key else None
         server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, paid, "openai")
-        calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
-        stack.callback(calls.journal.close)
+        calls = Calls(server, Kept(folder / "work" / "calls.jsonl"))
         backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
         stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
         check_answers(calls)
@@ -72,7 +72,7 @@ def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] 
             write_parquet(folder / f"{split}.parquet", chosen, shelf)
         if o.record:
             factory.stage("recorded", splits["train"] + splits["test"], stages.record)
-        cost = {"answers": len(calls.journal), "paid calls": budget.spent}
+        cost = {"answers": len(calls.kept.places), "paid calls": budget.spent}
         write_card(folder, splits, factory.report, cost, shelf)
     for split, chosen in splits.items():
         print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")
@@ -98,7 +98,7 @@ def check_answers(calls: Calls) -> None:
 
 def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespace) -> Lines:
     """Concepts to sorted questions."""
-    told = [o.vision_model, stages.prompts]
+    told = [o.vision_model, sorted(stages.prompts.items())]
     visual = factory.stage("concepts", drawn, stages.concept, told)
     found = factory.stage("found", visual, stages.search, [o.search, getattr(stages.finder, "version", "")])
     pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])

@@ -22,8 +22,8 @@ import numpy as np
 
 from . import toy
 from .episode import Hit, Observation
-from .factory import fingerprint
 from .finders import Picture
+from .kept import key_of
 
 ABSTRACT = ("quickly", "beautiful", "running", "idea", "2021", "nevertheless")
 STALL = 3.0  # seconds; more than the demonstration waits
@@ -52,7 +52,7 @@ class ScriptedModel:
         content = body["messages"][0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
         mood = hashlib.sha256(json.dumps([text, len(body["messages"])]).encode()).digest()[0]
-        key = fingerprint(*(body[field] for field in ("model", "messages", "max_tokens", "temperature")))
+        key = key_of(*(body[field] for field in ("model", "messages", "max_tokens", "temperature")))
         with self.lock:
             self.asked[key] += 1
             first = self.asked[key] == 1

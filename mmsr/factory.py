@@ -12,9 +12,7 @@ servers honour. What failed for now (a time-out, a busy server) is not in the jo
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import os
 import re
 import threading
 import time
@@ -29,9 +27,9 @@ from tqdm import tqdm
 from .client import FATAL, ChatServer, Client
 from .episode import UserError
 from .files import write_whole
+from .kept import Kept, key_of
 from .tools import ToolFailure
 
-SYNC = 1.0  # seconds of work that a loss of power may cost
 PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
 IN_A_ROW = 50  # calls that fail for now before a stage gives up
 STOPPING = (*FATAL, "budget")  # kinds of failure after which no call can succeed
@@ -41,99 +39,38 @@ LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # and so would a refusal of this v
 Work = Callable[[dict, Counter], list[dict]]
 
 
-def fingerprint(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
 class LeftOut(Exception):
     """An item, or a part of one, is of no use; says why."""
-
-
-class Journal:
-    """Values by key in a file of lines, only ever appended to. Safe in any number of threads, not of processes.
-
-    A line is in the file when `put` returns, so a killed process loses none; a last line cut short is cut off. Memory
-    holds keys and offsets alone.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self._lock, self._places, self._end, self._synced = path, threading.Lock(), {}, 0, 0.0
-        self._file = open(path, "a+b", buffering=0)
-        self._reader = open(path, "rb")
-        for line in self._reader:
-            if not line.endswith(b"\n"):
-                self._file.truncate(self._end)
-                break
-            try:
-                self._places[json.loads(line)[0]] = self._end
-            except (ValueError, LookupError, TypeError):
-                pass  # a damaged line: its item is worked on again
-            self._end += len(line)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def get(self, key: str) -> Any:
-        with self._lock:
-            self._reader.seek(self._places[key])
-            line = self._reader.readline()
-        return json.loads(line)[1]
-
-    def put(self, key: str, value: Any) -> None:
-        line = memoryview(json.dumps([key, value]).encode() + b"\n")
-        with self._lock:
-            place = self._end
-            try:
-                while line:
-                    written = self._file.write(line)
-                    self._end, line = self._end + written, line[written:]
-            except OSError as error:
-                self._file.truncate(place)
-                self._end = place
-                complaint = f"{self.path}: cannot be written ({error.strerror}); make room and run the same again"
-                raise UserError(complaint) from None
-            self._places[key] = place
-            if time.monotonic() - self._synced > SYNC:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-
-    def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._reader.close()
 
 
 class Idempotent(Client):
     """A client whose JSON calls bear the digest of their body: servers that heed it charge once for one sent twice."""
 
     def request(self, *where: str, headers: dict | None = None, **content: Any):
-        key = {"Idempotency-Key": fingerprint(*where, content["json"])} if "json" in content else {}
+        key = {"Idempotency-Key": key_of(where, content["json"])} if "json" in content else {}
         return super().request(*where, headers=(headers or {}) | key, **content)
 
 
 class Calls:
-    """A chat server that is asked nothing twice: every answer is in the journal before anybody sees it."""
+    """A chat server that is asked nothing twice: every answer is kept before anybody sees it."""
 
-    def __init__(self, server: ChatServer, journal: Journal):
-        self.server, self.journal = server, journal
+    def __init__(self, server: ChatServer, kept: Kept):
+        self.server, self.kept = server, kept
         self._lock, self._flights = threading.Lock(), {}
 
     def complete(self, messages: list[dict], max_tokens: int, temperature: float = 0.0) -> str:
         """As `ChatServer.complete`; where the server is busy or given a rest, waits up to `PATIENCE` seconds."""
-        key = fingerprint(self.server.model, messages, max_tokens, temperature)
+        key = key_of(self.server.model, messages, max_tokens, temperature)
         with self._lock:
-            if key in self.journal:
-                return self.journal.get(key)
+            if found := self.kept.get(key):
+                return found["answer"]
             flight = self._flights.get(key)
             if first := flight is None:
                 flight = self._flights[key] = Future()
         if first:
             try:
                 answer = self._patiently(messages, max_tokens, temperature)
-                self.journal.put(key, answer)
+                self.kept.add(key, answer=answer)
                 flight.set_result(answer)
             except BaseException as error:
                 flight.set_exception(error)
@@ -181,20 +118,15 @@ class Factory:
         promise equal results for equal items. Raises UserError where no call can succeed any more, or many in a row
         did not.
         """
-        journal = Journal(self.folder / "work" / f"{name}.jsonl")
-        try:
-            run = _Run(name, items, work, fingerprint(settings), journal)
-            run.go(workers or self.workers)
-            return self._finish(run)
-        finally:
-            journal.close()
+        run = _Run(name, items, work, key_of(settings), Kept(self.folder / "work" / f"{name}.jsonl"))
+        run.go(workers or self.workers)
+        return self._finish(run)
 
     def _finish(self, run: _Run) -> Lines:
         order, reasons, total = [], Counter(), 0
         for key, _ in run.keyed():
             total += 1
-            if key in run.journal:
-                done = run.journal.get(key)
+            if done := run.journal.get(key):
                 reasons.update(done["reasons"])
                 order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
         records = (run.journal.get(key)["records"][place] for _, key, place in sorted(order))
@@ -206,7 +138,7 @@ class Factory:
 class _Run:
     """The threads of one stage. Each takes an item when it is idle, so no more than that many are in memory."""
 
-    def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
+    def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Kept):
         self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
         self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
         self.running = self.failed_in_a_row = 0
@@ -234,10 +166,10 @@ class _Run:
             time.sleep(0.02)
 
     def keyed(self) -> Iterator[tuple[str, dict]]:
-        return ((fingerprint(self.settings, item), item) for item in self.items)
+        return ((key_of(self.settings, item), item) for item in self.items)
 
     def _left(self) -> Iterator[tuple[str, dict]]:
-        return ((key, item) for key, item in self.keyed() if key not in self.journal)
+        return ((key, item) for key, item in self.keyed() if key not in self.journal.places)
 
     def _work(self) -> None:
         try:
@@ -265,7 +197,7 @@ class _Run:
             records, reasons[f"refused: {refused.kind}"] = [], 1
         except LeftOut as why:
             records, reasons[str(why)] = [], 1
-        self.journal.put(key, {"records": records, "reasons": +reasons})
+        self.journal.add(key, records=records, reasons=+reasons)
         self.failed_in_a_row = 0
 
     def _postpone(self, refused: ToolFailure) -> None:

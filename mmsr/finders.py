@@ -14,8 +14,8 @@ from typing import Any, Callable, NamedTuple
 from . import bm25
 from .client import Client, web_address
 from .episode import Hit, Observation, UserError, digest
-from .factory import fingerprint
 from .files import json_object, lines
+from .kept import key_of
 from .likeness import normal
 from .tools import Backend
 from .web import Live
@@ -68,7 +68,7 @@ class Corpus:
                 raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
             self.by_title[normal(line["title"])].append(line)
             self.lines.append(line)
-            self.version = fingerprint(self.version, line)  # what was found in another corpus is not taken for this
+            self.version = key_of(self.version, line)  # what was found in another corpus is not taken for this
 
     @property
     def titles(self) -> list[str]:

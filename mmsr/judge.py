@@ -28,7 +28,7 @@ class Judge:
     """Verdicts of one model. `name` tells it from other models in `kept`, a JSON lines file of verdicts."""
 
     def __init__(self, complete: Complete, name: str, kept: Path):
-        self.complete, self.name, self.kept = complete, name, Kept(kept, "correct")
+        self.complete, self.name, self.kept = complete, name, Kept(kept)
         self.template = PROMPT.read_text(encoding="utf-8")
         self.failure = ""  # the first, in words
 
@@ -50,15 +50,18 @@ class Judge:
             return False
         asked = self._asked(line)
         key = key_of(self.name, asked)
-        if key not in self.kept.values:
-            try:
-                reply = self.complete([{"role": "user", "content": asked}])
-                self.kept.add(key, correct=_right(reply), reply=reply)
-            except UserError:
-                raise
-            except Exception as error:  # whatever a server, or a forker's callable, does: it is no verdict
-                self.failure = self.failure or f"{type(error).__name__}: {error}"[:300]
-        return self.kept.values.get(key)
+        if found := self.kept.get(key):
+            return found.get("correct")
+        try:
+            reply = self.complete([{"role": "user", "content": asked}])
+            correct = _right(reply)
+            self.kept.add(key, correct=correct, reply=reply)
+            return correct
+        except UserError:
+            raise
+        except Exception as error:  # whatever a server, or a forker's callable, does: it is no verdict
+            self.failure = self.failure or f"{type(error).__name__}: {error}"[:300]
+            return None
 
     def _asked(self, line: Mapping[str, Any]) -> str:
         fields = {name: json.dumps(line[name], ensure_ascii=False) for name in ("question", "answers", "answer")}

@@ -1,4 +1,8 @@
-"""What another model was asked and has answered, kept on disk: JSON lines by key, so that nothing is paid for twice."""
+"""What was paid for or worked out, by key, in a file of JSON lines that is only ever appended to.
+
+A line is in the file when `add` returns, so a killed process loses none and nothing is paid for twice; a loss of power
+may cost the last second. Memory holds keys and places alone.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,14 @@ import hashlib
 import json
 import os
 import threading
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
+
+from .episode import UserError
+
+SYNC = 1.0  # seconds of work that a loss of power may cost
 
 
 def key_of(*asked: Any) -> str:
@@ -16,35 +26,49 @@ def key_of(*asked: Any) -> str:
 
 
 class Kept:
-    """A file of lines {"key", `field`, …}, and `values`: what it has in `field`, by key. Safe in any number of threads.
+    """A file of lines {"key", …}. Safe in any number of threads; processes may append to the same.
 
-    A line that a crash cut short is as good as none. Lone surrogates, which UTF-8 cannot hold, stay escaped.
+    A line that a crash cut short, or that is none of ours, is as good as none. Lone surrogates, which UTF-8 cannot
+    hold, stay escaped.
     """
 
-    def __init__(self, path: Path, field: str):
-        self.path, self.field, self.lock = path, field, threading.Lock()
-        self.values: dict[str, Any] = dict(self._read())
+    def __init__(self, path: Path):
+        self.path, self.lock, self.places, self.synced = path, threading.Lock(), {}, 0.0
+        with open(path, "rb") if path.exists() else nullcontext(()) as written:
+            place = 0
+            for line in written:
+                with suppress(ValueError, TypeError, KeyError):
+                    self.places[json.loads(line)["key"]] = place
+                place += len(line)
 
-    def add(self, key: str, **line: Any) -> None:
-        """On the disk first, then in `values`."""
-        written = (json.dumps({"key": key, **line}, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        with self.lock, open(self.path, "ab") as file:
-            file.write(written if _ends_whole(self.path) else b"\n" + written)
-            file.flush()
-            os.fsync(file.fileno())
-            self.values[key] = line[self.field]
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The line of a key."""
+        if key not in self.places:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(self.places[key])
+            return json.loads(file.readline())
 
-    def _read(self) -> Iterator[tuple[str, Any]]:
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+    def add(self, key: str, **fields: Any) -> None:
+        """Raises UserError where the line cannot be written."""
+        line = (json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        with self.lock:
             try:
-                found = json.loads(line)
-                yield str(found["key"]), found[self.field]
-            except (ValueError, TypeError, KeyError):
-                continue
+                with open(self.path, "a+b", buffering=0) as file:
+                    if _cut_short(file):
+                        file.write(b"\n")
+                    if file.write(line) < len(line):
+                        raise OSError("no room for a whole line")
+                    self.places[key] = file.tell() - len(line)  # not the end of before: others may have appended
+                    if time.monotonic() - self.synced > SYNC:
+                        os.fsync(file.fileno())
+                        self.synced = time.monotonic()
+            except OSError as error:
+                why = error.strerror or error
+                raise UserError(f"{self.path}: cannot be written ({why}); make room and run the same again") from None
 
 
-def _ends_whole(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(max(0, size - 1))
-        return opened.read() in (b"", b"\n")
+def _cut_short(file: Any) -> bool:
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    return file.read(1) not in (b"", b"\n")

@@ -40,7 +40,7 @@ class Teacher:
     def __init__(
         self, complete: Callable[[list[dict]], str], name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits
     ):
-        self.complete, self.name, self.kept = complete, name, Kept(kept, "reply")
+        self.complete, self.name, self.kept = complete, name, Kept(kept)
         self.chat, self.toolbox, self.limits = chat, toolbox, limits
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="teacher")
         self.failed = 0
@@ -85,9 +85,11 @@ class Teacher:
 
     def _ask(self, messages: list[dict]) -> str:
         key = key_of(self.name, messages)
-        if key not in self.kept.values:
-            self.kept.add(key, reply=self.complete(messages))
-        return self.kept.values[key]
+        if found := self.kept.get(key):
+            return found["reply"]
+        reply = self.complete(messages)
+        self.kept.add(key, reply=reply)
+        return reply
 
     def _result(self, tool: str, seen: Observation, question: str) -> list[dict]:
         parts = [_thumbnail(hit.image) for hit in seen.hits]

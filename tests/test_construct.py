@@ -26,8 +26,9 @@ from mmsr.construct_demo import ScriptedModel
 from mmsr.curate import FREE, REQUIRED, balanced, category, choose, draw_concepts, plain, write_parquet
 from mmsr.data import read_examples
 from mmsr.episode import UserError
-from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, Journal, LeftOut, alone, write_lines
+from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, LeftOut, alone, write_lines
 from mmsr.finders import Corpus, Web
+from mmsr.kept import Kept
 from mmsr.likeness import NEAR, difference_hash, distinct, near_duplicates, normal, says
 from mmsr.store import Store
 from mmsr.tools import ToolFailure
@@ -79,23 +80,7 @@ def model():
         yield scripted
 
 
-# ---- the journal and the stages
-
-
-def test_a_line_cut_short_is_cut_off_and_a_damaged_one_is_not_believed(tmp_path):
-    journal = Journal(tmp_path / "j")
-    for i in range(3):
-        journal.put(f"k{i}", {"text": "é\n" * i})
-    journal.close()
-    lines = (tmp_path / "j").read_bytes().splitlines(keepends=True)
-    (tmp_path / "j").write_bytes(lines[0] + b"\0" * 5 + lines[1][5:] + lines[2] + b'["k3", {"te')
-    journal = Journal(tmp_path / "j")
-    assert [f"k{i}" in journal for i in range(4)] == [True, False, True, False]
-    journal.put("k3", 3)
-    journal.close()
-    journal = Journal(tmp_path / "j")
-    assert journal.get("k2") == {"text": "é\n" * 2} and journal.get("k3") == 3 and len(journal) == 3
-    journal.close()
+# ---- the stages
 
 
 def test_a_stages_file_does_not_depend_on_who_was_first(tmp_path):
@@ -216,24 +201,22 @@ def test_one_question_of_many_threads_is_one_call_and_none_the_next_time(tmp_pat
         web.delay = 0.1
         for _ in range(2):
             server = ChatServer(web.url, "m", "", Idempotent())
-            calls = Calls(server, Journal(tmp_path / "calls"))
+            calls = Calls(server, Kept(tmp_path / "calls"))
             with ThreadPoolExecutor(16) as pool:
                 asked = [pool.submit(calls.complete, [{"role": "user", "content": "hello"}], 9) for _ in range(16)]
             assert {one.result() for one in asked} == {"The bridge crosses the Tagus."}
-            calls.journal.close()
         assert len(web.calls("openai")) == 1
 
 
 def test_an_answer_is_on_the_disk_before_it_is_used_and_a_failure_is_not(tmp_path):
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Idempotent()), Journal(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Idempotent()), Kept(tmp_path / "calls"))
         web.then("openai", raw(b"<html>rubbish"))
         with pytest.raises(ToolFailure, match="format"):
             calls.complete([{"role": "user", "content": "hello"}], 9)
-        assert (tmp_path / "calls").read_bytes() == b""
+        assert not (tmp_path / "calls").exists()
         calls.complete([{"role": "user", "content": "hello"}], 9)
         assert b"Tagus" in (tmp_path / "calls").read_bytes()
-        calls.journal.close()
 
 
 def test_a_call_sent_again_bears_the_same_key_and_another_does_not(tmp_path):
@@ -257,10 +240,9 @@ def test_calls_that_differ_in_their_address_alone_bear_no_key():
 def test_a_busy_server_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mmsr.factory.time.sleep", lambda seconds: None)
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Idempotent(sleep=lambda seconds: None)), Journal(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Idempotent(sleep=lambda seconds: None)), Kept(tmp_path / "calls"))
         web.then("openai", *[status(429, {"error": "slow down"}) for _ in range(7)])
         assert calls.complete([{"role": "user", "content": "a"}], 9) == "The bridge crosses the Tagus."
-        calls.journal.close()
 
 
 # ---- concepts
@@ -760,7 +742,7 @@ def test_kill_9_at_random_moments_pays_no_recorded_call_twice_and_ends_with_the_
         time.sleep(0.3)  # what it had sent arrives
         journal = (tmp_path / "out" / "work" / "calls.jsonl").read_bytes()
         lines = [line for line in journal.splitlines(keepends=True) if line.endswith(b"\n")]
-        for key in (json.loads(line)[0] for line in lines):
+        for key in (json.loads(line)["key"] for line in lines):
             settled.setdefault(key, model.asked[key])
     done = subprocess.run(argv, env=environ, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
