@@ -20,13 +20,12 @@ from .data import read_examples
 from .episode import Hit, UserError
 from .factory import Calls, LeftOut
 from .files import write_whole
-from .finders import find_pictures
 from .likeness import difference_hash, near_duplicates, normal, says, short_id
 from .pictures import decode, jpeg
 from .tools import ToolFailure
 
 PROMPTS = Path(__file__).parent / "prompts" / "construct"
-MAX_ASPECT = 3.0  # of pictures
+FOUND, MAX_ASPECT = 20, 3.0  # pictures of a search that are looked at, at most; of each
 PAGE_CHARACTERS, ANSWER_WORDS, ALIASES = 6000, 6, 8
 ASKING = ("who", "what", "when", "where", "which", "whose", "whom", "how")
 REFUSAL = re.compile(r"\W*(i'?m |i am )?(sorry|i can'?t|i cannot|unable|as an ai)", re.IGNORECASE)
@@ -140,7 +139,7 @@ class Stages:
     def search(self, item: dict, reasons: Counter) -> list[dict]:
         """The paid search for pictures, by itself: what it found is recorded before anything else is done."""
         found = []
-        for picture in find_pictures(self.finder, item["concept"]):
+        for picture in self.finder.pictures(item["concept"])[:FOUND]:
             name = self.shelf.keep(picture.image) if picture.image else ""
             found.append(picture._asdict() | {"image": name})
         if not found:
@@ -152,12 +151,15 @@ class Stages:
         about, kept, missing = {key: item[key] for key in ("concept", "count", "section")}, [], []
         for found in item["found"]:
             try:
-                shown = self._fit(item["concept"], found, [one["hash"] for one in kept], reasons)
+                data = self._data(found)
+            except ToolFailure as refused:
+                missing.append(refused)
+                continue
+            try:
+                shown = self._fit(item["concept"], found, data, [one["hash"] for one in kept], reasons)
                 kept.append({"id": f"{item['id']}-{shown['picture'][:8]}", **about, **shown})
             except LeftOut as why:
                 reasons[str(why)] += 1
-            except Missing as why:
-                missing.append(why.args[0])
             if len(kept) == self.per_concept:
                 break
         if len(missing) == len(item["found"]) and missing[-1].kind in ("network", "timeout"):
@@ -165,9 +167,8 @@ class Stages:
         reasons["picture not to be had"] += len(missing)
         return kept
 
-    def _fit(self, concept: str, found: dict, others: list[str], reasons: Counter) -> dict:
-        """What is kept of a picture. Raises LeftOut or Missing."""
-        data = self._data(found)
+    def _fit(self, concept: str, found: dict, data: bytes, others: list[str], reasons: Counter) -> dict:
+        """What is kept of a picture. Raises LeftOut."""
         try:
             picture = decode(data)
         except ValueError:
@@ -187,10 +188,7 @@ class Stages:
     def _data(self, found: dict) -> bytes:
         if found["image"]:
             return self.shelf.read(found["image"])
-        try:
-            return self.calls.server.client.fetch_public(found["address"]).body
-        except ToolFailure as refused:
-            raise Missing(refused) from None
+        return self.calls.server.client.fetch_public(found["address"]).body
 
     def _page(self, concept: str, found: dict) -> dict:
         """The picture's own page, where its text is known, or else the first found page that names the concept."""
@@ -225,10 +223,6 @@ class Stages:
         if not self.backend.image_search(self.shelf.read(item["picture"]), item["question"]).hits:
             raise LeftOut("nothing found")
         return []
-
-
-class Missing(Exception):
-    """A picture that could not be fetched; holds the ToolFailure."""
 
 
 def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:

@@ -1,7 +1,6 @@
-"""Where the pictures of a new data set come from: photographs of one's own, the live web, or another search engine.
+"""Where the pictures of a new data set come from: photographs of one's own, or the live web.
 
-A finder is a `tools.Backend` that also has `pictures(concept)`. One without it may be handed to `construct.build` too:
-then the pictures are taken that its text search shows.
+A finder is a `tools.Backend` that also has `pictures(concept)`, the best first.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from .kept import key_of
 from .likeness import normal
 from .tools import Backend
 from .web import Live
-from .wire import failure
-
-FOUND = 20  # pictures of a search that are looked at, at most
 
 
 class Picture(NamedTuple):
@@ -35,21 +31,13 @@ class Picture(NamedTuple):
     image: bytes | None = None  # the encoded file; None: it is to be fetched from its address
 
 
-def find_pictures(finder: Backend, concept: str) -> list[Picture]:
-    """Candidates, the best first. Raises as a backend does."""
-    if hasattr(finder, "pictures"):
-        return finder.pictures(concept)[:FOUND]
-    hits = finder.text_search(concept).hits
-    return [Picture(hit.title, hit.url, hit.text, image=hit.image) for hit in hits if hit.image]
-
-
 def open_finder(spec: str, spend: Callable[[str], None], client: Client) -> Backend:
     """`corpus:FILE.jsonl` or `live`: the search engines that find pictures by words. Raises UserError."""
     kind, _, where = spec.partition(":")
     if kind == "corpus":
         return Corpus(Path(where))
     if spec == "live":
-        return Web(Live.from_environment(spend=spend, images=False, client=client))
+        return Web.from_environment(spend=spend, images=False, client=client)
     raise UserError(f"--search {spec}: finds no pictures by words; give corpus:FILE.jsonl or live")
 
 
@@ -104,28 +92,15 @@ class Corpus:
         return Picture(line["title"], url, text or line["title"], line["file"], licence, image)
 
 
-class Web:
+class Web(Live):
     """The live web: pages as `web.Live` reads them, pictures through SerpApi's or Serper's search for images."""
 
-    def __init__(self, live: Live):
-        self.live = live
-        self.image_search, self.text_search = live.image_search, live.text_search
-
     def pictures(self, concept: str) -> list[Picture]:
-        service = self.live.engine
-        request: tuple[str, str, dict[str, Any]]
-        if service.name == "serpapi":
-            params = {"engine": "google_images", "q": concept, "hl": "en", "gl": "us", "api_key": service.key}
-            name, request = "images_results", ("GET", f"{service.url}/search", {"params": params})
+        if self.engine.name == "serpapi":
+            listed = self.serpapi("images_results", {"engine": "google_images", "q": concept, "gl": "us"})
         else:
-            headers, body = {"X-API-KEY": service.key}, {"q": concept, "hl": "en", "gl": "us"}
-            name, request = "images", ("POST", f"{service.url}/images", {"headers": headers, "json": body})
-        method, url, content = request
-        reply = self.live.client.request(service.name, method, url, tries=3, spend=self.live.spend, **content).json()
-        listed = reply.get(name, [] if isinstance(reply.get("error"), str) else None)
-        if not isinstance(listed, list):
-            raise failure("format", f"{service.name}: no list {name} in the reply")
-        found = [_web_picture(entry) for entry in listed if isinstance(entry, dict)]
+            listed = self.serper("/images", {"q": concept, "gl": "us"}, "images")
+        found = map(_web_picture, listed)
         return [picture for picture in found if picture.address]
 
 

@@ -108,8 +108,9 @@ class Live:
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="page")
         self._prompts = {name: (PROMPTS / f"{name}.txt").read_text(encoding="utf-8") for name in ("text", "image")}
 
-    @staticmethod
+    @classmethod
     def from_environment(
+        cls,
         form: str = "thumbnails",
         results: int = 5,
         spend: Callable[[str], None] = lambda provider: None,
@@ -133,7 +134,7 @@ class Live:
         if openai.key or environ.get("OPENAI_BASE_URL"):
             model = environ.get("OPENAI_MODEL") or SUMMARIZER
             summarizer = ChatServer(openai.url, model, openai.key, client, SUMMARY_SECONDS, spend, "openai")
-        return Live(services, client, form, results, summarizer, spend)
+        return cls(services, client, form, results, summarizer, spend)
 
     # ---- the two searches
 
@@ -143,7 +144,7 @@ class Live:
             self.client.check(*READERS)
         by_upload, found = bool(self.services["serpapi"].key), []
         if web_address(address):
-            found = self._lens({"url": address}) if by_upload else self._serper("/lens", {"url": address})
+            found = self._lens({"url": address}) if by_upload else _found(self.serper("/lens", {"url": address}))
         elif not by_upload:
             raise failure("auth", "SERPAPI_API_KEY is not set, and Serper needs an address, which this picture lacks")
         if by_upload and not found:
@@ -154,10 +155,10 @@ class Live:
     def text_search(self, query: str) -> Observation:
         self.client.check(*READERS)
         if self.engine.name == "serpapi":
-            found = self._serpapi("organic_results", {"engine": "google", "q": query, "gl": "us", "num": "10"})
+            listed = self.serpapi("organic_results", {"engine": "google", "q": query, "gl": "us", "num": "10"})
         else:
-            found = self._serper("/search", {"q": query, "gl": "us", "num": 10})
-        return Observation(self._pages(found, query, "text"), source=self.engine.name)
+            listed = self.serper("/search", {"q": query, "gl": "us", "num": 10})
+        return Observation(self._pages(_found(listed), query, "text"), source=self.engine.name)
 
     # ---- search engines
 
@@ -175,21 +176,22 @@ class Live:
         raise failure("format", "serpapi: no image_id for an uploaded picture")
 
     def _lens(self, params: dict[str, str]) -> list[Found]:
-        return self._serpapi(
-            "visual_matches", params | {"engine": "google_lens", "type": "visual_matches", "country": "us"}
-        )
+        kind = {"engine": "google_lens", "type": "visual_matches", "country": "us"}
+        return _found(self.serpapi("visual_matches", params | kind))
 
-    def _serpapi(self, name: str, params: dict[str, str]) -> list[Found]:
+    def serpapi(self, name: str, params: dict[str, str]) -> list[dict]:
+        """The entries of the list `name` in the answer."""
         service = self.services["serpapi"]
         return self._list(service, name, "GET", "/search", params=params | {"hl": "en", "api_key": service.key})
 
-    def _serper(self, path: str, body: dict[str, Any]) -> list[Found]:
+    def serper(self, path: str, body: dict[str, Any], name: str = "organic") -> list[dict]:
+        """The entries of the list `name` in the answer."""
         service = self.services["serper"]
         body = body | {"hl": "en"}
-        return self._list(service, "organic", "POST", path, headers={"X-API-KEY": service.key}, json=body)
+        return self._list(service, name, "POST", path, headers={"X-API-KEY": service.key}, json=body)
 
-    def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[Found]:
-        """The usable entries of the list `name`. No results is an empty list, anything else raises ToolFailure."""
+    def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[dict]:
+        """No results is an empty list, anything else that is no list raises ToolFailure."""
         content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend}
         reply = self.client.request(service.name, method, service.url + path, **content).json()
         listed = reply.get(name)
@@ -197,8 +199,7 @@ class Live:
             return []
         if not isinstance(listed, list):
             raise failure("format", f"{service.name}: no list {name} in the reply")
-        entries = [_found(entry) for entry in listed[:FOUND] if isinstance(entry, dict)]
-        return [entry for entry in entries if entry.title or entry.link]
+        return [entry for entry in listed[:FOUND] if isinstance(entry, dict)]
 
     # ---- what stands behind the results
 
@@ -283,9 +284,15 @@ def passages(query: str, page: str) -> str:
     return " … ".join(stretches[index] for index in best or [0])
 
 
-def _found(entry: dict[str, Any]) -> Found:
-    title, link, picture = (_text(entry.get(name)) for name in ("title", "link", "thumbnail"))
-    return Found(title[:TITLE_CHARACTERS], web_address(link), web_address(picture or _text(entry.get("thumbnailUrl"))))
+def _found(listed: list[dict]) -> list[Found]:
+    """What is usable of a search engine's entries."""
+    found = []
+    for entry in listed:
+        title, link = _text(entry.get("title"))[:TITLE_CHARACTERS], web_address(entry.get("link"))
+        if title or link:
+            picture = web_address(_text(entry.get("thumbnail")) or entry.get("thumbnailUrl"))
+            found.append(Found(title, link, picture))
+    return found
 
 
 def _text(value: object) -> str:

@@ -386,10 +386,9 @@ def test_pictures_and_licences_come_from_the_live_web(tmp_path, monkeypatch):
         web.pages = lambda url: "The heron eats fish."
         web.answer = lambda body: "The heron eats fish."
         spent = []
-        live = Live.from_environment(environ=web.environ(), client=Idempotent(), spend=spent.append)
-        finder = Web(live)
+        finder = Web.from_environment(environ=web.environ(), client=Idempotent(), spend=spent.append)
         calls = Answers()
-        calls.server.client = live.client
+        calls.server.client = finder.client
         made = Stages(calls, finder, Cached(finder, Store(None)), Shelf(tmp_path), 32, 1)
         (item,) = made.search({"id": "i", "concept": "heron", "count": 1, "section": "familiar"}, Counter())
         assert spent == ["serpapi"] and len(item["found"]) == 1
