@@ -17,15 +17,15 @@ import os
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 from .author import Shelf, Stages, external
 from .cache import Cached
 from .client import ChatServer
+from .config import add_options
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
@@ -41,7 +41,7 @@ from .web import Service
 # ---- the whole
 
 
-def build(o: argparse.Namespace, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
+def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
     """All stages, in a folder that is new or one of this command's. Raises UserError."""
     folder = own_folder(o.out)
     service = Service.from_environment("openai", environ)
@@ -96,7 +96,7 @@ def check_answers(calls: Calls) -> None:
         raise UserError(f"{calls.server.model} at {calls.server.url} does not answer: {refused}") from None
 
 
-def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespace) -> Lines:
+def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: Construction) -> Lines:
     """Concepts to sorted questions."""
     told = [o.vision_model, sorted(stages.prompts.items())]
     visual = factory.stage("concepts", drawn, stages.concept, told)
@@ -108,7 +108,7 @@ def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: argparse.Namespac
     return factory.stage("groups", Again(lambda: chain(questions, others)), stages.group, told)
 
 
-def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: argparse.Namespace) -> Iterable[dict]:
+def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: Construction) -> Iterable[dict]:
     """What each question needs. `pool.parquet` holds the questions that the model is asked."""
     if not o.rollouts:
         return write_lines(factory.folder / "needs.jsonl", map(guessed_need, questions))
@@ -119,7 +119,7 @@ def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: ar
     return factory.stage("needs", Again(lambda: chunks(questions)), rollouts, settings, workers=1)
 
 
-def _concept_files(o: argparse.Namespace, finder: Any) -> tuple[Any, Any]:
+def _concept_files(o: Construction, finder: Any) -> tuple[Any, Any]:
     """Contents of --metadata, or a corpus's titles, and of --counts, or None."""
     titles = getattr(finder, "titles", None)
     if not o.metadata and titles is None:
@@ -143,7 +143,7 @@ def need_of(tries: dict[str, int]) -> str:
 class Rollouts:
     """k tries of a model with tools and k without them, for a chunk of questions at a time."""
 
-    def __init__(self, pool: Path, backend: Any, options: argparse.Namespace):
+    def __init__(self, pool: Path, backend: Any, options: Construction):
         from .assemble import assemble
         from .config import parse
 
@@ -203,47 +203,78 @@ def guessed_need(question: dict) -> dict:
 
 # ---- the command
 
-OPTIONS: dict[str, tuple[Any, str]] = {  # default, whose type is the option's, and help
-    "out": ("", "folder of the data set; the same command goes on in it"),
-    "metadata": ("", "MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus"),
-    "counts": ("", "MetaCLIP's entry_counts_400m.json, entry to count"),
-    "search": ("live", "where pictures and pages come from: corpus:FILE.jsonl or live"),
-    "vision-model": (os.environ.get("OPENAI_MODEL", "gpt-4o"), "the model that judges and writes, by OPENAI_API_KEY"),
-    "budget": (0, "paid calls at most, searches and answers together; needed where any is paid"),
-    "concepts": (1000, "concepts to begin with, half of them familiar"),
-    "familiar": (0.95, "count from which an entry is familiar; up to 1 a quantile of all counts"),
-    "unfamiliar": (0.5, "count up to which an entry is unfamiliar; up to 1 a quantile"),
-    "per-concept": (1, "pictures of a concept at most"),
-    "min-side": (224, "pixels along the shorter side of a picture at least"),
-    "model": ("", "whose rollouts tell what needs a search, as for train.py"),
-    "recipe": ("", "whose limits the rollouts have, as for train.py"),
-    "tries": (8, "rollouts of a question with tools, and as many without"),
-    "train": (5000, "training questions"),
-    "test": (1800, "test questions"),
-    "required": (0.68, "share of the questions that need a search"),
-    "workers": (256, "calls in flight"),
-    "seconds": (240.0, "for an answer, all tries together"),
-    "seed": (0, "seeds every choice"),
-}
+
+@dataclass
+class Construction:
+    """The options."""
+
+    out: str = ""
+    """Folder of the data set; the same command goes on in it."""
+    metadata: str = ""
+    """MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus."""
+    counts: str = ""
+    """MetaCLIP's entry_counts_400m.json, entry to count."""
+    search: str = "live"
+    """Where pictures and pages come from: corpus:FILE.jsonl or live."""
+    vision_model: str = os.environ.get("OPENAI_MODEL", "gpt-4o")
+    """The model that judges and writes, by OPENAI_API_KEY; otherwise OPENAI_MODEL, or gpt-4o."""
+    budget: int = 0
+    """Paid calls at most, searches and answers together; needed where any is paid."""
+    concepts: int = 1000
+    """Concepts to begin with, half of them familiar (1000)."""
+    familiar: float = 0.95
+    """Count from which an entry is familiar; up to 1 a quantile of all counts (0.95)."""
+    unfamiliar: float = 0.5
+    """Count up to which an entry is unfamiliar; up to 1 a quantile (0.5)."""
+    per_concept: int = 1
+    """Pictures of a concept at most (1)."""
+    min_side: int = 224
+    """Pixels along the shorter side of a picture at least (224)."""
+    questions: tuple[str, ...] = ()
+    """Files of questions of others that join."""
+    rollouts: bool = True
+    """Try what needs a search; without, what is familiar counts as known."""
+    model: str = ""
+    """Whose rollouts tell what needs a search, as for train.py."""
+    recipe: str = ""
+    """Whose limits the rollouts have, as for train.py."""
+    tries: int = 8
+    """Rollouts of a question with tools, and as many without (8)."""
+    train: int = 5000
+    """Training questions (5000)."""
+    test: int = 1800
+    """Test questions (1800)."""
+    required: float = 0.68
+    """Share of the questions that need a search (0.68)."""
+    record: bool = False
+    """Search every picture once, so that training can replay it."""
+    workers: int = 256
+    """Calls in flight (256)."""
+    seconds: float = 240.0
+    """For an answer, all tries together (240)."""
+    seed: int = 0
+    """Seeds every choice."""
+    demo: bool = False
+    """A toy data set, off-line, by a scripted model; its defaults are others."""
 
 
-def options(argv: Sequence[str], defaults: Mapping[str, Any] = MappingProxyType({})) -> argparse.Namespace:
+DEMO = dict(
+    search="toy", concepts=600, familiar=4000, unfamiliar=1000, per_concept=8, min_side=56, vision_model="scripted",
+    train=400, test=100, required=0.5, recipe="toy", tries=4, workers=32, seconds=6.0, record=True,
+)  # fmt: skip
+LEAST = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1, "test": 0, "budget": 0, "min_side": 0}
+
+
+def options(argv: Sequence[str]) -> Construction:
+    """Exits with status 2 and one line where the command line is wrong."""
     parser = _Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, text) in OPTIONS.items():
-        default = defaults.get(name, default)
-        said = f"{text} ({default})" if default not in ("", 0) else text
-        metavar = type(default).__name__.upper()
-        parser.add_argument(f"--{name}", default=default, type=type(default), metavar=metavar, help=said)
-    parser.add_argument("--questions", nargs="*", default=[], metavar="FILE", help="questions of others that join")
-    switch = partial(parser.add_argument, action=argparse.BooleanOptionalAction)
-    switch("--rollouts", default=True, help="without: what is familiar counts as known")
-    switch("--record", default="record" in defaults, help="search every picture once, so that training can replay it")
-    parser.add_argument("--demo", action="store_true", help="a toy data set, off-line, by a scripted model")
-    o = parser.parse_args(argv)
-    least = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1}
-    for name in ("workers", "concepts", "per_concept", "tries", "train", "test", "budget", "min_side"):
-        if getattr(o, name) < least.get(name, 0):
-            parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give at least {least.get(name, 0)}")
+    names = [field.name for field in fields(Construction)]
+    add_options(parser, Construction, names)  # type: ignore[arg-type]  # it asks for fields alone
+    given = vars(parser.parse_args(argv))
+    o = Construction(**((DEMO if given.get("demo") else {}) | given))  # type: ignore[arg-type]
+    for name, least in LEAST.items():
+        if getattr(o, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give at least {least}")
     if not o.out or not 0 <= o.required <= 1:
         parser.error("--out DIR is missing" if not o.out else f"--required {o.required}: give a share from 0 to 1")
     return o
@@ -255,26 +286,19 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-DEMO = {
-    "search": "toy", "concepts": 600, "familiar": 4000, "unfamiliar": 1000, "per-concept": 8, "min-side": 56,
-    "vision-model": "scripted", "train": 400, "test": 100, "required": 0.5, "recipe": "toy", "tries": 4, "workers": 32,
-    "seconds": 6.0, "record": True,
-}  # fmt: skip
-
-
 def main(argv: Sequence[str]) -> int:
     try:
-        if "--demo" not in argv:
-            build(options(argv))
+        o = options(argv)
+        if not o.demo:
+            build(o)
             return 0
         from .construct_demo import ScriptedModel, ToyFinder, prepare
         from .toy import World
 
-        o = options(argv, DEMO)
         own_folder(o.out)
         world = World(o.seed)
         with ScriptedModel() as model:
-            prepare(o, world)
+            o.metadata, o.counts = prepare(Path(o.out) / "work", world)
             build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
         files = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet --search replay:{o.out}/searches.sqlite"
         print(f"python train.py --recipe toy --seed {o.seed} {files}")

@@ -6,7 +6,6 @@ JSON, names the concept, makes answers up, is busy, or says nothing until the ca
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -168,16 +167,14 @@ class ToyFinder:
         return self.web.image_search(image)
 
 
-def prepare(o: argparse.Namespace, world: toy.World) -> dict[str, int]:
-    """Write the toy world's metadata and counts as MetaCLIP's are written, and point the options at them."""
-    folder = Path(o.out) / "work"
+def prepare(folder: Path, world: toy.World) -> tuple[str, str]:
+    """The toy world's metadata and counts in files, written as MetaCLIP's are."""
     folder.mkdir(parents=True, exist_ok=True)
     pools = {"familiar": 5000, "unfamiliar": 1}
     counts = {c.name: pools[pool] + i % 40 for pool in pools for i, c in enumerate(world.of(pool))}
     counts |= {word: 5000 + i for i, word in enumerate(ABSTRACT)} | {"unheard": 0}
     entries = [*counts, *(name.upper() for name in list(counts)[:5])]
-    for option, value in (("metadata", entries), ("counts", counts)):
-        path = folder / f"toy-{option}.json"
-        path.write_text(json.dumps(value), encoding="utf-8")
-        setattr(o, option, str(path))
-    return counts
+    files = folder / "toy-metadata.json", folder / "toy-counts.json"
+    for file, value in zip(files, (entries, counts)):
+        file.write_text(json.dumps(value), encoding="utf-8")
+    return str(files[0]), str(files[1])

@@ -141,29 +141,23 @@ class _Run:
     def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Kept):
         self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
         self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
-        self.running = self.failed_in_a_row = 0
+        self.failed_in_a_row = 0
         self.error: BaseException | None = None
 
     def go(self, workers: int) -> None:
         left = sum(1 for _ in self._left())
         self.waiting = self._left()
         with tqdm(total=left, desc=self.name, unit="item", disable=None if left else True) as self.bar:
+            crew = [threading.Thread(target=self._work, daemon=True) for _ in range(min(workers, left))]
             try:
-                for _ in range(min(workers, left)):
-                    with self.lock:
-                        self.running += 1
-                    threading.Thread(target=self._work, daemon=True).start()
-                self._wait()
+                for worker in crew:
+                    worker.start()
+                _wait(crew)
             finally:
                 self.stopped.set()  # Ctrl-C: what is under way is recorded, nothing new begun
-                self._wait()
+                _wait(crew)
         if self.error is not None:
             raise self.error
-
-    def _wait(self) -> None:
-        """Not by `join`: Python 3.11 takes a thread for ended when Ctrl-C comes while it is waited for."""
-        while self.running:
-            time.sleep(0.02)
 
     def keyed(self) -> Iterator[tuple[str, dict]]:
         return ((key_of(self.settings, item), item) for item in self.items)
@@ -183,9 +177,6 @@ class _Run:
                     self.bar.update()
         except BaseException as error:  # a mistake of ours or of the user's: it must end the run, not a thread
             self._stop(error)
-        finally:
-            with self.lock:
-                self.running -= 1
 
     def _settle(self, key: str, item: dict) -> None:
         reasons: Counter = Counter()
@@ -214,6 +205,12 @@ class _Run:
     def _stop(self, error: BaseException) -> None:
         self.error = self.error or error
         self.stopped.set()
+
+
+def _wait(crew: list[threading.Thread]) -> None:
+    """Not by `join`: Python 3.11 takes a thread for ended when Ctrl-C comes while it is waited for."""
+    while any(worker.is_alive() for worker in crew):
+        time.sleep(0.02)
 
 
 class Lines:
