@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.cache import Cached, Replayed  # noqa: E402
 from mmsr.episode import Hit, Observation  # noqa: E402
-from mmsr.store import Store  # noqa: E402
+from mmsr.store import Budget, Store  # noqa: E402
 from mmsr.tools import ToolFailure  # noqa: E402
 
 PROCESSES, DEADLINE = 8, 600
@@ -62,7 +62,7 @@ def worker(folder: Path, seed: float, things: int, total: int) -> None:
     random.seed(seed)
     notes = os.open(folder / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     store = Store(folder / "cache.sqlite")
-    engine = Cached(Engine(store.budget("storm", total), notes), store)
+    engine = Cached(Engine(Budget(store, "storm", total), notes), store)
     while True:
         name, start = f"{random.choice(['text', 'image'])} {random.randrange(things // 2)}", time.perf_counter()
         try:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
-from .backends import Search, Spending, open_backend
+from .backends import Search, open_backend
 from .chat import ANSWER, PROMPTS, Chat
 from .config import AnyOptions, Config, EvalConfig, Options
 from .data import read_examples
@@ -28,6 +28,7 @@ from .pictures import decode
 from .recorded import demonstrations, recorded_turns
 from .reward import RewardRule, answer_score, score
 from .rollout import Limits, Rollout, Scripts
+from .store import Budget
 from .tools import Toolbox, more_tools, search_tools
 from .vision import image_tokens
 
@@ -46,7 +47,7 @@ class Setup(Generic[AnyOptions]):
     model: modeling.Qwen2_5_VL  # sharded over the ranks
     chat: Chat
     toolbox: Toolbox
-    spending: Spending | None  # where searches cost money
+    spending: Budget | None  # where searches cost money
     scripts: Scripts | None  # model turns to force in training
     teacher: Teacher | None = None  # who writes them, where somebody does
     world: toy.World | None = None  # where anything of the run is the toy world's

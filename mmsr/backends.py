@@ -9,59 +9,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable
+from typing import Iterable
 
+from .cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
 from .config import Options
 from .episode import Example, UserError
+from .store import Budget, Store
 from .tools import Backend, NoSearch
-
-if TYPE_CHECKING:
-    from .store import Budget
 
 KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
 
 PATIENCE = 360.0  # seconds that a search waits for the same one under way: more than `web.LONGEST`
-
-
-class Spending:
-    """A run's budget of paid calls, in a file that its processes share: see `store.Budget`.
-
-    The file is made when the first call is to be paid: a run that is refused before it starts leaves none.
-    """
-
-    def __init__(self, file: Path | None, total: int, per_step: int):
-        self.file, self.total, self.per_step, self.step = file, total, per_step, ""
-        self.budget: Budget | None = None
-        self.lock = threading.Lock()
-
-    def begin_step(self, step: str) -> None:
-        """What is spent from now on belongs to this step."""
-        self.step = step
-        if self.budget:
-            self.budget.begin_step(step)
-
-    def spend(self, provider: str) -> None:
-        """Reserve one call. Raises ToolFailure("budget") where none is left."""
-        self._open().spend(provider)
-
-    @property
-    def spent(self) -> dict[str, int]:
-        """Paid calls by provider, of all processes and from before a resume; none where nobody has paid."""
-        paid = self.budget or self.file and self.file.exists()
-        return self._open().spent if paid else {}
-
-    def _open(self) -> Budget:
-        from .store import Store
-
-        with self.lock:
-            if not self.budget:
-                self.budget = Store(self.file).budget("run", self.total, self.per_step)
-                self.budget.begin_step(self.step)
-            return self.budget
 
 
 @dataclass
@@ -69,7 +30,7 @@ class Search:
     """An opened search engine, and what it may spend where it can spend anything."""
 
     backend: Backend
-    spending: Spending | None = None
+    spending: Budget | None = None
 
 
 def open_backend(
@@ -122,7 +83,7 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
 
     if not options.budget:
         raise UserError("--search live: every search costs money; give --budget N, the paid calls that it may make")
-    spending, form = Spending(ledger, options.budget, options.step_budget), options.image_results
+    spending, form = Budget(ledger, "run", options.budget, options.step_budget), options.image_results
     pictures = options.max_images > 0 and not addressed
     live = Live.from_environment(form, options.results, spending.spend, pictures)
     summary = form == "summary"
@@ -130,9 +91,6 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
 
 
 def _recorded(backend: Backend, options: Options, form: str, by_question: bool = False) -> Backend:
-    from .cache import Cached
-    from .store import Store
-
     folder = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
     path = Path(options.search_cache or folder / "search.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +98,6 @@ def _recorded(backend: Backend, options: Options, form: str, by_question: bool =
 
 
 def _replay(options: Options, file: str, examples: Iterable[Example], quiet: bool) -> Backend:
-    from .cache import Replayed
-    from .store import Store
-
     if file == "fvqa":
         how = "python search.py cache import FILE.pkl --data FILE.parquet --out FILE"
         raise UserError(f"--search replay:fvqa knows a data set's pictures only; to search by hand: {how}")
@@ -155,34 +110,34 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
     return Replayed(store, options.on_miss)
 
 
-def import_searches(store, file: str | Path, examples: Iterable[Example]) -> str:
+def import_searches(store: Store, file: str | Path, examples: Iterable[Example]) -> str:
     """Record the searches of any file that has some, and say what was in it. Raises UserError.
 
     A .pkl is FVQA's published image-search results, a .jsonl recorded conversations or exported searches, and anything
     else another store. Conversations and published results are joined by id to the pictures of `examples`.
     """
-    from . import cache
-
     if str(file).endswith(".pkl"):
         from . import hub
 
         results = hub.search_results(file)
         hits = [hit for seen in results.values() for hit in seen.hits]
-        new = cache.import_results(store, hub.by_picture(results, examples))
+        new = import_results(store, results, examples)
         bare = sum(hit.image is None for hit in hits)
         thumbnails = f"{bare} of their {len(hits)} hits have no thumbnail (addresses are not followed)"
         return f"image searches of {len(results)} questions, {new} of them new here; {thumbnails}"
     if not str(file).endswith(".jsonl"):
-        return f"{cache.merge(store, file)} new searches"
-    read = cache.import_transcripts if _conversations(file) else None
-    new = read(store, file, examples) if read else cache.import_jsonl(store, file)
+        new = merge(store, file)
+    elif _exported(file):
+        new = import_jsonl(store, file)
+    else:
+        new = import_transcripts(store, file, examples)
     return f"{new} new searches"
 
 
-def _conversations(file: str | Path) -> bool:
-    """Whether the first line is of a conversation. What is no line at all is left to the reader to refuse."""
+def _exported(file: str | Path) -> bool:
+    """Whether the first line is an exported search. What is no line at all is left to the reader to refuse."""
     try:
         with open(file, "rb") as lines:
-            return "tool" not in json.loads(lines.readline())
+            return "tool" in json.loads(lines.readline())
     except (OSError, ValueError, TypeError):
-        return True
+        return False

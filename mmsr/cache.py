@@ -14,7 +14,7 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -147,10 +147,10 @@ def import_transcripts(store: Store, path: str | Path, examples: Iterable[Exampl
     return store.add(searches())
 
 
-def import_results(store: Store, results: Iterable[tuple[bytes, Observation]], form: str = "") -> int:
-    """Record image searches, each a picture and what was found for it; how many were new."""
+def import_results(store: Store, results: Mapping[str, Observation], examples: Iterable[Example]) -> int:
+    """Record image searches by the pictures of the examples whose ids they carry; how many were new."""
     now = time.time()
-    return store.add((image_key(image, form), seen, now) for image, seen in results)
+    return store.add((image_key(e.image), results[e.id], now) for e in examples if e.id in results)
 
 
 def merge(store: Store, path: str | Path) -> int:

@@ -34,7 +34,7 @@ from .files import json_file
 from .finders import open_finder
 from .kept import Kept
 from .likeness import distinct
-from .store import Store
+from .store import Budget, Store
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
 from .web import Service
 
@@ -55,7 +55,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
     with alone(folder), ExitStack() as stack:
         store = Store(folder / "searches.sqlite")
         stack.callback(store.close)
-        budget = store.budget("construct", o.budget)
+        budget = Budget(store, "construct", o.budget)
         client = Idempotent()
         finder = finder or open_finder(o.search, budget.spend, client)
         drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)

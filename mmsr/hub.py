@@ -6,11 +6,11 @@ import re
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any
 
 from PIL import Image
 
-from .episode import Example, Hit, Observation, UserError
+from .episode import Hit, Observation, UserError
 from .model import fetched
 from .pickles import Inert, read_plain
 
@@ -46,11 +46,6 @@ def search_results(path: Path | str) -> dict[str, Observation]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"[:100]
         raise UserError(f"{path}: not FVQA's image-search results ({what}); give another --search") from None
-
-
-def by_picture(results: Mapping[str, Observation], examples: Iterable[Example]) -> Iterator[tuple[bytes, Observation]]:
-    """`results` by the picture files of the examples whose ids they carry."""
-    return ((example.image, results[example.id]) for example in examples if example.id in results)
 
 
 def _observation(entry: dict[str, Any]) -> Observation:

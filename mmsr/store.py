@@ -253,10 +253,6 @@ class Store:
         sql = "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
         db.executemany(sql, [(*name, n) for name, n in counts.items()])
 
-    def budget(self, run: str, total: int, per_step: int = 0) -> Budget:
-        """The paid calls of a run: at most `total`, and in a step at most `per_step` unless that is 0."""
-        return Budget(self, run, total, per_step)
-
     def spent(self, run: str) -> dict[str, int]:
         """Paid calls of a run, by provider."""
         return dict(self._db.execute("SELECT provider, SUM(n) FROM spend WHERE run=? GROUP BY 1 ORDER BY 1", [run]))
@@ -377,11 +373,17 @@ class Store:
 
 
 class Budget:
-    """Paid calls, each reserved in the file before it is made: a crash may waste one, nothing can overspend."""
+    """The paid calls of a run: at most `total`, and in a step at most `per_step` unless that is 0.
 
-    def __init__(self, store: Store, run: str, total: int, per_step: int = 0):
-        self.store, self.run, self.total, self.per_step = store, run, total, per_step
+    Each is reserved in a store before it is made, so that a crash may waste one and nothing can overspend.
+    `ledger` is the store, or its file, which is made when the first call is to be paid: a run that is refused before it
+    starts leaves none. None: a private one.
+    """
+
+    def __init__(self, ledger: Store | Path | None, run: str, total: int, per_step: int = 0):
+        self.ledger, self.run, self.total, self.per_step = ledger, run, total, per_step
         self.step: str | int = 0
+        self._lock = threading.Lock()
 
     def begin_step(self, step: str | int) -> None:
         """What is spent from now on belongs to this step."""
@@ -390,16 +392,23 @@ class Budget:
     def spend(self, provider: str) -> None:
         """Reserve one call. ToolFailure("budget") where none is left, or where the file cannot be written."""
         try:
-            self.store._write(self._reserve, provider)
+            self._store()._write(self._reserve, provider)
         except sqlite3.Error as error:
-            raise ToolFailure("budget", f"cannot be kept in {self.store.path} ({error})") from None
+            raise ToolFailure("budget", f"cannot be kept in {self._store().path} ({error})") from None
 
     @property
     def spent(self) -> dict[str, int]:
-        """Paid calls so far, by provider, of all processes; none where the file cannot be read."""
-        with suppress(sqlite3.Error):
-            return self.store.spent(self.run)
+        """Paid calls by provider, of all processes and from before a resume; none where there is no file to read."""
+        if isinstance(self.ledger, Store) or self.ledger and self.ledger.exists():
+            with suppress(sqlite3.Error):
+                return self._store().spent(self.run)
         return {}
+
+    def _store(self) -> Store:
+        with self._lock:
+            if not isinstance(self.ledger, Store):
+                self.ledger = Store(self.ledger)
+            return self.ledger
 
     def _reserve(self, db: sqlite3.Connection, provider: str) -> None:
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"

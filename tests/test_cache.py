@@ -331,8 +331,9 @@ def test_results_go_out_and_come_back_whole(tmp_path, store):
 
 
 def test_image_results_of_another_reader(store):
-    results = [(b"a", page(1, image=b"thumb")), (b"b", Observation(source="fvqa")), (b"a", page(2))]
-    assert import_results(store, iter(results)) == 2 and import_results(store, results) == 0
+    results = {"1": page(1, image=b"thumb"), "2": Observation(source="fvqa"), "3": page(2)}
+    examples = [Example(name, image, "?", ()) for name, image in (("1", b"a"), ("2", b"b"), ("3", b"a"), ("4", b"d"))]
+    assert import_results(store, results, examples) == 2 and import_results(store, results, examples) == 0
     assert Replayed(store).image_search(b"a", "?").hits == page(1, image=b"thumb").hits
     assert Replayed(store).image_search(b"b", "?").hits == ()
 

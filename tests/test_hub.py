@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,8 +16,10 @@ from test_train import arguments, run
 
 from mmsr import hub
 from mmsr.assemble import assemble
+from mmsr.cache import import_results
 from mmsr.config import parse
 from mmsr.episode import Example, Hit, UserError
+from mmsr.store import Store, image_key
 from mmsr.tools import Call
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +91,10 @@ def test_a_pickle_of_something_else(tmp_path, value):
 
 def test_results_are_joined_by_id_with_the_pictures(tmp_path):
     examples = [Example(f"made_{i}", picture(i), "?", ("a",)) for i in range(4)]
-    found = dict(hub.by_picture(hub.search_results(written(tmp_path, RESULTS)), examples))
-    assert [hit.title for hit in found[picture(0)].hits][:1] == ["A bridge"]
-    assert found[picture(2)].source == "fvqa" and picture(3) not in found
+    with closing(Store(None)) as store:
+        assert import_results(store, hub.search_results(written(tmp_path, RESULTS)), examples) == 3
+        found = [store.get(image_key(picture(i))) for i in range(4)]
+    assert found[0].hits[0].title == "A bridge" and found[2].source == "fvqa" and found[3] is None
 
 
 # ---- the hub

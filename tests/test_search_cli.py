@@ -19,11 +19,11 @@ from helpers import picture_bytes
 from test_index import PAGES, corpus, write_lines
 
 import search
-from mmsr.backends import Search, Spending, open_backend
+from mmsr.backends import Search, open_backend
 from mmsr.config import Options
 from mmsr.episode import Example, Hit, Observation, UserError
 from mmsr.index import Local
-from mmsr.store import Store, text_key
+from mmsr.store import Budget, Store, text_key
 from mmsr.tools import Call, ToolFailure, search_tools
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +146,7 @@ def test_a_page_steers_the_terminal(monkeypatch, capsys):
         ("index --out {folder}/i", "nothing to index: give --images DIR"),
         ("index --out {folder}/i --images {folder}", "--images and --titles go together"),
         ("index --out {folder}/i --titles {folder}/pages.jsonl", "--images and --titles go together"),
-        ("index --out {folder}/i --pages {folder}/nothing", "cannot be read (No such file"),
+        ("index --out {folder}/i --pages {folder}/nothing", "nothing: no such file; check the path"),
         ("index --out {folder}/i --pages {folder}/empty", "nothing could be indexed"),
         ("index --out {folder}/no/i --pages {folder}/pages.jsonl", "there is no folder"),
         ("index --out {folder} --pages {folder}/pages.jsonl", "is a folder"),
@@ -286,7 +286,7 @@ def test_serper_alone_is_refused_though_the_pictures_have_addresses(monkeypatch,
 
 
 def test_a_run_that_never_pays_leaves_a_ledger_and_one_that_pays_is_not_stopped(tmp_path):
-    spending = Spending(tmp_path / "spent.sqlite", total=3, per_step=2)
+    spending = Budget(tmp_path / "spent.sqlite", "run", total=3, per_step=2)
     spending.begin_step("step 1")
     assert spending.spent == {} and not list(tmp_path.iterdir())
     spending.spend("serpapi"), spending.spend("openai")
@@ -298,7 +298,7 @@ def test_a_run_that_never_pays_leaves_a_ledger_and_one_that_pays_is_not_stopped(
     with pytest.raises(ToolFailure, match="budget"):
         spending.spend("serpapi")
     assert spending.spent == {"openai": 1, "serpapi": 2}
-    another = Spending(tmp_path / "spent.sqlite", 3, 2)
+    another = Budget(tmp_path / "spent.sqlite", "run", 3, 2)
     assert another.spent == spending.spent, "what other ranks paid, or this run before a resume, is not shown"
 
 

@@ -184,7 +184,7 @@ def test_counts_survive_and_do_not_cost_a_write_each(tmp_path, monkeypatch):
 def test_stats_tell_rows_by_tool_and_source_and_spend_by_run(tmp_path):
     with closing(Store(filled(tmp_path / "s.sqlite", 3))) as store:
         store.put(image_key(b"p"), Observation(source="lens"))
-        store.budget("a", 9).spend("serpapi")
+        Budget(store, "a", 9).spend("serpapi")
         told = store.stats()
     assert told["results"] == {"image_search": {"lens": 1}, "text_search": {"made": 3}}
     assert told["spent"] == {"a": {"serpapi": 1}} and told["bytes"] > 4096
@@ -312,7 +312,7 @@ BUDGET = 12
 
 def pay(path: Path, paid: Path, threads: int, together) -> None:
     """Threads that pay until the budget is gone."""
-    budget = Store(path).budget("run", BUDGET)
+    budget = Budget(Store(path), "run", BUDGET)
 
     def caller():
         together.wait(DEADLINE)
@@ -342,7 +342,7 @@ def test_16_callers_in_4_processes_stay_within_the_budget(tmp_path, monkeypatch,
         mine.paid = True
         between.wait(DEADLINE)  # what contention does now and then
         sql = "INSERT INTO spend VALUES ('run', 0, ?, 1) ON CONFLICT DO UPDATE SET n = n + 1"
-        self.store._write(lambda db: db.execute(sql, [provider]))
+        self._store()._write(lambda db: db.execute(sql, [provider]))
 
     if not guarded:
         monkeypatch.setattr(Budget, "spend", read_then_write)
@@ -372,7 +372,7 @@ def test_a_killed_process_wastes_at_most_the_calls_it_was_at_and_overspends_none
 
 def test_runs_steps_and_providers_are_counted_apart(tmp_path):
     with closing(Store(tmp_path / "s.sqlite")) as store:
-        budget = store.budget("run", total=5, per_step=2)
+        budget = Budget(store, "run", total=5, per_step=2)
         for step, more in ((1, 2), (2, 2), (3, 1)):
             budget.begin_step(step)
             for number in range(more):
@@ -381,10 +381,10 @@ def test_runs_steps_and_providers_are_counted_apart(tmp_path):
                 budget.spend("serpapi")
         assert budget.spent == {"serpapi": 3, "jina": 2} and list(budget.spent) == ["jina", "serpapi"]
         with pytest.raises(ToolFailure, match="budget"):
-            store.budget("run", total=5).spend("serpapi")
-        store.budget("another", total=1).spend("serpapi")
+            Budget(store, "run", total=5).spend("serpapi")
+        Budget(store, "another", total=1).spend("serpapi")
         with pytest.raises(ToolFailure):
-            store.budget("none", total=0).spend("serpapi")
+            Budget(store, "none", total=0).spend("serpapi")
 
 
 # Faults: row 15.
@@ -495,7 +495,7 @@ def test_a_damaged_file_is_moved_aside_and_what_it_holds_is_kept(tmp_path):
     path = filled(tmp_path / "s.sqlite", 400)
     with closing(Store(path)) as store:
         for _ in range(5):
-            store.budget("run", 9).spend("serpapi")
+            Budget(store, "run", 9).spend("serpapi")
     data = bytearray(path.read_bytes())
     middle = len(data) // 2 // 4096 * 4096
     data[middle : middle + 8192] = bytes(8192)
@@ -568,7 +568,7 @@ def record_in_vain(path: Path, there: bool = True) -> None:
             assert not store.put(text_key(f"new {number}"), found(number))
             store.count("hits", "text_search")
         with pytest.raises(ToolFailure, match="budget: cannot be kept"):
-            store.budget("run", 9).spend("serpapi")
+            Budget(store, "run", 9).spend("serpapi")
         assert same(store.once(text_key("new"), lambda: found(5), 1), found(5))
         store.close()
     assert len(told) == 1 and "the run goes on" in str(told[0].message)

@@ -13,7 +13,7 @@ from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset
 from mmsr.cache import Cached
 from mmsr.client import Client
 from mmsr.episode import Hit, Observation, UserError
-from mmsr.store import Store
+from mmsr.store import Budget, Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
 from mmsr.web import Live, Remote, passages
 
@@ -184,7 +184,7 @@ def test_no_further_pages_are_begun_when_the_time_for_them_is_over(web):
 def test_recorded_searches_are_not_paid_for_again_and_failures_not_recorded(web, tmp_path):
     """Rows 12 and 13 as the pieces are put together in a run."""
     with closing(Store(tmp_path / "cache.db")) as store:
-        budget = store.budget("run", 2)
+        budget = Budget(store, "run", 2)
         environ = web.environ("serpapi")
         engine = Cached(
             Live.from_environment(environ=environ, client=quick(), spend=budget.spend), store, "thumbnails/5"
