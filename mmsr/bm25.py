@@ -1,4 +1,4 @@
-"""BM25 over a handful of documents in memory (Robertson and Zaragoza, 2009), for where there is no index.
+"""BM25 over a handful of documents in memory (Robertson and Zaragoza, 2009), and the words to ask SQLite's for.
 
 A token is a word of any script, case-folded; of scripts that are written without blanks, a character.
 """
@@ -13,6 +13,8 @@ from typing import Sequence
 
 K1, B = 1.5, 0.75  # how soon repetition stops counting, how much length is held against a document
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and ideographs
+QUERY_WORDS = 64
+COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
 TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
@@ -34,3 +36,10 @@ def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
             scores[index] += rarity * times * (K1 + 1) / (times + K1 * (1 - B + B * lengths[index] / mean))
     found = [(index, score) for index, score in enumerate(scores) if score > 0]
     return sorted(found, key=lambda pair: -pair[1])
+
+
+def sqlite_query(text: str) -> str:
+    """An FTS5 query for any of the words of a text; empty where it has none. Whatever the text, it is only words."""
+    words = list(dict.fromkeys(re.findall(r"\w+", text.casefold())))
+    telling = [word for word in words if word not in COMMON] or words
+    return " OR ".join(f'"{word}"' for word in telling[:QUERY_WORDS])

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from . import bm25
 from .episode import Example, Hit, Observation, UserError
 from .files import beside, lines
-from .store import Key, Record, Store, demand, digest, image_key, observation, plain, refuse_pickle, storable, text_key
+from .store import Key, Record, Store, demand, image_key, observation, plain, refuse_pickle, sha256, storable, text_key
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
 NEAREST = 5  # pages
-WORDS = 64  # of a query that are looked for
 
 
 class Cached:
@@ -78,18 +76,18 @@ class Replayed:
     - "empty": an honest observation of nothing;
     - "nearest": the nearest of all recorded pages, by BM25, for a text search; nothing for a picture.
 
-    With `form` None a result of any form will do, one for the same question first.
+    A result of any form will do, one for the same question first.
     """
 
-    def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error", form: str | None = None):
-        self.store, self.miss, self.form = store, miss, form
+    def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error"):
+        self.store, self.miss = store, miss
         self.pages = _Pages(store) if miss == "nearest" else None
 
     def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
-        return self._answer(image_key(image, self.form, question), f"picture {digest(image)[:12]}…")
+        return self._answer(image_key(image, None, question), f"picture {sha256(image)[:12]}…")
 
     def text_search(self, query: str) -> Observation:
-        return self._answer(text_key(query, self.form), f"query {query!r:.80}", query)
+        return self._answer(text_key(query, None), f"query {query!r:.80}", query)
 
     def _answer(self, key: Key, what: str, query: str = "") -> Observation:
         seen = self.store.get(key)
@@ -116,8 +114,7 @@ class _Pages:
 
     def nearest(self, query: str) -> tuple[Hit, ...]:
         """The best pages for any of the query's words, with BM25 as score."""
-        words = islice(dict.fromkeys(re.findall(r"[^\W_]+", query.casefold())), WORDS)
-        match = " OR ".join(f'"{word}"' for word in words)  # in quotes, so that none is an operator
+        match = bm25.sqlite_query(query)
         sql = "SELECT title, url, text, -rank FROM pages WHERE pages MATCH ? ORDER BY rank, rowid LIMIT ?"
         with self.lock:
             rows = self.db.execute(sql, [match, NEAREST]).fetchall() if match else []

@@ -24,6 +24,7 @@ from urllib.parse import urljoin, urlsplit
 
 import PIL.Image
 
+from .kept import key_of
 from .pictures import FORMATS
 from .tools import ToolFailure
 from .wire import Answer, Unsent, exchange, failure, keep_secret, public_authorities, require_public
@@ -93,19 +94,19 @@ class Client:
 
         return self._persist(provider, attempt, seconds, tries, spend)
 
-    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2, limit: int = BODY_BYTES) -> Answer:
+    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2) -> Answer:
         """What is at a stranger's address (http or https), redirects followed. Raises ToolFailure, "blocked" for an
         address that is, or leads to, anything but a public one."""
-        return self._persist("", lambda share: self._follow(url, share, limit), seconds, tries, None)
+        return self._persist("", lambda share: self._follow(url, share), seconds, tries, None)
 
-    def _follow(self, url: str, seconds: float, limit: int) -> Answer | ToolFailure:
+    def _follow(self, url: str, seconds: float) -> Answer | ToolFailure:
         end, location = time.monotonic() + seconds, url
         for _ in range(HOPS + 1):
             url = web_address(location, url)
             if not url:
                 return failure("blocked", f"not a plain http or https address: {location!s:.100}")
             answer = exchange(
-                "GET", url, seconds=end - time.monotonic(), limit=limit, tls=self.tls, resolve=self.resolve,
+                "GET", url, seconds=end - time.monotonic(), limit=BODY_BYTES, tls=self.tls, resolve=self.resolve,
                 check=require_public,
             )  # fmt: skip
             if not isinstance(answer, Answer) or answer.status not in (301, 302, 303, 307, 308):
@@ -246,7 +247,8 @@ def picture_part(data: bytes) -> dict[str, Any]:
 class ChatServer:
     """A model behind any OpenAI-compatible server. Safe in any number of threads.
 
-    `base_url` may end in /v1 or not. Without a `key` nothing is sent, and nothing is paid: `spend` is then not called.
+    `base_url` may end in /v1 or not. Without a `key` none is sent and nothing is paid: `spend` is then not called.
+    A request that is sent twice bears the same Idempotency-Key: servers that heed it charge once.
     """
 
     def __init__(
@@ -265,17 +267,15 @@ class ChatServer:
         self.provider = provider or urlsplit(base_url).netloc
         self.foreign: frozenset[str] = frozenset()  # fields that this server has refused
 
-    def complete(
-        self, messages: Sequence[dict], max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> str:
+    def complete(self, messages: Sequence[dict], max_tokens: int) -> str:
         """The answer's text, the model's thoughts taken out. Raises ToolFailure, "format" where no answer is left."""
         body = {
             "model": self.model,
             "messages": list(messages),
             "max_tokens": max_tokens,
-            "temperature": temperature,
+            "temperature": 0.0,
             "chat_template_kwargs": {"enable_thinking": False},
-        } | ({} if seed is None else {"seed": seed})
+        }
         reply = self._ask(body).json()
         try:
             text = reply["choices"][0]["message"]["content"]
@@ -290,11 +290,12 @@ class ChatServer:
 
     def _ask(self, body: dict[str, Any]) -> Answer:
         """Post; a field that the server says it does not know is left out from then on, or renamed."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        authorization = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         while True:
             wanted = {name: value for name, value in body.items() if name not in self.foreign}
             if "max_tokens" in self.foreign:
                 wanted["max_completion_tokens"] = body["max_tokens"]
+            headers = authorization | {"Idempotency-Key": key_of(self.url, wanted)}
             try:
                 return self.client.request(
                     self.provider, "POST", self.url, headers=headers, json=wanted, seconds=self.seconds, tries=3,
@@ -302,7 +303,7 @@ class ChatServer:
                 )  # fmt: skip
             except ToolFailure as error:
                 refused = error
-            optional = ("chat_template_kwargs", "max_tokens", "temperature", "seed")
+            optional = ("chat_template_kwargs", "max_tokens", "temperature")
             unknown = re.search(r"unrecogni[sz]ed|unsupported|unknown|extra (inputs|fields)", refused.message, re.I)
             named = {name for name in optional if name in wanted and re.search(rf"\b{name}\b", refused.message)}
             if refused.kind != "status" or not unknown or not named:

@@ -24,12 +24,12 @@ from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
 
 from .author import Shelf, Stages, external
 from .cache import Cached
-from .client import ChatServer
+from .client import ChatServer, Client
 from .config import add_options
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
-from .factory import Again, Calls, Factory, Idempotent, Lines, alone, write_lines
+from .factory import Calls, Factory, Lines, alone, write_lines
 from .files import json_file
 from .finders import open_finder
 from .kept import Kept
@@ -56,7 +56,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
         store = Store(folder / "searches.sqlite")
         stack.callback(store.close)
         budget = Budget(store, "construct", o.budget)
-        client = Idempotent()
+        client = Client()
         finder = finder or open_finder(o.search, budget.spend, client)
         drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
         paid = budget.spend if service.key else None
@@ -104,8 +104,9 @@ def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: Construction) -> 
     pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])
     single = write_lines(factory.folder / "distinct.jsonl", distinct(pictures))
     questions = factory.stage("questions", single, stages.question, told)
-    others = write_lines(factory.folder / "external.jsonl", external(o.questions, stages.shelf))
-    return factory.stage("groups", Again(lambda: chain(questions, others)), stages.group, told)
+    others = external(o.questions, stages.shelf)
+    joined = write_lines(factory.folder / "work" / "joined.jsonl", chain(questions, others))
+    return factory.stage("groups", joined, stages.group, told)
 
 
 def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: Construction) -> Iterable[dict]:
@@ -116,7 +117,8 @@ def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: Co
     write_parquet(pool, questions, shelf)
     rollouts = Rollouts(pool, backend, o)
     settings = [o.model, str(rollouts.setup.folder), o.recipe, o.tries, o.seed]
-    return factory.stage("needs", Again(lambda: chunks(questions)), rollouts, settings, workers=1)
+    chunked = write_lines(factory.folder / "work" / "chunked.jsonl", chunks(questions))
+    return factory.stage("needs", chunked, rollouts, settings, workers=1)
 
 
 def _concept_files(o: Construction, finder: Any) -> tuple[Any, Any]:

@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
+from . import pictures
 from .episode import Example, UserError
 from .files import json_file
 from .tables import Table, open_table
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "data:image/")  # how the four formats begin in base64
 
@@ -215,7 +215,7 @@ class Dataset(Sequence):
         """The row's encoded picture, checked."""
         picture = self._bytes(row, self.table.picture(row, self.layout.image))
         try:
-            with Image.open(BytesIO(picture), formats=IMAGE_FORMATS) as image:
+            with Image.open(BytesIO(picture), formats=pictures.FORMATS) as image:
                 image.verify()
         except Exception as error:  # Pillow raises a dozen types on a broken file
             why = str(error) if isinstance(error, Image.DecompressionBombError) else "cannot be decoded"

@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
-from .client import FATAL, ChatServer, Client
+from .client import FATAL, ChatServer
 from .episode import UserError
 from .files import write_whole
 from .kept import Kept, key_of
@@ -43,14 +43,6 @@ class LeftOut(Exception):
     """An item, or a part of one, is of no use; says why."""
 
 
-class Idempotent(Client):
-    """A client whose JSON calls bear the digest of their body: servers that heed it charge once for one sent twice."""
-
-    def request(self, *where: str, headers: dict | None = None, **content: Any):
-        key = {"Idempotency-Key": key_of(where, content["json"])} if "json" in content else {}
-        return super().request(*where, headers=(headers or {}) | key, **content)
-
-
 class Calls:
     """A chat server that is asked nothing twice: every answer is kept before anybody sees it."""
 
@@ -58,9 +50,9 @@ class Calls:
         self.server, self.kept = server, kept
         self._lock, self._flights = threading.Lock(), {}
 
-    def complete(self, messages: list[dict], max_tokens: int, temperature: float = 0.0) -> str:
+    def complete(self, messages: list[dict], max_tokens: int) -> str:
         """As `ChatServer.complete`; where the server is busy or given a rest, waits up to `PATIENCE` seconds."""
-        key = key_of(self.server.model, messages, max_tokens, temperature)
+        key = key_of(self.server.model, messages, max_tokens)
         with self._lock:
             if found := self.kept.get(key):
                 return found["answer"]
@@ -69,7 +61,7 @@ class Calls:
                 flight = self._flights[key] = Future()
         if first:
             try:
-                answer = self._patiently(messages, max_tokens, temperature)
+                answer = self._patiently(messages, max_tokens)
                 self.kept.add(key, answer=answer)
                 flight.set_result(answer)
             except BaseException as error:
@@ -79,11 +71,11 @@ class Calls:
                     del self._flights[key]
         return flight.result()
 
-    def _patiently(self, *request: Any) -> str:
+    def _patiently(self, messages: list[dict], max_tokens: int) -> str:
         end = time.monotonic() + PATIENCE
         while True:
             try:
-                return self.server.complete(*request)
+                return self.server.complete(messages, max_tokens)
             except ToolFailure as refused:
                 if refused.kind not in ("breaker", "rate") or time.monotonic() > end:
                     raise
@@ -223,16 +215,6 @@ class Lines:
         with open(self.path, "rb") as file:
             for line in file:
                 yield json.loads(line)
-
-
-class Again:
-    """What can be gone through as often as `make` can be called."""
-
-    def __init__(self, make: Callable[[], Iterator[dict]]):
-        self.make = make
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.make()
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:

@@ -27,6 +27,7 @@ import numpy as np
 import PIL.Image
 from tqdm import tqdm
 
+from . import bm25
 from .encoders import Encoder, open_encoder
 from .episode import Hit, Observation, UserError
 from .files import json_object, lines
@@ -52,8 +53,6 @@ PICTURES_PER_BATCH, PAGES_PER_BATCH = 32, 500
 ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side at most: of what is encoded, and of what is shown
 THUMBNAIL_BYTES = 2**18
 PASSAGE = 800  # characters of a page that a search shows at most
-QUERY_WORDS = 64
-COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
 OPEN, CLOSE = "\x02", "\x03"  # around matched words; texts are stored without control characters
 
 
@@ -266,7 +265,7 @@ class Local:
 
     def text_search(self, query: str) -> Observation:
         """The pages that fit the words best, each with the passage around them. Scores are BM25, titles twice."""
-        words = match_expression(query)
+        words = bm25.sqlite_query(query)
         sql = """SELECT pages.title, url, highlight(words, 1, ?, ?), -rank
                  FROM words JOIN pages ON pages.id = words.rowid
                  WHERE words MATCH ? AND rank MATCH 'bm25(2.0, 1.0)' ORDER BY rank LIMIT ?"""
@@ -295,13 +294,6 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     if not sound:
         raise ValueError("a vector is not finite")
     return ids, vectors
-
-
-def match_expression(query: str) -> str:
-    """An FTS5 query for any of the words of a text; empty where it has none. Whatever the text, it is only words."""
-    words = list(dict.fromkeys(re.findall(r"\w+", query.casefold())))
-    telling = [word for word in words if word not in COMMON] or words
-    return " OR ".join(f'"{word}"' for word in telling[:QUERY_WORDS])
 
 
 def passage(marked: str, limit: int = PASSAGE) -> str:

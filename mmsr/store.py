@@ -74,7 +74,7 @@ def text_key(query: str, form: str | None = "") -> Key:
 
 
 def image_key(image: bytes, form: str | None = "", question: str = "") -> Key:
-    return Key(IMAGE_SEARCH, digest(image), form, question and digest(storable(question).encode())[:16])
+    return Key(IMAGE_SEARCH, sha256(image), form, question and sha256(storable(question).encode())[:16])
 
 
 class Store:
@@ -150,9 +150,9 @@ class Store:
 
     def _row(self, key: Key, seen: Observation, when: float) -> tuple[tuple, dict[str, bytes]] | None:
         """A result's row and its thumbnails by digest. What could not be read back is not written."""
-        thumbnails = {digest(hit.image): hit.image for hit in seen.hits if isinstance(hit.image, bytes)}
+        thumbnails = {sha256(hit.image): hit.image for hit in seen.hits if isinstance(hit.image, bytes)}
         try:
-            payload = json.dumps(plain(seen, digest), default=float)
+            payload = json.dumps(plain(seen, sha256), default=float)
             observation(json.loads(payload), thumbnails.get)
         except (ValueError, TypeError):
             self.count("unstorable", key.tool)
@@ -184,7 +184,7 @@ class Store:
     def _thumbnail(self, name: str, tool: str) -> bytes | None:
         with suppress(sqlite3.Error):
             found = self._db.execute("SELECT image FROM thumbnails WHERE digest=?", [storable(name)]).fetchone()
-            if found and isinstance(found[0], bytes) and digest(found[0]) == name:
+            if found and isinstance(found[0], bytes) and sha256(found[0]) == name:
                 return found[0]
         self.count("missing_thumbnails", tool)
         return None
@@ -207,7 +207,7 @@ class Store:
 
     def _lead(self, flight: Future[Observation], key: Key, work: Callable[[], Observation], patience: float) -> None:
         try:
-            with self._alone(1 + int(digest(ascii(key).encode())[:15], 16), patience):
+            with self._alone(1 + int(sha256(ascii(key).encode())[:15], 16), patience):
                 flight.set_result(work())
         except BaseException as error:
             flight.set_exception(error)
@@ -451,7 +451,7 @@ def demand(kind: Any, *values: object) -> None:
             raise TypeError(f"{value!r:.60} is of the wrong type")
 
 
-def digest(data: bytes) -> str:
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -471,7 +471,7 @@ def _waited(patience: float) -> ToolFailure:
 
 
 def _checksum(fields: Iterable[Any]) -> str:
-    return digest(ascii(tuple(fields)).encode())
+    return sha256(ascii(tuple(fields)).encode())
 
 
 def _set_aside(db: sqlite3.Connection, number: int) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmsr.bm25 import rank, tokens
+from mmsr.bm25 import rank, sqlite_query, tokens
 
 PAGES = ["The bridge crosses the Tagus river.", "A river in Spain.", "Bread and olives.", ""]
 
@@ -43,3 +43,9 @@ def test_words_of_any_script(text, words):
 
 def test_page_in_chinese_is_found_by_part_of_a_sentence():
     assert rank("塔霍河", ["这座桥横跨塔霍河。", "这是一座山。"])[0][0] == 0
+
+
+def test_a_common_word_outweighs_a_telling_one():
+    assert sqlite_query("What is the capital of France?") == '"capital" OR "france"'
+    assert sqlite_query("who is the") == '"who" OR "is" OR "the"'
+    assert sqlite_query('a_b "c') == '"a_b" OR "c"'

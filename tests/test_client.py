@@ -679,18 +679,23 @@ def test_wrongly_typed_chat_reply_is_a_format_failure(web, reply):
 
 def test_chat_request_has_the_standard_fields_and_an_address_with_or_without_v1(web):
     for base in (web.url, web.url + "/", web.url + "/v1", web.url + "/v1/"):
-        ChatServer(base, "qwen", "", Client()).complete(
-            [{"role": "user", "content": [picture_part(picture())]}], 9, seed=3
-        )
+        ChatServer(base, "qwen", "", Client()).complete([{"role": "user", "content": [picture_part(picture())]}], 9)
     assert {seen.path for seen in web.seen} == {"/v1/chat/completions"}
     body = web.seen[0].json()
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
     del body["messages"]
-    assert body == {
-        "model": "qwen", "max_tokens": 9, "temperature": 0.0, "seed": 3,
-        "chat_template_kwargs": {"enable_thinking": False},
-    }  # fmt: skip
+    thoughts = {"enable_thinking": False}
+    assert body == {"model": "qwen", "max_tokens": 9, "temperature": 0.0, "chat_template_kwargs": thoughts}
     assert "authorization" not in web.seen[0].headers
+
+
+def test_what_is_sent_again_bears_the_same_key_and_another_call_does_not(web):
+    server = ChatServer(web.url, "m", "", Client(sleep=lambda seconds: None))
+    web.then("openai", status(503, {"error": "busy"}))
+    for text in ("a", "a", "b"):
+        server.complete([{"role": "user", "content": text}], 9)
+    keys = [seen.headers["idempotency-key"] for seen in web.calls("openai")]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
 
 
 def test_field_that_a_server_does_not_know_is_left_out_from_then_on(web):

@@ -20,19 +20,18 @@ from fake_web import FakeWeb, raw, status
 from mmsr import construct
 from mmsr.author import Shelf, Stages, checked_question, external, json_object
 from mmsr.cache import Cached
-from mmsr.client import ChatServer
+from mmsr.client import ChatServer, Client
 from mmsr.construct import Rollouts, build, chunks, need_of, options
 from mmsr.construct_demo import ScriptedModel
 from mmsr.curate import FREE, REQUIRED, balanced, category, choose, draw_concepts, plain, write_parquet
 from mmsr.data import read_examples
 from mmsr.episode import UserError
-from mmsr.factory import IN_A_ROW, Calls, Factory, Idempotent, LeftOut, alone, write_lines
+from mmsr.factory import IN_A_ROW, Calls, Factory, LeftOut, alone, write_lines
 from mmsr.finders import Corpus, Web
 from mmsr.kept import Kept
 from mmsr.likeness import NEAR, difference_hash, distinct, near_duplicates, normal, says
 from mmsr.store import Store
 from mmsr.tools import ToolFailure
-from mmsr.web import Live
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
@@ -200,7 +199,7 @@ def test_one_question_of_many_threads_is_one_call_and_none_the_next_time(tmp_pat
     with FakeWeb() as web:
         web.delay = 0.1
         for _ in range(2):
-            server = ChatServer(web.url, "m", "", Idempotent())
+            server = ChatServer(web.url, "m", "", Client())
             calls = Calls(server, Kept(tmp_path / "calls"))
             with ThreadPoolExecutor(16) as pool:
                 asked = [pool.submit(calls.complete, [{"role": "user", "content": "hello"}], 9) for _ in range(16)]
@@ -210,7 +209,7 @@ def test_one_question_of_many_threads_is_one_call_and_none_the_next_time(tmp_pat
 
 def test_an_answer_is_on_the_disk_before_it_is_used_and_a_failure_is_not(tmp_path):
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Idempotent()), Kept(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Client()), Kept(tmp_path / "calls"))
         web.then("openai", raw(b"<html>rubbish"))
         with pytest.raises(ToolFailure, match="format"):
             calls.complete([{"role": "user", "content": "hello"}], 9)
@@ -219,28 +218,10 @@ def test_an_answer_is_on_the_disk_before_it_is_used_and_a_failure_is_not(tmp_pat
         assert b"Tagus" in (tmp_path / "calls").read_bytes()
 
 
-def test_a_call_sent_again_bears_the_same_key_and_another_does_not(tmp_path):
-    with FakeWeb() as web:
-        server = ChatServer(web.url, "m", "", Idempotent(sleep=lambda seconds: None))
-        web.then("openai", status(503, {"error": "busy"}))
-        for text in ("a", "a", "b"):
-            server.complete([{"role": "user", "content": text}], 9)
-        keys = [seen.headers["idempotency-key"] for seen in web.calls("openai")]
-        assert keys[0] == keys[1] == keys[2] != keys[3]
-
-
-def test_calls_that_differ_in_their_address_alone_bear_no_key():
-    with FakeWeb() as web:
-        web.results = []
-        live = Live.from_environment(environ=web.environ(), client=Idempotent())
-        live.text_search("a")
-        assert "idempotency-key" not in web.calls("serpapi.google")[0].headers
-
-
 def test_a_busy_server_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mmsr.factory.time.sleep", lambda seconds: None)
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Idempotent(sleep=lambda seconds: None)), Kept(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Client(sleep=lambda seconds: None)), Kept(tmp_path / "calls"))
         web.then("openai", *[status(429, {"error": "slow down"}) for _ in range(7)])
         assert calls.complete([{"role": "user", "content": "a"}], 9) == "The bridge crosses the Tagus."
 
@@ -386,7 +367,7 @@ def test_pictures_and_licences_come_from_the_live_web(tmp_path, monkeypatch):
         web.pages = lambda url: "The heron eats fish."
         web.answer = lambda body: "The heron eats fish."
         spent = []
-        finder = Web.from_environment(environ=web.environ(), client=Idempotent(), spend=spent.append)
+        finder = Web.from_environment(environ=web.environ(), client=Client(), spend=spent.append)
         calls = Answers()
         calls.server.client = finder.client
         made = Stages(calls, finder, Cached(finder, Store(None)), Shelf(tmp_path), 32, 1)

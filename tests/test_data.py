@@ -255,9 +255,10 @@ def test_base64_that_is_cut_short_names_its_row(tmp_path):
 
 
 def test_simplevqas_base64_may_come_in_any_of_the_four_formats():
-    from mmsr.data import BASE64_STARTS, IMAGE_FORMATS
+    from mmsr.data import BASE64_STARTS
+    from mmsr.pictures import FORMATS
 
-    for kind in IMAGE_FORMATS:
+    for kind in FORMATS:
         assert base64.b64encode(picture(kind=kind)).decode().startswith(BASE64_STARTS)
 
 

@@ -23,7 +23,7 @@ from helpers import picture_bytes, tiny_model
 from mmsr import index, model
 from mmsr.encoders import Encoder, open_encoder
 from mmsr.episode import UserError
-from mmsr.index import CLOSE, OPEN, Local, build, match_expression, passage
+from mmsr.index import CLOSE, OPEN, Local, build, passage
 from mmsr.tools import ToolFailure
 
 ROOT = Path(__file__).parent.parent
@@ -459,12 +459,6 @@ def test_a_passage_is_longer_than_its_bound_or_empty():
             some = [word for word in marked.split() if OPEN in word]
             assert any(word[1:-1][:50] in shown for word in some)
     assert passage("one two") == "one two" and passage(" \n ") == ""
-
-
-def test_a_common_word_outweighs_a_telling_one():
-    assert match_expression("What is the capital of France?") == '"capital" OR "france"'
-    assert match_expression("who is the") == '"who" OR "is" OR "the"'
-    assert match_expression('a_b "c') == '"a_b" OR "c"'
 
 
 # ---- use
