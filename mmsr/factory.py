@@ -17,7 +17,6 @@ import re
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -48,28 +47,11 @@ class Calls:
 
     def __init__(self, server: ChatServer, kept: Kept):
         self.server, self.kept = server, kept
-        self._lock, self._flights = threading.Lock(), {}
 
     def complete(self, messages: list[dict], max_tokens: int) -> str:
         """As `ChatServer.complete`; where the server is busy or given a rest, waits up to `PATIENCE` seconds."""
         key = key_of(self.server.model, messages, max_tokens)
-        with self._lock:
-            if found := self.kept.get(key):
-                return found["answer"]
-            flight = self._flights.get(key)
-            if first := flight is None:
-                flight = self._flights[key] = Future()
-        if first:
-            try:
-                answer = self._patiently(messages, max_tokens)
-                self.kept.add(key, answer=answer)
-                flight.set_result(answer)
-            except BaseException as error:
-                flight.set_exception(error)
-            finally:
-                with self._lock:
-                    del self._flights[key]
-        return flight.result()
+        return self.kept.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
 
     def _patiently(self, messages: list[dict], max_tokens: int) -> str:
         end = time.monotonic() + PATIENCE

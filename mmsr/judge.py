@@ -49,14 +49,13 @@ class Judge:
         if not (line["answer"] or "").strip():
             return False
         asked = self._asked(line)
-        key = key_of(self.name, asked)
-        if found := self.kept.get(key):
-            return found.get("correct")
-        try:
+
+        def ask() -> dict[str, Any]:
             reply = self.complete([{"role": "user", "content": asked}])
-            correct = _right(reply)
-            self.kept.add(key, correct=correct, reply=reply)
-            return correct
+            return {"correct": _right(reply), "reply": reply}
+
+        try:
+            return self.kept.once(key_of(self.name, asked), ask)["correct"]
         except UserError:
             raise
         except Exception as error:  # whatever a server, or a forker's callable, does: it is no verdict

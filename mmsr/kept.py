@@ -1,7 +1,7 @@
 """What was paid for or worked out, by key, in a file of JSON lines that is only ever appended to.
 
-A line is in the file when `add` returns, so a killed process loses none and nothing is paid for twice; a loss of power
-may cost the last second. Memory holds keys and places alone.
+A line is in the file before anybody sees what it says, so a killed process loses none and nothing is paid for twice; a
+loss of power may cost the last second. Memory holds keys and places alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from .episode import UserError
 
@@ -33,13 +34,38 @@ class Kept:
     """
 
     def __init__(self, path: Path):
-        self.path, self.lock, self.places, self.synced = path, threading.Lock(), {}, 0.0
+        self.path, self.lock, self.synced = path, threading.Lock(), 0.0
+        self.places: dict[str, int] = {}
+        self.flights: dict[str, Future[dict[str, Any]]] = {}
         with open(path, "rb") if path.exists() else nullcontext(()) as written:
             place = 0
             for line in written:
                 with suppress(ValueError, TypeError, KeyError):
                     self.places[json.loads(line)["key"]] = place
                 place += len(line)
+
+    def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is kept under a key, or else what `work` gives, which one thread does while others wait for it.
+
+        It is in the file before anybody sees it. What `work` raises is not, and is raised in all of them.
+        """
+        with self.lock:
+            flight = self.flights.get(key)
+            if first := flight is None and key not in self.places:
+                flight = self.flights[key] = Future()
+        if flight is None:
+            return self.get(key)
+        if first:
+            try:
+                fields = work()
+                self.add(key, **fields)
+                flight.set_result(fields)
+            except BaseException as error:
+                flight.set_exception(error)
+            finally:
+                with self.lock:
+                    del self.flights[key]
+        return flight.result()
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The line of a key."""

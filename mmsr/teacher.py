@@ -84,12 +84,7 @@ class Teacher:
             messages += self._result(tool.name, seen, example.question)
 
     def _ask(self, messages: list[dict]) -> str:
-        key = key_of(self.name, messages)
-        if found := self.kept.get(key):
-            return found["reply"]
-        reply = self.complete(messages)
-        self.kept.add(key, reply=reply)
-        return reply
+        return self.kept.once(key_of(self.name, messages), lambda: {"reply": self.complete(messages)})["reply"]
 
     def _result(self, tool: str, seen: Observation, question: str) -> list[dict]:
         parts = [_thumbnail(hit.image) for hit in seen.hits]

@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -72,6 +74,27 @@ def test_threads_write_whole_lines(tmp_path):
         list(pool.map(lambda n: kept.add(f"k{n}", reply="x" * 20_000), range(64)))
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == sorted(f"k{n}" for n in range(64))
+
+
+def test_what_many_threads_want_at_once_is_asked_for_once_and_a_failure_again(tmp_path):
+    kept, begun, asked = Kept(tmp_path / "kept.jsonl"), threading.Barrier(8), []
+
+    def work():
+        asked.append(1)
+        time.sleep(0.5)  # all have come by then
+        if len(asked) == 1:
+            raise ValueError("busy")
+        return {"reply": "x"}
+
+    def want(_):
+        begun.wait(20)
+        return kept.once("k", work)
+
+    with ThreadPoolExecutor(8) as pool:
+        with pytest.raises(ValueError, match="busy"):
+            list(pool.map(want, range(8)))
+        assert [found["reply"] for found in pool.map(want, range(8))] == ["x"] * 8
+    assert len(asked) == 2 and Kept(tmp_path / "kept.jsonl").once("k", work)["reply"] == "x" and len(asked) == 2
 
 
 def test_keys_tell_what_was_asked_apart():
