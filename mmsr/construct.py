@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
 from .author import Shelf, Stages, external
 from .cache import Cached
 from .client import ChatServer, Client
-from .config import add_options
+from .config import add_options, parse
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
@@ -52,15 +52,11 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
     if o.rollouts and not (o.model or o.demo):
         raise UserError("--model is missing: give one to try what needs a search, or --no-rollouts to go by counts")
     factory = Factory(folder, o.workers)
-    with alone(folder), ExitStack() as stack:
-        store = Store(folder / "searches.sqlite")
-        stack.callback(store.close)
-        budget = Budget(store, "construct", o.budget)
-        client = Client()
+    with alone(folder), closing(Store(folder / "searches.sqlite")) as store:
+        budget, client = Budget(store, "construct", o.budget), Client()
         finder = finder or open_finder(o.search, budget.spend, client)
         drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
-        paid = budget.spend if service.key else None
-        server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, paid, "openai")
+        server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, budget.spend, "openai")
         calls = Calls(server, Kept(folder / "work" / "calls.jsonl"))
         backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
         stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
@@ -147,7 +143,6 @@ class Rollouts:
 
     def __init__(self, pool: Path, backend: Any, options: Construction):
         from .assemble import assemble
-        from .config import parse
 
         model = ["--model", options.model] if options.model else []
         recipe = ["--recipe", options.recipe] if options.recipe else []
