@@ -6,7 +6,6 @@ its prompt; where it breaks one, it is told which and asked once more. The promp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from .factory import Calls, LeftOut
 from .files import write_whole
 from .likeness import difference_hash, near_duplicates, normal, says, short_id
 from .pictures import decode, jpeg
+from .store import sha256
 from .tools import ToolFailure
 
 PROMPTS = Path(__file__).parent / "prompts" / "construct"
@@ -41,14 +41,14 @@ class Shelf:
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, data: bytes) -> str:
-        name = hashlib.sha256(data).hexdigest()[:32]
+        name = sha256(data)[:32]
         if not (self.folder / name).exists():
             write_whole(self.folder / name, [data])
         return name
 
     def read(self, name: str) -> bytes:
         data = (self.folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] != name:
+        if sha256(data)[:32] != name:
             raise UserError(f"{self.folder / name}: not the picture that was found; put it back or begin another --out")
         return data
 
@@ -197,7 +197,7 @@ class Stages:
         for hit in pages:
             if hit.text and says(f"{hit.title} {hit.text}", concept):
                 text = hit.text[:PAGE_CHARACTERS]
-                checksum = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+                checksum = sha256(text.encode("utf-8", "replace"))
                 return {"url": hit.url, "title": hit.title, "text": text, "sha256": checksum}
         raise LeftOut("no page about the concept")
 
