@@ -54,49 +54,43 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
     with Interrupts() as stop, bar:
         for step in bar:
             if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
-                out.evaluation(step - 1, setup, stop)
-            setup.begin_step(f"step {step}")
+                out.line(evaluation(step - 1, setup, stop))
             clock = Clock()
             with clock("rollout"):
-                rollouts = roll_out(step, setup, sampler, stop)
-            if rollouts is None:
+                episodes, counts = roll_out(step, setup, sampler, stop)
+            if episodes is None:
                 break  # interrupted: the last step is whole, this one is not there
-            episodes, counts = rollouts
             with clock("reward"), ranks.alone():
                 setup.score(episodes)
                 zero_std = assign_advantages(episodes, config)
             with clock("update"):
-                batches = split(episodes, config.questions // config.mini_batch, config.questions)
-                trained = [[e for e in batch if e.trained] for batch in batches]
-                update = trainer.step(trained, learning_rate(config, step))
-                if config.imitates:  # no sampler's numbers to compare with
-                    update |= {"logp_gap": math.nan, "logp_gap_max": math.nan}
+                update = trainer.step(mini_batches(episodes, config), learning_rate(config, step))
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
             out.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
             saved.finished(step)
             out.report()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
         else:
-            out.evaluation(config.steps, setup, stop)
+            out.line(evaluation(config.steps, setup, stop))
+        bar.close()
         if status := int(ranks.max(stop.status)):
-            bar.close()
-            setup.drop()
             saved.leave()
-            out.model(setup)
-            out.report(at_once=True)
-            raise SystemExit(status)
-        out.finish(setup)
+        out.finish(setup, summary=not status)
+    if status:
+        raise SystemExit(status)
 
 
-def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tuple[list[Episode], Mapping] | None:
+def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tuple[list[Episode] | None, Mapping]:
     """This rank's episodes of a step, not scored yet, and all ranks' counts of tokens and images. None: interrupted."""
     c = setup.config
+    setup.begin_step(f"step {step}")
     examples = [setup.questions[i] for i in sampler.take(c.questions)]
     with progress("rollouts", c.questions * c.group_size, setup.ranks) as on_done:
-        return setup.roll_out(
+        rollouts = setup.roll_out(
             examples, c.group_size, (c.seed, step), c.temperature, stretch=c.mini_batch, scripts=setup.scripts,
             on_done=on_done, attempt=stop.breakable,
         )  # fmt: skip
+    return rollouts or (None, {})
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -133,6 +127,12 @@ def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
     return len(group_ids.unique()) - len(group_ids[varied].unique())
 
 
+def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episode]]:
+    """This rank's episodes of each of a step's updates, those that take part in it."""
+    trained = [episode for episode in episodes if episode.trained]
+    return split(trained, config.questions // config.mini_batch, config.questions)
+
+
 def learning_rate(config: Config, step: int) -> float:
     """The rate of a step counted from 1: linear warm-up, then the schedule, to a tenth at the end."""
     share = max(0.0, (step - config.warmup - 1) / max(config.steps - config.warmup - 1, 1))
@@ -148,29 +148,31 @@ def step_metrics(
     step: int, setup: Setup, episodes: Sequence[Episode], counts: Mapping, update: dict, zero_std: int, seconds: dict
 ) -> dict:
     """One line of metrics.jsonl. `episodes` and `zero_std` are this rank's, the other numbers those of all."""
-    whole = evaluate.summary(episodes, setup.ranks)
-    n = whole.pop("n")
+    c, ranks = setup.config, setup.ranks
+    means = evaluate.summary(episodes, ranks)
+    n = means.pop("n")
     sums = {
         "format": sum(e.reward_parts["format"] for e in episodes),
         "tool_calls": sum(e.searches() for e in episodes),
         "response_tokens": sum(sum(e.loss_mask) for e in episodes),
         "zero_std_groups": zero_std,
     }
-    sums = setup.ranks.sum(sums)
-    errors = Counter(setup.ranks.sum(evaluate.tool_errors(episodes)))
+    sums = ranks.sum(sums)
+    errors = Counter(ranks.sum(evaluate.tool_errors(episodes)))
     loss = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
+    unknown = {"logp_gap": math.nan, "logp_gap_max": math.nan} if c.imitates else {}  # nobody sampled these tokens
     return {
         "step": step,
-        **whole,
+        **means,
         "format": sums["format"] / n,
         "tool_calls": sums["tool_calls"],
         "tool_failures": errors.total(),
         "tool_errors": dict(errors.most_common(3)),
         "response_tokens": sums["response_tokens"] / n,
         "zero_std_groups": sums["zero_std_groups"],
-        **{key: update[key] for key in loss},
-        "status": setup.ranks.sum(dict(Counter(e.status for e in episodes))),
-        "lr": learning_rate(setup.config, step),
+        **{key: update[key] for key in loss} | unknown,
+        "status": ranks.sum(dict(Counter(e.status for e in episodes))),
+        "lr": learning_rate(c, step),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "tokens": {
             **{key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")},
@@ -181,6 +183,33 @@ def step_metrics(
     }
 
 
+def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
+    """One line of metrics.jsonl: the policy greedy and sampled, all ranks' episodes together. None: interrupted.
+
+    Before training the two fixed policies too, where the toy world has them.
+    """
+    c = setup.config
+    setup.begin_step(f"evaluation {step}")
+    modes: dict[str, tuple] = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
+    if step == 0 and c.data == "toy":
+        modes["always_search"] = (1.0, lambda example, _: setup.world.always_search(example, c.max_texts > 0), False)
+        modes["never_search"] = (1.0, None, True)
+    line: dict[str, Any] = {"step": step}
+    for name, (temperature, scripts, direct) in modes.items():
+        with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
+            rollouts = setup.roll_out(
+                setup.eval_questions, 1, (c.seed, name), temperature, direct=direct, scripts=scripts,
+                on_done=on_done, attempt=stop.breakable,
+            )  # fmt: skip
+        if rollouts is None:
+            return None
+        episodes, _ = rollouts
+        with setup.ranks.alone():
+            setup.score(episodes)
+        line[name] = evaluate.by_category(episodes, setup.ranks)
+    return line
+
+
 class Checkpoints:
     """When a run saves what: every --save-every steps, after the last, and when it is interrupted."""
 
@@ -189,10 +218,9 @@ class Checkpoints:
         self.root = Path(self.config.out) / "checkpoints"
         self.done = self.saved = 0  # the last step that is finished; that is saved
         self.cursor = 0  # of the sampler when that step was finished
-        device = setup.ranks.device
-        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self.versions: dict[str, Any] = {"torch": torch.__version__, "device": kind, "dtype": str(setup.dtype)}
-        self.versions["processes"] = setup.ranks.size
+        ranks = setup.ranks
+        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+        self.versions = dict(torch=torch.__version__, device=device, dtype=str(setup.dtype), processes=ranks.size)
 
     def resume(self) -> int:
         """Take up the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
@@ -224,7 +252,8 @@ class Checkpoints:
         self.saved = self.done
 
     def leave(self) -> None:
-        """Save and say so, before the program ends early."""
+        """Give up what has not begun, save and say so, before the program ends early."""
+        self.setup.drop()
         self.save()
         kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
         self.say(f"Interrupted; {kept}. Go on with --resume.")
@@ -277,8 +306,9 @@ class Output:
             file.seek(0)
             file.truncate(sum(len(line) for line in itertools.takewhile(lambda line: _stays(line, done), file)))
 
-    def _line(self, record: dict) -> None:
-        if not self.ranks.main:
+    def line(self, record: dict | None) -> None:
+        """Add to metrics.jsonl; of an interrupted evaluation (None) nothing."""
+        if record is None or not self.ranks.main:
             return
         record = _finite(record)
         with open(self.metrics, "a", encoding="utf-8") as file:
@@ -300,37 +330,11 @@ class Output:
             file.writelines(line for _, _, line in lines)
             _sync(file)
         side.replace(self.rollouts / f"step-{step:06d}.jsonl")
-        self._line(metrics)
+        self.line(metrics)
         failed, calls = metrics["tool_failures"], metrics["tool_calls"]
         if failed > ALARM * calls:
             often = next(iter(metrics["tool_errors"]))
             tqdm.write(f"step {step}: {failed} of {calls} tool calls failed, most often: {often:.200}", file=sys.stderr)
-
-    def evaluation(self, step: int, setup: Setup, stop: Interrupts) -> None:
-        """Greedy and sampled evaluation; before training the two fixed policies too, where the toy world has them.
-
-        Nothing is written of one that is interrupted.
-        """
-        setup.begin_step(f"evaluation {step}")
-        modes: dict[str, tuple] = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
-        if step == 0 and setup.config.data == "toy":
-            texts = setup.config.max_texts > 0
-            modes["always_search"] = (1.0, lambda example, sample: setup.world.always_search(example, texts), False)
-            modes["never_search"] = (1.0, None, True)
-        found = {}
-        for name, (temperature, scripts, direct) in modes.items():
-            with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
-                rollouts = setup.roll_out(
-                    setup.eval_questions, 1, (setup.config.seed, name), temperature, direct=direct, scripts=scripts,
-                    on_done=on_done, attempt=stop.breakable,
-                )  # fmt: skip
-            if rollouts is None:
-                return
-            episodes, _ = rollouts
-            with setup.ranks.alone():
-                setup.score(episodes)
-            found[name] = evaluate.by_category(episodes, setup.ranks)
-        self._line({"step": step, **found})
 
     def report(self, at_once: bool = False) -> None:
         """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
@@ -348,16 +352,14 @@ class Output:
         end = time.perf_counter()
         self.report_due = end + 100 * (end - start)
 
-    def model(self, setup: Setup) -> None:
+    def finish(self, setup: Setup, summary: bool) -> None:
+        """The model as it is now, the last report, and a table of the evaluations before and after."""
         weights = gathered(setup.model, setup.ranks, setup.dtype)
         if self.ranks.main:
             modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
-
-    def finish(self, setup: Setup) -> None:
-        self.model(setup)
-        if not self.ranks.main:
-            return
         self.report(at_once=True)
+        if not summary or not self.ranks.main:
+            return
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         evaluations = [record for record in map(json.loads, lines) if "eval" in record]
         names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}

@@ -522,9 +522,9 @@ def raise_at_call(monkeypatch, owner, name: str, call: int, number: int) -> None
         ((train, "roll_out", 3), signal.SIGTERM, 2),
         ((Trainer, "step", 3), signal.SIGTERM, 3),
         ((train.Output, "step", 3), signal.SIGINT, 3),
-        ((train.Output, "evaluation", 2), signal.SIGINT, 2),
+        ((train, "evaluation", 2), signal.SIGINT, 2),
         ((checkpoint, "_publish", 2), signal.SIGTERM, 2),
-        ((train.Output, "evaluation", 4), signal.SIGTERM, faults.STEPS),
+        ((train, "evaluation", 4), signal.SIGTERM, faults.STEPS),
     ],
     ids=lambda value: f"{value[1]}-{value[2]}" if isinstance(value, tuple) else str(value),
 )
