@@ -218,16 +218,17 @@ class Checkpoints:
         self.root = Path(self.config.out) / "checkpoints"
         self.done = self.saved = 0  # the last step that is finished; that is saved
         self.cursor = 0  # of the sampler when that step was finished
-        ranks = setup.ranks
+        self.ranks = ranks = setup.ranks
         device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
         self.versions = dict(torch=torch.__version__, device=device, dtype=str(setup.dtype), processes=ranks.size)
 
     def resume(self) -> int:
         """Take up the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
-        state = checkpoint.resume(self.root, self.setup.model, self.optimizer) if self.config.resume else None
+        if not self.config.resume:
+            return 0
+        state = checkpoint.resume(self.root, self.setup.model, self.optimizer, self.ranks)
         if state is None:
-            if self.config.resume:
-                self.say(f"--resume: no checkpoint in {self.root}: starting afresh.")
+            self.say(f"--resume: no checkpoint in {self.root}: starting afresh.")
             return 0
         self.done = self.saved = state["step"]
         self.cursor = self.sampler.cursor = state["cursor"]
@@ -248,7 +249,7 @@ class Checkpoints:
             return
         config = dataclasses.asdict(self.config)
         state = {"step": self.done, "cursor": self.cursor, "config": config, "versions": self.versions}
-        checkpoint.save(self.root, self.done, self.setup.model, self.optimizer, state, self.config.keep)
+        checkpoint.save(self.root, self.done, self.setup.model, self.optimizer, state, self.config.keep, self.ranks)
         self.saved = self.done
 
     def leave(self) -> None:
@@ -259,7 +260,7 @@ class Checkpoints:
         self.say(f"Interrupted; {kept}. Go on with --resume.")
 
     def say(self, text: str) -> None:
-        if self.setup.ranks.main:
+        if self.ranks.main:
             print(text)
 
 

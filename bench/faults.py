@@ -144,7 +144,7 @@ def _without_guard() -> None:
         return sorted(entries, key=checkpoint._step_of, reverse=True)
 
     checkpoint._checkpoints = every
-    checkpoint._problem = lambda folder, step: None
+    checkpoint._problem = lambda folder, ranks: None
     checkpoint._publish = lambda side, final: side.rename(final)
 
 

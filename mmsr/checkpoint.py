@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, TypeVar
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 from .episode import UserError
+from .parallel import SINGLE, Ranks
 
 if TYPE_CHECKING:
     from .optimizer import MasterWeights
@@ -53,7 +53,15 @@ T = TypeVar("T")
 # ---- save and resume
 
 
-def save(root: Path, step: int, model: nn.Module, optimizer: MasterWeights, state: dict[str, Any], keep: int) -> None:
+def save(
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: MasterWeights,
+    state: dict[str, Any],
+    keep: int,
+    ranks: Ranks = SINGLE,
+) -> None:
     """Write `root/step-NNNNNN` with all weights, masters and moments and the JSON object `state`.
 
     The newest `keep` (at least 2) sound checkpoints stay, older ones are removed. Raises UserError on all ranks, and
@@ -63,36 +71,35 @@ def save(root: Path, step: int, model: nn.Module, optimizer: MasterWeights, stat
         raise ValueError(f"keep={keep}: with fewer than 2 there is nothing to fall back on")
     final, side = root / f"step-{step:06d}", root / f"step-{step:06d}.tmp"
     try:
-        _on_first(lambda: _clear_side(root, side))
-        _write(side, _tensors(model, optimizer), state)
-        if problem := _problem(side, step):
+        _on_main(ranks, lambda: _clear_side(root, side))
+        _write(side, _tensors(model, optimizer), state, ranks)
+        if problem := _problem(side, ranks):
             raise OSError(f"{problem} when read back")
-        _on_first(lambda: _publish(side, final))
-        _purge(final, keep)
+        _on_main(ranks, lambda: _publish(side, final))
+        _purge(final, keep, ranks)
     except OSError as error:
-        if _rank() == 0:
+        if ranks.main:
             shutil.rmtree(side, ignore_errors=True)  # what was written takes room that others may be short of
         complaint = f"checkpoint {final} could not be saved ({_reason(error)})"
         raise UserError(f"{complaint}: older ones are intact; mend that, then go on with --resume") from error
 
 
-def resume(root: Path, model: nn.Module, optimizer: MasterWeights) -> dict[str, Any] | None:
+def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks = SINGLE) -> dict[str, Any] | None:
     """Load the newest sound checkpoint under `root` into `model` and `optimizer`, in place; returns its state.
 
     None where there is no checkpoint. One that is not sound is named on standard error and passed over. Raises
     UserError when none of those there are is sound, or when it is of another model, precision or optimizer.
     """
-    found = _on_first(lambda: _checkpoints(root))
-    problem = None
+    found = _on_main(ranks, lambda: _checkpoints(root))
     for folder in found:
-        problem = _problem(folder, _step_of(folder))
+        problem = _problem(folder, ranks)
         if problem is None:
             try:
-                _load(folder, model, optimizer)
+                _load(folder, model, optimizer, ranks)
                 return json.loads((folder / STATE).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise UserError(f"checkpoint {folder} is not of this program's making ({_reason(error)})") from error
-        if _rank() == 0:
+        if ranks.main:
             print(f"warning: checkpoint {folder} is not used: {problem}", file=sys.stderr)
     if found:
         raise UserError(f"{root}: none of its {len(found)} checkpoints is sound: start afresh with another --out")
@@ -114,20 +121,20 @@ def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
 # ---- the tensors of a folder
 
 
-def _write(side: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _write(side: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
     """Fill the side folder; when this returns, all of it is on the disk."""
     writer = HuggingFaceStorageWriter(str(side), _file_numbers(tensors), save_distributed=True)
     with _plain_errors():
-        dcp.save(tensors, storage_writer=writer, no_dist=not _distributed())
-    _on_first(lambda: (side / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8"))
-    names = _on_first(lambda: sorted(file.name for file in side.iterdir()))
-    parts = _together(lambda: {name: _synced(side / name) for name in _mine(names)})
+        dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+    _on_main(ranks, lambda: (side / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8"))
+    names = _on_main(ranks, lambda: sorted(file.name for file in side.iterdir()))
+    parts = _together(ranks, lambda: {name: _synced(side / name) for name in names[ranks.rank :: ranks.size]})
     files = {name: entry for part in parts for name, entry in part.items()}
-    _on_first(lambda: (side / MANIFEST).write_text(_manifest_text(_step_of(side), files), encoding="utf-8"))
-    _on_first(lambda: (_synced(side / MANIFEST), _sync_folder(side)))
+    _on_main(ranks, lambda: (side / MANIFEST).write_text(_manifest_text(_step_of(side), files), encoding="utf-8"))
+    _on_main(ranks, lambda: (_synced(side / MANIFEST), _sync_folder(side)))
 
 
-def _load(folder: Path, model: nn.Module, optimizer: MasterWeights) -> None:
+def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks) -> None:
     """Read a sound checkpoint into the tensors of `model` and `optimizer`, one tensor of a file at a time."""
     reader = HuggingFaceStorageReader(str(folder))
     with _plain_errors():
@@ -144,7 +151,7 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights) -> None:
         if here != there:
             raise UserError(f"{folder}: {name} is {there} there and {here} in this run: resume with equal options")
     with _plain_errors():
-        dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
 
 
 def _file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -194,13 +201,13 @@ def _publish(side: Path, final: Path) -> None:
     _sync_folder(final.parent)
 
 
-def _purge(newest: Path, keep: int) -> None:
+def _purge(newest: Path, keep: int, ranks: Ranks) -> None:
     """Remove what is older than the `keep` last sound checkpoints, of which `newest` is known to be one."""
     sound = 1
-    for folder in _on_first(lambda: _checkpoints(newest.parent)[1:]):
+    for folder in _on_main(ranks, lambda: _checkpoints(newest.parent)[1:]):
         if sound == keep:
-            _on_first(partial(_discard, folder))
-        elif _problem(folder, _step_of(folder)) is None:
+            _on_main(ranks, partial(_discard, folder))
+        elif _problem(folder, ranks) is None:
             sound += 1
 
 
@@ -249,21 +256,22 @@ def _sync_folder(folder: Path) -> None:
 # ---- verification
 
 
-def _problem(folder: Path, step: int) -> str | None:
+def _problem(folder: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint; None where every byte is as it was saved. The ranks share the hashing."""
 
     def look() -> str | None:
         try:
-            files = _manifest(folder, step)
-            wrong = [name for name in _mine(sorted(files)) if _entry(folder / name) != files[name]]
+            files = _manifest(folder)
+            mine = sorted(files)[ranks.rank :: ranks.size]
+            wrong = [name for name in mine if _entry(folder / name) != files[name]]
             return f"{wrong[0]} is not as it was saved" if wrong else None
         except (OSError, ValueError) as error:
             return _reason(error)
 
-    return next(filter(None, _together(look)), None)
+    return next(filter(None, _together(ranks, look)), None)
 
 
-def _manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """{"size", "sha256"} by file name. ValueError where the manifest or the folder's list of files is not in order."""
     text = (folder / MANIFEST).read_bytes()
     try:
@@ -271,7 +279,7 @@ def _manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:
         expected = {*files.keys(), MANIFEST}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{MANIFEST} is damaged") from None
-    if text != _manifest_text(step, files).encode() or STATE not in files:
+    if text != _manifest_text(_step_of(folder), files).encode() or STATE not in files:
         raise ValueError(f"{MANIFEST} is damaged, or of another version of this program")
     if alien := [name for name in files if name != STATE and not name.endswith(".safetensors")]:
         raise ValueError(f"{alien[0]} is no file of a checkpoint")
@@ -303,34 +311,18 @@ def _reason(error: BaseException) -> str:
 # ---- ranks
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def _mine(names: list[str]) -> list[str]:
-    """This rank's share of a list that all ranks have."""
-    return names[_rank() :: dist.get_world_size() if _distributed() else 1]
-
-
-def _together(work: Callable[[], T]) -> list[T]:
+def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     """Every rank's value of `work`, on every rank. An OSError on any of them is raised on all."""
     try:
         mine = work(), None
     except OSError as error:
         mine = None, _reason(error)
-    every = [mine]
-    if _distributed():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+    every = ranks.everyone(mine)
     if failed := [error for _, error in every if error is not None]:
         raise OSError(failed[0])
     return [value for value, _ in every]
 
 
-def _on_first(work: Callable[[], T]) -> T:
-    """Rank 0's value of `work`, which no other rank runs."""
-    return _together(lambda: work() if _rank() == 0 else None)[0]
+def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
+    """The main rank's value of `work`, which no other rank runs."""
+    return _together(ranks, lambda: work() if ranks.main else None)[0]

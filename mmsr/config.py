@@ -360,7 +360,9 @@ def parse(
     program: str = "train.py",
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
-    given = vars(_parser(kind, program).parse_args(argv))
+    parser = _Parser(program, allow_abbrev=False)
+    add_options(parser, kind, [field.name for field in dataclasses.fields(kind)])
+    given = vars(parser.parse_args(argv))
     recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
     imitated = {"group_size": 1} if given.get("demonstrations") or given.get("teacher") else {}
     return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
@@ -370,12 +372,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)
-
-
-def _parser(options: type[Options], program: str) -> argparse.ArgumentParser:
-    parser = _Parser(program, allow_abbrev=False)
-    add_options(parser, options, [field.name for field in dataclasses.fields(options)])
-    return parser
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Options], names: Container[str]) -> None:

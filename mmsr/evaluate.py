@@ -9,7 +9,7 @@ and the share of the allowed calls that were made (`calls_ratio`).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -73,9 +73,7 @@ def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
 
 
 def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
-    total: dict[str, float] = dict.fromkeys(
-        ("n", "accuracy", "search_ratio", "search_ratio_image", "search_ratio_text", "reward"), 0
-    )
+    total: dict[str, float] = defaultdict(float, n=0)
     for episode in episodes:
         for key, value in {"n": 1, **measures(episode)}.items():
             total[key] += value

@@ -4,7 +4,8 @@ Started by torchrun, every process ("rank") runs the same program on its own sha
 alone while they roll out and score, and meet to update: FSDP gathers a block's weights just before they are used and
 adds up the ranks' gradients just after. In a single process nothing here does anything, and no process group exists.
 
-This is the only module that imports torch.distributed. What it keeps to, each learnt from a failure:
+Nothing else imports torch.distributed but checkpoint.py, whose storage is torch's. What this keeps to, each learnt from
+a failure:
 - Embedding, head and norms lie in the root unit: tied weights in two units are refused.
 - Inputs are not cast: rotary angles would arrive in bfloat16.
 - Every unit gives its weights back after each forward pass, the root too. Each forward and backward pass is then the
@@ -103,9 +104,6 @@ class Ranks:
         largest = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
-
-    def barrier(self) -> None:
-        self.everyone(None)
 
     def agree(self, error: Exception | None) -> None:
         """Go on only if no rank has an error: otherwise the first of them raises its own, and the others `Stopped`."""

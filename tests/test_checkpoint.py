@@ -23,6 +23,7 @@ import train
 from bench import faults
 from mmsr import assemble, checkpoint
 from mmsr.episode import UserError
+from mmsr.parallel import Ranks
 from mmsr.update import MasterWeights, Trainer
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -212,7 +213,7 @@ def test_thousand_flips_and_truncations_are_all_detected_and_the_previous_is_tak
 
 def test_damage_would_go_unnoticed_without_verification(tmp_path, monkeypatch, record_property):
     """The guard off, to show that it matters: most of it loads as if nothing were wrong."""
-    monkeypatch.setattr(checkpoint, "_problem", lambda folder, step: None)
+    monkeypatch.setattr(checkpoint, "_problem", lambda folder, ranks: None)
     unnoticed = damage_trials(tmp_path / "root", 100).count(2)
     record_property("damages of 100 that load without verification", unnoticed)
     print(f"without verification {unnoticed} of 100 damages load")
@@ -358,30 +359,30 @@ def sharded(seed: int, dtype: torch.dtype) -> nn.Module:
 def on_two_ranks(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
     for dtype in SHARDED:
-        take_over(rank, root / str(dtype), dtype)
+        take_over(Ranks(rank, 2), root / str(dtype), dtype)
     dist.barrier()  # gloo aborts a rank whose peer has gone
     dist.destroy_process_group()
 
 
-def take_over(rank: int, root: Path, dtype: torch.dtype) -> None:
+def take_over(ranks: Ranks, root: Path, dtype: torch.dtype) -> None:
     model = sharded(5, dtype)
     optimizer = adam(model)
-    assert checkpoint.resume(root / "one", model, optimizer) == {"step": 3}  # saved by one process
+    assert checkpoint.resume(root / "one", model, optimizer, ranks) == {"step": 3}  # saved by one process
     walk(model, optimizer, 2, seed=2)
-    checkpoint.save(root / "two", 5, model, optimizer, {"step": 5}, keep=2)
-    checkpoint.save(root / "two", 6, model, optimizer, {"step": 6}, keep=2)
-    if rank == 1:
+    checkpoint.save(root / "two", 5, model, optimizer, {"step": 5}, 2, ranks)
+    checkpoint.save(root / "two", 6, model, optimizer, {"step": 6}, 2, ranks)
+    if not ranks.main:
         flip(root / "two" / "step-000006" / "state.json", 9)
     dist.barrier()
     again = sharded(6, dtype)
     resumed = adam(again)
-    assert checkpoint.resume(root / "two", again, resumed) == {"step": 5}
+    assert checkpoint.resume(root / "two", again, resumed, ranks) == {"step": 5}
     assert_equal(contents(again, resumed), contents(model, optimizer))
     with pytest.MonkeyPatch.context() as patch:
-        if rank == 1:  # an error on one rank is everybody's
+        if not ranks.main:  # an error on one rank is everybody's
             patch.setattr(checkpoint, "_synced", full)
         with pytest.raises(UserError, match="No space left"):
-            checkpoint.save(root / "two", 7, model, optimizer, {"step": 7}, keep=2)
+            checkpoint.save(root / "two", 7, model, optimizer, {"step": 7}, 2, ranks)
 
 
 def full(file: Path) -> None:
