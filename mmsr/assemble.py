@@ -67,7 +67,7 @@ class Setup(Generic[AnyOptions]):
         """A frozen copy of the model as it was in the beginning."""
         return load_model(self.folder, self.dtype, self.dtype, self.ranks, self.config.shard).requires_grad_(False)
 
-    def rollout(self, temperature: float, direct: bool = False) -> Rollout:
+    def new_rollout(self, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of the present weights."""
         c = self.config
         engine = Engine(
@@ -96,10 +96,10 @@ class Setup(Generic[AnyOptions]):
         rollout is run by `attempt`; where that breaks it off and gives None on one rank, all get None.
         """
         mine = self._mine(examples, stretch or len(examples))
-        slots = mine if group_ids is None else [group_ids[i] for i in mine]
-        rollout = self.rollout(temperature, direct)
+        ids = mine if group_ids is None else [group_ids[i] for i in mine]
+        rollout = self.new_rollout(temperature, direct)
         with parallel.generation(self.model), self.ranks.alone():
-            episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, slots)
+            episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, ids)
         if self.ranks.max(episodes is None):
             return None
         return episodes, self.ranks.sum(rollout.counts)

@@ -162,8 +162,8 @@ class Options:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """What --data names."""
-        return (self.data,)
+        """What --data names: several data sets for an evaluation, one for training."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
     @classmethod
     def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
@@ -339,10 +339,6 @@ class EvalConfig(Options):
             raise UserError(f"--data {' '.join(self.data)}: name each file once")
         if bool(self.judge) != bool(self.judge_model):
             raise UserError("--judge and --judge-model go together: give the address and the model's name there")
-
-    @property
-    def datasets(self) -> tuple[str, ...]:
-        return self.data
 
     @classmethod
     def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Episode:
     """
 
     example: Example
-    group_id: int  # the slot in the step's batch: never text, never the example's id, which may recur
+    group_id: int  # the place in the step's batch: never text, never the example's id, which may recur
     sample: int  # 0 .. G-1 within the group
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)

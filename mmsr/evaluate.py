@@ -176,8 +176,8 @@ def decision(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def interval(values: Sequence[float], seed: int = 0) -> list[float]:
+def interval(values: Sequence[float]) -> list[float]:
     """Bounds of the middle 95 % of the means of `DRAWS` resamplings (bootstrap over questions)."""
-    sample, dice = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    sample, dice = np.asarray(values, dtype=float), np.random.default_rng(0)
     means = [sample[dice.integers(0, len(sample), len(sample))].mean() for _ in range(DRAWS)]
     return np.quantile(means, [0.025, 0.975]).round(6).tolist()

@@ -385,42 +385,41 @@ class OutOfRoom(Exception):
 
 @dataclass(frozen=True)
 class _Call:
-    """One collective that FSDP issued: its kind, elements in and out, and where."""
+    """One collective that FSDP issued: elements in and out, where, and how a reduction adds up (None: a gathering)."""
 
-    kind: str  # "gather" or "reduce"
     size_in: int
     size_out: int
     dtype: torch.dtype
     group: Any
-    op: Any  # of a "reduce"
+    op: Any
 
     def repeat(self, device: torch.device, replicas: Any) -> None:
         """The same collective on values that nobody will use."""
         source = torch.zeros(self.size_in, dtype=self.dtype, device=device)
         target = torch.zeros(self.size_out, dtype=self.dtype, device=device)
-        if self.kind == "gather":
-            _gather_shards(target, source, group=self.group)
-            return
-        _reduce_shards(target, source, self.op, group=self.group)
-        if replicas is not None:
+        _issue(target, source, self.group, self.op)
+        if self.op is not None and replicas is not None:
             dist.all_reduce(target, self.op, replicas)  # FSDP's next step, with nothing in between that could fail
 
 
-class _Recorder:
-    """FSDP's collectives of one kind, written down as they are issued."""
+def _issue(target: Tensor, source: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+    if op is None:
+        return _gather_shards(target, source, group=group, async_op=async_op)
+    return _reduce_shards(target, source, op, group=group, async_op=async_op)
 
-    def __init__(self, kind: str, calls: list[_Call]):
-        self.kind, self.calls = kind, calls
+
+class _Recorder:
+    """Issues FSDP's collectives for it, and writes them down."""
+
+    def __init__(self, calls: list[_Call]):
+        self.calls = calls
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False, op: Any = None):
-        if self.kind == "gather":
-            work = _gather_shards(output_tensor, input_tensor, group=group, async_op=async_op)
-        else:
-            work = _reduce_shards(output_tensor, input_tensor, op, group=group, async_op=async_op)
-        self.calls.append(_Call(self.kind, input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group, op))
+        work = _issue(output_tensor, input_tensor, group, op, async_op)
+        self.calls.append(_Call(input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group, op))
         return work
 
 
@@ -436,9 +435,10 @@ class Lockstep:
         self.ranks, self.models = ranks, [model for model in models if isinstance(model, FSDPModule)]
         self.calls: list[_Call] = []
         self.rows: dict[str, list[_Call]] = {}
+        recorder = _Recorder(self.calls)
         for unit in (unit for model in self.models for unit in _units(model)):
-            unit.set_custom_all_gather(_Recorder("gather", self.calls))
-            unit.set_custom_reduce_scatter(_Recorder("reduce", self.calls))
+            unit.set_custom_all_gather(recorder)
+            unit.set_custom_reduce_scatter(recorder)
 
     @contextmanager
     def phase(self, name: str, final: bool = True) -> Iterator[None]:

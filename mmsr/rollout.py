@@ -76,18 +76,18 @@ class Rollout:
         seed: tuple = (),
         scripts: Scripts | None = None,
         on_done: Callable[[Episode], None] = lambda episode: None,
-        slots: Sequence[int] | None = None,
+        group_ids: Sequence[int] | None = None,
     ) -> list[Episode]:
         """Roll out `group_size` episodes per example, in order; group i belongs to examples[i].
 
-        `slots`: the examples' group ids, where they are not all of a batch and so not 0, 1, 2, ...
+        `group_ids`: the examples' own, where they are not all of a batch and so not 0, 1, 2, ...
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
         model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
         an `Opening` for each of the turns that follow. All are asked for before one that is a Future is waited for.
         """
-        slots = range(len(examples)) if slots is None else slots
-        groups = [self._open(example, slot, group_size, seed, scripts) for slot, example in zip(slots, examples)]
+        ids = range(len(examples)) if group_ids is None else group_ids
+        groups = [self._open(example, group_id, group_size, seed, scripts) for group_id, example in zip(ids, examples)]
         episodes = [self.runs[member].episode for group in groups for member in group.members]
         self.on_done = on_done
         self._play_openings()

@@ -195,7 +195,7 @@ class Heard(dict):
     """Keeps every row of collectives that a pass of a name has had."""
 
     def setdefault(self, name, row):
-        super().setdefault(name, set()).add(tuple((call.kind, call.size_in, call.dtype) for call in row))
+        super().setdefault(name, set()).add(tuple((str(call.op), call.size_in, call.dtype) for call in row))
 
 
 def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
