@@ -144,8 +144,8 @@ def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, q_len: int, k_len: int, causal:
 class Packed:
     """The layout of whole sequences: each sees itself, causally. Use as the `attend` of a forward pass."""
 
-    def __init__(self, lens: Sequence[int], device, causal: bool = True):
-        self.segments = Segments.of(lens, lens, causal, device)
+    def __init__(self, lens: Sequence[int], device):
+        self.segments = Segments.of(lens, lens, True, device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return packed_attention(q, k, v, self.segments)

@@ -124,9 +124,9 @@ class Chat:
 
     # ---- turns to ids
 
-    def prompt(self, question: str, image: Any | None, mode: str = "search") -> Piece:
-        """The conversation up to the model's first word. `mode` "direct" asks for an answer without any search."""
-        template = self._templates[{"search": "user", "direct": "direct"}[mode]]
+    def prompt(self, question: str, image: Any | None, direct: bool = False) -> Piece:
+        """The conversation up to the model's first word. `direct` asks for an answer without any search."""
+        template = self._templates["direct" if direct else "user"]
         fields = self._fields(question)
         system = self._templates["system"]
         parts = [self.added[START], f"system\n{system}", self.stop_id, "\n"] if system else []

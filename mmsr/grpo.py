@@ -54,15 +54,11 @@ def group_advantages(
     return advantages, varied
 
 
-def episode_weights(
-    trained_tokens: Sequence[int], norm: str, episodes: int | None = None, tokens: int | None = None
-) -> list[float]:
+def episode_weights(trained_tokens: Sequence[int], norm: str, episodes: int, tokens: int) -> list[float]:
     """Equation (4): the weight of each token of each episode, given every episode's number of trained tokens.
 
-    `episodes` and `tokens` are those of the whole update, where these are only a part of it.
+    `episodes` and `tokens` are those of the whole update, of which these may be a part.
     """
-    episodes = len(trained_tokens) if episodes is None else episodes
-    tokens = sum(trained_tokens) if tokens is None else tokens
     if norm == "token":
         return [1.0 / max(tokens, 1)] * len(trained_tokens)
     return [1.0 / (episodes * max(n, 1)) for n in trained_tokens]

@@ -105,7 +105,7 @@ class MasterWeights:
                 moments[key].view(-1).split(PIECE)[i].copy_(dither(value, seed))
         self.piece.data, self.piece.grad = self.nothing, None
 
-    # ---- for checkpoints and plans
+    # ---- for checkpoints
 
     def states(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, what the optimizer keeps of it) of every trained parameter; the dictionaries themselves."""
@@ -132,10 +132,3 @@ class MasterWeights:
         self.step(0.0)  # the rate is set anew in every step of training
         for parameter in parameters:
             parameter.grad = None
-
-    @staticmethod
-    def bytes_per_parameter(dtype: torch.dtype, passes: int = 2) -> int:
-        """Of weight, master, Adam's two moments and gradient, for weights of `dtype` and so many backward passes."""
-        if dtype == torch.float32:
-            return 4 + 4 + 4 + 4
-        return 2 + 2 + 2 + 2 + (4 if passes > 1 else 2)

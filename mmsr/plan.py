@@ -24,7 +24,7 @@ from .config import Config, parse
 from .episode import UserError
 from .model import TILE, ModelConfig, Qwen2_5_VL, read_config
 from .optimizer import PIECE
-from .vision import MERGE, PATCH, PATCH_VALUES, VisionConfig
+from .vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest goes to its context, to NCCL's buffers and to gaps
@@ -136,18 +136,18 @@ class Kept:
     @property
     def longest(self) -> int:
         """Tokens of a prompt at most."""
-        return min(self.c.max_pixels // (PATCH * MERGE) ** 2 + PROMPT_TEXT, self.c.max_tokens)
+        return min(self.c.max_pixels // SIDE**2 + PROMPT_TEXT, self.c.max_tokens)
 
     def cache(self, groups: int, group_size: int) -> int:
         """Prefix rows and suffix slots of `groups` as `Engine._make_room` sizes them, grown to the end."""
         slots = min(self.c.slots, groups * group_size)
-        room = self.c.max_tokens - self.c.min_pixels // (PATCH * MERGE) ** 2 + 1
+        room = self.c.max_tokens - self.c.min_pixels // SIDE**2 + 1
         return cache_bytes(self.model, min(groups, slots // group_size), self.longest, slots, room, self.item)
 
     def pictures(self, questions: int) -> int:
         """Merged tokens of all distinct pictures of `questions`, with what their image searches bring."""
         thumbnails = THUMBNAILS * THUMBNAIL_TOKENS if self.c.max_images and self.c.search != "none" else 0
-        return questions * (self.c.max_pixels // (PATCH * MERGE) ** 2 + thumbnails)
+        return questions * (self.c.max_pixels // SIDE**2 + thumbnails)
 
     def block(self, tokens: int) -> int:
         """A decoder block in its backward pass: what it kept, and gradients as wide as its MLP."""

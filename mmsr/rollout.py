@@ -65,7 +65,7 @@ class Rollout:
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, limits: Limits, direct: bool = False):
         """`direct`: ask without tools, in one turn."""
         self.engine, self.chat, self.toolbox, self.limits = engine, chat, toolbox, limits
-        self.mode, self.max_turns = ("direct", 1) if direct else ("search", limits.max_turns)
+        self.direct, self.max_turns = direct, 1 if direct else limits.max_turns
         self.runs: dict[Member, _Run] = {}
         self.waiting: dict[Future, _Run] = {}
 
@@ -122,7 +122,7 @@ class Rollout:
             image = load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
         except ValueError as error:
             raise UserError(f"example {example.id}: {error}; mend or remove this row") from None
-        prompt = self.chat.prompt(example.question, image, self.mode)
+        prompt = self.chat.prompt(example.question, image, self.direct)
         members = []
         for sample in range(size):
             member = Member(sampling_key(*seed, group_id, sample))

@@ -90,15 +90,6 @@ class Settings:
         """How many facts the base model knows of the concepts of a pool; none of one that is not the world's."""
         return next((p.facts for p in self.pools if p.name == pool), 0)
 
-    def right_searches(self, category: Category) -> tuple[str, ...]:
-        """The tools that an episode of this category needs, in order."""
-        known, asked = min(map(self.facts, category.pools)), max(category.questions)
-        if known > asked:
-            return ()
-        if not self.two_hops:
-            return (IMAGE_SEARCH,)
-        return (IMAGE_SEARCH,) * (known == 0) + (TEXT_SEARCH,) * (asked == TOWN)
-
 
 BASIC = Settings(
     pools=(

@@ -131,7 +131,7 @@ class Traces:
         self.made += 1
         image = Image(patchify(picture), (SIZE // 14, SIZE // 14), f"trace {self.made}")
         direct = rng.random() < DIRECT
-        prompt = self.chat.prompt(QUESTIONS[question], image, "direct" if direct else "search")
+        prompt = self.chat.prompt(QUESTIONS[question], image, direct)
         episode = Episode(Example("", b"", QUESTIONS[question], (), concept.pool), group_id, 0)
         episode.prompt_length, episode.advantage = len(prompt.ids), 1.0
         self._append(episode, prompt, 0)

@@ -198,21 +198,18 @@ class Trainer:
         """Leave the gradient of one update in the parameters; returns what this rank saw on the way."""
         parts, packs = self._packs(share.episodes)
         self.optimizer.expect(len(packs))
-        images = [image for p in packs for image in p.images]
         weights, advantages = self._per_episode(share)
-        reference = None
-        with self._phase("vision pass"):
-            features = ImageFeatures(self.model, images, True, idle=share.pictures > 0)
-            if self.reference:
-                reference = ImageFeatures(self.reference, images, False, idle=share.pictures > 0)
+        with self.lockstep.phase("vision pass"):
+            features = self._features(self.model, packs, share, train=True)
+            reference = self._features(self.reference, packs, share) if self.reference else None
         stats = Stats()
         for part, batch in zip(parts, packs):
             old = None if old_logps is None else torch.cat([old_logps[i] for i in part])
             seen = stats if part[0] < len(share.episodes) else None
-            with self._phase("micro-batch", final=len(part) == 1):
+            with self.lockstep.phase("micro-batch", final=len(part) == 1):
                 self._micro_batch(batch, features, reference, weights, advantages, old, seen)
         if share.pictures:
-            with self._phase("vision backward pass"):
+            with self.lockstep.phase("vision backward pass"):
                 features.backward()
         trained = sum(len(p.input_ids) for part, p in zip(parts, packs) if part[0] < len(share.episodes))
         stats.add(encoded=features.encoded, trained=trained, trained_unique=unique_tokens(share.episodes))
@@ -226,6 +223,10 @@ class Trainer:
         packs = [pack([*episodes, self.idle], part, self.device) for part in parts]
         self.longest = max(len(p.input_ids) for p in packs)
         return parts, packs
+
+    def _features(self, model: Qwen2_5_VL, packs: Sequence[Pack], share: Share, train: bool = False) -> ImageFeatures:
+        """Of the pictures of `packs`. The tower runs if any rank has a picture: all ranks run the same passes."""
+        return ImageFeatures(model, [image for p in packs for image in p.images], train, idle=share.pictures > 0)
 
     def _micro_batch(
         self, batch: Pack, features: ImageFeatures, reference: ImageFeatures | None,
@@ -279,13 +280,12 @@ class Trainer:
     def _old_logps(self, share: Share) -> list[Tensor]:
         """Log-probabilities of each episode's trained tokens, the idle one last: they outlive how the batch is cut."""
         parts, packs = self._packs(share.episodes)
-        with self._phase("first vision pass"):
-            images = [image for p in packs for image in p.images]
-            features = ImageFeatures(self.model, images, False, idle=share.pictures > 0)
+        with self.lockstep.phase("first vision pass"):
+            features = self._features(self.model, packs, share)
         found = [torch.empty(0, device=self.device)] * len(share.episodes)
         found.append(torch.zeros(1, device=self.device))
         for part, batch in zip(parts, packs):
-            with self._phase("first pass", final=len(part) == 1):
+            with self.lockstep.phase("first pass", final=len(part) == 1):
                 logps, _ = self.log_probs(self.model, batch, features)
             for i in part:
                 found[i] = logps[batch.episode_index == i]
@@ -300,9 +300,6 @@ class Trainer:
         return float(norm)
 
     # ---- room -------------------------------------------------------------------------------------------------------
-
-    def _phase(self, name: str, final: bool = True):
-        return self.lockstep.phase(name, final)
 
     def _with_room(self, work: Callable, *args):
         """work(*args), and again with micro-batches half as long for as long as some rank runs out of memory."""
@@ -335,12 +332,7 @@ def _idle_episode(token: int) -> Episode:
     return Episode(Example("", b"", "", ()), -1, 0, [token] * 2, [0, 1], [0.0] * 2, prompt_length=1)
 
 
-def split(episodes: Sequence[Episode], parts: int, groups: int | None = None) -> list[list[Episode]]:
-    """Deal whole groups, in order of group id, into `parts` mini-batches.
-
-    `groups`: how many there are, numbered from 0, where `episodes` are only one rank's.
-    """
-    ids = sorted({e.group_id for e in episodes}) if groups is None else range(groups)
-    size = math.ceil(len(ids) / parts) if ids else 1
-    place = {group: i // size for i, group in enumerate(ids)}
-    return [[e for e in episodes if place[e.group_id] == part] for part in range(parts)]
+def split(episodes: Sequence[Episode], parts: int, groups: int) -> list[list[Episode]]:
+    """Deal `groups` whole groups, by group id, into `parts` mini-batches. `episodes` may be only one rank's of them."""
+    size = math.ceil(groups / parts)
+    return [[e for e in episodes if e.group_id // size == part] for part in range(parts)]

@@ -28,6 +28,7 @@ from .pictures import FORMATS, check_aspect, decode
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token
+SIDE = PATCH * MERGE  # pixels along one side of a merged token
 FRAMES = 2  # the patch embedding was trained on video: a still picture is shown twice
 CHANNELS = 3
 PATCH_VALUES = CHANNELS * FRAMES * PATCH * PATCH  # 1176
@@ -69,7 +70,7 @@ def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_
 
 def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int) -> Image:
     """What `load_image` does once an RGB picture is decoded."""
-    height, width = smart_resize(picture.height, picture.width, PATCH * MERGE, min_pixels, max_pixels)
+    height, width = smart_resize(picture.height, picture.width, min_pixels, max_pixels)
     pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC))
     return Image(patchify(pixels), (height // PATCH, width // PATCH), key)
 
@@ -78,34 +79,28 @@ def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MA
     """How many tokens `load_image` would make of a picture file, from its header alone; 0 for one that it refuses."""
     try:
         width, height = PIL.Image.open(io.BytesIO(data), formats=FORMATS).size
-        height, width = smart_resize(height, width, PATCH * MERGE, min_pixels, max_pixels)
+        height, width = smart_resize(height, width, min_pixels, max_pixels)
     except Exception:  # whatever it is, loading it will say so
         return 0
-    return height * width // (PATCH * MERGE) ** 2
+    return height * width // SIDE**2
 
 
-def smart_resize(
-    height: int,
-    width: int,
-    factor: int = PATCH * MERGE,
-    min_pixels: int = MIN_PIXELS,
-    max_pixels: int = MAX_PIXELS,
-) -> tuple[int, int]:
-    """Height and width as multiples of `factor`, their product within the limits, the aspect nearly kept.
+def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width as multiples of SIDE, their product within the limits, the aspect nearly kept.
 
     Raises ValueError when one side is more than 200 times the other.
     """
     check_aspect(width, height)
     # Python's round takes halves to the even neighbour, and so did Qwen2-VL's training.
-    h, w = round(height / factor) * factor, round(width / factor) * factor
+    h, w = round(height / SIDE) * SIDE, round(width / SIDE) * SIDE
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h = max(factor, math.floor(height / shrink / factor) * factor)
-        w = max(factor, math.floor(width / shrink / factor) * factor)
+        h = max(SIDE, math.floor(height / shrink / SIDE) * SIDE)
+        w = max(SIDE, math.floor(width / shrink / SIDE) * SIDE)
     elif h * w < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / factor) * factor
-        w = math.ceil(width * grow / factor) * factor
+        h = math.ceil(height * grow / SIDE) * SIDE
+        w = math.ceil(width * grow / SIDE) * SIDE
     return h, w
 
 
@@ -115,11 +110,10 @@ def patchify(pixels: np.ndarray) -> Tensor:
     Raises ValueError unless both sides are multiples of 28.
     """
     height, width, _ = pixels.shape
-    side = PATCH * MERGE
-    if height % side or width % side:
-        raise ValueError(f"picture of {width} x {height} pixels: both sides must be multiples of {side}")
+    if height % SIDE or width % SIDE:
+        raise ValueError(f"picture of {width} x {height} pixels: both sides must be multiples of {SIDE}")
     values = NORMALISED[pixels, np.arange(CHANNELS)]  # (h, w, 3)
-    values = values.reshape(height // side, MERGE, PATCH, width // side, MERGE, PATCH, CHANNELS)
+    values = values.reshape(height // SIDE, MERGE, PATCH, width // SIDE, MERGE, PATCH, CHANNELS)
     values = values.transpose(0, 3, 1, 4, 6, 2, 5)  # (token row, token column, 2, 2, channel, 14, 14)
     frames = np.repeat(values[..., None, :, :], FRAMES, axis=-3)
     return torch.from_numpy(frames.reshape(-1, PATCH_VALUES))
@@ -283,7 +277,7 @@ class VisionTower(nn.Module):
 
     def _layout(self, images: Sequence[Image], device: torch.device) -> tuple[Tensor, Tensor, Segments]:
         """Cached pieces of each picture's grid put together: order (M,), angles (P, D/2), one segment a window."""
-        window = self.config.window_size // (PATCH * MERGE)
+        window = self.config.window_size // SIDE
         pieces = [window_order(image.grid, window, self.config.head_dim) for image in images]
         tokens = torch.tensor([image.tokens for image in images])
         first = (tokens.cumsum(0) - tokens).repeat_interleave(tokens)  # (M,) where the picture of this token begins

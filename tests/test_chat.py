@@ -113,9 +113,9 @@ def test_a_whole_conversation_has_the_ids_of_the_chat_template(chat, folder):
 
 
 def test_the_prompt_ends_where_the_template_lets_the_model_begin(chat, folder):
-    for mode, name in (("search", "user"), ("direct", "direct")):
+    for direct, name in ((False, "user"), (True, "direct")):
         messages = [{"role": "user", "content": [{"type": "image"}, text(wording(name, question="Who is it?"))]}]
-        assert chat.prompt("Who is it?", Picture(7), mode).ids == template_ids(folder, messages, [7])
+        assert chat.prompt("Who is it?", Picture(7), direct).ids == template_ids(folder, messages, [7])
 
 
 def test_a_prompt_without_an_image_is_text_only(chat, folder):
@@ -130,7 +130,7 @@ def test_the_toy_set_has_no_system_turn_and_few_words(tiny):
     prompt = chat.decode(chat.prompt("what is this ?", Picture(2)).ids)
     image = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
     assert prompt == f"<|im_start|>user\n{image}what is this ? search ?<|im_end|>\n<|im_start|>assistant\n"
-    direct = chat.decode(chat.prompt("what is this ?", None, "direct").ids)
+    direct = chat.decode(chat.prompt("what is this ?", None, direct=True).ids)
     assert direct == "<|im_start|>user\nwhat is this ? no search .<|im_end|>\n<|im_start|>assistant\n"
     found = Observation((Hit("bako of luri"), Hit("bako wiki"), Hit("memo in sati")))
     seen = chat.decode(chat.observation("image_search", found, [None, Picture(2), None], "what is this ?").ids)

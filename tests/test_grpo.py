@@ -76,7 +76,7 @@ def test_gradient_equals_finite_differences():
 
 def test_weights_are_the_two_means():
     lengths = [4, 1, 5]
-    assert episode_weights(lengths, "token") == [0.1] * 3
-    assert episode_weights(lengths, "sequence") == pytest.approx([1 / 12, 1 / 3, 1 / 15])
+    assert episode_weights(lengths, "token", 3, 10) == [0.1] * 3
+    assert episode_weights(lengths, "sequence", 3, 10) == pytest.approx([1 / 12, 1 / 3, 1 / 15])
     for norm in ("token", "sequence"):
-        assert sum(w * n for w, n in zip(episode_weights(lengths, norm), lengths)) == pytest.approx(1)
+        assert sum(w * n for w, n in zip(episode_weights(lengths, norm, 3, 10), lengths)) == pytest.approx(1)

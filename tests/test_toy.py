@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mmsr import toy
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 from mmsr.vision import load_image
 
 
@@ -79,20 +78,6 @@ def test_every_attribute_shows(world):
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
-def test_right_searches_are_the_tables():
-    def table(settings):
-        return {category.name: settings.right_searches(category) for category in settings.categories}
-
-    by_image, by_text = (IMAGE_SEARCH,), (TEXT_SEARCH,)
-    assert table(toy.BASIC) == {"familiar": (), "unfamiliar": by_image, "held_out": by_image}
-    assert table(toy.FULL) == {
-        **{"familiar": (), "familiar_fact": (), "known_new_fact": by_text, "unfamiliar": by_image},
-        **{"unfamiliar_fact": by_image + by_text, "held_out": by_image, "unknown_two_hop": by_image + by_text},
-    }
-    new_fact_in_one_hop = dataclasses.replace(toy.FULL, two_hops=False).right_searches(toy.FULL.categories[2])
-    assert new_fact_in_one_hop == by_image, "the titles tell the town"
-
-
 @pytest.mark.parametrize("settings", [toy.BASIC, toy.FULL], ids=["basic", "full"])
 def test_concepts_are_shown_often_enough_and_known_and_unknown_weigh_alike(settings):
     assert all(pool.exposure >= 450 for pool in settings.pools if pool.facts)
@@ -115,7 +100,7 @@ def test_graded_concepts_are_asked_about_but_never_in_training():
     asked = world.questions("exposure_50", 12, "here")
     names = {concept.name for concept in world.of("exposure_50")}
     assert {e.question for e in asked} == {toy.QUESTIONS[toy.NAME]} and {e.answers[0] for e in asked} <= names
-    assert settings.mix["exposure_50"] == 0 and settings.right_searches(settings.categories[-1]) == (IMAGE_SEARCH,)
+    assert settings.mix["exposure_50"] == 0
     graded = {word for p in settings.pools[-3:] for c in world.of(p.name) for word in (c.name, c.town)}
     assert not graded & {answer for e in world.train for answer in e.answers}
 

@@ -130,13 +130,13 @@ def test_one_update_makes_a_second_pass_for_old_log_probabilities(monkeypatch):
     metrics = trainer(tiny_model(1), micro_tokens=60).step([episodes], 0.1)
     assert len(passes) > 1 and sum(passes) == metrics["trained"]
     passes.clear()
-    metrics = trainer(tiny_model(1), micro_tokens=60).step(split(episodes, 2), 0.1)
+    metrics = trainer(tiny_model(1), micro_tokens=60).step(split(episodes, 2, 3), 0.1)
     assert sum(passes) == 2 * metrics["trained"]
 
 
 def test_second_update_of_a_batch_is_clipped_against_the_first():
     """With π_old recomputed, or taken from after the first update, nothing would ever be clipped."""
-    first, second = split(made(4), 2)
+    first, second = split(made(4), 2, 4)
     assert {e.group_id for e in first} == {0, 1} and {e.group_id for e in second} == {2, 3}
     model = tiny_model(1)
     once = trainer(model, clip_low=0.01, clip_high=0.01, max_grad_norm=10.0).step([first + second], 0.3)
@@ -148,7 +148,7 @@ def test_second_update_moves_by_the_clipped_surrogate():
     """Two updates of `step` against the same two done by hand with `token_losses`."""
     from mmsr import grpo
 
-    halves = split(made(4), 2)
+    halves = split(made(4), 2, 4)
     options = dict(clip_low=0.05, clip_high=0.02, max_grad_norm=1e9, loss_norm="token")
     model = tiny_model(1)
     trainer(model, **options).step(halves, 0.05)

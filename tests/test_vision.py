@@ -13,7 +13,7 @@ import torch
 from helpers import hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
 
 from mmsr.pictures import MAX_FILE_BYTES
-from mmsr.vision import inverse_frequencies, load_image, patchify, smart_resize, window_order
+from mmsr.vision import MAX_PIXELS, MIN_PIXELS, inverse_frequencies, load_image, patchify, smart_resize, window_order
 
 # Rows and columns in patches: one window, windows that do not divide, a strip, a column, a window exactly filled.
 GRIDS = [(4, 4), (10, 14), (2, 18), (22, 2), (8, 8), (16, 6)]
@@ -81,15 +81,15 @@ def test_smart_resize_rounds_otherwise_than_transformers():
         height, width = draw.randint(1, 900), draw.randint(1, 900)
         if max(height, width) <= 200 * min(height, width):
             limits = (draw.choice([784, 3136, 50_000]), draw.choice([60_000, 200_704, 10**6]))
-            assert smart_resize(height, width, 28, *limits) == theirs(height, width, 28, *limits)
+            assert smart_resize(height, width, *limits) == theirs(height, width, 28, *limits)
 
 
 def test_an_elongated_picture_error_hides_its_numbers():
     with pytest.raises(ValueError, match="1001 x 5 .* 200"):
-        smart_resize(5, 1001)
+        smart_resize(5, 1001, MIN_PIXELS, MAX_PIXELS)
     with pytest.raises(ValueError, match="401 x 2 .* 200"):
         load_image(picture_bytes(401, 2))
-    assert smart_resize(5, 1000)[0] == 28
+    assert smart_resize(5, 1000, MIN_PIXELS, MAX_PIXELS)[0] == 28
 
 
 def bomb(width: int, height: int) -> bytes:
