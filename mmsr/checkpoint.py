@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from .episode import UserError
+from .episode import UserError, first_line
 from .parallel import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def _reason(error: BaseException) -> str:
     """One line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 # ---- ranks

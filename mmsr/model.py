@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .attention import Attend
-from .episode import UserError
+from .episode import UserError, first_line
 from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower, inverse_frequencies, rotate, run_block
 
 BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
@@ -357,7 +357,7 @@ def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
         return Path(getattr(huggingface_hub, function)(**where))
     except Exception as error:  # of the hub's client, its HTTP library or the file system
         raise UserError(
-            f"{what} could not be fetched from the Hugging Face hub ({_first_line(error)}): {advice}"
+            f"{what} could not be fetched from the Hugging Face hub ({first_line(error)}): {advice}"
         ) from error
 
 
@@ -406,7 +406,7 @@ def read_config(folder: Path | str) -> ModelConfig:
     try:
         return ModelConfig.from_dict(_read_json(folder / "config.json"))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: {_first_line(error)}: pass a Qwen2.5-VL model") from error
+        raise UserError(f"{folder / 'config.json'}: {first_line(error)}: pass a Qwen2.5-VL model") from error
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
@@ -417,7 +417,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
                 for name in stored.keys():
                     yield file, _disk_name(name), stored.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
             raise UserError(f"{file} cannot be read ({reason}): truncated or corrupt, fetch it again") from error
 
 
@@ -446,14 +446,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({_first_line(error)}): fetch it again") from error
+        raise UserError(f"{file} is not valid JSON ({first_line(error)}): fetch it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a JSON {type(values).__name__}, not an object: fetch it again")
     return values
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save(model: Qwen2_5_VL, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:

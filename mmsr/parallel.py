@@ -36,7 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 
-from .episode import UserError
+from .episode import UserError, first_line
 
 T = TypeVar("T")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -198,7 +198,7 @@ def _device(name: str, local_rank: int | None = None) -> torch.device:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
 
 
@@ -255,7 +255,7 @@ def _obituary(who: str, error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted [{who}]."
     if _lost(error):
-        return f"{who} lost another rank, or waited for it too long: {str(error).splitlines()[0]}"
+        return f"{who} lost another rank, or waited for it too long: {first_line(error)}"
     return f"{who} failed:\n{''.join(traceback.format_exception(error))}"
 
 

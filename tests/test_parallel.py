@@ -19,6 +19,7 @@ from helpers import conversation, report, tiny_config, tiny_model
 from test_update import BANNED, EXAMPLE, made, relative
 
 from mmsr import model as modeling
+from mmsr import parallel
 from mmsr.assemble import load_model
 from mmsr.episode import Episode, UserError
 from mmsr.parallel import Ranks, Stopped, deal, gathered, generation, shard
@@ -371,6 +372,13 @@ def test_ranks_add_up_agree_and_wait(pair):
     assert total == total_ == {"a": 2, ("b", 0): 0.5, ("b", 1): 0.5} and most == most_ == 2
     assert items == [0, 1] and items_ == [] and first < second
     assert own == "row 7" and stopped == "rank 1 failed: ValueError: row 7"
+
+
+def test_a_rank_that_lost_another_says_so_even_where_the_error_says_nothing():
+    with pytest.raises(RuntimeError) as lost:
+        exec(compile("raise RuntimeError", "distributed_c10d.py", "exec"))
+    told = parallel._obituary("rank 0 of 2", lost.value)
+    assert told == "rank 0 of 2 lost another rank, or waited for it too long: RuntimeError"
 
 
 def test_groups_are_dealt_evenly_by_load():
