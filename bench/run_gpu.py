@@ -24,6 +24,7 @@ from torch import Tensor
 from mmsr import attention, model
 from mmsr.engine import Engine, Group, Member, sampling_key
 from mmsr.episode import Episode, Example, UserError
+from mmsr.graphs import USUAL
 from mmsr.model import ModelConfig
 from mmsr.optimizer import MasterWeights
 from mmsr.pack import cut, pack
@@ -144,24 +145,28 @@ class Bench:
             made.append(Group(ids, images, [Member(sampling_key(number, i)) for i in range(members)]))
         return made
 
-    def engine(self, policy, slots: int, turn: int) -> Engine:
+    def engine(self, policy, slots: int, turn: int, capture: bool = True) -> Engine:
         s = self.sizes
         most = s.prompt + s.result + 4 * turn + 8
         return Engine(
             policy, policy.config.eos_token_id, self.banned(policy.config), slots=slots, max_tokens=most,
-            turn_tokens=turn,
+            turn_tokens=turn, capture=capture,
         )  # fmt: skip
 
     # ---- rows of one shape
 
-    def decode(self, policy, prompts: int, members: int) -> tuple[str, str, str]:
-        """Decode steps alone, prompts prefilled, against the bytes that a step has to read."""
-        engine = self.engine(policy, prompts * members, turn=2 * self.sizes.decode_steps + 8)
+    def decode(self, policy, prompts: int, members: int, capture: bool = True) -> tuple[str, str, str]:
+        """Decode steps alone, prompts prefilled, against the bytes that a step has to read.
+
+        The first steps, which are not captured yet, are left out; later captures are a part of decoding.
+        """
+        warm = USUAL + 2
+        engine = self.engine(policy, prompts * members, 2 * self.sizes.decode_steps + warm, capture)
         groups = self.groups(policy.config, prompts, members)
         engine.submit(groups)
         while engine.queue:
             engine.step()
-        for _ in range(4):
+        for _ in range(warm):
             engine.step()
         n = self.sizes.decode_steps
         seconds, _ = common.timed(lambda: [engine.step() for _ in range(n)], self.device)
@@ -344,6 +349,11 @@ class Bench:
         rows = [
             (f"decode, {groups} prompts × {members}", 30, partial(with_policy, self.decode, groups, members)),
             (f"decode, {s.decode_batch} prompts × 1", 30, partial(with_policy, self.decode, s.decode_batch, 1)),
+            (
+                f"decode, {groups} prompts × {members}, not captured",
+                30,
+                partial(with_policy, self.decode, groups, members, False),
+            ),
             ("decode, transformers", 40, partial(self.their_decode, config, False)),
             ("gap between sampler and trainer", 15, partial(with_policy, self.gap)),
             ("memory a parameter", 15, partial(with_policy, self.memory)),

@@ -73,6 +73,7 @@ class Setup(Generic[AnyOptions]):
         engine = Engine(
             self.model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
+            capture=self.ranks.size == 1,
         )  # fmt: skip
         return Rollout(engine, self.chat, self.toolbox, _limits(c), direct)
 

@@ -6,7 +6,7 @@ caller then either finishes the member or extends it with what a tool gave, and 
 other members decode on meanwhile: there is no barrier between turns, and freed slots take the next group.
 
 All that changes per token lives in tensors on the device. The host waits for it once a decode step, to see whose turn
-is over, and does no work per token.
+is over, and does no work per token; on CUDA it launches the step as one graph (graphs.py).
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
 Shape letters: S slots, R prefix rows, G members, K key/value heads, P prompt room, L suffix room, D head size,
@@ -19,6 +19,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, Sequence
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Packed, Segments, decode_attention, packed_attention
+from .graphs import Graphs
 from .model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 
 
@@ -110,13 +112,18 @@ class Cache:
 
         self.prefix, self.suffix = room(rows, prompt_room), room(slots, 0)
 
-    def fit(self, length: int, most: int) -> None:
-        """Make the suffix slots at least `length` tokens long, and no longer than `most`, one layer at a time."""
+    def fit(self, length: int, most: int) -> bool:
+        """Make the suffix slots at least `length` tokens long, and no longer than `most`; whether that moved them.
+
+        One layer at a time, so that a second copy is never there of more than one.
+        """
         now = self.suffix[0][0].shape[2]
-        if length > now:
-            more = (0, 0, 0, min(most, max(length, 2 * now)) - now)
-            for layer, pair in enumerate(self.suffix):
-                self.suffix[layer] = tuple(F.pad(store, more) for store in pair)
+        if length <= now:
+            return False
+        more = (0, 0, 0, min(most, max(length, 2 * now)) - now)
+        for layer, pair in enumerate(self.suffix):
+            self.suffix[layer] = tuple(F.pad(store, more) for store in pair)
+        return True
 
 
 class Engine:
@@ -133,15 +140,18 @@ class Engine:
         turn_tokens: int,
         temperature: float = 1.0,
         prefill_tokens: int = 16384,
+        capture: bool = True,
     ):
         """`max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn.
 
         `temperature` 0 is greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts.
+        `capture`: on CUDA, replay decode steps from graphs; not for a sharded model, whose weights move.
         """
         self.model, self.stop_id, self.banned, self.device = model, stop_id, banned, banned.device
         self.slots, self.max_tokens, self.turn_tokens = slots, max_tokens, turn_tokens
         self.greedy, self.temperature = temperature == 0, temperature or 1.0
         self.prefill_tokens = prefill_tokens
+        self.graphs = Graphs(capture and self.device.type == "cuda")
         self.queue: deque[Group] = deque()
         self.feeding: list[Member] = []  # have forced tokens to prefill
         self.live_members = 0  # are decoding
@@ -214,6 +224,7 @@ class Engine:
         self.cache = Cache(config, rows, max(prompts), width, self.device, dtype)
         self.free_slots, self.free_rows = list(range(width)), list(range(rows))
         self.layout = None
+        self.graphs.clear()
 
         def state(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros((width, *shape), dtype=dtype, device=self.device)
@@ -221,6 +232,10 @@ class Engine:
         self.token, self.length, self.position = (state(torch.long) for _ in range(3))  # fed next; tokens cached; where
         self.key, self.limit, self.live = state(torch.long), state(torch.long), state(torch.bool)
         self.ids, self.logps = state(torch.long, room), state(torch.float32, room)  # what was sampled, by suffix index
+        most = max(len(group.members) for group in self.queue)
+        self.prefix_lens, self.members, self.place = (
+            torch.zeros(size, dtype=torch.long, device=self.device) for size in (rows, rows * most, width)
+        )
 
     def _admissible(self) -> list[Group]:
         """The queued groups that have room now: whole groups, in order, one prefill pass's worth of prompts."""
@@ -256,10 +271,11 @@ class Engine:
                     rows.append(row), starting.append(member)
         return self._start(scores[rows], starting) if starting else []
 
-    def _lay_out(self) -> tuple[int, int, Tensor, Tensor, Tensor]:
-        """What decoding needs to know of who sits where; made anew only when somebody came or went.
+    def _lay_out(self) -> tuple[int, int, int]:
+        """Write down for decoding who sits where; needed only when somebody came or went.
 
-        Returns the slots and rows in use (both counted to the last), prefix lengths (R,), members (R, G), place (S,).
+        That is `prefix_lens` (R,), `members` (R · G,) and `place` (S,), see `decode_attention`. Returns S, R and G: the
+        slots and rows in use, both counted to the last, and the largest number of seated members of a group.
         """
         slots = sorted(self.seated)
         if 2 * len(slots) <= slots[-1]:
@@ -273,9 +289,11 @@ class Engine:
             lens[group.row] = len(group.ids)
             members[group.row, : len(here)] = torch.tensor(here)
             place[here] = group.row * width + torch.arange(len(here))
+        for buffer, found in zip((self.prefix_lens, self.members, self.place), (lens, members.flatten(), place)):
+            buffer[: len(found)] = found.to(self.device)
         self.length[self.free_slots] = 0
         self.reach = int(self.length[:n].max())  # no slot has more tokens cached than this
-        return n, rows, *(x.to(self.device) for x in (lens, members, place))
+        return n, rows, width
 
     def _compact(self, slots: list[int]) -> None:
         """Move the few occupied slots and rows to the front, so that the tail of a batch does not pay for its head."""
@@ -318,7 +336,7 @@ class Engine:
         suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
         new_at = _ragged(slots, [(m.cached, n) for m, n in zip(members, total)], self.device)
         order = _alternate(prompts, total, self.device)
-        self.cache.fit(max(total), self.room)
+        self._fit(max(total))
         news = [n - m.cached for m, n in zip(members, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
@@ -334,6 +352,10 @@ class Engine:
         for member, position in zip(members, positions):
             member.cached, member.position = len(member.ids), position
         return self._start(scores, members)
+
+    def _fit(self, length: int) -> None:
+        if self.cache.fit(length, self.room):
+            self.graphs.clear()
 
     def _next_to_feed(self) -> list[Member]:
         """As many waiting members, in order, as one prefill pass may hold; at least one."""
@@ -387,36 +409,47 @@ class Engine:
         self.live[slots] = True
         self.live_members += len(members)
         self.layout = None
-        return self._draw(scores, slots)
+        return self._end_turns(slots, self._draw(scores, slots))
 
     def _decode(self) -> list[Member]:
         """Feed every slot its last token and sample the next where a member is live."""
         if self.layout is None:
             self.layout = self._lay_out()
-        n, rows, prefix_lens, members, place = self.layout
         self.reach += 1
-        self.cache.fit(self.reach, self.room)
+        reach = self.graphs.rounded(self.reach, self.room)
+        self._fit(reach)
+        self.counts["decode_steps"] += 1
+        shape = (*self.layout, reach)
+        return self._end_turns(
+            torch.arange(shape[0], device=self.device), self.graphs(shape, partial(self._one, *shape))
+        )
+
+    def _one(self, n: int, rows: int, width: int, reach: int) -> Tensor:
+        """The pass of a decode step, for slots [0, n) with up to `reach` tokens: whose turn is over (n,) bool."""
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
+        members = self.members[: rows * width].view(rows, width)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for store, new in zip(self.cache.suffix[layer], (k, v)):
                 store[every, :, length] = new  # a waiting slot's next place: overwritten when it goes on
             prefix = tuple(x[:rows] for x in self.cache.prefix[layer])
-            suffix = tuple(x[:n, :, : self.reach] for x in self.cache.suffix[layer])
-            return decode_attention(q, prefix, prefix_lens, members, place, suffix, length + 1)
+            suffix = tuple(x[:n, :, :reach] for x in self.cache.suffix[layer])
+            return decode_attention(q, prefix, self.prefix_lens[:rows], members, self.place[:n], suffix, length + 1)
 
         scores = self.model(self.token[:n], self.position[:n].expand(3, n), attend, read=self._scores)
         self.length[:n] += self.live[:n]
         self.position[:n] += self.live[:n]
-        self.counts["decode_steps"] += 1
         return self._draw(scores, every)
 
-    def _draw(self, scores: Tensor, slots: Tensor) -> list[Member]:
-        """Sample one token per slot from `scores` (slots, V), record it, and collect the members whose turn is over."""
+    def _draw(self, scores: Tensor, slots: Tensor) -> Tensor:
+        """Sample one token per slot from `scores` (slots, V) and record it; whose turn is over (slots,) bool."""
         at = self.length[slots]
         tokens, logps = sample(scores, uniform(self.key[slots], at), self.greedy)
         self.ids[slots, at], self.logps[slots, at], self.token[slots] = tokens, logps, tokens
-        over = self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
+        return self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
+
+    def _end_turns(self, slots: Tensor, over: Tensor) -> list[Member]:
+        """Collect the members of those `slots` that are `over`. Here the host waits for the device."""
         ended = slots[over]
         self.live[ended] = False
         rows = torch.stack([ended, self.length[ended], self.position[ended]], 1).tolist()

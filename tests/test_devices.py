@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from helpers import conversation, hf_logits, hf_twin, packed_logits, random_image, report, tiny_model
-from test_engine import BANNED, STOP, episodes, groups, recomputed, run
+from test_engine import BANNED, STOP, episodes, groups, recomputed, run, texts
 from test_update import made
 
 from mmsr.engine import Engine
@@ -102,6 +102,17 @@ def test_tokens_are_the_same_on_every_device_when_greedy(device):
     run(model, here, temperature=0)
     run(copy.deepcopy(model).to(device), there, temperature=0)
     assert [m.ids for g in here for m in g.members] == [m.ids for g in there for m in g.members]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_replayed_graph_draws_other_tokens():
+    """On the real thing; tests/test_graphs.py plays it on the CPU."""
+    model, captured, plain = tiny_model(4).to("cuda"), groups(3, 4), groups(3, 4)
+    engine = run(model, captured, turn_tokens=40, max_tokens=400)
+    assert engine.graphs.on, "a capture failed"
+    run(model, plain, turn_tokens=40, max_tokens=400, capture=False)
+    assert texts(captured) == texts(plain)
 
 
 def test_engine_lives_where_its_model_does(device):

@@ -1,0 +1,64 @@
+"""Decode steps replayed from CUDA graphs: one launch instead of a thousand, so that the device does not wait.
+
+A graph repeats kernels on the addresses of the pass that was captured. So a pass that is given here reads and writes
+tensors that stay where they are, depends on no number of the host's but those in its `shape`, and never waits for the
+device. Capturing costs several passes' time, which is why only shapes that come back are captured.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any, Callable, Hashable
+
+import torch
+from torch import Tensor
+
+USUAL = 8  # passes of one shape before it is captured; they also warm the libraries up, which a capture must not do
+STRIDE = 64  # what differs from step to step is rounded up to multiples of this, or no shape would come back
+
+
+class Graphs:
+    """Runs passes, or replays them. With `on` false it only runs them, as on a CPU."""
+
+    def __init__(self, on: bool):
+        self.on = on
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all graphs: a tensor that they know has moved."""
+        self.seen: Counter[Hashable] = Counter()
+        self.captured: dict[Hashable, tuple[Any, Tensor]] = {}
+
+    def rounded(self, length: int, most: int) -> int:
+        """A length that many steps have in common, `most` at most."""
+        return min(most, -(-length // STRIDE) * STRIDE) if self.on else length
+
+    def __call__(self, shape: Hashable, run: Callable[[], Tensor]) -> Tensor:
+        """What `run` returns. It holds until the next call."""
+        if self.on and shape not in self.captured:
+            self.seen[shape] += 1
+            if self.seen[shape] > USUAL:
+                self._try(shape, run)
+        if shape not in self.captured:
+            return run()
+        graph, result = self.captured[shape]
+        graph.replay()
+        return result
+
+    def _try(self, shape: Hashable, run: Callable[[], Tensor]) -> None:
+        try:
+            self.captured[shape] = self._capture(run)
+        except RuntimeError as error:  # a kernel that cannot be captured, or no memory: slower, and as right
+            self.on = False
+            self.clear()
+            first = str(error).partition("\n")[0]
+            warnings.warn(f"decode steps are not captured ({first}); they run one by one", RuntimeWarning, stacklevel=2)
+
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """The graph, and the tensor that each replay leaves its result in. Nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.captured.values()))[0].pool() if self.captured else None  # one result is alive at a time
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # tools may run in other threads
+            result = run()
+        return graph, result
