@@ -53,7 +53,7 @@ def miniature_base(cache: Path) -> Path:
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     """The command line of a run of seconds."""
     sizes = "--eval-size 2 --questions 4 --mini-batch 4 --group-size 2 --turn-tokens 12"
-    given = f"--recipe toy --data toy --search toy {sizes} --steps {STEPS} --save-every 1".split()
+    given = f"--toy basic --data toy --search toy {sizes} --steps {STEPS} --save-every 1".split()
     return [*given, "--model", str(model), "--out", str(out), *more]
 
 

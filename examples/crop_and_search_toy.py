@@ -32,7 +32,7 @@ LEFT_RIGHT = {"left": "0 0 500 1000", "right": "500 0 1000 1000"}
 SINGLES = tuple(toy.Category(name, (name,), (toy.NAME,), train=80, weight=0.25) for name in ("familiar", "unfamiliar"))
 PAIRS = tuple(toy.Category(side, ("unfamiliar",), (toy.NAME,), train=160, weight=0.25) for side in LEFT_RIGHT)
 OPTIONS = (
-    *("--recipe", "toy", "--tools", "examples.crop_and_search:tools", "--steps", "60", "--out", "runs/crop"),
+    *("--toy", "basic", "--tools", "examples.crop_and_search:tools", "--steps", "60", "--out", "runs/crop"),
     *("--max-pixels", str(2 * toy.SIZE**2), "--turn-tokens", "48", "--max-tokens", "160"),
 )
 

@@ -63,9 +63,9 @@ def open_backend(
 
 
 def _toy() -> Backend:
-    from .toy import World
+    from .toy import FULL, World
 
-    world = World(0)
+    world = World(0, FULL)
     _ = world.train  # the toy web knows a picture once it has been drawn
     return world.web
 

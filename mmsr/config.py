@@ -32,8 +32,8 @@ _PAPER = dict(
 RECIPES: dict[str, dict] = {
     "toy": dict(
         data="toy", search="toy", questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, loss_norm="sequence",
-        group_eps=0.05, max_turns=2, max_images=1, max_texts=0, reward="paper", prompts="toy", zero_std="drop",
-        steps=100, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=128,
+        group_eps=0.05, max_turns=3, max_images=1, max_texts=1, reward="paper", prompts="toy", zero_std="drop",
+        steps=80, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=192,
         turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
     ),
     "blog": {
@@ -48,7 +48,7 @@ RECIPES: dict[str, dict] = {
 }  # fmt: skip
 
 # What the toy recipe has otherwise in the other toy worlds.
-TOY: dict[str, dict] = {"basic": {}, "full": dict(max_turns=3, max_texts=1, max_tokens=192, steps=80)}
+TOY: dict[str, dict] = {"full": {}, "basic": dict(max_turns=2, max_texts=0, max_tokens=128, steps=100)}
 
 
 # What a resumed run may change besides, where equal bits are not promised.
@@ -99,11 +99,11 @@ class Options:
     penalty: float = 0.1
     """What a search takes off the reward of a right answer (blog: of any answer), as a share."""
 
-    max_turns: int = 2
+    max_turns: int = 3
     """Model turns per rollout: searches in all are at most one less."""
     max_images: int = 1
     """Image searches per rollout."""
-    max_texts: int = 0
+    max_texts: int = 1
     """Text searches per rollout."""
     tools: str = ""
     """MODULE:FUNCTION with more tools than the two searches: given the search engine, it returns a list of Tool."""
@@ -113,7 +113,7 @@ class Options:
     """Seconds after which a call is given up as failed; with --deterministic tools run inline and are waited for."""
     turn_tokens: int = 32
     """Tokens sampled per turn at most."""
-    max_tokens: int = 128
+    max_tokens: int = 192
     """Tokens of a conversation at most, prompt and images included."""
     max_pixels: int = 56 * 56
     """Larger pictures are shrunk to this many pixels."""
@@ -138,8 +138,8 @@ class Options:
     """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
     log_tokens: bool = True
     """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
-    toy: Literal["basic", "full"] = "basic"
-    """Toy world. full: a town takes a text search too, and a search may mislead; three turns, 80 steps."""
+    toy: Literal["full", "basic"] = "full"
+    """Toy world. full: towns take a text search, and searches may mislead; basic: image search tells all, at once."""
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -209,7 +209,7 @@ class Config(Options):
     teacher_model: str = ""
     """The teaching model, as that server calls it."""
 
-    steps: int = 100
+    steps: int = 80
     """Training steps; a step is one batch of rollouts."""
     questions: int = 32
     """Questions per step."""

@@ -146,6 +146,7 @@ class Rollouts:
 
         model = ["--model", options.model] if options.model else []
         recipe = ["--recipe", options.recipe] if options.recipe else []
+        recipe += ["--toy", "basic"] if options.recipe == "toy" else []  # the demo's world
         given = [*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)]
         config = parse(given, program="mmsr.construct")
         self.setup, self.questions = assemble(config), read_examples(pool)
@@ -298,7 +299,7 @@ def main(argv: Sequence[str]) -> int:
             o.metadata, o.counts = prepare(Path(o.out) / "work", world)
             build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
         files = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet --search replay:{o.out}/searches.sqlite"
-        print(f"python train.py --recipe toy --seed {o.seed} {files}")
+        print(f"python train.py --toy basic --seed {o.seed} {files}")
         return 0
     except UserError as error:
         print(f"mmsr.construct: {error}", file=sys.stderr)

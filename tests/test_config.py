@@ -14,7 +14,7 @@ SAME = dict(lr=2e-6, kl=0.001, clip_low=0.2, clip_high=0.2, max_images=1, search
 TABLE = {
     "toy": dict(
         questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, clip_low=0.2, clip_high=0.2, loss_norm="sequence",
-        group_eps=0.05, max_turns=2, max_images=1, max_texts=0, reward="paper", data="toy", search="toy",
+        group_eps=0.05, max_turns=3, max_images=1, max_texts=1, reward="paper", data="toy", search="toy",
     ),
     "blog": dict(
         SAME, questions=512, mini_batch=128, group_size=32, loss_norm="token", group_eps=1e-6, max_turns=2, max_texts=0,
@@ -74,7 +74,7 @@ def test_full_toy_world_takes_another_turn_and_leaves_other_recipes_alone():
         config = parse(argv)
         return config.max_turns, config.max_images, config.max_texts
 
-    assert limits("--toy", "full") == (3, 1, 1) and limits("--toy", "basic") == (2, 1, 0)
+    assert limits() == limits("--toy", "full") == (3, 1, 1) and limits("--toy", "basic") == (2, 1, 0)
     assert limits("--toy", "full", "--max-texts", "2") == (3, 1, 2), "the command line wins"
     assert limits("--toy", "full", "--recipe", "blog") == limits("--recipe", "blog") == (2, 1, 0)
 
