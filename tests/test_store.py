@@ -160,7 +160,7 @@ def test_the_first_recording_counts_and_a_thumbnail_is_kept_once():
 def test_a_missing_thumbnail_leaves_the_title_and_is_counted(tmp_path):
     path = filled(tmp_path / "s.sqlite", 2)
     with closing(sqlite3.connect(path)) as db, db:
-        db.execute("DELETE FROM thumbnails WHERE digest=?", [stores.digest(b"thumbnail 0")])
+        db.execute("DELETE FROM thumbnails WHERE digest=?", [stores.sha256(b"thumbnail 0")])
         db.execute("UPDATE thumbnails SET image = x'00'")
     with closing(Store(path, readonly=True)) as store:
         for number in range(2):
