@@ -168,10 +168,11 @@ def _open(
     with ranks.alone():
         engine, scripts = _search(config, search, world, known, ranks)
     tools = search_tools(engine.backend, config.max_images, config.max_texts) + more_tools(config.tools, engine.backend)
+    prompts = prompts_folder(config)  # refused before a base model is made, which takes minutes
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
-        chat = Chat(folder, prompts_folder(config), tools)
+        chat = Chat(folder, prompts, tools)
     if isinstance(config, Config):
         _check_memory(config, modeling.read_config(folder), dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
@@ -182,7 +183,11 @@ def _open(
 
 
 def prompts_folder(config: Options) -> Path:
-    return PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
+    """The folder that --prompts means. Raises UserError where there is none."""
+    folder = PROMPTS / config.prompts if config.prompts in ("toy", "real") else Path(config.prompts)
+    if not folder.is_dir():
+        raise UserError(f"--prompts {config.prompts}: no such folder; give toy, real or a folder with user.txt in it")
+    return folder
 
 
 def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:

@@ -65,7 +65,7 @@ class Options:
     """What every run needs: model, data, search, limits, machine."""
 
     recipe: Literal["toy", "blog", "paper", "released"] = "toy"
-    """Defaults to start from: toy without --model, blog with it."""
+    """Defaults to start from: toy without --model or with --data toy, otherwise blog."""
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
@@ -95,7 +95,7 @@ class Options:
     seed: int = 0
     """Seeds the data order, the sampling and the toy world."""
     reward: Literal["blog", "paper", "strict"] = "paper"
-    """Reward rule; see reward.py."""
+    """Reward rule; see mmsr/reward.py."""
     penalty: float = 0.1
     """What a search takes off the reward of a right answer (blog: of any answer), as a share."""
 
@@ -193,7 +193,8 @@ class Options:
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
-            raise UserError(f"--out {folder}: the run in it differs in {listed}: give the same, or another --out")
+            advice = f"give the same, or another --out (and --model {folder}/model to start from what it learnt)"
+            raise UserError(f"--out {folder}: the run in it differs in {listed}: {advice}")
 
 
 @dataclass
@@ -284,7 +285,7 @@ class Config(Options):
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
-            raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}")
+            raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}: give both")
         if self.group_size > self.slots:
             raise UserError(f"--slots {self.slots} is less than --group-size {self.group_size}: raise --slots")
         if self.force_searches and not self.search.startswith("replay:"):
@@ -316,7 +317,7 @@ class EvalConfig(Options):
     mode: Literal["search", "direct", "rag"] = "search"
     """search: as the model likes. direct: asked without tools. rag: searches forced, the words of queries its own."""
     limit: int = 0
-    """Only the first so many questions of each data set; 0: all (of the toy world, 200 per category)."""
+    """Only the first so many questions of each data set, of each category of the toy world; 0: all, there 200."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy, as in the paper."""
     judge: str = ""
@@ -359,7 +360,8 @@ def parse(
     parser = _Parser(program, allow_abbrev=False)
     add_options(parser, kind, [field.name for field in dataclasses.fields(kind)])
     given = vars(parser.parse_args(argv))
-    recipe = given.get("recipe") or ("blog" if given.get("model") else "toy")
+    toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
+    recipe = given.get("recipe") or ("toy" if toy else "blog")
     imitated = {"group_size": 1} if given.get("demonstrations") or given.get("teacher") else {}
     return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
 

@@ -30,7 +30,7 @@ def hub_file(name: str) -> tuple[str, str] | None:
 def published(repository: str, file: str) -> Path:
     """`file` of a data set of the hub, fetched unless it lies in the hub's cache. UserError where it cannot be."""
     instead = "--search none or replay:FILE" if file.endswith(".pkl") else "--data FILE.parquet"
-    advice = f"check the name and the network, or give {instead}"
+    advice = f"check the name (no such path is here) and the network, or give {instead}"
     where = dict(repo_id=repository, filename=file, repo_type="dataset")
     return fetched("hf_hub_download", f"{file} of the data set {repository}", advice, **where)
 

@@ -268,7 +268,9 @@ def test_a_turn_that_differs_is_replayed_as_the_same(folder, tmp_path, capsys):
         turns = [[search, {"response": answer, "action": "answer"}] for answer in answers]
         lines = [json.dumps({"data_id": row["id"], "turns": two}) + "\n" for row, two in zip(rows, turns)]
         file.write_text("".join(lines))
-        options = f"--model {folder} --recipe toy --toy basic --data {data} --search replay:{file} --out {tmp_path / 'out'}"
+        options = (
+            f"--model {folder} --recipe toy --toy basic --data {data} --search replay:{file} --out {tmp_path / 'out'}"
+        )
         replay_released.main(options.split())
         return capsys.readouterr().out
 

@@ -747,7 +747,8 @@ def test_the_demonstration_ends_with_questions_that_the_toy_model_can_be_trained
 
     searches = f"replay:{out / 'searches.sqlite'}"
     train.main(
-        ["--recipe", "toy", "--toy", "basic", "--model", str(miniature), "--data", str(out / "train.parquet"), "--search", searches,
+        ["--toy", "basic", "--model", str(miniature), "--recipe", "toy",
+         "--data", str(out / "train.parquet"), "--search", searches,
          "--steps", "1", "--questions", "4", "--mini-batch", "4", "--group-size", "4", "--eval-size", "4",
          "--out", str(tmp_path / "run")]
     )  # fmt: skip

@@ -39,7 +39,15 @@ def _worlds_are_made_once():
 
 def arguments(model, out, **changes) -> list[str]:
     argv = []
-    for name, value in {"model": model, "recipe": "toy", "toy": "basic", "data": "toy", "limit": 4, "out": out, **changes}.items():
+    for name, value in {
+        "model": model,
+        "recipe": "toy",
+        "toy": "basic",
+        "data": "toy",
+        "limit": 4,
+        "out": out,
+        **changes,
+    }.items():
         values = value if isinstance(value, list) else [value]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)]
     return argv

@@ -14,7 +14,9 @@ import pytest
 from test_parallel import ROOT, read
 
 pytestmark = pytest.mark.slow
-RUN = "--recipe toy --toy basic --steps 4 --save-every 1 --eval-size 2 --questions 6 --mini-batch 3 --group-size 4".split()
+RUN = (
+    "--data toy --toy basic --steps 4 --save-every 1 --eval-size 2 --questions 6 --mini-batch 3 --group-size 4".split()
+)
 
 
 class Torchrun:

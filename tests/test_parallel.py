@@ -440,7 +440,22 @@ def test_loading_with_hybrid_shards(four, tmp_path):
 
 def train(size: int, out: Path, folder: Path, *options: str, script: str = "train.py") -> list[subprocess.Popen]:
     """train.py in `size` processes, as torchrun starts them, or in one, as a shell does."""
-    line = [sys.executable, script, "--recipe", "toy", "--toy", "basic", "--model", folder, "--out", out, "--steps", 2, "--eval-size", 2]
+    line = [
+        sys.executable,
+        script,
+        "--recipe",
+        "toy",
+        "--toy",
+        "basic",
+        "--model",
+        folder,
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--eval-size",
+        2,
+    ]
     line += ["--questions", 6, "--mini-batch", 3, "--group-size", 4, *options]
     port = free_port()
     places = [environment(rank, size, port) if size > 1 else {} for rank in range(size)]

@@ -29,7 +29,9 @@ from mmsr.vision import load_image
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FVQA, TRANSCRIPTS = SHARED / "fvqa_sample.parquet", SHARED / "mmsearch_r1_7b_transcripts.jsonl"
 
-SMALL = dict(recipe="toy", toy="basic", data="toy", search="toy", steps=2, questions=4, mini_batch=4, group_size=4, eval_size=3)
+SMALL = dict(
+    recipe="toy", toy="basic", data="toy", search="toy", steps=2, questions=4, mini_batch=4, group_size=4, eval_size=3
+)
 
 METRICS = {
     *("step", "reward", "accuracy", "format", "search_ratio", "search_ratio_image", "search_ratio_text"),
