@@ -243,7 +243,10 @@ def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
         right.plot(EXPOSURES, rates, "o-", label=f"seed {seed}")
     right.set(xlabel="exposures in the warm start", ylabel="image searches a question", ylim=(-0.02, 1.02))
     right.set_xscale("symlog", linthresh=20)
-    right.set_title("Searches for concepts that no training question is about")
+    right.set_xticks(EXPOSURES, map(str, EXPOSURES), fontsize=7)
+    right.set_xlim(left=-2)
+    right.set_title("Searches, by how well a concept is known")
+    right.legend(fontsize=8)
     figure.savefig(path)
 
 
