@@ -31,7 +31,7 @@ from mmsr.episode import Episode, Example, UserError
 from mmsr.files import write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
-from mmsr.parallel import Ranks, start
+from mmsr.parallel import Ranks, leave, start
 from mmsr.report import write_report
 from mmsr.rollout import Opening
 from mmsr.toy import World
@@ -228,6 +228,7 @@ def main(argv: Sequence[str]) -> None:
         config = parse(argv, EvalConfig, "eval.py")
         with start(config.device, config.timeout) as ranks:
             run(config, ranks)
+        leave(ranks)
     except UserError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -29,7 +29,7 @@ from mmsr.config import CONFIG, CONFIG_SIDE, Config, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
 from mmsr.interrupt import Interrupts
-from mmsr.parallel import Ranks, gathered, start
+from mmsr.parallel import Ranks, gathered, leave, start
 from mmsr.report import write_report
 from mmsr.toy import World
 from mmsr.track import Tracker
@@ -426,6 +426,7 @@ def main(argv: Sequence[str]) -> None:
         config = parse(argv)
         with start(config.device, config.timeout) as ranks:
             train(config, ranks)
+        leave(ranks)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

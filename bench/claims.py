@@ -253,7 +253,6 @@ def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
 def arguments():
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="claims")
-    options.add_argument("--figure", type=Path, help="draw the curves into this file (.svg, .png)")
     return options.parse_args()
 
 

@@ -135,6 +135,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--figure", type=Path, help="draw the curves into this file (.svg, .png)")
     parser.add_argument("--table", action="store_true", help="run nothing: the table of what there is")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return parser

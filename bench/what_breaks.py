@@ -1,17 +1,19 @@
 """What goes wrong when a detail is wrong, in the full toy world: `python bench/what_breaks.py --only raw no-ban`.
 
 Each error is made here, by bending the program, and is no option of it. Runs are made as those of `claims.py` are
-(toy_runs.py): give the same --out and the sound run is shared. The table goes to standard output and DIR/breaks.md; a
-run that died stands there with its last words.
+(toy_runs.py): give the same --out and the sound run is shared. The table goes to standard output and DIR/breaks.md, the
+training curves to --figure; a run that died stands in the table with its last words.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Mapping, Sequence
 
+import numpy as np
 import torch
 from claims import SEARCH_FREE, across
 from claims import VARIANTS as SOUND
@@ -118,6 +120,40 @@ def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int])
     return [BROKEN[name][0], *cells, f"{gap:.1e}", f"seeds {' '.join(map(str, runs))}"]
 
 
+def draw(names: Sequence[str], options) -> None:
+    """Training curves of every variation, means over its seeds and ten steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 5), layout="constrained")
+    for name in names:
+        files = [options.out / f"{name}-{seed}" / "metrics.jsonl" for seed in options.seeds]
+        runs = [curve for curve in map(steps, files) if curve is not None]
+        if runs:
+            shortest = min(map(len, runs))
+            whole = np.mean([run[:shortest] for run in runs], 0)
+            smooth = [whole[max(0, i - 9) : i + 1].mean(0) for i in range(shortest)]
+            for axis, values in zip(axes, zip(*smooth)):
+                axis.plot(range(1, shortest + 1), values, label=BROKEN[name][0])
+    axes[0].set(title="Accuracy of the rollouts", xlabel="step")
+    axes[1].set(title="Share that searched", xlabel="step")
+    axes[2].set(title="Largest gap of sampler and trainer", xlabel="step", yscale="log")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(options.figure)
+
+
+def steps(file: Path) -> np.ndarray | None:
+    """(steps, 3): accuracy, search ratio and largest gap of a run's training steps; None where there are none."""
+    if not file.exists():
+        return None
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [[x["accuracy"], x["search_ratio"], max(x["logp_gap_max"] or 0, 1e-8)] for x in lines if "loss" in x]
+    return np.array(found) if found else None
+
+
 def breaks() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=BROKEN, default=list(BROKEN))
@@ -127,6 +163,8 @@ def breaks() -> None:
     header = ["what is wrong", "reward", "accuracy", "searched: known", "unknown", "largest gap, last step", ""]
     text = table(header, rows)
     (options.out / "breaks.md").write_text(text + "\n", encoding="utf-8")
+    if options.figure:
+        draw(options.only, options)
     print(f"\n{text}\n\n{options.out}: breaks.md")
 
 

@@ -16,6 +16,7 @@ a failure:
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -152,6 +153,7 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
 
     A failure in the block ends this process at once, after one rank has said what happened; of a single process it is
     raised. SystemExit is no failure: let all ranks leave by it together. UserError for a device that is not there.
+    A program whose block has ended calls `leave`.
     """
     ranks = _join(device, timeout)
     if ranks.size == 1:
@@ -160,12 +162,23 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
     peers = ranks.everyone(_identity(os.getpid()))
     try:
         yield ranks
-    except SystemExit:
+    except SystemExit as stop:
         dist.destroy_process_group()
-        raise
+        leave(ranks, stop.code)
     except BaseException as error:
-        _leave(ranks, error, peers)
+        _fail(ranks, error, peers)
     dist.destroy_process_group()
+
+
+def leave(ranks: Ranks, status: int = 0) -> None:
+    """End a program of several ranks; of one it ends as ever.
+
+    An ordinary exit takes the interpreter apart while gloo's threads still let go of tensors, and now and then aborts.
+    """
+    if ranks.size > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
 
 
 def _join(device: str, timeout: float) -> Ranks:
@@ -208,7 +221,7 @@ def _status(error: BaseException) -> int:
     return error.status if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1
 
 
-def _leave(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
+def _fail(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
     """Say what happened unless another rank has, and end this process.
 
     Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish. Who has

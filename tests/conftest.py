@@ -65,3 +65,8 @@ def _nothing_switched_on_in_one_test_stays_on_in_the_next():
     yield
     attention.sum_widely(False)
     LEGAL_SHAPES.intersection_update(shapes)
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first, so that of several processes none ends with one while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

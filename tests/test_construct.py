@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -689,7 +690,12 @@ def test_ctrl_c_records_what_is_under_way_and_says_nothing(tmp_path, model):
     argv = [sys.executable, "-m", "mmsr.construct", *command(tmp_path / "out", titles, counts, 300)]
     model.delay = 0.5
     environ = os.environ | {"OPENAI_BASE_URL": model.url, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(argv, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a suite in the background ignores it, and so would this
+    process = subprocess.Popen(
+        argv, env=environ, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed
+    )
     while model.asked.total() < 100 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
