@@ -83,16 +83,12 @@ def roll_out(
         seconds[episode.group_id] = round(time.perf_counter() - begin, 3)
         bar.update()
 
-    rollouts = setup.roll_out(
-        [questions[row] for row in rows], 1, (c.seed, "evaluation", name), c.temperature, group_ids=rows,
-        direct=c.mode == "direct", scripts=script,
-        on_done=on_done, attempt=stop.breakable,
+    episodes = setup.answers(
+        [questions[row] for row in rows], (c.seed, "evaluation", name), c.temperature, group_ids=rows,
+        direct=c.mode == "direct", scripts=script, on_done=on_done, attempt=stop.breakable,
     )  # fmt: skip
-    if rollouts is None:
+    if episodes is None:
         return None
-    episodes, _ = rollouts
-    with setup.ranks.alone():
-        setup.score(episodes)
     allowed, pieces = calls_allowed(setup), setup.chat.pieces if c.log_tokens else None
     lines = [
         {"data": name, "row": e.group_id, **e.record(pieces), "measures": evaluate.more_measures(e, allowed)}

@@ -197,15 +197,12 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
     line: dict[str, Any] = {"step": step}
     for name, (temperature, scripts, direct) in modes.items():
         with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
-            rollouts = setup.roll_out(
-                setup.eval_questions, 1, (c.seed, name), temperature, direct=direct, scripts=scripts,
+            episodes = setup.answers(
+                setup.eval_questions, (c.seed, name), temperature, direct=direct, scripts=scripts,
                 on_done=on_done, attempt=stop.breakable,
             )  # fmt: skip
-        if rollouts is None:
+        if episodes is None:
             return None
-        episodes, _ = rollouts
-        with setup.ranks.alone():
-            setup.score(episodes)
         line[name] = evaluate.by_category(episodes, setup.ranks)
     return line
 

@@ -24,7 +24,7 @@ from mmsr.assemble import Setup, assemble_evaluation
 from mmsr.config import EvalConfig, parse
 from mmsr.episode import ANSWERED, Example, UserError
 from mmsr.files import json_object, lines
-from mmsr.parallel import start
+from mmsr.parallel import leave, start
 from mmsr.recorded import RecordedTurn, recorded_turns
 from mmsr.rollout import Rollout
 
@@ -110,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{turn['id']}, turn {turn['turn'] + 1}\n  then: {turn['then']!r}\n  now:  {turn['now']!r}")
     missing = len(recorded) - len(examples)
     print(f"\n{summary(found, prefixes)}\n\n{len(examples)} conversations; {missing} have no question in the data")
+    leave(ranks)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,16 @@ class Setup(Generic[AnyOptions]):
             return None
         return episodes, self.ranks.sum(rollout.counts)
 
+    def answers(self, examples: Sequence[Example], seed: tuple, temperature: float, **how: Any) -> list[Episode] | None:
+        """One scored rollout of each example of this rank's share; `how` and None as `roll_out` has them."""
+        rollouts = self.roll_out(examples, 1, seed, temperature, **how)
+        if rollouts is None:
+            return None
+        episodes, _ = rollouts
+        with self.ranks.alone():
+            self.score(episodes)
+        return episodes
+
     def _mine(self, examples: Sequence[Example], stretch: int) -> list[int]:
         """The examples that are this rank's. Prompts are known to balance by, answers are not."""
         c, ranks = self.config, self.ranks

@@ -16,7 +16,7 @@ from typing import Callable
 import numpy as np
 import PIL.Image
 
-from .episode import UserError
+from .episode import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ def _hugging_face(name: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
             name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # of the hub's client, the file system or transformers' many readers
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--encoder hf:{name} cannot be opened ({why}): check the name, or give a folder") from error
+        raise UserError(
+            f"--encoder hf:{name} cannot be opened ({first_line(error)}): check the name, or give a folder"
+        ) from error
     lacking = set(report["missing_keys"])
     if any("pooler" not in key for key in lacking):
         raise UserError(f"--encoder hf:{name}: {len(lacking)} weights are missing ({min(lacking)}): give another model")

@@ -14,6 +14,8 @@ from typing import Any, Callable, Hashable
 import torch
 from torch import Tensor
 
+from .episode import first_line
+
 USUAL = 8  # passes of one shape before it is captured; they also warm the libraries up, which a capture must not do
 STRIDE = 64  # what differs from step to step is rounded up to multiples of this, or no shape would come back
 
@@ -52,8 +54,8 @@ class Graphs:
         except RuntimeError as error:  # a kernel that cannot be captured, or no memory: slower, and as right
             self.on = False
             self.clear()
-            first = str(error).partition("\n")[0]
-            warnings.warn(f"decode steps are not captured ({first}); they run one by one", RuntimeWarning, stacklevel=2)
+            why = f"decode steps are not captured ({first_line(error)}); they run one by one"
+            warnings.warn(why, RuntimeWarning, stacklevel=2)
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         """The graph, and the tensor that each replay leaves its result in. Nothing is computed yet."""

@@ -164,14 +164,14 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
         yield ranks
     except SystemExit as stop:
         dist.destroy_process_group()
-        leave(ranks, stop.code)
+        leave(ranks, stop.code or 0)
     except BaseException as error:
         _fail(ranks, error, peers)
     dist.destroy_process_group()
 
 
 def leave(ranks: Ranks, status: int = 0) -> None:
-    """End a program of several ranks; of one it ends as ever.
+    """End a process with this exit status if it is one of several ranks; a single one goes on and ends as ever.
 
     An ordinary exit takes the interpreter apart while gloo's threads still let go of tensors, and now and then aborts.
     """
