@@ -36,6 +36,12 @@ def miniature(world, miniature_cache):
 
 
 @pytest.fixture(scope="session")
+def basic_base() -> Path:
+    """Folder of the basic world's base model. It takes minutes to make, and is kept in the user's cache."""
+    return toy_base.base_model(toy.World(0))
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A model of the toy world that has barely learnt the format, so that its rewards differ."""
     folder, world = tmp_path_factory.mktemp("newborn"), toy.World(0)
@@ -68,5 +74,8 @@ def _nothing_switched_on_in_one_test_stays_on_in_the_next():
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first, so that of several processes none ends with one while the others have nothing left to do."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Long tests first, so that of several processes none ends with one while the others have nothing left to do.
+
+    Those that want the base model stand together, where one process runs them: two would make it twice.
+    """
+    items.sort(key=lambda item: ("basic_base" not in item.fixturenames, item.get_closest_marker("slow") is None))

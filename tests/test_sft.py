@@ -290,15 +290,14 @@ def test_the_policy_takes_the_shape_of_what_it_imitates(miniature, world, tmp_pa
 
 
 @pytest.mark.slow
-def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(tmp_path):
-    """The oracle knows who is familiar. The base model (minutes) is kept in the user's cache."""
+def test_imitating_an_oracle_teaches_when_to_search_and_to_answer(basic_base, tmp_path):
+    """The oracle knows who is familiar."""
     world, path = toy.World(0), tmp_path / "oracle.jsonl"
-    model = toy_base.base_model(world)
     concepts = {word: concept for concept in world.concepts for word in (concept.name, concept.town)}
     shown = [oracle_line(e, e.category != "familiar", known=concepts[e.answers[0]]) for e in world.train]
     path.write_text("".join(shown))
     found = run(
-        model, tmp_path / "out", algorithm="sft", demonstrations=path, questions=32, mini_batch=32, group_size=1,
+        basic_base, tmp_path / "out", algorithm="sft", demonstrations=path, questions=32, mini_batch=32, group_size=1,
         steps=30, lr=1e-3, eval_size=60,
     )  # fmt: skip
     before, after = (line["eval_sampled"] for line in (found.evaluations[0], found.evaluations[-1]))

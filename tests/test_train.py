@@ -703,10 +703,9 @@ def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(tmp_path):
-    """The paper's headline in the toy world. The base model (minutes) is kept in the user's cache."""
-    model = toy_base.base_model(toy.World(0))
-    found = run(model, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
+def test_it_learns_to_search_for_what_it_does_not_know_and_for_nothing_else(basic_base, tmp_path):
+    """The paper's headline in the toy world."""
+    found = run(basic_base, tmp_path / "out", steps=25, questions=32, mini_batch=32, group_size=8, eval_size=100)
     before, after = found.evaluations[0], found.evaluations[-1]
     greedy = {category: row["search_ratio"] for category, row in after["eval"].items()}
     print(greedy)
