@@ -7,9 +7,9 @@
 Both sides get one tiny Qwen2.5-VL with the same random weights, one thread, fp32, AdamW, the same questions with a
 picture each, the same tool with the same thumbnails, and token for token the same prompts and tool results: those that
 TRL makes with its qwen3_vl template. A search is forced in turn 1, an answer in turn 2, and stop ids are banned, so
-both sample the same number of tokens. TRL runs as it comes: its default
-sampler, one micro-batch per question, one update; but without gradient checkpointing, on by default, which would slow
-it down. In `--check` its KL term is the plain k3 of the paper, as ours is; by default TRL 1.16 weighs it by the
+both sample the same number of tokens. Both take one micro-batch per question and one update. TRL runs as it comes, with
+its default sampler, but for gradient checkpointing, on by default, which would slow it down: `--checkpointing` leaves
+it on. In `--check` TRL's KL term is the plain k3 of the paper, as ours is; by default TRL 1.16 weighs it by the
 policy's ratio.
 """
 
@@ -296,7 +296,9 @@ class Ours:
         self.hits = [tuple(Hit("title", image=data) for data in world.thumbnails(i)) for i in world.numbers.values()]
         self.examples = [Example(str(i), world.image(i), question, ("",)) for question, i in world.numbers.items()]
         optimizer = MasterWeights(self.policy, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
-        self.trainer = Trainer(self.policy, optimizer, world.banned)
+        said = 2 * world.sizes.turn + len(world.result_ids(0))
+        question = len(world.prompt_ids(0)) + world.sizes.group * said
+        self.trainer = Trainer(self.policy, optimizer, world.banned, micro_tokens=question)
 
     def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         return Observation(self.hits[self.world.numbers[question]])
@@ -331,10 +333,10 @@ class Ours:
 # ---- timing
 
 
-def compare(sizes: Sizes, runs: int, only: str) -> None:
+def compare(sizes: Sizes, runs: int, only: str, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = World(sizes, Path(folder))
-        ours, theirs = Ours(world), Theirs(world, steps=runs)
+        ours, theirs = Ours(world), Theirs(world, steps=runs, gradient_checkpointing=checkpointing)
         if only != "trl":
             for number in range(runs):
                 ours.step(number)
@@ -345,7 +347,8 @@ def compare(sizes: Sizes, runs: int, only: str) -> None:
     print(
         f"{world.parameters / 1e6:.1f} M parameters, fp32, no KL; {sizes.prompts} prompts of {prompt} tokens × "
         f"{sizes.group}, 2 turns of {sizes.turn} tokens, results of {result} tokens with {sizes.thumbnails} "
-        f"thumbnails, 1 update; medians of {runs} steps\n"
+        f"thumbnails, 1 update, TRL with{'' if checkpointing else 'out'} gradient checkpointing; "
+        f"medians of {runs} steps\n"
     )
     print(common.table(["per step", "TRL", "mmsr", "ratio"], _rows(ours, theirs, runs)))
 
@@ -531,13 +534,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="steps per side; the table has their medians")
     parser.add_argument("--small", action="store_true", help="sizes that take seconds: does it still work?")
     parser.add_argument("--only", choices=("trl", "ours"), default="", help="time one side, to profile it")
+    parser.add_argument("--checkpointing", action="store_true", help="TRL recomputes activations, as it comes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.check:
         sys.exit(0 if check() else 1)
-    compare(Sizes.small() if options.small else Sizes(), options.runs, options.only)
+    compare(Sizes.small() if options.small else Sizes(), options.runs, options.only, options.checkpointing)
 
 
 if __name__ == "__main__":
