@@ -34,6 +34,7 @@ MOST_PICTURE_BYTES = 8 * 2**20
 PLAIN = {"reward", "accuracy", "format", "tool_failures", "response_tokens", "zero_std_groups", "kl", "entropy"}
 PLAIN |= {"search_ratio", "search_ratio_image", "search_ratio_text", "clip_fraction", "logp_gap", "logp_gap_max"}
 PLAIN |= {"grad_norm", "loss", "lr", "seconds"}
+MOST_SHAPES = 7  # in the chart of turn shapes, which has eight colours; the rest are one more
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
 
 
@@ -142,8 +143,9 @@ def shape(rollout: dict[str, Any]) -> str:
 
 def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, list]:
     """What the curves draw, a list per quantity along the steps. None where a step does not have it."""
-    rows = []
-    for step in sorted(steps.keys() | counts.keys() - {0}):
+    counts = {step: seen for step, seen in counts.items() if step}
+    rows, labels = [], _shape_labels(counts)
+    for step in sorted(steps.keys() | counts.keys()):
         row: dict[str, Any] = {"step": step}
         seen = counts.get(step, Counter())
         for name, value in steps.get(step, {}).items():
@@ -151,12 +153,21 @@ def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, li
                 row |= {f"{name}/{phase}": x for phase, x in value.items()} if name == "seconds" else {name: value}
         for kind, name in (key for key in seen if isinstance(key, tuple)):
             if kind == "shape":
-                row[f"shape/{name}"] = seen[kind, name] / seen["n"]
+                row[labels[name]] = row.get(labels[name], 0) + seen[kind, name] / seen["n"]
             elif kind == "search":
                 row[f"search/{name}"] = seen[kind, name] / seen["n of", name]
         rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys([*labels.values(), *(name for row in rows for name in row)])
     return {name: [_rounded(row.get(name, 0 if name.startswith("shape/") else None)) for row in rows] for name in names}
+
+
+def _shape_labels(counts: dict[int, Counter]) -> dict[str, str]:
+    """The column of each turn shape, the commonest first; rare ones share the last."""
+    found = Counter()
+    for seen in counts.values():
+        found.update({key[1]: n for key, n in seen.items() if key[0] == "shape"})
+    names = [name for name, _ in found.most_common()]
+    return {name: f"shape/{name if i < MOST_SHAPES else 'others'}" for i, name in enumerate(names)}
 
 
 def _rounded(value: Any) -> Any:

@@ -60,6 +60,15 @@ def embedded(page) -> dict:
 # ---- what it says
 
 
+def test_rare_turn_shapes_get_colours_that_others_have(tmp_path):
+    """The page has eight colours; a toy run has two dozen shapes, most of them in one rollout."""
+    rare = [rollout(i, turns=rollout()["turns"][:2] * i + rollout()["turns"][2:]) for i in range(2, 12)]
+    columns = embedded(write_report(a_run(tmp_path / "run", {1: [*rare[:5], *[rollout()] * 10], 2: rare[5:]})))
+    shares = {name: x for name, x in columns["runs"][0]["columns"].items() if name.startswith("shape/")}
+    assert len(shares) == 8 and list(shares)[0] == "shape/image → answer" and list(shares)[-1] == "shape/others"
+    assert [round(sum(column), 4) for column in zip(*shares.values())] == [1, 1], "nothing is left out"
+
+
 def test_curves_tables_and_rollouts_are_those_of_the_files(tmp_path):
     direct = rollout(0, 1, category="old", turns=rollout()["turns"][2:])
     folder = a_run(tmp_path / "run", {1: [rollout(), direct], 2: [rollout(), rollout(0, 1, status="invalid")]})
