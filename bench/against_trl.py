@@ -41,7 +41,7 @@ from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.parallel import SINGLE
 from mmsr.rollout import Limits
 from mmsr.tools import Toolbox, search_tools
-from mmsr.update import MasterWeights, Share, Trainer
+from mmsr.update import MasterWeights, Share, Stats, Trainer
 from mmsr.vision import load_image
 
 # PyPI's torchvision is built for CUDA; beside a CPU torch its operators do not load, and its import fails for want of
@@ -462,7 +462,7 @@ class Pair:
         if not self.clipped:
             return None
         trainer = Trainer(self.policy, None, torch.zeros(self.policy.config.vocab_size, dtype=torch.bool))
-        present = trainer._old_logps(Share.of(self.episodes, SINGLE))
+        present = trainer._old_logps(Share.of(self.episodes, SINGLE), Stats())
         generator = torch.Generator().manual_seed(5)
         return [logps + 0.4 * torch.randn(logps.shape, generator=generator) for logps in present]
 

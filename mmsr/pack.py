@@ -51,21 +51,28 @@ def unique_tokens(episodes: Sequence[Episode]) -> int:
 def cut(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
     """Indices of `episodes` per micro-batch of at most `budget` packed tokens, groups kept together.
 
-    A group that does not fit is split and its prompt stands once per part. An episode larger than the budget is a
-    micro-batch of its own. Episodes without trained tokens are left out.
+    A group begins a micro-batch where it does not fit into the last one whole; only one larger than the budget is split,
+    and its prompt stands once per part. An episode larger than the budget is a micro-batch of its own. Episodes without
+    trained tokens are left out.
     """
-    order = sorted((i for i, e in enumerate(episodes) if any(e.loss_mask)), key=lambda i: episodes[i].group_id)
+    groups: dict[int, list[int]] = {}
+    for i, episode in enumerate(episodes):
+        if any(episode.loss_mask):
+            groups.setdefault(episode.group_id, []).append(i)
     batches: list[list[int]] = []
-    size, group = 0, None
-    for i in order:
-        episode = episodes[i]
-        suffix = trained_length(episode) - episode.prompt_length
-        need = suffix + (episode.prompt_length if episode.group_id != group or not batches else 0)
-        if not batches or size + need > budget:
-            batches.append([])
-            size, need = 0, episode.prompt_length + suffix
-        batches[-1].append(i)
-        size, group = size + need, episode.group_id
+    room = 0  # in the last of them
+    for _, members in sorted(groups.items()):
+        prompt = episodes[members[0]].prompt_length
+        suffixes = [trained_length(episodes[i]) - prompt for i in members]
+        stands = prompt + sum(suffixes) <= room
+        if stands:
+            room -= prompt
+        for i, suffix in zip(members, suffixes):
+            if not stands or suffix > room:
+                batches.append([])
+                room, stands = budget - prompt, True
+            batches[-1].append(i)
+            room -= suffix
     return batches
 
 

@@ -156,15 +156,15 @@ class Trainer:
     def step(self, mini_batches: Sequence[Sequence[Episode]], lr: float) -> dict[str, float]:
         """One optimizer update per mini-batch, over all ranks' episodes in it; returns the step's metrics and counters.
 
-        With several mini-batches π_old is frozen first, by a pass over all of them; with one it is π itself. Raises
+        π_old is frozen first, by a pass over all mini-batches but the first, for which it is π itself. Raises
         UserError when too many updates in a row had to be skipped, or when one episode is too long for the memory.
         """
         if not self.rehearsed:
             self._rehearse()
-        stats = Stats()
         shares = [share for batch in mini_batches if (share := Share.of(batch, self.ranks)).tokens]
-        several = len(shares) > 1
-        old = [self._with_room(self._old_logps, share) if several else None for share in shares]
+        frozen = Stats()
+        old = [None, *(self._with_room(self._old_logps, share, frozen) for share in shares[1:])]
+        stats = frozen.over(self.ranks)
         for share, old_logps in zip(shares, old):
             self._update(share, old_logps, lr, stats)
         return stats.metrics()
@@ -277,11 +277,12 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _old_logps(self, share: Share) -> list[Tensor]:
+    def _old_logps(self, share: Share, stats: Stats) -> list[Tensor]:
         """Log-probabilities of each episode's trained tokens, the idle one last: they outlive how the batch is cut."""
         parts, packs = self._packs(share.episodes)
         with self.lockstep.phase("first vision pass"):
             features = self._features(self.model, packs, share)
+        stats.add(encoded=features.encoded)
         found = [torch.empty(0, device=self.device)] * len(share.episodes)
         found.append(torch.zeros(1, device=self.device))
         for part, batch in zip(parts, packs):
@@ -321,7 +322,7 @@ class Trainer:
     def _rehearse(self) -> None:
         """An update on nothing, so that `lockstep` learns what each pass consists of."""
         nothing = Share([], tokens=1, trained=1, pictures=1, unsound=0)
-        self._old_logps(nothing)
+        self._old_logps(nothing, Stats())
         self._gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)
         self.rehearsed = True

@@ -119,8 +119,8 @@ def test_trained_tokens_are_unique_tokens_when_nothing_is_cut():
     assert cut_up["trained"] > cut_up["trained_unique"] == metrics["trained_unique"]
 
 
-def test_one_update_makes_a_second_pass_for_old_log_probabilities(monkeypatch):
-    """One forward pass per micro-batch: with one update π_old is π. With two, each token has one more."""
+def test_a_first_update_makes_a_second_pass_for_old_log_probabilities(monkeypatch):
+    """One forward pass per micro-batch: for the first update π_old is π. For the second each token has one more."""
     episodes = made(4)
     passes = []
     forward = Qwen2_5_VL.forward
@@ -130,8 +130,42 @@ def test_one_update_makes_a_second_pass_for_old_log_probabilities(monkeypatch):
     metrics = trainer(tiny_model(1), micro_tokens=60).step([episodes], 0.1)
     assert len(passes) > 1 and sum(passes) == metrics["trained"]
     passes.clear()
-    metrics = trainer(tiny_model(1), micro_tokens=60).step(split(episodes, 2, 3), 0.1)
-    assert sum(passes) == 2 * metrics["trained"]
+    first, second = split(episodes, 2, 3)
+    metrics = trainer(tiny_model(1), micro_tokens=60).step([first, second], 0.1)
+    again = trainer(tiny_model(1), micro_tokens=60).step([second], 0.1)
+    assert sum(passes) - again["trained"] == metrics["trained"] + again["trained"]
+
+
+def test_pictures_of_the_pass_for_old_log_probabilities_go_uncounted():
+    episodes = made(4)
+    model = tiny_model(1)
+    encode, seen = model.encode_images, []
+    model.encode_images = lambda images: seen.extend(images) or encode(images)
+    assert trainer(model).step(split(episodes, 2, 4), 0.1)["encoded"] == len(seen)
+
+
+def test_a_group_that_fits_is_split_over_two_micro_batches():
+    """At lengths of a real run that alone trained on 5 to 8 % more tokens than there are."""
+    made = []
+    for group in range(32):
+        for sample in range(4):
+            tokens = 1024 + 400 + 37 * ((group + 3 * sample) % 11)
+            mask = [0] * 1024 + [1] * (tokens - 1024)
+            made.append(Episode(EXAMPLE, group, sample, [0] * tokens, mask, [0.0] * tokens, prompt_length=1024))
+    parts = cut(made, 16384)
+    assert sorted(i for part in parts for i in part) == list(range(len(made)))
+    packs = [pack(made, part, "cpu") for part in parts]
+    assert sum(len(p.input_ids) for p in packs) == unique_tokens(made) and len(packs) < 10
+    assert max(len(p.input_ids) for p in packs) <= 16384
+
+
+@pytest.mark.parametrize("budget", [1, 30, 60, 75, 97, 10**6])
+def test_a_pack_is_over_the_budget_without_need(budget):
+    """Only an episode larger than the budget is, alone; a group larger than it is split, and no episode is lost."""
+    episodes = made(5)
+    parts = cut(episodes, budget)
+    assert sorted(i for part in parts for i in part) == [i for i, e in enumerate(episodes) if any(e.loss_mask)]
+    assert all(len(part) == 1 or len(pack(episodes, part, "cpu").input_ids) <= budget for part in parts)
 
 
 def test_second_update_of_a_batch_is_clipped_against_the_first():
