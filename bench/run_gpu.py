@@ -5,13 +5,15 @@
     python bench/run_gpu.py --device cpu --tiny  # does every row still run? its figures mean nothing
 
 Copy bandwidth and matrix peak are measured first, because every other row is given as a share of what they allow. A row
-that does not fit the memory, or for which no time is left, says so and gives no figure. No KL reference anywhere.
+that does not fit the memory, fails, or finds no time left says so and gives no figure. Speeds are medians of three
+runs, but for the whole step. No KL reference anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,8 +25,8 @@ from torch import Tensor
 
 from mmsr import attention, model
 from mmsr.engine import Engine, Group, Member, sampling_key
-from mmsr.episode import Episode, Example, UserError
-from mmsr.graphs import USUAL
+from mmsr.episode import Episode, Example, UserError, first_line
+from mmsr.graphs import STRIDE, USUAL
 from mmsr.model import ModelConfig
 from mmsr.optimizer import MasterWeights
 from mmsr.pack import cut, pack
@@ -84,27 +86,31 @@ class Bench:
                 found = work()
             except (torch.OutOfMemoryError, UserError):  # the latter from the trainer, which has tried smaller pieces
                 found = ("not measured", "", "does not fit this memory")
+            except Exception as error:  # the other rows are worth their minutes
+                found = ("not measured", "", f"failed: {type(error).__name__}: {first_line(error)}")
         self.rows.append((what, *found))
         print(" | ".join(self.rows[-1]), flush=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
-    def median(self, work: Callable[[], object], runs: int = 5) -> float:
-        work()
-        return sorted(common.timed(work, self.device)[0] for _ in range(runs))[runs // 2]
+    def median(self, work: Callable[[], object], runs: int = 3) -> float:
+        return statistics.median(common.timed(work, self.device)[0] for _ in range(runs))
 
     # ---- what the machine can do
 
     def bandwidth(self) -> tuple[str, str, str]:
         source = torch.empty(2 * self.sizes.matrix**2 * 16, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
+        target.copy_(source)
         self.bytes = 2 * source.nbytes / self.median(lambda: target.copy_(source))
         return f"{self.bytes / 1e12:.2f} TB/s", "", "read and write"
 
     def peak(self) -> tuple[str, str, str]:
         n = self.sizes.matrix
         a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in "ab")
+        a @ b
         self.flops = 2 * n**3 / self.median(lambda: a @ b)
         return f"{self.flops / 1e12:.0f} TFLOP/s", "", f"{str(self.dtype).removeprefix('torch.')}, {n}³"
 
@@ -158,18 +164,18 @@ class Bench:
     def decode(self, policy, prompts: int, members: int, capture: bool = True) -> tuple[str, str, str]:
         """Decode steps alone, prompts prefilled, against the bytes that a step has to read.
 
-        The first steps, which are not captured yet, are left out; later captures are a part of decoding.
+        The steps in which the cache grows fast are left out; later captures, one in 64 steps, are a part of decoding.
         """
-        warm = USUAL + 2
-        engine = self.engine(policy, prompts * members, 2 * self.sizes.decode_steps + warm, capture)
+        n, runs = self.sizes.decode_steps, 3
+        warm = 2 * STRIDE + USUAL + 2 if self.device.type == "cuda" else 1
+        engine = self.engine(policy, prompts * members, warm + runs * n + 2, capture)
         groups = self.groups(policy.config, prompts, members)
         engine.submit(groups)
         while engine.queue:
             engine.step()
         for _ in range(warm):
             engine.step()
-        n = self.sizes.decode_steps
-        seconds, _ = common.timed(lambda: [engine.step() for _ in range(n)], self.device)
+        seconds = self.median(lambda: [engine.step() for _ in range(n)], runs)
         config, size = policy.config, self.dtype.itemsize
         weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -189,9 +195,8 @@ class Bench:
                 do_sample=False, pad_token_id=0, **options,
             )  # fmt: skip
 
-        if static:
-            generate(2 * n)  # compiles
-        short, long = (common.timed(partial(generate, steps), self.device)[0] for steps in (n // 2, n + n // 2))
+        generate(2 * n if static else 8)  # compiles; loads kernels and takes memory
+        short, long = (self.median(partial(generate, steps)) for steps in (n // 2, n + n // 2))
         seconds = max(long - short, 1e-9)
         how = "static cache, compiled" if static else "dynamic cache"
         return f"{batch * n / seconds:,.0f} tok/s", "", f"{how}, {1000 * seconds / n:.1f} ms a step"
@@ -232,8 +237,12 @@ class Bench:
         policy.checkpoint_blocks = policy.visual.checkpoint_blocks = recompute
         trainer = Trainer(policy, self.optimizer(policy), self.banned(policy.config), micro_tokens=16384)
         batch = self.episodes(policy.config, questions)
-        trainer.step([batch], 0.0)
-        seconds, update = common.timed(lambda: trainer.step([batch], 0.0), self.device)
+        trainer.step([batch], 0.0)  # makes the optimizer's moments
+        tried = 0
+        while tried != trainer.micro_tokens:  # until it knows what fits beside them
+            tried = trainer.micro_tokens
+            update = trainer.step([batch], 0.0)
+        seconds = self.median(lambda: trainer.step([batch], 0.0))
         assert update["skipped_updates"] == 0
         share = self.operations(policy, batch, update["trained"]) / seconds / self.flops
         held = ""
@@ -274,7 +283,7 @@ class Bench:
             twin.zero_grad(set_to_none=True)
 
         update()
-        seconds, _ = common.timed(update, self.device)
+        seconds = self.median(update)
         unique = questions * (s.prompt + s.group * (length - s.prompt))
         return f"{unique / seconds:,.0f} tok/s", "", "unique tokens; padded, recompute, no pictures, no optimizer"
 
@@ -284,17 +293,18 @@ class Bench:
         policy.checkpoint_blocks = policy.visual.checkpoint_blocks = True
         trainer = Trainer(policy, self.optimizer(policy), self.banned(config), micro_tokens=16384)
 
+        groups = self.groups(config, s.questions, s.group)
+        results = {id(group): self.result(config, number) for number, group in enumerate(groups)}
+
         def roll() -> list[Episode]:
-            groups = self.groups(config, s.questions, s.group)
             engine = self.engine(policy, s.questions * s.group, s.turn)
-            numbers = {id(group): number for number, group in enumerate(groups)}
             engine.submit(groups)
             while engine.busy:
                 for member in engine.step():
                     if 0 in member.loss_mask:
                         engine.finish(member)
                     else:
-                        engine.extend(member, *self.result(config, numbers[id(member.group)]))
+                        engine.extend(member, *results[id(member.group)])
             return [
                 self.finished(group, i, m, j) for i, group in enumerate(groups) for j, m in enumerate(group.members)
             ]
@@ -375,7 +385,9 @@ def main() -> None:
     parser.add_argument("--shapes", default="7B,3B")
     parser.add_argument("--tiny", action="store_true", help="a smoke test: a tiny shape and tiny sizes")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = torch.empty(1, device=options.device).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     shapes = {name: SHAPES[name] for name in options.shapes.split(",")}
     if options.tiny:
         vision = VisionConfig(
@@ -388,14 +400,16 @@ def main() -> None:
         shapes = {"tiny": replace(SHAPES["7B"], **small, **more, **ids)}
     bench = Bench(device, Sizes.tiny() if options.tiny else Sizes(), torch.bfloat16)
     print(common.machine(device), flush=True)
-    bench.row("copy bandwidth", 5, bench.bandwidth)
-    bench.row("matrix peak", 5, bench.peak)
-    for name, config in shapes.items():
-        bench.shape(name, config)
-    for name, config in shapes.items():
-        if device.type == "cuda":
-            bench.compiled(name, config)
-    print("\n" + common.table(["row", "figure", "of the limit", "remark"], bench.rows))
+    try:
+        bench.row("copy bandwidth", 5, bench.bandwidth)
+        bench.row("matrix peak", 5, bench.peak)
+        for name, config in shapes.items():
+            bench.shape(name, config)
+        for name, config in shapes.items():
+            if device.type == "cuda":
+                bench.compiled(name, config)
+    finally:
+        print("\nno KL reference\n\n" + common.table(["row", "figure", "of the limit", "remark"], bench.rows))
 
 
 if __name__ == "__main__":

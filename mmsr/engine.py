@@ -45,7 +45,9 @@ class Member:
     loss_mask: list[int] = field(default_factory=list)  # 1 where it was sampled
     images: list[tuple[int, Any]] = field(default_factory=list)  # (offset within ids, vision.Image)
     stopped: bool = False  # the last turn ended with the stop token, not out of room
+    start: int = 0  # where in `ids` the tokens of the last sampled turn begin
     cached: int = 0  # how many of `ids` have keys and values
+    begun: int | None = None  # the engine's count of decode steps when the turn under way began
     position: int = 0  # rotary position of the first token that has none
     slot: int = -1
     group: Group | None = None
@@ -292,7 +294,9 @@ class Engine:
         for buffer, found in zip((self.prefix_lens, self.members, self.place), (lens, members.flatten(), place)):
             buffer[: len(found)] = found.to(self.device)
         self.length[self.free_slots] = 0
-        self.reach = int(self.length[:n].max())  # no slot has more tokens cached than this
+        now = self.counts["decode_steps"]
+        cached = (m.cached + (0 if m.begun is None else now - m.begun) for m in self.seated.values())
+        self.reach = max(cached)  # no slot has more tokens cached than this
         return n, rows, width
 
     def _compact(self, slots: list[int]) -> None:
@@ -406,6 +410,8 @@ class Engine:
         values = [[m.cached for m in members], [m.position for m in members], [m.key for m in members], limits]
         for state, value in zip((self.length, self.position, self.key, self.limit), values):
             state[slots] = torch.tensor(value, device=self.device)
+        for member in members:
+            member.start, member.begun = len(member.ids), self.counts["decode_steps"]
         self.live[slots] = True
         self.live_members += len(members)
         self.layout = None
@@ -449,19 +455,26 @@ class Engine:
         return self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
 
     def _end_turns(self, slots: Tensor, over: Tensor) -> list[Member]:
-        """Collect the members of those `slots` that are `over`. Here the host waits for the device."""
+        """Collect the members of those `slots` that are `over`. The host waits here, and again if there are any."""
         ended = slots[over]
+        if not len(ended):
+            return []
         self.live[ended] = False
-        rows = torch.stack([ended, self.length[ended], self.position[ended]], 1).tolist()
-        return [self._end_turn(*row) for row in rows]
+        places = torch.arange(len(self.live), device=self.device)
+        columns = torch.stack([places, self.length, self.position], 1), self.ids, self.logps
+        found = torch.cat([column[ended].double() for column in columns], 1)  # which holds each of them exactly
+        return [self._end_turn(row) for row in found.cpu()]
 
-    def _end_turn(self, slot: int, end: int, position: int) -> Member:
+    def _end_turn(self, row: Tensor) -> Member:
+        """`row`: slot, last index and next position; then by index what was sampled: ids, log-probabilities."""
+        slot, end, position = map(int, row[:3].tolist())
+        ids, logps = row[3:].view(2, -1)
         member = self.seated[slot]
-        start = len(member.ids)
-        member.ids += self.ids[slot, start : end + 1].tolist()
-        member.logps += self.logps[slot, start : end + 1].tolist()
-        member.loss_mask += [1] * (end + 1 - start)
-        member.cached, member.position = end, position
+        said = slice(member.start, end + 1)
+        member.ids += map(int, ids[said].tolist())
+        member.logps += logps[said].tolist()
+        member.loss_mask += [1] * (end + 1 - member.start)
+        member.cached, member.position, member.begun = end, position, None
         member.stopped = member.ids[-1] == self.stop_id
         self.live_members -= 1
         return member

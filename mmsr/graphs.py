@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import suppress
 from typing import Any, Callable, Hashable
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .episode import first_line
 
-USUAL = 8  # passes of one shape before it is captured; they also warm the libraries up, which a capture must not do
+USUAL = 3  # passes of one shape before it is captured; they also warm the libraries up, which a capture must not do
 STRIDE = 64  # what differs from step to step is rounded up to multiples of this, or no shape would come back
 
 
@@ -25,6 +26,8 @@ class Graphs:
 
     def __init__(self, on: bool):
         self.on = on
+        self.pool: Any = None  # memory that all graphs share: one result is alive at a time
+        self.stream: Any = None
         self.clear()
 
     def clear(self) -> None:
@@ -58,9 +61,26 @@ class Graphs:
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-        """The graph, and the tensor that each replay leaves its result in. Nothing is computed yet."""
+        """The graph, and the tensor that each replay leaves its result in. Nothing is computed yet.
+
+        Not `with torch.cuda.graph(…)`, which after a capture that failed leaves its stream the current one.
+        """
+        if self.stream is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.captured.values()))[0].pool() if self.captured else None  # one result is alive at a time
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # tools may run in other threads
-            result = run()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # tools may run in other threads
+            try:
+                result = run()
+            finally:
+                self._end(graph)
         return graph, result
+
+    def _end(self, graph: Any) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:  # the capture was spoilt; the allocator does not hear of its end in that case
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+            raise

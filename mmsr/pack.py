@@ -51,9 +51,9 @@ def unique_tokens(episodes: Sequence[Episode]) -> int:
 def cut(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
     """Indices of `episodes` per micro-batch of at most `budget` packed tokens, groups kept together.
 
-    A group begins a micro-batch where it does not fit into the last one whole; only one larger than the budget is split,
-    and its prompt stands once per part. An episode larger than the budget is a micro-batch of its own. Episodes without
-    trained tokens are left out.
+    A group begins a micro-batch where it does not fit into the last one whole; only one larger than the budget is
+    split, and its prompt stands once per part. An episode larger than the budget is a micro-batch of its own. Episodes
+    without trained tokens are left out.
     """
     groups: dict[int, list[int]] = {}
     for i, episode in enumerate(episodes):

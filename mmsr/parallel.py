@@ -183,12 +183,12 @@ def leave(ranks: Ranks, status: int = 0) -> None:
 
 def _join(device: str, timeout: float) -> Ranks:
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if size == 1:
-        return Ranks(device=_device(device))
-    place = _device(device, local)
+    place = _device(device, local if size > 1 else None)
     cuda = place.type == "cuda"
     if cuda:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(place)  # graphs are captured on the current device
+    if size == 1:
+        return Ranks(device=place)
     limit = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
     # torchrun's store outlives the processes that it restarts: keep these from the addresses that the dead ones left.
@@ -208,8 +208,7 @@ def _device(name: str, local_rank: int | None = None) -> torch.device:
     if local_rank is not None and name != "cpu":
         name = f"{name}:{local_rank}"
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
+        return torch.empty(1, device=name).device  # with its number
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None

@@ -13,7 +13,7 @@ what comes back is appended as a user turn with mask 0.
 from __future__ import annotations
 
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Callable, Sequence, Union
 
@@ -68,6 +68,7 @@ class Rollout:
         self.direct, self.max_turns = direct, 1 if direct else limits.max_turns
         self.runs: dict[Member, _Run] = {}
         self.waiting: dict[Future, _Run] = {}
+        self.thumbnails: dict[bytes, Future[Image | None]] = {}  # opened once, however many members find them
 
     def __call__(
         self,
@@ -87,10 +88,12 @@ class Rollout:
         an `Opening` for each of the turns that follow. All are asked for before one that is a Future is waited for.
         """
         ids = range(len(examples)) if group_ids is None else group_ids
-        groups = [self._open(example, group_id, group_size, seed, scripts) for group_id, example in zip(ids, examples)]
+        with ThreadPoolExecutor() as pool:  # opening pictures lets go of the interpreter
+            pictures = list(pool.map(self._picture, examples))
+        groups = [self._open(*each, group_size, seed, scripts) for each in zip(examples, pictures, ids)]
         episodes = [self.runs[member].episode for group in groups for member in group.members]
         self.on_done = on_done
-        self._play_openings()
+        self._play_scripts()
         for group in groups:  # members whose script already ended have nothing to sample
             group.members = [member for member in group.members if not self.runs[member].episode.status]
         for member in self.engine.submit([group for group in groups if group.members]):
@@ -115,13 +118,17 @@ class Rollout:
             "images_distinct": len({image.key for e in episodes for _, image in e.images}),
         }
 
-    # ---- opening ----------------------------------------------------------------------------------------------------
+    # ---- setting up --------------------------------------------------------------------------------------------------
 
-    def _open(self, example: Example, group_id: int, size: int, seed: tuple, scripts: Scripts | None) -> Group:
+    def _picture(self, example: Example) -> Image:
         try:
-            image = load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
+            return load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
         except ValueError as error:
             raise UserError(f"example {example.id}: {error}; mend or remove this row") from None
+
+    def _open(
+        self, example: Example, image: Image, group_id: int, size: int, seed: tuple, scripts: Scripts | None
+    ) -> Group:
         prompt = self.chat.prompt(example.question, image, self.direct)
         members = []
         for sample in range(size):
@@ -133,7 +140,7 @@ class Rollout:
             members.append(member)
         return Group(prompt.ids, prompt.images, members)
 
-    def _play_openings(self) -> None:
+    def _play_scripts(self) -> None:
         """Run all scripts to their last forced turn, tools included, before sampling begins."""
         for run in self.runs.values():
             run.script = list(run.script.result() if isinstance(run.script, Future) else run.script)
@@ -163,10 +170,7 @@ class Rollout:
     # ---- turns ------------------------------------------------------------------------------------------------------
 
     def _turn_ended(self, run: _Run) -> None:
-        member = run.member
-        start = len(member.loss_mask)
-        while start and member.loss_mask[start - 1]:
-            start -= 1
+        member, start = run.member, run.member.start
         if run.begun is not None:
             start, run.begun = run.begun, None
         text = self.chat.decode(member.ids[start : len(member.ids) - member.stopped])
@@ -197,9 +201,8 @@ class Rollout:
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
         example, run.called = run.episode.example, time.monotonic()
-        self.waiting[
-            self.toolbox.call(turn.action, Call(turn.query, example.image, example.question, example.address))
-        ] = run
+        call = Call(turn.query, example.image, example.question, example.address)
+        self.waiting[self.toolbox.call(turn.action, call, self._prepare)] = run
 
     def _collect(self, block: bool) -> None:
         """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.
@@ -239,12 +242,24 @@ class Rollout:
         if not opening:
             self._force_turn(run)
 
-    def _thumbnail(self, image: bytes | None) -> Image | None:
-        if image is None:
+    def _prepare(self, seen: Observation) -> None:
+        """Open the pictures among what came back, in the tool's thread and not between two decode steps."""
+        for hit in seen.hits:
+            self._thumbnail(hit.image)
+
+    def _thumbnail(self, data: bytes | None) -> Image | None:
+        if data is None:
             return None
+        opening: Future[Image | None] = Future()
+        first = self.thumbnails.setdefault(data, opening)
+        if first is opening:
+            opening.set_result(self._load_thumbnail(data))
+        return first.result()
+
+    def _load_thumbnail(self, data: bytes) -> Image | None:
         most = self.limits.thumbnail_pixels
         try:
-            return load_image(image, min(self.limits.min_pixels, most), most)
+            return load_image(data, min(self.limits.min_pixels, most), most)
         except ValueError:  # a broken thumbnail leaves its title
             return None
 

@@ -114,14 +114,23 @@ class Toolbox:
     def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
         self.tools = {tool.name: tool for tool in tools}
         self.inline, self.workers = inline, workers
-        self.queue: SimpleQueue[tuple[Future[Observation], Tool, Call]] = SimpleQueue()
+        self.queue: SimpleQueue[tuple[Future[Observation], Callable[[], Observation]]] = SimpleQueue()
 
-    def call(self, name: str, call: Call) -> Future[Observation]:
+    def call(
+        self, name: str, call: Call, then: Callable[[Observation], object] = lambda seen: None
+    ) -> Future[Observation]:
+        """What the tool gives. `then` sees it before anybody, in the tool's thread."""
+
+        def work() -> Observation:
+            seen = _observe(self.tools[name], call)
+            then(seen)
+            return seen
+
         done: Future[Observation] = Future()
         if self.inline:
-            done.set_result(_observe(self.tools[name], call))
+            done.set_result(work())
             return done
-        self.queue.put((done, self.tools[name], call))
+        self.queue.put((done, work))
         if self.workers:  # one more thread a call, until there are all
             self.workers -= 1
             threading.Thread(target=self._work, name="tool", daemon=True).start()
@@ -129,9 +138,13 @@ class Toolbox:
 
     def _work(self) -> None:
         while True:
-            done, tool, call = self.queue.get()
-            if done.set_running_or_notify_cancel():
-                done.set_result(_observe(tool, call))
+            done, work = self.queue.get()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(work())
+            except BaseException as error:  # of `then`: no tool raises here
+                done.set_exception(error)
 
     def drop(self) -> None:
         """Give up calls that wait for a thread: they may cost money."""

@@ -12,6 +12,7 @@ from test_engine import BANNED, STOP, episodes, groups, recomputed, run, texts
 from test_update import made
 
 from mmsr.engine import Engine
+from mmsr.graphs import USUAL, Graphs
 from mmsr.update import MasterWeights, Trainer
 
 CUDA = pytest.param(
@@ -113,6 +114,23 @@ def test_a_replayed_graph_draws_other_tokens():
     assert engine.graphs.on, "a capture failed"
     run(model, plain, turn_tokens=40, max_tokens=400, capture=False)
     assert texts(captured) == texts(plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_capture_that_fails_spoils_the_process():
+    """A pass that waits for the device cannot be captured; afterwards the process is as before."""
+    graphs, total = Graphs(True), torch.zeros((), device="cuda")
+    stream = torch.cuda.current_stream()
+    with pytest.warns(RuntimeWarning, match="not captured"):
+        for _ in range(USUAL + 1):
+            graphs("shape", lambda: total.add_(1).item())
+    assert torch.cuda.current_stream() == stream and total.item() == USUAL + 1
+    torch.cuda.empty_cache()
+    again = Graphs(True)
+    for _ in range(USUAL + 2):
+        again("shape", lambda: total.add_(1))
+    assert again.captured and total.item() == 2 * USUAL + 3
 
 
 def test_engine_lives_where_its_model_does(device):

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import IMAGE, conversation, hf_twin, positions, random_image, report, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsr.attention import sum_widely
 from mmsr.engine import Engine, Group, Member, sample, sampling_key, uniform
@@ -158,6 +159,45 @@ def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
             twin.force(member.ids[: first + len(RESULT[0])], [(first + at, image) for at, image in RESULT[1]])
     run(model, forced, turns=1)
     assert texts(free) == texts(forced)
+
+
+def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypatch):
+    """Once a step, to see whose turn is over, and once more where one is: all of them are copied in one piece."""
+    waits, copies, ended = [], set(), set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+                waits.append("a mask becomes an index")
+            return func(*args, **(kwargs or {}))
+
+    def copied(tensor):
+        waits.append("a copy")
+        here = tensor.clone()
+        copies.add(here.untyped_storage().data_ptr())
+        return here
+
+    def reading(plain):
+        def read(tensor):
+            assert tensor.untyped_storage().data_ptr() in copies, "read where it lies, on the device"
+            return plain(tensor)
+
+        return read
+
+    def decode(engine, plain=Engine._decode):
+        waits.clear()
+        with Watch(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", copied)
+            for name in ("tolist", "item", "__int__", "__bool__", "__float__"):
+                patch.setattr(torch.Tensor, name, reading(getattr(torch.Tensor, name)))
+            over = plain(engine)
+        ended.add(len(over))
+        assert len(waits) == (2 if over else 1), waits
+        return over
+
+    monkeypatch.setattr(Engine, "_decode", decode)
+    run(model, groups(3, 8))
+    assert {0, 1, 2} <= ended
 
 
 def test_member_out_of_room_stops_and_prompt_without_room_is_refused(model):

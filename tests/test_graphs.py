@@ -1,5 +1,8 @@
 """Decode steps replayed as a CUDA graph would replay them: the kernels of one pass, on the memory of that pass."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_engine import groups, model, run, texts  # noqa: F401 - a fixture
@@ -99,3 +102,43 @@ def test_a_pass_that_cannot_be_captured_ends_the_run(monkeypatch):
         graphs(1, lambda: total.add_(1))
     graphs(1, lambda: total.add_(1))
     assert total == USUAL + 2 and not graphs.on and graphs.rounded(7, 500) == 7
+
+
+def test_a_spoilt_capture_stays_under_way(monkeypatch):
+    """What torch.cuda.graph leaves then: its stream as the current one, and an allocator that still records."""
+    current, recording = ["default"], []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            assert current[-1] is graphs.stream
+            recording.append(pool)
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    @contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    def end(device, pool):
+        assert device == 1
+        recording.remove(pool)
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    for name, fake in {
+        "CUDAGraph": Graph,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None, device_index=1),
+        "current_stream": lambda: current[-1],
+        "graph_pool_handle": lambda: (0, 1),
+        "stream": stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs, total = Graphs(True), torch.zeros(())
+    with pytest.warns(RuntimeWarning, match="not captured .operation failed"):
+        for _ in range(USUAL + 1):
+            graphs(1, lambda: total.add_(1))
+    assert current == ["default"] and not recording and not graphs.on

@@ -16,6 +16,7 @@ from chat_helpers import tiny_tokenizer
 from helpers import picture_bytes, report, tiny_model
 
 from mmsr import reward
+from mmsr import rollout as rollout_module
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation, UserError
@@ -323,6 +324,29 @@ def test_thumbnails_stand_with_their_titles_and_a_broken_one_leaves_its_title(ho
     assert parts == sorted(parts) and len(episode.images) == 3
     assert [shown[a:b].count("<|vision_start|>") for a, b in zip(parts, [*parts[1:], len(shown)])] == [1, 0, 0, 1]
     assert all(image.tokens * 28 * 28 <= PIXELS for _, image in episode.images)
+
+
+def test_every_member_opens_the_same_thumbnail_between_two_decode_steps(home, monkeypatch):
+    """A picture takes milliseconds, for which all slots would wait: it is opened once, in the tool's thread."""
+    opened, plain = [], rollout_module.load_image
+    together = threading.Barrier(4)
+
+    def load_image(data, *sizes):
+        opened.append((data, threading.current_thread().name))
+        return plain(data, *sizes)
+
+    def run(call):
+        together.wait(SECONDS)
+        return Observation(tuple(Hit("title", image=p) for p in pictures), source="fake")
+
+    monkeypatch.setattr(rollout_module, "load_image", load_image)
+    pictures = [picture_bytes(60, 80, seed=1), picture_bytes(90, 60, seed=2)]
+    tools = [Tool(IMAGE_SEARCH, "search", 1, run, payload="<img>")]
+    made = make(home, tools=tools, inline=False, say=lambda episode, turn: (LOOK, REPLY)[turn])
+    episodes = made([question()], 4)
+    assert [len(e.images) for e in episodes] == [3] * 4
+    assert sorted(name for data, name in opened if data in pictures) == ["tool", "tool"]
+    assert [name for data, name in opened if data not in pictures] != ["MainThread"]
 
 
 def test_hostile_titles_forge_neither_turns_nor_images_nor_answers(home):

@@ -45,6 +45,15 @@ def test_kind_of_a_failure_is_not_lost_on_the_way_to_the_model_and_the_log():
     assert not seen.ok and seen.error == "rate: 429 of the engine"
 
 
+@pytest.mark.parametrize("inline", [True, False])
+def test_an_error_of_who_looks_at_a_result_leaves_the_caller_waiting(inline):
+    def then(seen):
+        raise MemoryError(seen.source)
+
+    with pytest.raises(MemoryError, match="probe"):
+        Toolbox([tool(lambda call: "found")], inline).call("probe", NOTHING, then).result(SECONDS)
+
+
 def test_keyboard_interrupt_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt):
         call(raising(KeyboardInterrupt()))
