@@ -29,6 +29,7 @@ from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower,
 
 BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
 TILE = 12 * 2**20  # logits at a time: 82 rows of the real vocabulary
+GATHERED = 3  # tiles of half-precision gradients to be multiplied at once: each product moves the whole head to and fro
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -262,7 +263,7 @@ def log_probs(
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
     The entropy carries no gradient. Only some rows of logits exist at a time, in the backward pass too, which makes
-    them again: three tiles in all.
+    them again: the memory of two tiles in all.
     """
     return _LogProbs.apply(hidden, head, targets, temperature, banned)
 
@@ -290,21 +291,33 @@ class _LogProbs(torch.autograd.Function):
         hidden, head, targets, banned = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_head = torch.zeros_like(head, dtype=torch.float32)
-        for rows, wanted, scale, out in reversed(_tiles(hidden, targets, head, gradient[:, None], to_hidden)):
-            every = logits(rows, head, ctx.temperature, banned).log_softmax(-1)
-            slope = torch.zeros_like(every).scatter_(1, wanted[:, None], scale)
-            slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
-            if banned is not None:
-                slope.masked_fill_(banned, 0)
-            slope = slope.div_(ctx.temperature).to(hidden.dtype)
-            torch.mm(slope, head, out=out)
-            to_head += slope.T @ rows
+        tiles = 1 if hidden.dtype == torch.float32 else GATHERED
+        for rows, wanted, scale, out in reversed(
+            _tiles(hidden, targets, head, gradient[:, None], to_hidden, times=tiles)
+        ):
+            slopes = rows.new_empty(len(rows), len(head))
+            for *tile, slope in _tiles(rows, wanted, head, scale, slopes):
+                slope.copy_(_slope(*tile, head, ctx.temperature, banned))
+            torch.mm(slopes, head, out=out)
+            to_head += slopes.T @ rows
         return to_hidden, to_head.to(head.dtype), None, None, None
 
 
-def _tiles(hidden: Tensor, targets: Tensor, head: Tensor, *more: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors cut alike along their rows, so that the logits of one cut are at most TILE numbers."""
-    rows = min(1024, max(1, TILE // len(head)))
+def _slope(
+    hidden: Tensor, targets: Tensor, scale: Tensor, head: Tensor, temperature: float, banned: Tensor | None
+) -> Tensor:
+    """Gradient (R, V), fp32, of Σ scale · log p(target) with respect to hidden @ head.T; scale (R, 1)."""
+    every = logits(hidden, head, temperature, banned).log_softmax(-1)
+    slope = torch.zeros_like(every).scatter_(1, targets[:, None], scale)
+    slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
+    if banned is not None:
+        slope.masked_fill_(banned, 0)
+    return slope.div_(temperature)
+
+
+def _tiles(hidden: Tensor, targets: Tensor, head: Tensor, *more: Tensor, times: int = 1) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike along their rows, so that the logits of one cut are at most `times` TILE numbers."""
+    rows = min(1024, max(1, TILE // len(head))) * times
     return list(zip(*(x.split(rows) for x in (hidden, targets, *more))))
 
 

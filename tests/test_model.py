@@ -233,18 +233,21 @@ def peak_memory(work) -> int:
     return most
 
 
-def test_all_logits_are_in_memory_at_once(monkeypatch, record_property):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_logits_are_in_memory_at_once(dtype, monkeypatch, record_property):
     """A pack of 16,384 trained tokens with a 64th of the real vocabulary, and of the tile: forward and backward."""
     tokens, vocabulary, size = 16384, 152064 // 64, 16
     monkeypatch.setattr("mmsr.model.TILE", model_module.TILE // 64)
     hidden, head, targets, banned = scored(tokens, size, vocabulary)
+    hidden, head = (x.detach().to(dtype).requires_grad_() for x in (hidden, head))
 
     def work():
         log_probs(hidden, head, targets, 1.0, banned)[0].sum().backward()
 
     results = (2 * hidden.numel() + 3 * head.numel() + 4 * tokens) * 4  # gradients, and the log-probabilities
     share = (peak_memory(work) - results) / (tokens * vocabulary * 4)
-    report(record_property, "memory of log-probabilities beyond inputs and gradients, of tokens × vocabulary", share)
+    what = f"memory of log-probabilities beyond inputs and gradients, of tokens × vocabulary, {dtype}"
+    report(record_property, what, share)
     assert share < 0.02
 
 
