@@ -136,7 +136,8 @@ def draw(names: Sequence[str], options) -> None:
             whole = np.mean([run[:shortest] for run in runs], 0)
             smooth = [whole[max(0, i - 9) : i + 1].mean(0) for i in range(shortest)]
             for axis, values in zip(axes, zip(*smooth)):
-                axis.plot(range(1, shortest + 1), values, label=BROKEN[name][0])
+                sound = BROKEN[name][0].startswith("nothing")
+                axis.plot(range(1, shortest + 1), values, "-" if sound else "--", label=BROKEN[name][0])
     axes[0].set(title="Accuracy of the rollouts", xlabel="step")
     axes[1].set(title="Share that searched", xlabel="step")
     axes[2].set(title="Largest gap of sampler and trainer", xlabel="step", yscale="log")
