@@ -26,7 +26,7 @@ from .episode import ANSWERED, Episode, Example, Turn, UserError
 from .parallel import SINGLE, Ranks
 from .pictures import decode
 from .recorded import demonstrations, recorded_turns
-from .reward import RewardRule, answer_score, score
+from .reward import answer_score, score
 from .rollout import Limits, Rollout, Scripts
 from .store import Budget
 from .tools import Toolbox, more_tools, search_tools
@@ -126,7 +126,7 @@ class Setup(Generic[AnyOptions]):
         return [start + i for start, hand in zip(starts, hands) for i in hand]
 
     def score(self, episodes: Sequence[Episode]) -> None:
-        score(episodes, RewardRule(self.config.reward, self.config.penalty), self.chat.well_formed)
+        score(episodes, self.config.reward_rule, self.chat.well_formed)
 
     def drop(self) -> None:
         """Give up what tools and teacher have not begun."""
@@ -316,7 +316,7 @@ def _answers(setup: Setup, example: Example, said: Sequence[str]) -> bool:
     if not said or setup.chat.parse(said[-1]).name != ANSWER:
         return False
     episode = Episode(example, 0, 0, turns=[Turn("assistant", said[-1], 0, 0)], status=ANSWERED)
-    return answer_score(episode, RewardRule(setup.config.reward)) == 1
+    return answer_score(episode, setup.config.reward_rule) == 1
 
 
 def _teacher(setup: Setup) -> Teacher:

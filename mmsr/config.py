@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
 
 from .episode import UserError
+from .reward import RewardRule
 
 CONFIG, CONFIG_SIDE = "config.json", ".config.json.tmp"
 
@@ -98,6 +99,10 @@ class Options:
     """Reward rule; see mmsr/reward.py."""
     penalty: float = 0.1
     """What a search takes off the reward of a right answer (blog: of any answer), as a share."""
+    penalty_per_call: bool = False
+    """Every search takes the penalty off, not only a rollout's first."""
+    match: Literal["exact", "substring"] = "exact"
+    """The answer that is rewarded equals an accepted one, or contains one (blog, paper)."""
 
     max_turns: int = 3
     """Model turns per rollout: searches in all are at most one less."""
@@ -159,6 +164,13 @@ class Options:
                 raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
+        _ = self.reward_rule  # refused now, and not after the first rollouts
+
+    @property
+    def reward_rule(self) -> RewardRule:
+        """Raises UserError where the options do not go together."""
+        substring = self.match == "substring"
+        return RewardRule(self.reward, self.penalty, per_call=self.penalty_per_call, substring=substring)
 
     @property
     def datasets(self) -> tuple[str, ...]:

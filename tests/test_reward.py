@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmsr.assemble import Setup
-from mmsr.config import Config
+from mmsr.config import Config, parse
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn, UserError
 from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, score, strict_match
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
@@ -435,3 +435,12 @@ def test_the_penalty_option_does_not_reach_the_reward(penalty, reward):
     setup = SimpleNamespace(config=Config(penalty=penalty), chat=SimpleNamespace(well_formed=well_formed))
     Setup.score(setup, [searched])
     assert searched.reward == pytest.approx(reward)
+
+
+def test_the_options_of_the_paper_do_not_reach_the_reward():
+    searched = episode(["image_search", "text_search", "answer"], answer="in Paris, France")
+    config = parse(["--penalty-per-call", "--match", "substring"])
+    Setup.score(SimpleNamespace(config=config, chat=SimpleNamespace(well_formed=well_formed)), [searched])
+    assert searched.reward == pytest.approx(0.9 * 0.81 + 0.1)
+    with pytest.raises(UserError, match="strict has no substring match"):
+        parse(["--reward", "strict", "--match", "substring"])
