@@ -15,10 +15,10 @@ import sys
 import time
 import warnings
 from contextlib import closing
-from typing import NoReturn, Sequence
+from typing import Sequence
 
 from mmsr.backends import KNOWN, import_searches, open_backend
-from mmsr.config import SEARCH_OPTIONS, Options, add_options
+from mmsr.config import SEARCH_OPTIONS, Options, Parser, add_options
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
@@ -162,14 +162,8 @@ def _printable(text: str) -> str:
     return shown.encode(encoding, "replace").decode(encoding).strip()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run, summary: str, more: str = "") -> argparse.ArgumentParser:

@@ -369,7 +369,7 @@ def parse(
     program: str = "train.py",
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
-    parser = _Parser(program, allow_abbrev=False)
+    parser = Parser(program, allow_abbrev=False)
     add_options(parser, kind, [field.name for field in dataclasses.fields(kind)])
     given = vars(parser.parse_args(argv))
     toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
@@ -378,7 +378,9 @@ def parse(
     return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, and exits with status 2."""
+
     def error(self, message: str) -> typing.NoReturn:
         print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)

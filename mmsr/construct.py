@@ -20,12 +20,12 @@ from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, NoReturn, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from .author import Shelf, Stages, external
 from .cache import Cached
 from .client import ChatServer, Client
-from .config import add_options, parse
+from .config import Parser, add_options, parse
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples
 from .episode import UserError
@@ -265,7 +265,7 @@ LEAST = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1, 
 
 def options(argv: Sequence[str]) -> Construction:
     """Exits with status 2 and one line where the command line is wrong."""
-    parser = _Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [field.name for field in fields(Construction)]
     add_options(parser, Construction, names)  # type: ignore[arg-type]  # it asks for fields alone
     given = vars(parser.parse_args(argv))
@@ -276,12 +276,6 @@ def options(argv: Sequence[str]) -> Construction:
     if not o.out or not 0 <= o.required <= 1:
         parser.error("--out DIR is missing" if not o.out else f"--required {o.required}: give a share from 0 to 1")
     return o
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def main(argv: Sequence[str]) -> int:
