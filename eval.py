@@ -26,9 +26,9 @@ from mmsr import compare, evaluate
 from mmsr.album import Album
 from mmsr.assemble import Setup, assemble_evaluation, prompts_folder
 from mmsr.chat import PROMPTS
-from mmsr.config import CONFIG_SIDE, EvalConfig, parse
+from mmsr.config import EvalConfig, in_use, parse
 from mmsr.episode import Episode, Example, UserError
-from mmsr.files import write_whole
+from mmsr.files import append, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
 from mmsr.parallel import Ranks, leave, start
@@ -126,7 +126,7 @@ class Output:
         self.episodes, self.album = self.folder / "episodes.jsonl", Album(self.folder / "images")
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is no folder: name another")
-        if self.folder.exists() and any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir()):
+        if in_use(self.folder):
             config.check_resumes(self.folder)
 
     def begin(self, setup: Setup) -> set[tuple[str, int]]:
@@ -170,10 +170,8 @@ class Output:
         lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
         if self.ranks.main:
             self.album.add(pictures)
-            with open(self.episodes, "a", encoding="utf-8", errors="replace") as file:  # JSON may hold lone surrogates
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append(self.episodes, [text.encode("utf-8", "replace")])  # JSON may hold lone surrogates
 
     def finish(self, sets: Mapping[str, Sequence[Example]]) -> None:
         """Judge, sum up, write results.json and print."""

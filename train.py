@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -25,9 +24,10 @@ from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.album import Album
 from mmsr.assemble import Setup, assemble
-from mmsr.config import CONFIG, CONFIG_SIDE, Config, parse
+from mmsr.config import CONFIG, Config, in_use, parse
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
+from mmsr.files import append, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered, leave, start
 from mmsr.report import write_report
@@ -273,9 +273,7 @@ class Output:
         self.album = Album(self.folder / "images")
         self.track = Tracker(config.track if ranks.main else "")
         self.report_due, self.report_failed = 0.0, False
-        used = self.folder.exists() and (
-            not self.folder.is_dir() or any(entry.name != CONFIG_SIDE for entry in self.folder.iterdir())
-        )
+        used = in_use(self.folder)
         if used and not config.resume:
             raise UserError(f"--out {self.folder} is not empty: name another folder, remove it, or go on with --resume")
         if used:
@@ -305,13 +303,14 @@ class Output:
             file.truncate(sum(len(line) for line in itertools.takewhile(lambda line: _stays(line, done), file)))
 
     def line(self, record: dict | None) -> None:
-        """Add to metrics.jsonl; of an interrupted evaluation (None) nothing."""
+        """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
+
+        Onto the disk: a checkpoint, which is, must not know of steps that the other files lack.
+        """
         if record is None or not self.ranks.main:
             return
         record = _finite(record)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            _sync(file)
+        append(self.metrics, [json.dumps(record, allow_nan=False).encode() + b"\n"])
         self.track(record)
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode], pieces: Callable | None) -> None:
@@ -322,12 +321,9 @@ class Output:
         if not self.ranks.main:
             return
         self.album.add(pictures)
-        side = self.rollouts / f".step-{step:06d}.tmp"
         # JSON may hold lone surrogates, which UTF-8 cannot: escaped with a backslash they are JSON again.
-        with open(side, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(line for _, _, line in lines)
-            _sync(file)
-        side.replace(self.rollouts / f"step-{step:06d}.jsonl")
+        encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
+        write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
         self.line(metrics)
         failed, calls = metrics["tool_failures"], metrics["tool_calls"]
         if failed > ALARM * calls:
@@ -386,12 +382,6 @@ def _finite(value):
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sync(file) -> None:
-    """Onto the disk: a checkpoint, which is, must not know of steps that the other files lack."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class Clock:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
 
 from .episode import UserError
+from .files import write_whole
 from .reward import RewardRule
 
-CONFIG, CONFIG_SIDE = "config.json", ".config.json.tmp"
+CONFIG = "config.json"
 
 _PAPER = dict(
     data="lmms-lab/FVQA", search="replay:fvqa", questions=512, mini_batch=128, lr=2e-6, kl=0.001, loss_norm="token",
@@ -186,9 +187,7 @@ class Options:
 
     def save(self, folder: Path) -> None:
         """Write `folder`/config.json, whole or not at all."""
-        side = folder / CONFIG_SIDE
-        side.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        side.replace(folder / CONFIG)
+        write_whole(folder / CONFIG, [json.dumps(dataclasses.asdict(self), indent=2).encode() + b"\n"])
 
     def check_resumes(self, folder: Path) -> None:
         """Raises UserError unless this configuration continues the run in `folder`: what comes out is the same."""
@@ -384,6 +383,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether anything is there already, but for a first config.json that a crash cut short."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not entry.name.startswith(f".{CONFIG}.") for entry in folder.iterdir())
 
 
 def add_options(parser: argparse.ArgumentParser, options: type[Options], names: Container[str]) -> None:

@@ -18,21 +18,39 @@ def beside(path: Path) -> Iterator[Path]:
     """A path to write to: what stands there in the end takes the place of `path`. UserError where that cannot be."""
     side = path.with_name(f".{path.name}.{threading.get_ident()}.tmp")
     try:
-        yield side
-        side.replace(path)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({why}); make room there, or name another") from None
+        with _written(path):
+            yield side
+            side.replace(path)
     finally:
         side.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """On the disk, and not only in its cache, when this returns. Raises UserError as `beside` does."""
-    with beside(path) as side, open(side, "wb") as file:
+    with beside(path) as side:
+        _write(side, "wb", pieces)
+
+
+def append(path: Path, pieces: Iterable[bytes]) -> None:
+    """As `write_whole`, at the end of what is there; a crash may leave some of it."""
+    with _written(path):
+        _write(path, "ab", pieces)
+
+
+def _write(path: Path, mode: str, pieces: Iterable[bytes]) -> None:
+    with open(path, mode) as file:
         file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({why}); make room there, or name another") from None
 
 
 def json_file(path: Path) -> Any:

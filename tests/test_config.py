@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
-from mmsr.config import RECIPES, Config, EvalConfig, Options, _field_docs, parse
+from mmsr.config import RECIPES, Config, EvalConfig, Options, _field_docs, in_use, parse
 from mmsr.episode import UserError
 
 # The contract's table, column by column.
@@ -212,6 +214,17 @@ def test_config_json_of_an_evaluation_is_recognised_again(tmp_path):
     evaluation("--mode", "rag", "--judge", "http://x", "--judge-model", "y").check_resumes(tmp_path)
     with pytest.raises(UserError, match="--mode"):
         evaluation("--mode", "direct").check_resumes(tmp_path)
+
+
+def test_crash_while_a_run_begins_leaves_its_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: 1 / 0)
+        patch.setattr(Path, "unlink", lambda *given, **more: None)  # who is killed does not tidy up
+        with pytest.raises(ZeroDivisionError):
+            parse([]).save(tmp_path)
+    assert list(tmp_path.iterdir()) and not in_use(tmp_path)
+    parse([]).save(tmp_path)
+    assert in_use(tmp_path) and in_use(tmp_path / "config.json") and not in_use(tmp_path / "absent")
 
 
 def test_one_rollout_a_question_is_enough_for_imitation():

@@ -1,8 +1,10 @@
 """`train.py` as a user runs it, on a base model that was made in seconds (conftest.py); and once for real (slow)."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -20,7 +22,7 @@ from mmsr import reward, toy, toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
-from mmsr.episode import Episode, Example
+from mmsr.episode import Episode, Example, UserError
 from mmsr.parallel import SINGLE
 from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
@@ -427,6 +429,24 @@ def test_question_with_half_a_character_ends_no_run(tmp_path):
         None,
     )
     assert Run(tmp_path / "out").rollouts[0][0]["question"] == "why \ud800 ?"
+
+
+def test_full_disk_is_one_line_and_no_half_file(tmp_path, monkeypatch):
+    out = train.Output(Config(out=str(tmp_path / "out")), SINGLE)
+    out.begin(0)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    episode = Episode(Example("e", b"", "why ?", ("a",)), 0, 0)
+    with pytest.raises(UserError, match="step-000001.jsonl: cannot be written .No space left"):
+        out.step(1, {"step": 1, "tool_failures": 0, "tool_calls": 0}, [episode], None)
+    assert not list((tmp_path / "out" / "rollouts").iterdir())
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be written"):
+        out.line({"step": 0})
+    with pytest.raises(UserError, match="config.json: cannot be written"):
+        Config().save(tmp_path)
 
 
 # ---- interruptions --------------------------------------------------------------------------------------------------
