@@ -59,9 +59,7 @@ def foreign_teacher() -> None:
 
     def assign_advantages(episodes, config):
         for episode in episodes:
-            for turn in episode.turns:
-                if turn.role == "assistant":
-                    episode.loss_mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
+            episode.imitate()
         return assign(episodes, config)
 
     train.assemble, train.assign_advantages = assemble, assign_advantages
