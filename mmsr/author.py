@@ -53,7 +53,7 @@ class Shelf:
         return data
 
 
-def json_object(answer: str) -> dict:
+def object_in(answer: str) -> dict:
     """The JSON object in an answer, whatever stands around it. Raises ValueError with a short reason."""
     start, end = answer.find("{"), answer.rfind("}")
     try:
@@ -121,7 +121,7 @@ class Stages:
         for _ in range(2):
             answer = self.calls.complete(messages, 500)
             try:
-                found = check(json_object(answer))
+                found = check(object_in(answer))
             except ValueError as error:
                 complaints.append(str(error))
                 again = self.prompts["repair"].replace("{complaint}", str(error))

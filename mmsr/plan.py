@@ -85,7 +85,7 @@ def sizes(model: ModelConfig) -> Sizes:
 
 def plan(model: ModelConfig, c: Config, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
     """What `c` takes on each of `ranks` devices, `node` on a machine, computing in `item` bytes."""
-    size, kept = sizes(model), Kept(model, c, item)
+    size, kept = sizes(model), Activations(model, c, item)
     node = min(node, ranks)
     parts = 1 if ranks == 1 else ranks if c.shard == "all" or node == 1 else node
     stored = item if ranks == 1 else 4
@@ -126,7 +126,7 @@ def _units(model: ModelConfig, size: Sizes) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Activations:
     """Bytes of what is not a parameter. Tokens T are packed ones, pictures are counted in merged tokens."""
 
     model: ModelConfig

@@ -19,7 +19,7 @@ import pytest
 from fake_web import FakeWeb, raw, status
 
 from mmsr import construct
-from mmsr.author import Shelf, Stages, checked_question, external, json_object
+from mmsr.author import Shelf, Stages, checked_question, external, object_in
 from mmsr.cache import Cached
 from mmsr.client import ChatServer, Client
 from mmsr.construct import Rollouts, build, chunks, need_of, options
@@ -427,7 +427,7 @@ def test_a_question_that_breaks_a_rule_is_refused(change, complaint):
 )
 def test_rubbish_is_no_json(answer, complaint):
     with pytest.raises(ValueError, match=complaint):
-        json_object(answer)
+        object_in(answer)
 
 
 def test_an_answer_is_mended_once_and_then_dropped_with_its_reason(tmp_path):

@@ -16,7 +16,7 @@ from mmsr.engine import Engine, Group, Member
 from mmsr.episode import Episode, UserError
 from mmsr.pack import pack
 from mmsr.parallel import Ranks, shard
-from mmsr.plan import GIB, PUBLISHED, USABLE, Kept, check, main, plan, sizes
+from mmsr.plan import GIB, PUBLISHED, USABLE, Activations, check, main, plan, sizes
 from mmsr.update import ImageFeatures, MasterWeights, Trainer
 
 PICTURE = random_image(20, 20)  # 100 merged tokens
@@ -109,7 +109,7 @@ def test_the_cache_grows_beyond_the_plan(groups, slots):
     engine.cache.fit(engine.room, engine.room)
     prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.suffix))
     rows, slots = len(engine.cache.prefix[0][0]), len(engine.cache.suffix[0][0])
-    kept = Kept(tiny_config(), config, 4)
+    kept = Activations(tiny_config(), config, 4)
     longest = kept.longest
     assert suffix + prefix // len(ids) * longest == kept.cache(groups, 4), (rows, slots)
 
@@ -151,7 +151,7 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(recompute, dtype, item,
     model = tiny_model(1, **shape).to(dtype)
     model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
     config = replace(CONFIG, recompute=recompute, max_tokens=612 + 200)
-    kept = Kept(model.config, config, item)
+    kept = Activations(model.config, config, item)
     assert kept.longest == 612
     batch = pack(episodes := [e for n in range(2) for e in group(n, 4, 612, 200)], range(len(episodes)), "cpu")
     images = list({image.key: image for image in batch.images}.values())
@@ -177,7 +177,7 @@ def test_published_sizes():
         "Qwen2.5-VL-3B": 3.755,
         "Qwen2.5-VL-7B": 8.292,
     }
-    kept = Kept(PUBLISHED["Qwen2.5-VL-7B"], CONFIG, 2)
+    kept = Activations(PUBLISHED["Qwen2.5-VL-7B"], CONFIG, 2)
     assert kept.cache(4, 4) % 57_344 == 0
 
 
