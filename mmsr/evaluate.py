@@ -58,10 +58,10 @@ def measures(episode: Episode) -> dict[str, float]:
 
 
 def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
-    """The same and what only an evaluation looks at."""
+    """The same, but `accuracy` by the official scorer whatever the reward's rule, and what only an evaluation has."""
     return {
         **measures(episode),
-        "accuracy": answer_score(episode, OFFICIAL),  # also where the reward is a strict one
+        "accuracy": answer_score(episode, OFFICIAL),
         "accuracy_strict": answer_score(episode, STRICT),
         "format": episode.reward_parts["format"],
         "calls_ratio": episode.searches() / calls_allowed if calls_allowed else 0.0,
