@@ -141,7 +141,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
     `world`: a toy world of one's own instead of the one that `config.toy` names.
     """
     world = world or _world(config)
-    files = _local(config, ranks)
+    files = _fetched(config, ranks)
     with ranks.alone():
         questions = _questions(files.data, world, config, ranks)
         evaluation = _eval_questions(files, world, questions, ranks)
@@ -159,7 +159,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
 def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setup, dict[str, Sequence[Example]]]:
     """Open everything that an evaluation names; and its questions by data set. Raises UserError likewise."""
     world = _world(config)
-    files = _local(config, ranks)
+    files = _fetched(config, ranks)
     with ranks.alone():
         sets = {name: _evaluated(file, world, config, ranks) for name, file in zip(config.data, files.data)}
     return _open(config, files.search, ranks, world, list(sets.values())), sets
@@ -223,12 +223,12 @@ def load_model(
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 
-def _local(config: AnyOptions, ranks: Ranks) -> AnyOptions:
+def _fetched(config: AnyOptions, ranks: Ranks) -> AnyOptions:
     """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
 
     def here(name: str) -> str:
         place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
-        return str(ranks.first(f"fetch {name}", partial(hub.published, *place))) if place else name
+        return str(ranks.first(f"fetch {name}", partial(hub.fetched_file, *place))) if place else name
 
     found: dict[str, Any] = {"data": tuple(map(here, config.datasets))}
     if isinstance(config, Config):

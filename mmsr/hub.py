@@ -27,7 +27,7 @@ def hub_file(name: str) -> tuple[str, str] | None:
     return match[1], match[2] or QUESTIONS
 
 
-def published(repository: str, file: str) -> Path:
+def fetched_file(repository: str, file: str) -> Path:
     """`file` of a data set of the hub, fetched unless it lies in the hub's cache. UserError where it cannot be."""
     instead = "--search none or replay:FILE" if file.endswith(".pkl") else "--data FILE.parquet"
     advice = f"check the name (no such path is here) and the network, or give {instead}"

@@ -168,10 +168,10 @@ def test_results_in_a_file_of_ones_own(miniature, tmp_path):
 
 def test_what_is_not_in_the_cache_names_the_option_instead(hub_cache):
     with pytest.raises(UserError, match="fvqa_test.parquet of the data set lmms-lab/FVQA .* --data FILE.parquet"):
-        hub.published("lmms-lab/FVQA", "fvqa_test.parquet")
+        hub.fetched_file("lmms-lab/FVQA", "fvqa_test.parquet")
     (hub_cache / hub.RESULTS).unlink()
     with pytest.raises(UserError, match=f"{hub.RESULTS} .* --search none or replay:FILE"):
-        hub.published("lmms-lab/FVQA", hub.RESULTS)
+        hub.fetched_file("lmms-lab/FVQA", hub.RESULTS)
 
 
 def test_train_without_a_network_ends_with_one_line(miniature, tmp_path):
