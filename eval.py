@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
@@ -199,10 +199,9 @@ class Output:
         print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
 
     def _judge(self):
-        from mmsr.client import ChatServer, Client
+        from mmsr.client import open_server
 
-        server = ChatServer(self.config.judge, self.config.judge_model, os.environ.get("OPENAI_API_KEY", ""), Client())
-        return lambda messages: server.complete(messages, JUDGE_TOKENS)
+        return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)
 
     def _lines(self) -> Iterable[dict[str, Any]]:
         with open(self.episodes, encoding="utf-8") as file:

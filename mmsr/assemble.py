@@ -320,12 +320,12 @@ def _answers(setup: Setup, example: Example, said: Sequence[str]) -> bool:
 
 
 def _teacher(setup: Setup) -> Teacher:
-    from .client import ChatServer, Client
+    from .client import open_server
     from .teacher import ANSWER_TOKENS, Teacher
 
     c = setup.config
-    server = ChatServer(c.teacher, c.teacher_model, os.environ.get("OPENAI_API_KEY", ""), Client())
-    complete, kept = partial(server.complete, max_tokens=ANSWER_TOKENS), Path(c.out) / "teacher.jsonl"
+    complete = partial(open_server(c.teacher, c.teacher_model).complete, max_tokens=ANSWER_TOKENS)
+    kept = Path(c.out) / "teacher.jsonl"
     return Teacher(complete, c.teacher_model, kept, setup.chat, setup.toolbox, _limits(c))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -242,6 +243,11 @@ def picture_part(data: bytes) -> dict[str, Any]:
     """A picture file as a part of a chat message's content."""
     kind = PIL.Image.open(io.BytesIO(data), formats=FORMATS).get_format_mimetype()
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def open_server(base_url: str, model: str) -> ChatServer:
+    """A server named on the command line, with OPENAI_API_KEY where that is set; its answers are not counted."""
+    return ChatServer(base_url, model, os.environ.get("OPENAI_API_KEY", ""), Client())
 
 
 class ChatServer:
