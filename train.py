@@ -134,7 +134,7 @@ def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episo
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of a step counted from 1: linear warm-up, then the schedule, to a tenth at the end."""
+    """The rate of a step counted from 1: linear warm-up, then the schedule: constant, or down to a tenth."""
     share = max(0.0, (step - config.warmup - 1) / max(config.steps - config.warmup - 1, 1))
     decay = {
         "constant": 1.0,
