@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from mmsr import compare, evaluate
 from mmsr.album import Album
-from mmsr.assemble import Setup, assemble_evaluation, prompts_folder
+from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder, say
 from mmsr.chat import PROMPTS
-from mmsr.config import EvalConfig, in_use, parse
+from mmsr.config import EvalConfig, in_use
 from mmsr.episode import Episode, Example, UserError
-from mmsr.files import append, write_whole
+from mmsr.files import append, make_out, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
-from mmsr.parallel import Ranks, leave, start
+from mmsr.parallel import Ranks
 from mmsr.report import write_report
 from mmsr.rollout import Opening
 from mmsr.toy import World
@@ -61,7 +61,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
             out.append(*episodes)
     setup.toolbox.drop()  # what still hangs
     if status := int(ranks.max(stop.status)):
-        out.say("Interrupted; the same command goes on.")
+        say(ranks, "Interrupted; the same command goes on.")
         raise SystemExit(status)
     if ranks.main:  # the others need not wait for a judge
         out.finish(sets)
@@ -133,10 +133,7 @@ class Output:
         """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done."""
         if not self.ranks.main:
             return set()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be made ({error.strerror}); name another folder") from None
+        make_out(self.folder)
         self.config.save(self.folder)
         self._check_inputs(setup)
         with open(self.episodes, "a+b") as file:
@@ -147,7 +144,7 @@ class Output:
             file.truncate(whole)
         done = {(line["data"], line["row"]) for line in self._lines()}
         if done:
-            self.say(f"{len(done)} questions are done already.")
+            print(f"{len(done)} questions are done already.")
         return done
 
     def _check_inputs(self, setup: Setup) -> None:
@@ -183,7 +180,7 @@ class Output:
             for line, verdict in zip(lines, judge(lines)):
                 line["judged"] = verdict
             if judge.failure:
-                self.say(f"The judge failed, at first with {judge.failure}")
+                print(f"The judge failed, at first with {judge.failure}")
         of = {name: [line for line in lines if line["data"] == name] for name in sets}
         found = {name: evaluate.results(of[name]) for name in sets}
         _replace(self.folder / "results.json", found)
@@ -195,7 +192,7 @@ class Output:
         try:
             write_report(self.folder)
         except Exception as error:  # a page is not worth an evaluation
-            self.say(f"report.html: {type(error).__name__}: {error}")
+            print(f"report.html: {type(error).__name__}: {error}")
         print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
 
     def _judge(self):
@@ -207,26 +204,13 @@ class Output:
         with open(self.episodes, encoding="utf-8") as file:
             yield from map(json.loads, file)
 
-    def say(self, text: str) -> None:
-        if self.ranks.main:
-            print(text)
-
 
 def _replace(path: Path, value: Any) -> None:
     write_whole(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse(argv, EvalConfig, "eval.py")
-        with start(config.device, config.timeout) as ranks:
-            run(config, ranks)
-        leave(ranks)
-    except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # before the first question
-        raise SystemExit(130) from None
+    launch(argv, EvalConfig, "eval.py", run)
 
 
 if __name__ == "__main__":

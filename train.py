@@ -23,13 +23,13 @@ from tqdm import tqdm
 from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.album import Album
-from mmsr.assemble import Setup, assemble
-from mmsr.config import CONFIG, Config, in_use, parse
+from mmsr.assemble import Setup, assemble, launch, say
+from mmsr.config import CONFIG, Config, in_use
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
-from mmsr.files import append, write_whole
+from mmsr.files import append, make_out, write_whole
 from mmsr.interrupt import Interrupts
-from mmsr.parallel import Ranks, gathered, leave, start
+from mmsr.parallel import Ranks, gathered
 from mmsr.report import write_report
 from mmsr.toy import World
 from mmsr.track import Tracker
@@ -225,15 +225,15 @@ class Checkpoints:
             return 0
         state = checkpoint.resume(self.root, self.setup.model, self.optimizer, self.ranks)
         if state is None:
-            self.say(f"--resume: no checkpoint in {self.root}: starting afresh.")
+            say(self.ranks, f"--resume: no checkpoint in {self.root}: starting afresh.")
             return 0
         self.done = self.saved = state["step"]
         self.cursor = self.sampler.cursor = state["cursor"]
-        self.say(f"Resumed after step {self.done}.")
+        say(self.ranks, f"Resumed after step {self.done}.")
         changed = {key: old for key, old in state["versions"].items() if self.versions.get(key) != old}
         if changed:
             listed = ", ".join(f"{key} {old}, now {self.versions.get(key)}" for key, old in changed.items())
-            self.say(f"Saved with {listed}: weights and data order are exact, what is sampled may differ.")
+            say(self.ranks, f"Saved with {listed}: weights and data order are exact, what is sampled may differ.")
         return self.done
 
     def finished(self, step: int) -> None:
@@ -254,11 +254,7 @@ class Checkpoints:
         self.setup.drop()
         self.save()
         kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
-        self.say(f"Interrupted; {kept}. Go on with --resume.")
-
-    def say(self, text: str) -> None:
-        if self.ranks.main:
-            print(text)
+        say(self.ranks, f"Interrupted; {kept}. Go on with --resume.")
 
 
 class Output:
@@ -286,10 +282,7 @@ class Output:
         """
         if not self.ranks.main:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be made ({error.strerror}); name another folder") from None
+        make_out(self.folder)
         self.track.start(self.folder, dataclasses.asdict(self.config), done)
         if not (self.folder / CONFIG).exists():
             self.config.save(self.folder)
@@ -409,16 +402,7 @@ def progress(name: str, total: int, ranks: Ranks):
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        config = parse(argv)
-        with start(config.device, config.timeout) as ranks:
-            train(config, ranks)
-        leave(ranks)
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:  # before the first step: there is nothing to keep
-        raise SystemExit(130) from None
+    launch(argv, Config, "train.py", train)
 
 
 if __name__ == "__main__":

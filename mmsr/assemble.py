@@ -6,6 +6,7 @@ Everything that a user can get wrong is opened here, before a run writes its fir
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -19,11 +20,11 @@ from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, open_backend
 from .chat import ANSWER, PROMPTS, Chat
-from .config import AnyOptions, Config, EvalConfig, Options
+from .config import AnyOptions, Config, EvalConfig, Options, parse
 from .data import read_examples
 from .engine import Engine
 from .episode import ANSWERED, Episode, Example, Turn, UserError
-from .parallel import SINGLE, Ranks
+from .parallel import SINGLE, Ranks, leave, start
 from .pictures import decode
 from .recorded import demonstrations, recorded_turns
 from .reward import answer_score, score
@@ -34,6 +35,26 @@ from .vision import image_tokens
 
 if TYPE_CHECKING:
     from .teacher import Teacher
+
+
+def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Callable[[AnyOptions, Ranks], None]) -> None:
+    """`run` a command line on every rank. What a user can mend is one line and exit status 2, an early Ctrl-C 130."""
+    try:
+        config = parse(argv, kind, program)
+        with start(config.device, config.timeout) as ranks:
+            run(config, ranks)
+        leave(ranks)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before anything is finished: there is nothing to keep
+        raise SystemExit(130) from None
+
+
+def say(ranks: Ranks, text: str) -> None:
+    """Print what all ranks would say, once."""
+    if ranks.main:
+        print(text)
 
 
 @dataclass
@@ -208,9 +229,8 @@ def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtyp
     else:
         capacity = torch.cuda.get_device_properties(ranks.device).total_memory
     found = plan.check(model, config, capacity, ranks.size, ranks.node_size, dtype.itemsize)
-    if ranks.main:
-        whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
-        print(f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
+    whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
+    say(ranks, f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
 
 
 def load_model(
@@ -245,8 +265,9 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     questions = read_examples(name, config.format, config.columns, config.images)
     if not len(questions):
         raise UserError(f"{name}: there is no question with a picture in it; give a file with at least one")
-    if questions.left_out and ranks.main:
-        print(f"{name}: {questions.left_out} of {len(questions.table)} questions have no picture and are left out.")
+    if questions.left_out:
+        some = f"{questions.left_out} of {len(questions.table)} questions"
+        say(ranks, f"{name}: {some} have no picture and are left out.")
     if isinstance(config, EvalConfig) and config.limit:
         questions.keep(range(min(config.limit, len(questions))))
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
@@ -296,9 +317,8 @@ def _imitate_file(setup: Setup) -> None:
     if not places:
         complaint = "answers a question rightly" if known else "is about a question of --data: ids must be the same"
         raise UserError(f"--demonstrations {' '.join(files)}: none of {len(found)} {complaint}; give others")
-    if setup.ranks.main:
-        of_all = f"{len(places)} of {len(questions)} questions"
-        print(f"Demonstrations: {sum(shown.values())} of {sum(map(len, found.values()))} are right, on {of_all}.")
+    conversations = f"{sum(shown.values())} of {sum(map(len, found.values()))}"
+    say(setup.ranks, f"Demonstrations: {conversations} are right, on {len(places)} of {len(questions)} questions.")
     if isinstance(questions, list):
         setup.questions = [questions[place] for place in places]
     else:

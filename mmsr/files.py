@@ -53,6 +53,14 @@ def _written(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({why}); make room there, or name another") from None
 
 
+def make_out(folder: Path) -> None:
+    """The folder that --out means. UserError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
+
+
 def json_file(path: Path) -> Any:
     """What a whole JSON file holds. Raises UserError where it is missing or none."""
     with opened(path) as file:
