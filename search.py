@@ -175,17 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         index, "Add pictures and pages to an index of your own.",
         "The file is made where there is none. Whatever ends this early, the same command goes on from there.",
     )  # fmt: skip
-    sub.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
-    sub.add_argument(
-        "--titles", metavar="FILE.jsonl", help='a line each: {"file", "title", and "url" if it has a page}'
-    )
-    sub.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "title", "text"}')
-    sub.add_argument("--out", metavar="FILE", required=True, help="the index")
-    sub.add_argument(
-        "--encoder", default="builtin", metavar="NAME",
-        help="what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
-        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)",
-    )  # fmt: skip
+    _index_options(sub)
 
     sub = command(image, "Search with a picture and show what the model would see.")
     sub.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
@@ -213,6 +203,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", default="", help="the questions whose pictures conversations and results are about")
     sub.add_argument("--out", default="", metavar="FILE", help="what import and export write")
     return parser
+
+
+def _index_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
+    titles = 'a line each: {"file", "title", and "url" if it has a page}'
+    parser.add_argument("--titles", metavar="FILE.jsonl", help=titles)
+    parser.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "title", "text"}')
+    parser.add_argument("--out", metavar="FILE", required=True, help="the index")
+    parser.add_argument(
+        "--encoder", default="builtin", metavar="NAME",
+        help="what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)",
+    )  # fmt: skip
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
