@@ -294,10 +294,10 @@ class Sampler:
     example once; a `take` may reach over its end. Raises `UserError` for an empty data set.
     """
 
-    def __init__(self, size: int, seed: int, cursor: int = 0):
+    def __init__(self, size: int, seed: int):
         if size < 1:
             raise UserError("the data set is empty; give one with at least one example")
-        self.size, self.seed, self.cursor = size, seed, cursor
+        self.size, self.seed, self.cursor = size, seed, 0
 
     def take(self, n: int) -> list[int]:
         """The next n rows."""

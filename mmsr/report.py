@@ -38,9 +38,9 @@ MOST_SHAPES = 7  # in the chart of turn shapes, which has eight colours; the res
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
 
 
-def write_report(folder: str | Path, most_rollouts: int = MOST_ROLLOUTS) -> Path:
+def write_report(folder: str | Path) -> Path:
     """Write `folder`/report.html, whole or not at all. Raises UserError where the folder is none of a run."""
-    return _write([Path(folder)], Path(folder) / REPORT, most_rollouts)
+    return _write([Path(folder)], Path(folder) / REPORT, MOST_ROLLOUTS)
 
 
 def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:

@@ -102,9 +102,10 @@ def test_evaluation_folder_has_its_table_and_its_episodes(tmp_path):
     assert len(run["rollouts"]) == 1 and run["columns"] == {}
 
 
-def test_too_many_rollouts_are_thinned_by_whole_groups_all_along_the_run(tmp_path):
+def test_too_many_rollouts_are_thinned_by_whole_groups_all_along_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_ROLLOUTS", 60)
     steps = {n: [rollout(g, s) for g in range(5) for s in range(4)] for n in range(1, 11)}
-    (run,) = embedded(write_report(a_run(tmp_path / "run", steps), most_rollouts=60))["runs"]
+    (run,) = embedded(write_report(a_run(tmp_path / "run", steps)))["runs"]
     groups = {}
     for kept in run["rollouts"]:
         groups.setdefault((kept["step"], kept["group"]), []).append(kept["sample"])
