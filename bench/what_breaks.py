@@ -22,6 +22,7 @@ from toy_runs import Outcome, Variant, last_words, main, mean, parser
 
 from mmsr import grpo, pack, toy_base
 from mmsr.chat import Chat
+from mmsr.files import cache_folder
 from mmsr.toy import FULL
 from mmsr.update import Trainer
 
@@ -83,8 +84,7 @@ def ban_nothing() -> None:
 
 def opaque_reasons() -> None:
     """An answer from memory does not begin with what is recalled. Such base models are kept apart from the others."""
-    home = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
-    os.environ["MMSR_CACHE"] = str(home / "opaque")
+    os.environ["MMSR_CACHE"] = str(cache_folder() / "opaque")
     toy_base.recalled = lambda concept, question: (
         f"<reason> this is it . </reason> <answer> {concept.answer(question)} </answer>"
     )

@@ -17,6 +17,7 @@ from typing import Iterable
 from .cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
 from .config import Options
 from .episode import Example, UserError
+from .files import cache_folder
 from .store import Budget, Store
 from .tools import Backend, NoSearch
 
@@ -91,8 +92,7 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
 
 
 def _recorded(backend: Backend, options: Options, form: str, by_question: bool = False) -> Backend:
-    folder = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
-    path = Path(options.search_cache or folder / "search.sqlite")
+    path = Path(options.search_cache or cache_folder() / "search.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
     return Cached(backend, Store(path), form, by_question, PATIENCE)
 

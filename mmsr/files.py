@@ -61,6 +61,11 @@ def make_out(folder: Path) -> None:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
+def cache_folder() -> Path:
+    """Where base models and recorded searches are kept, of all runs: MMSR_CACHE, or else in the home folder."""
+    return Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
+
+
 def json_file(path: Path) -> Any:
     """What a whole JSON file holds. Raises UserError where it is missing or none."""
     with opened(path) as file:
