@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from itertools import count
@@ -30,6 +29,7 @@ from . import toy
 from .chat import PROMPTS, Chat, Piece
 from .engine import Engine
 from .episode import ANSWERED, Episode, Example, Observation, UserError
+from .files import cache_folder
 from .rollout import Limits, Rollout
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
 from .toy import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
@@ -219,7 +219,7 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     modules = [Path(__file__).with_name(f"{name}.py") for name in MADE_BY]
     made_of = [file.read_bytes() for file in [*modules, *sorted((PROMPTS / "toy").glob("*.txt"))]]
     digest = hashlib.sha256(b"".join([*made_of, repr((world.seed, world.settings, recipe)).encode()])).hexdigest()[:16]
-    cache = Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
+    cache = cache_folder()
     folder = cache / f"toy-base-{digest}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
