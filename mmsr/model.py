@@ -292,12 +292,11 @@ class _LogProbs(torch.autograd.Function):
         to_hidden = torch.empty_like(hidden)
         to_head = torch.zeros_like(head, dtype=torch.float32)
         tiles = 1 if hidden.dtype == torch.float32 else GATHERED
-        for rows, wanted, scale, out in reversed(
-            _tiles(hidden, targets, head, gradient[:, None], to_hidden, times=tiles)
-        ):
+        whole = _tiles(hidden, targets, head, gradient[:, None], to_hidden, times=tiles)
+        for rows, wanted, scale, out in reversed(whole):
             slopes = rows.new_empty(len(rows), len(head))
-            for *tile, slope in _tiles(rows, wanted, head, scale, slopes):
-                slope.copy_(_slope(*tile, head, ctx.temperature, banned))
+            for part, tokens, each, slope in _tiles(rows, wanted, head, scale, slopes):
+                slope.copy_(_slope(part, tokens, each, head, ctx.temperature, banned))
             torch.mm(slopes, head, out=out)
             to_head += slopes.T @ rows
         return to_hidden, to_head.to(head.dtype), None, None, None
