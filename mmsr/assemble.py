@@ -292,6 +292,12 @@ def _search(
         if not file.endswith(".jsonl"):
             raise UserError(f"--force-searches: {file} holds no conversations: give replay:FILE.jsonl with some")
         scripts = partial(_recorded_script, recorded_turns(file), config.group_size)
+    if ranks.main and config.search == "replay:fvqa" and config.max_texts and config.on_miss != "error":
+        advice = "give --search live or local:FILE, or --max-texts 0"
+        print(
+            f"--search replay:fvqa holds image searches only: every text search finds nothing; {advice}",
+            file=sys.stderr,
+        )
     options, ledger = replace(config, search=search), Path(config.out) / "spent.sqlite"
     return open_backend(options, chain(*known), ledger, quiet=not ranks.main), scripts
 

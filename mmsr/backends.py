@@ -87,14 +87,16 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
     spending, form = Budget(ledger, "run", options.budget, options.step_budget), options.image_results
     pictures = options.max_images > 0 and not addressed
     live = Live.from_environment(form, options.results, spending.spend, pictures)
-    summary = form == "summary"
-    return Search(_recorded(live, options, f"live/{form}/{options.results}", by_question=summary), spending)
+    form, summary = f"live/{form}/{options.results}", form == "summary"
+    return Search(_recorded(live, options, form, by_question=summary, imported=not summary), spending)
 
 
-def _recorded(backend: Backend, options: Options, form: str, by_question: bool = False) -> Backend:
+def _recorded(
+    backend: Backend, options: Options, form: str, by_question: bool = False, imported: bool = False
+) -> Backend:
     path = Path(options.search_cache or cache_folder() / "search.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Cached(backend, Store(path), form, by_question, PATIENCE)
+    return Cached(backend, Store(path), form, by_question, PATIENCE, imported)
 
 
 def _replay(options: Options, file: str, examples: Iterable[Example], quiet: bool) -> Backend:

@@ -32,15 +32,22 @@ class Cached:
     """A search engine that is asked only what is not recorded, and by one caller at a time.
 
     `form` names how results are made ("thumbnails/5"), so that no other form is taken for them; with `by_question` an
-    image search's results are for its question only. Waiting for another's call ends after `patience` seconds with
-    ToolFailure("timeout"): give more than the engine's own deadline.
+    image search's results are for its question only. With `imported` an imported image search, which has no form, will
+    do as well: where results are titles and thumbnails, as those are. Waiting for another's call ends after `patience`
+    seconds with ToolFailure("timeout"): give more than the engine's own deadline.
     """
 
     def __init__(
-        self, backend: Backend, store: Store, form: str = "", by_question: bool = False, patience: float = 300.0
+        self,
+        backend: Backend,
+        store: Store,
+        form: str = "",
+        by_question: bool = False,
+        patience: float = 300.0,
+        imported: bool = False,
     ):
         self.backend, self.store, self.form = backend, store, form
-        self.by_question, self.patience = by_question, patience
+        self.by_question, self.patience, self.imported = by_question, patience, imported
 
     def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         key = image_key(image, self.form, question if self.by_question else "")
@@ -50,7 +57,10 @@ class Cached:
         return self._answer(text_key(query, self.form), lambda: self.backend.text_search(query))
 
     def _answer(self, key: Key, ask: Callable[[], Observation]) -> Observation:
-        seen = self.store.get(key) or self.store.once(key, lambda: self._ask(key, ask), self.patience)
+        seen = self.store.get(key)
+        if not seen and self.imported and key.tool == IMAGE_SEARCH:
+            seen = self.store.get(key._replace(form="", question=""))
+        seen = seen or self.store.once(key, lambda: self._ask(key, ask), self.patience)
         if not seen.cached:
             return seen
         self.store.count("hits", key.tool)

@@ -109,6 +109,18 @@ def test_a_failure_is_not_recorded_and_the_next_search_is_made(store, failure):
     assert told["counts"] == {name: {"text_search": 1} for name in ("calls", "failures", "hits")}
 
 
+def test_a_picture_whose_results_were_imported_is_paid_for(store):
+    import_results(store, {"1": page(1)}, [Example("1", b"known", "?", ("a",))])
+    store.put(text_key("q"), page(2))
+    live = Cached(Engine(page(3), page(4)), store, "live/thumbnails/5", imported=True)
+    assert live.image_search(b"known", "who?").hits == page(1).hits
+    assert live.image_search(b"new", "who?").hits == page(3).hits == live.image_search(b"new", "where?").hits
+    assert live.text_search("q").hits == page(4).hits, "a page of another form was taken for one of this"
+    assert [call[0] for call in live.backend.calls] == ["image", "text"]
+    summaries = Cached(Engine(page(5)), store, "live/summary/5", by_question=True)
+    assert summaries.image_search(b"known", "who?").hits == page(5).hits, "titles were taken for a summary"
+
+
 def test_nothing_found_is_recorded(store):
     searched = Cached(Engine(Observation(source="web")), store)
     assert searched.text_search("q").hits == searched.text_search("q").hits == ()

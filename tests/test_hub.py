@@ -156,6 +156,12 @@ def test_fvqa_and_its_results_serve_a_run_without_a_network(miniature, tmp_path,
     assert seen.hits[0].title == "A bridge" and seen.hits[1].image and seen.source == "fvqa"
 
 
+@pytest.mark.parametrize("more, warned", [({}, True), ({"max_texts": 0}, False), ({"on_miss": "error"}, False)])
+def test_text_searches_that_nothing_can_answer_are_told_of(miniature, tmp_path, hub_cache, capsys, more, warned):
+    assemble(parse(arguments(miniature, tmp_path / "out", **FROM_HUB, **{"max_texts": 1, **more})))
+    assert capsys.readouterr().err.count("every text search finds nothing") == warned
+
+
 def test_results_in_a_file_of_ones_own(miniature, tmp_path):
     given = FROM_HUB | dict(
         data=parquet(tmp_path, [row(i) for i in range(3)]), search=f"replay:{written(tmp_path, RESULTS)}"
