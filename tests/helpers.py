@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -136,3 +138,10 @@ def report(record_property, what: str, value: float) -> None:
 
 def edit_json(file, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def documented(section: str) -> set[str]:
+    """The keys that docs/files.md lists in the table of a section: what stands in its first column in backticks."""
+    page = (Path(__file__).parents[1] / "docs" / "files.md").read_text("utf-8")
+    (found,) = (part for part in page.split("\n## ") if part.startswith(section))
+    return {key for line in re.findall(r"^\| `.*?` \|", found, re.MULTILINE) for key in re.findall("`(.*?)`", line)}

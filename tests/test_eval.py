@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from helpers import picture_bytes
+from helpers import documented, picture_bytes
 
 import eval as evaluation
 from mmsr import toy
@@ -104,6 +104,15 @@ def test_results_and_lines_have_every_key_of_the_contract(first):
     assert all(KEYS <= row.keys() and row["n"] == 4 for row in found.results["toy"]["by_category"].values())
     assert all(LINE <= line.keys() for line in found.lines)
     assert [line["row"] for line in found.lines] == list(range(12))
+
+
+def test_the_page_about_files_names_other_keys_than_the_files_have(first):
+    found, keys = Run(first), documented("`results.json`")
+    assert found.results["toy"].keys() == keys
+    whole = {"search_precision", "search_recall", "interval", "by_category"}
+    assert all(row.keys() == keys - whole for row in found.results["toy"]["by_category"].values())
+    more = {"data", "row", "measures", "seconds"}
+    assert all(line.keys() == documented("`rollouts/") | more for line in found.lines)
 
 
 def test_results_agree_with_the_lines(first):

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import commands
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = dict(part.split("\n", 1) for part in (ROOT / "docs/forking.md").read_text("utf-8").split("\n## ")[1:])
 BLOCK = re.compile(r"^```(\w+) ?([^\n]*)\n(.*?\n)```$", re.MULTILINE | re.DOTALL)
 UNDERSTAND = """
-import shlex, sys
-from mmsr.config import Config, EvalConfig, parse
+import sys
+sys.path.insert(0, "tests")
+from test_docs import understand
 for command in sys.argv[1:]:
-    program, *argv = shlex.split(command.split("#")[0])
-    parse(argv, {"train.py": Config, "eval.py": EvalConfig}[program], program)
+    understand(command)
 """
 
 
@@ -47,8 +48,7 @@ def test_what_the_page_says_works_when_it_is_done(section, copy):
         else:
             (copy / "block.py").write_text(text, "utf-8")
             run(copy, sys.executable, "block.py")
-    commands = re.findall(r"^    python (\w+\.py .*)$", SECTIONS[section], re.MULTILINE)
-    run(copy, sys.executable, "-c", UNDERSTAND, *commands)
+    run(copy, sys.executable, "-c", UNDERSTAND, *commands(SECTIONS[section]))
 
 
 def test_diffs_are_small():

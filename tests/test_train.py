@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, picture_bytes
+from helpers import documented, edit_json, picture_bytes
 from safetensors.torch import load_file, save_file
 
 import train
@@ -176,6 +176,11 @@ def test_rollout_lines_have_every_key_of_the_contract(first):
     seen = [turn["observation"] for turn in turns if turn["role"] == "tool"]
     keys = {"ok", "error", "source", "titles", "urls", "thumbnails", "text", "images", "seconds", "cached"}
     assert seen and all(observation.keys() == keys for observation in seen)
+
+
+def test_the_page_about_files_names_other_keys_than_the_files_have(first):
+    assert all(line.keys() == documented("`metrics.jsonl`") for line in first.steps)
+    assert all(e.keys() == documented("`rollouts/") for episodes in first.rollouts for e in episodes)
 
 
 def test_evaluations_stand_before_the_first_step_and_after_the_last(first):

@@ -1,0 +1,166 @@
+"""README, CONTRIBUTING and docs/: their commands are understood, and their tables say what the program does.
+
+`test_forking.py` takes `commands` and `understand` into a copy of the program that has its page's diffs.
+"""
+
+import argparse
+import ast
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmsr.config import RECIPES, Config, EvalConfig, parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "bench/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+OURS, OTHERS = ("python", "torchrun", "pytest", "pip"), ("ruff", "mypy", "hf", "export", "srun")
+COMMAND = re.compile(rf"(?:{'|'.join(OURS + OTHERS)})\b")
+# What is not on every machine: a command with one of these says what it needs.
+WANTING = re.compile(
+    r"nproc|Qwen2|lmms-lab|--search (?!toy|none)|\.parquet|DIR|run_gpu\.py$|-m gpu|mmsr\.index|image_index"
+)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a page's indented blocks, and those in backticks, without what stands for something else."""
+    text = re.sub(r"^```.*?^```$", "", re.sub(r" *\\\n *", " ", text), flags=re.MULTILINE | re.DOTALL)
+    listed = re.findall(r"^    (.*)$", text, re.MULTILINE) + re.findall(r"`([^`]*)`", text.replace("\n", " "))
+    single = [part for line in listed for part in line.split(" && ")]
+    return [line for line in single if COMMAND.match(line) and " " in line and not re.search("[…]", line.split("#")[0])]
+
+
+class Understood(Exception):
+    """A program has read its command line."""
+
+
+def understand(command: str) -> None:
+    """Have the program that a command names read the rest of it. Raises what the program does where it cannot."""
+    words = shlex.split(command, comments=True)
+    if words[0] in ("pytest", "pip"):
+        files = [word for word in words if re.search(r"\.(py|txt)$", word)]
+        assert all((ROOT / word).is_file() for word in files)
+        if "-k" in words:
+            assert words[words.index("-k") + 1] in (ROOT / files[0]).read_text(encoding="utf-8")
+        return
+    place = next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), None)
+    if place is None:
+        assert words[0] in OTHERS
+        return
+    module = words[place] == "-m"
+    program, *argv = words[place + module :]
+    if kind := {"train.py": Config, "eval.py": EvalConfig}.get(program):
+        parse([word for word in argv if word != "--help"], kind, program)
+        return
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Understood):
+        patch.setattr(argparse.ArgumentParser, "parse_args", understood(argparse.ArgumentParser.parse_args))
+        patch.setattr(sys, "argv", [program, *argv])
+        patch.syspath_prepend(str(ROOT / "bench"))
+        runpy.run_module(program, run_name="__main__") if module else runpy.run_path(program, run_name="__main__")
+
+
+def understood(parse_args):
+    def stop(parser, *given):
+        parse_args(parser, *given)
+        raise Understood
+
+    return stop
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/forking.md"])
+def test_a_command_is_not_understood_by_its_program(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    wrong = {}
+    for command in commands(read(page)):
+        if "recorded_answers" in command or "crop_and_search_toy" in command:  # these read no options
+            continue
+        try:
+            understand(command)
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
+            wrong[command] = repr(error)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "bench/README.md"])  # its tables say so
+def test_a_block_of_commands_wants_what_its_text_does_not_say(page):
+    silent = []
+    for before, block in re.findall(r"((?:^(?! {4}|```|\n).*\n)+)\n((?:^ {4}.*\n)+)", read(page), re.MULTILINE):
+        if commands(block) and WANTING.search(block) and not re.search(r"\bneed", before + block):
+            silent.append(block)
+    assert not silent
+
+
+def test_a_page_links_to_what_is_not_there():
+    for page in PAGES:
+        for link in re.findall(r'(?:\]\(|src=")([^)#"]+)', read(page)):
+            assert link.startswith("https:") or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+def test_the_recipes_of_the_files_page_are_not_those_of_the_program():
+    found, named = (
+        [parse(["--recipe", "toy"]), *(parse(["--recipe", r, "--model", "x"]) for r in list(RECIPES)[1:])],
+        set(),
+    )
+    for options, *cells in re.findall(
+        r"^\| (`--.*?) \|(.*?)\|(.*?)\|(.*?)\|(.*?)\|$", read("docs/files.md"), re.MULTILINE
+    ):
+        names = [name.replace("-", "_") for name in re.findall("`--(.*?)`", options)]
+        named |= set(names)
+        for config, cell in zip(found, cells, strict=True):
+            for name, said in zip(names, cell.strip().split(", "), strict=True):
+                value = getattr(config, name)
+                assert float(said) == value if isinstance(value, float) else said == str(value), (config.recipe, name)
+    assert named == {name for recipe in RECIPES.values() for name in recipe}
+
+
+def test_the_readme_has_other_numbers_than_the_results_page():
+    rows = re.findall(r"^\| .* \| [\d.]+ · .*\|$", read("README.md"), re.MULTILINE)
+    assert len(rows) == 3 and all(row in read("docs/results.md") for row in rows)
+
+
+# ---- the house
+
+
+def layers() -> tuple[set[str], set[str]]:
+    """The modules of the architecture page's two tables: core, extras."""
+    core, extras = re.split(r"^\| extra \|", read("docs/architecture.md"), maxsplit=1, flags=re.MULTILINE)
+    extras = extras.split("\n## ")[0]
+    return tuple(
+        set(re.findall(r"`(\w+)\.py`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.M)))) for text in (core, extras)
+    )
+
+
+def imported(module: str) -> set[str]:
+    """The modules of the package that one imports, wherever in its file."""
+    tree = ast.parse((ROOT / "mmsr" / f"{module}.py").read_text(encoding="utf-8"))
+    within = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {
+        name for node in within for name in ([node.module] if node.module else [alias.name for alias in node.names])
+    }
+
+
+def test_the_architecture_page_lacks_a_module_or_core_imports_an_extra():
+    core, extras = layers()
+    assert not core & extras
+    assert core | extras == {file.stem for file in (ROOT / "mmsr").glob("*.py")} - {"__init__"}
+    assert not {module: wrong for module in core if (wrong := imported(module) & extras)}
+
+
+def test_the_imports_of_the_core_are_not_those_of_the_architecture_page():
+    for module, listed in re.findall(
+        r"^\| `(\w+)\.py` \|[^|]*\| ([^|]*) \|$", read("docs/architecture.md"), re.MULTILINE
+    ):
+        assert set(listed.split(", ")) - {"–"} == imported(module), module
+
+
+def test_a_module_is_not_in_the_readme():
+    readme = read("README.md")
+    assert all(re.search(rf"\b{module}\b", readme) for module in set.union(*layers()))
