@@ -27,6 +27,7 @@ def copy(tmp_path):
     """A copy of the program that may be changed."""
     for name in ("mmsr", "tests", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tmp_path)
     return tmp_path
 
 
