@@ -10,7 +10,8 @@ and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the
 
     sequence:  w_it = 1 / (number of rollouts · tokens of rollout i)    token:  w_it = 1 / (tokens of all rollouts)  (4)
 
-are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how it is cut.
+are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how it is cut. A
+rollout without such tokens does not count.
 
 Where this departs from the paper [P], its blog [B] and the official code [C], and why:
 - ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing
@@ -19,7 +20,7 @@ Where this departs from the paper [P], its blog [B] and the official code [C], a
 - Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them
   in the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
 - With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several (the paper's
-  512 / 128) π_old comes from a trainer pass before the first update.
+  512 / 128) that of all but the first update comes from a trainer pass before it.
 - Optionally a token's policy term is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what
   the sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
 - The standard deviation is the unbiased one, as in [C].
