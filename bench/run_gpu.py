@@ -30,6 +30,7 @@ from mmsr.graphs import STRIDE, USUAL
 from mmsr.model import ModelConfig
 from mmsr.optimizer import MasterWeights
 from mmsr.pack import cut, pack
+from mmsr.parallel import start
 from mmsr.update import ImageFeatures, Trainer
 from mmsr.vision import PATCH_VALUES, Image, VisionConfig
 
@@ -385,9 +386,6 @@ def main() -> None:
     parser.add_argument("--shapes", default="7B,3B")
     parser.add_argument("--tiny", action="store_true", help="a smoke test: a tiny shape and tiny sizes")
     options = parser.parse_args()
-    device = torch.empty(1, device=options.device).device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     shapes = {name: SHAPES[name] for name in options.shapes.split(",")}
     if options.tiny:
         vision = VisionConfig(
@@ -398,15 +396,19 @@ def main() -> None:
         ids |= dict(vision_start_token_id=394, vision_end_token_id=395)
         more = dict(num_key_value_heads=2, mrope_section=(2, 3, 3), vision=vision)
         shapes = {"tiny": replace(SHAPES["7B"], **small, **more, **ids)}
-    bench = Bench(device, Sizes.tiny() if options.tiny else Sizes(), torch.bfloat16)
-    print(common.machine(device), flush=True)
+    with start(options.device) as ranks:
+        measure(Bench(ranks.device, Sizes.tiny() if options.tiny else Sizes(), torch.bfloat16), shapes)
+
+
+def measure(bench: Bench, shapes: dict[str, ModelConfig]) -> None:
+    print(common.machine(bench.device), flush=True)
     try:
         bench.row("copy bandwidth", 5, bench.bandwidth)
         bench.row("matrix peak", 5, bench.peak)
         for name, config in shapes.items():
             bench.shape(name, config)
         for name, config in shapes.items():
-            if device.type == "cuda":
+            if bench.device.type == "cuda":
                 bench.compiled(name, config)
     finally:
         print("\nno KL reference\n\n" + common.table(["row", "figure", "of the limit", "remark"], bench.rows))

@@ -182,6 +182,9 @@ def leave(ranks: Ranks, status: int = 0) -> None:
 
 
 def _join(device: str, timeout: float) -> Ranks:
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name; read at the first allocation
+        # The cache, freed before every update and made anew for every rollout, would split the memory into pieces.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     place = _device(device, local if size > 1 else None)
     cuda = place.type == "cuda"

@@ -36,6 +36,18 @@ def pair():
     crew.stop()
 
 
+@pytest.mark.parametrize("name", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_is_told_otherwise_than_the_user_did(name, monkeypatch):
+    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(other, "")  # so that it is put back
+        monkeypatch.delenv(other)
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    with parallel.start("cpu"):
+        told = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert told == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 def texts(group: int, members: int = 2) -> list[Episode]:
     """A group without pictures."""
     episodes = []
