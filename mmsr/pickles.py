@@ -75,8 +75,10 @@ class _Machine:
                 stack.append(value)
             case _ if name in CONSTANTS:
                 stack.append(CONSTANTS[name])
-            case "EMPTY_DICT" | "EMPTY_LIST":
-                stack.append({} if name == "EMPTY_DICT" else [])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
             case "DICT" | "LIST":  # of protocol 0, and always empty
                 if self.take(None):
                     raise ValueError("not as Python writes it")
