@@ -369,7 +369,7 @@ def parse(
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     parser = Parser(program, allow_abbrev=False)
-    add_options(parser, kind, [field.name for field in dataclasses.fields(kind)])
+    add_options(parser, kind, [field.name for field in dataclasses.fields(kind)], _said_defaults(kind))
     given = vars(parser.parse_args(argv))
     toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
     recipe = given.get("recipe") or ("toy" if toy else "blog")
@@ -392,14 +392,20 @@ def in_use(folder: Path) -> bool:
     return any(not entry.name.startswith(f".{CONFIG}.") for entry in folder.iterdir())
 
 
-def add_options(parser: argparse.ArgumentParser, options: type[Options], names: Container[str]) -> None:
-    """Give `parser` those of the options that are named; what is not on its command line will be absent."""
+def add_options(
+    parser: argparse.ArgumentParser, options: type[Options], names: Container[str], said: Mapping[str, str] = {}
+) -> None:
+    """Give `parser` those of the options that are named; what is not on its command line will be absent.
+
+    `said` is added to an option's help.
+    """
     types, docs = typing.get_type_hints(options), _field_docs(options)
     for field in dataclasses.fields(options):
         if field.name not in names:
             continue
         kind, name = types[field.name], f"--{_kebab(field.name)}"
-        absent: dict[str, Any] = dict(default=argparse.SUPPRESS, help=docs.get(field.name, "").replace("%", "%%"))
+        text = docs.get(field.name, "") + said.get(field.name, "")
+        absent: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
         if typing.get_origin(kind) is Literal:
             parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
         elif typing.get_origin(kind) is tuple:
@@ -408,6 +414,22 @@ def add_options(parser: argparse.ArgumentParser, options: type[Options], names: 
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **absent)
         else:
             parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **absent)
+
+
+def _said_defaults(options: type[Options]) -> dict[str, str]:
+    """What each option is where it is not given, by recipe where they differ; of one that is off or empty nothing."""
+    said = {}
+    for field in dataclasses.fields(options):
+        recipes: dict[str, list[str]] = {}  # by value
+        for recipe in RECIPES:
+            value = options.defaults(recipe, options.toy).get(field.name, field.default)
+            recipes.setdefault(" ".join(value) if isinstance(value, tuple) else str(value), []).append(recipe)
+        if len(recipes) > 1:
+            by_recipe = (f"{'/'.join(names)}: {value or 'none'}" for value, names in recipes.items())
+            said[field.name] = f" ({', '.join(by_recipe)})"
+        elif field.name != "recipe" and not recipes.keys() & {"", "False", "None"}:
+            said[field.name] = f" ({', '.join(recipes)})"
+    return said
 
 
 def _field_docs(options: type[Options]) -> dict[str, str]:

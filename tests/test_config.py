@@ -101,6 +101,7 @@ def test_help_explains_every_option(capsys, kind):
     squeezed = "".join(text.split())
     for name, words in docs.items():
         assert "".join(words.split()) in squeezed, name
+    assert "(600)" in text and "(toy/paper/released: paper, blog: blog)" in text, "defaults are not told"
 
 
 def test_config_json_makes_the_same_config_again(tmp_path):
