@@ -59,7 +59,12 @@ def sum_widely(on: bool) -> None:
 
 
 def _sum_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if _WIDE and not q.is_cuda and q.dtype == torch.float32 else q.dtype
+    """What attention is summed in. Half precision is fp32 on the CPU, whose kernel would round attention's weights in
+    one way with a cache and in another without: all of the gap between sampler and trainer there. CUDA's kernels decide.
+    """
+    if q.is_cuda or q.dtype == torch.float64:
+        return q.dtype
+    return torch.float64 if _WIDE and q.dtype == torch.float32 else torch.float32
 
 
 def backend(q: Tensor) -> str:
@@ -226,7 +231,4 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 or wider, of half-precision factors too: rounded scores would part the sampler from the trainer."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    if a.is_cuda:
-        out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
-        return out.unflatten(0, a.shape[:2])
-    return a.float() @ b.float()
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])

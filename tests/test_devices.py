@@ -39,7 +39,7 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(device, recor
 
 
 @torch.no_grad()
-def test_bf16_gap_between_sampler_and_trainer_is_of_the_size_of_transformers_own(device, record_property):
+def test_bf16_gap_between_sampler_and_trainer_is_larger_than_transformers_own(device, record_property):
     """Ours: while sampling against the trainer. Theirs: with a cache, token by token, against without."""
     model = tiny_model(4)
     model.lm_head.weight.mul_(4)
@@ -52,7 +52,7 @@ def test_bf16_gap_between_sampler_and_trainer_is_of_the_size_of_transformers_own
     peer = torch.cat([_cached_gap(twin, group, member) for group in batch for member in group.members]).mean().item()
     report(record_property, f"bf16 gap on {device}, ours, mean", gap)
     report(record_property, f"bf16 gap on {device}, transformers', mean", peer)
-    assert gap < 1.6 * peer  # goal: no larger, to be measured on a GPU; both round the same logits
+    assert gap < (0.1 if device == "cpu" else 1.6) * peer  # goal on CUDA: no larger, which is to be measured there
 
 
 def _cached_gap(twin, group, member) -> torch.Tensor:
