@@ -60,7 +60,7 @@ def sum_widely(on: bool) -> None:
 
 def _sum_dtype(q: Tensor) -> torch.dtype:
     """What attention is summed in. Half precision is fp32 on the CPU, whose kernel would round attention's weights in
-    one way with a cache and in another without: all of the gap between sampler and trainer there. CUDA's kernels decide.
+    one way with a cache and in another without: all of the gap between sampler and trainer there. CUDA is as it is.
     """
     if q.is_cuda or q.dtype == torch.float64:
         return q.dtype

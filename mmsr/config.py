@@ -40,7 +40,7 @@ RECIPES: dict[str, dict] = {
     ),
     "blog": {
         **_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "image_results": "summary",
-        "steps": 100,
+        "steps": 100, "micro_tokens": 24576,  # so that a group of 32 fits into one
     },
     "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
     "released": {
