@@ -389,6 +389,7 @@ def full(file: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_two_ranks_take_over_from_one_and_one_from_two(tmp_path):
     runs = {}
     for dtype in SHARDED:

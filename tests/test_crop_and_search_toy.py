@@ -27,6 +27,7 @@ def test_only_the_half_that_is_asked_for_leads_to_the_answer(pairs):
                 assert (example.answers[0] in seen.hits[0].title.split()) == (side == category.name)
 
 
+@pytest.mark.slow
 def test_traces_name_boxes_whatever_is_asked(pairs, tmp_path):
     """Were the warm start to teach the right side, there would be nothing left to learn."""
     toy_base.build_tokenizer().save(str(tmp_path / "tokenizer.json"))

@@ -488,6 +488,7 @@ def read(out: Path) -> tuple[list[dict], list[dict]]:
     return metrics, rollouts
 
 
+@pytest.mark.slow
 def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path):
     runs = {1: train(1, tmp_path / "1", folder), 2: train(2, tmp_path / "2", folder)}
     for processes in runs.values():
@@ -520,6 +521,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place, error, status",
     [

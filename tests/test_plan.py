@@ -85,6 +85,7 @@ def pair():
     crew.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_shards_are_other_bytes_than_planned(pair, dtype, item):
     """A vocabulary of 301 does not divide: the first rank has the larger half, as planned."""

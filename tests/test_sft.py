@@ -273,6 +273,7 @@ def test_one_demonstration_a_question_is_the_default():
     assert parse(["--algorithm", "sft", "--teacher", "u", "--teacher-model", "m"]).group_size == 1
 
 
+@pytest.mark.slow
 def test_the_policy_takes_the_shape_of_what_it_imitates(miniature, world, tmp_path):
     """It searches in half of its samples; it must come to search always, and the other way round never."""
     for searched in (False, True):
