@@ -92,7 +92,7 @@ def image_search(number: int) -> list:
     Returns:
         Titles and thumbnails of the pages that show it.
     """
-    raise NotImplementedError  # a `World`'s own takes its place
+    return ANSWERS[number]
 
 
 @dataclass
@@ -232,7 +232,6 @@ class Theirs:
         for row, number in zip(rows, world.numbers.values()):
             row["image"] = opened(world.image(number))
         prompts = {tuple(world.prompt_ids(number)): number for number in world.numbers.values()}
-        image_search.__code__ = (lambda number: ANSWERS[number]).__code__
         ANSWERS.update({number: world.content(number) for number in world.numbers.values()})
         trl_module.parse_response = lambda tokenizer, ids, prefix=None, tools=None: _turn(prompts.get(tuple(prefix)))
         self.trainer = Counted(

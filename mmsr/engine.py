@@ -47,7 +47,7 @@ class Member:
     stopped: bool = False  # the last turn ended with the stop token, not out of room
     start: int = 0  # where in `ids` the tokens of the last sampled turn begin
     cached: int = 0  # how many of `ids` have keys and values
-    begun: int | None = None  # the engine's count of decode steps when the turn under way began
+    since: int | None = None  # the engine's count of decode steps when the turn under way began
     position: int = 0  # rotary position of the first token that has none
     slot: int = -1
     group: Group | None = None
@@ -295,7 +295,7 @@ class Engine:
             buffer[: len(found)] = found.to(self.device)
         self.length[self.free_slots] = 0
         now = self.counts["decode_steps"]
-        cached = (m.cached + (0 if m.begun is None else now - m.begun) for m in self.seated.values())
+        cached = (m.cached + (0 if m.since is None else now - m.since) for m in self.seated.values())
         self.reach = max(cached)  # no slot has more tokens cached than this
         return n, rows, width
 
@@ -411,7 +411,7 @@ class Engine:
         for state, value in zip((self.length, self.position, self.key, self.limit), values):
             state[slots] = torch.tensor(value, device=self.device)
         for member in members:
-            member.start, member.begun = len(member.ids), self.counts["decode_steps"]
+            member.start, member.since = len(member.ids), self.counts["decode_steps"]
         self.live[slots] = True
         self.live_members += len(members)
         self.layout = None
@@ -474,7 +474,7 @@ class Engine:
         member.ids += map(int, ids[said].tolist())
         member.logps += logps[said].tolist()
         member.loss_mask += [1] * (end + 1 - member.start)
-        member.cached, member.position, member.begun = end, position, None
+        member.cached, member.position, member.since = end, position, None
         member.stopped = member.ids[-1] == self.stop_id
         self.live_members -= 1
         return member
