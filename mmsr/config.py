@@ -204,7 +204,9 @@ class Options:
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
-            advice = f"give the same, or another --out (and --model {folder}/model to start from what it learnt)"
+            advice = "give the same, or another --out"
+            if (folder / "model").is_dir():
+                advice += f" (and --model {folder}/model to start from what it learnt)"
             raise UserError(f"--out {folder}: the run in it differs in {listed}: {advice}")
 
 

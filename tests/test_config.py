@@ -213,7 +213,11 @@ def test_training_options_are_unknown_to_evaluation(capsys):
 def test_config_json_of_an_evaluation_is_recognised_again(tmp_path):
     evaluation("--mode", "rag").save(tmp_path)
     evaluation("--mode", "rag", "--judge", "http://x", "--judge-model", "y").check_resumes(tmp_path)
-    with pytest.raises(UserError, match="--mode"):
+    with pytest.raises(UserError, match="--mode") as told:
+        evaluation("--mode", "direct").check_resumes(tmp_path)
+    assert "learnt" not in str(told.value), "an evaluation leaves no model to go on from"
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=f"--model {tmp_path}/model to start from"):
         evaluation("--mode", "direct").check_resumes(tmp_path)
 
 
