@@ -59,6 +59,40 @@ class _Run:
     called: float = 0.0  # when the tool was, by time.monotonic
 
 
+class Thumbnails:
+    """The pictures among search results, each opened once, however many members find it; in the tools' threads.
+
+    It knows nothing of the rollout. A tool that hangs holds on to this object for ever, and a rollout that it led to
+    would stay too, with the engine's whole cache.
+    """
+
+    def __init__(self, limits: Limits):
+        self.most = limits.thumbnail_pixels  # pixels
+        self.least = min(limits.min_pixels, self.most)
+        self.opened: dict[bytes, Future[Image | None]] = {}
+
+    def prepare(self, seen: Observation) -> None:
+        """Open the pictures among what came back, in the tool's thread and not between two decode steps."""
+        for hit in seen.hits:
+            self.open(hit.image)
+
+    def open(self, data: bytes | None) -> Image | None:
+        """The picture of an encoded file; None where there is none or it is broken: the hit's title remains."""
+        if data is None:
+            return None
+        opening: Future[Image | None] = Future()
+        first = self.opened.setdefault(data, opening)
+        if first is opening:
+            opening.set_result(self._load(data))
+        return first.result()
+
+    def _load(self, data: bytes) -> Image | None:
+        try:
+            return load_image(data, self.least, self.most)
+        except ValueError:
+            return None
+
+
 class Rollout:
     """Runs one batch of groups to its end. One use per object; afterwards `counts` has its tokens and images."""
 
@@ -68,7 +102,7 @@ class Rollout:
         self.direct, self.max_turns = direct, 1 if direct else limits.max_turns
         self.runs: dict[Member, _Run] = {}
         self.waiting: dict[Future, _Run] = {}
-        self.thumbnails: dict[bytes, Future[Image | None]] = {}  # opened once, however many members find them
+        self.thumbnails = Thumbnails(limits)
 
     def __call__(
         self,
@@ -202,7 +236,7 @@ class Rollout:
             return self._observe(run, OVER_LIMIT)
         example, run.called = run.episode.example, time.monotonic()
         call = Call(turn.query, example.image, example.question, example.address)
-        self.waiting[self.toolbox.call(turn.action, call, self._prepare)] = run
+        self.waiting[self.toolbox.call(turn.action, call, self.thumbnails.prepare)] = run
 
     def _collect(self, block: bool) -> None:
         """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.
@@ -224,7 +258,7 @@ class Rollout:
     def _observe(self, run: _Run, seen: Observation) -> None:
         """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""
         member, call, example = run.member, run.episode.turns[-1], run.episode.example
-        thumbnails = [self._thumbnail(hit.image) for hit in seen.hits]
+        thumbnails = [self.thumbnails.open(hit.image) for hit in seen.hits]
         piece = self.chat.observation(call.action, seen, thumbnails, example.question)
         start = run.episode.prompt_length + len(member.ids)
         turn = Turn("tool", self.chat.decode(piece.ids), start, start, call.action, call.query, observation=seen)
@@ -241,27 +275,6 @@ class Rollout:
         member.force(piece.ids + opening, piece.images)  # before sampling begins
         if not opening:
             self._force_turn(run)
-
-    def _prepare(self, seen: Observation) -> None:
-        """Open the pictures among what came back, in the tool's thread and not between two decode steps."""
-        for hit in seen.hits:
-            self._thumbnail(hit.image)
-
-    def _thumbnail(self, data: bytes | None) -> Image | None:
-        if data is None:
-            return None
-        opening: Future[Image | None] = Future()
-        first = self.thumbnails.setdefault(data, opening)
-        if first is opening:
-            opening.set_result(self._load_thumbnail(data))
-        return first.result()
-
-    def _load_thumbnail(self, data: bytes) -> Image | None:
-        most = self.limits.thumbnail_pixels
-        try:
-            return load_image(data, min(self.limits.min_pixels, most), most)
-        except ValueError:  # a broken thumbnail leaves its title
-            return None
 
     def _end(self, run: _Run, status: str) -> None:
         """Close the episode: its tokens are the prompt's and the member's, as they stand."""

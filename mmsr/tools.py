@@ -119,7 +119,10 @@ class Toolbox:
     def call(
         self, name: str, call: Call, then: Callable[[Observation], object] = lambda seen: None
     ) -> Future[Observation]:
-        """What the tool gives. `then` sees it before anybody, in the tool's thread."""
+        """What the tool gives. `then` sees it before anybody, in the tool's thread.
+
+        A tool that hangs keeps `call` and `then` for as long as the program runs, so neither may lead to much memory.
+        """
 
         def work() -> Observation:
             seen = _observe(self.tools[name], call)
@@ -137,20 +140,25 @@ class Toolbox:
         return done
 
     def _work(self) -> None:
+        """What each thread does. It has no variables: by them a waiting thread would keep its last call alive."""
         while True:
-            done, work = self.queue.get()
-            if not done.set_running_or_notify_cancel():
-                continue
-            try:
-                done.set_result(work())
-            except BaseException as error:  # of `then`: no tool raises here
-                done.set_exception(error)
+            _finish(*self.queue.get())
 
     def drop(self) -> None:
         """Give up calls that wait for a thread: they may cost money."""
         with suppress(Empty):
             while True:
                 self.queue.get_nowait()[0].cancel()
+
+
+def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
+    """Give `done` what `work` returns or raises, unless it has been cancelled."""
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(work())
+    except BaseException as error:  # of `then`: no tool raises here
+        done.set_exception(error)
 
 
 def _observe(tool: Tool, call: Call) -> Observation:

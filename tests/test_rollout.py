@@ -640,3 +640,35 @@ def test_slow_tools_run_one_after_another(home, record_property):
     added = seconds(0.25) - at_once
     report(record_property, "seconds that 16 searches of 0.25 s add to a rollout", added)
     assert added < 2
+
+
+@pytest.mark.parametrize("how", ["answers", "hangs"])
+def test_a_tool_thread_keeps_the_cache_of_a_rollout_that_is_over(home, how):
+    """A thread that waits for its next call, or hangs in one that was given up, leads to no engine.
+
+    Without the collector, which runs when it likes and does not know how large a cache on a device is.
+    """
+    let_go = threading.Event()
+    picture = Hit("a title", image=picture_bytes(56, 56, seed=7))
+
+    def look(call):
+        if how == "hangs":
+            let_go.wait(SECONDS)
+        return Observation((picture,), source="fake")
+
+    tools = [Tool(IMAGE_SEARCH, "search", 1, look, payload="<img>")]
+    rollout = make(home, tools=tools, inline=False, say=lambda episode, turn: LOOK if turn == 0 else REPLY)
+    rollout.limits = replace(rollout.limits, tool_seconds=0.2 if how == "hangs" else SECONDS)
+    toolbox, engine, cache = rollout.toolbox, weakref.ref(rollout.engine), weakref.ref(rollout.engine.graphs)
+    gc.collect()
+    gc.disable()
+    try:
+        episodes = rollout([question()], 2)
+        rollout.engine.say = None  # the puppet's strings are this test's own
+        assert {e.status for e in episodes} == {ANSWERED}
+        del rollout
+        assert toolbox.workers < 64, "the tool should have run in a thread"
+        assert engine() is None and cache() is None
+    finally:
+        gc.enable()
+        let_go.set()
