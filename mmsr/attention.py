@@ -182,49 +182,84 @@ class SharedPrefix:
         return packed_attention(q, k[self.gather], v[self.gather], self.segments)
 
 
-def decode_attention(
-    q: Tensor,
-    prefix: tuple[Tensor, Tensor],
-    prefix_lens: Tensor,
-    members: Tensor,
-    place: Tensor,
-    suffix: tuple[Tensor, Tensor],
-    suffix_lens: Tensor,
-) -> Tensor:
-    """One query per slot over [the prompt that its group shares; its own tokens], two partial softmaxes merged.
+class Cached:
+    """The layout of a decode step: one query per slot over [the prompt that its group shares; its own tokens].
 
-    q (S, H, D). `prefix`: keys and values (R, K, P, D), the first `prefix_lens` (R,) of P valid, read once per row for
-    all of its members. `members` (R, G): the slot of each member of a row (any slot where a row has fewer); `place`
-    (S,): the flat index of each slot in `members`. `suffix`: keys and values (S, K, L, D), the first `suffix_lens`
-    (S,) valid. Returns (S, H, D). No gradient: this is for sampling.
+    The two parts are attended to apart, so that a prompt is read once for all of its members, and merged: with the
+    softmax over a part's keys as out_i and Z_i the sum of that part's exponentials,
+
+        out = (Z_1 out_1 + Z_2 out_2) / (Z_1 + Z_2)
+
+    No gradient: this is for sampling. Shape letters: S slots, R prompts, G members of a prompt at most.
     """
-    slots, heads, size = q.shape
-    kv_heads = suffix[0].shape[1]
-    rows, group = members.shape
-    shared = q[members].view(rows, group, kv_heads, -1, size).transpose(1, 2).flatten(2, 3)  # (R, K, G * H/K, D)
-    on_prefix = [
-        x.unflatten(2, (group, -1)).transpose(1, 2).reshape(rows * group, heads, -1)[place]
-        for x in _partial(shared, *prefix, prefix_lens)
-    ]
-    on_suffix = [x.reshape(slots, heads, -1) for x in _partial(q.view(slots, kv_heads, -1, size), *suffix, suffix_lens)]
-    (sum_p, mass_p, top_p), (sum_s, mass_s, top_s) = on_prefix, on_suffix
-    top = torch.maximum(top_p, top_s)
-    scale_p, scale_s = (top_p - top).exp(), (top_s - top).exp()
-    return ((scale_p * sum_p + scale_s * sum_s) / (scale_p * mass_p + scale_s * mass_s)).to(q.dtype)
+
+    def __init__(self, prefix_lens: Tensor, members: Tensor, place: Tensor, suffix_lens: Tensor):
+        """`prefix_lens` (R,): tokens of each prompt. `suffix_lens` (S,): tokens of each slot, the new one included.
+
+        `members` (R, G): the slot of each member of a prompt, any slot where a prompt has fewer. `place` (S,): the flat
+        index of each slot in `members`.
+        """
+        self.prefix_lens, self.suffix_lens = prefix_lens, suffix_lens
+        self.members, self.place = members, place
+
+    def __call__(self, q: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]) -> Tensor:
+        """q (S, H, D); `prefix`: keys and values (R, P, K, D); `suffix`: keys and values (S, L, K, D) → (S, H, D)."""
+        rows, group = self.members.shape
+        attend = _kernel_part if has_decode_kernel(q) else _plain_part
+        merge = _merge_kernel_parts if has_decode_kernel(q) else _merge_plain_parts
+        heads = q.unflatten(1, (suffix[0].shape[2], -1)).transpose(1, 2)  # (S, H/K, K, D): a key head's queries
+        shared = heads[self.members].flatten(1, 2)  # (R, G * H/K, K, D)
+        on_prefix = attend(shared, *prefix, self.prefix_lens)
+        on_prefix = [x.unflatten(1, (group, -1)).flatten(0, 1)[self.place] for x in on_prefix]  # (S, H/K, K, …)
+        on_suffix = attend(heads, *suffix, self.suffix_lens)
+        return merge(*on_prefix, *on_suffix).transpose(1, 2).flatten(1, 2).to(q.dtype)
 
 
-def _partial(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over part of the keys, in fp32 or wider: Σ w v (B, K, Q, D), Σ w and the largest score (B, K, Q, 1).
+def has_decode_kernel(x: Tensor) -> bool:
+    """Whether a decode step on tensors like `x` uses torch's FlashAttention kernel, which is told every length."""
+    return backend(x) != "sdpa"
 
-    w = exp(score − largest). Sums and not a log-sum-exp, which near 30 is ten times coarser than what it would scale.
+
+def _kernel_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, Q, K, D) to the first `lens` (B,) of the keys and values (B, L, K, D).
+
+    Returns the outputs (B, Q, K, D) and the logarithms (B, Q, K) of the sums of exponentials, fp32.
     """
-    q, k, v = (x.to(_sum_dtype(q)) for x in (q, k, v))
+    (batch, queries), room = q.shape[:2], k.shape[1]
+    first = torch.arange(batch + 1, device=q.device, dtype=torch.int32)
+    # What torch.nn.attention.varlen calls; that has no `seqused_k` before torch 2.12.
+    out, log_mass, *_ = torch.ops.aten._flash_attention_forward(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), first * queries, first * room, queries, room,
+        0.0, False, False, seqused_k=lens.int(),
+    )  # fmt: skip
+    return out.unflatten(0, (batch, queries)), log_mass.T.unflatten(0, (batch, queries))
+
+
+def _merge_kernel_parts(out_1: Tensor, log_mass_1: Tensor, out_2: Tensor, log_mass_2: Tensor) -> Tensor:
+    share = (log_mass_2 - log_mass_1).sigmoid()[..., None]  # Z_2 / (Z_1 + Z_2)
+    return out_1 * (1 - share) + out_2 * share
+
+
+def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain operations, in fp32 or wider, not yet divided: Σ w v (B, Q, K, D), Σ w and m (B, Q, K, 1).
+
+    w = exp(score − m), m the largest score. Sums and not their logarithm, which near 30 is ten times coarser than what
+    it would scale.
+    """
+    q, k, v = (x.to(_sum_dtype(q)).transpose(1, 2) for x in (q, k, v))
     scores = _product(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, K, Q, keys)
     hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
     scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top).exp()
-    return _product(weights.to(v.dtype), v), weights.sum(-1, keepdim=True), top
+    parts = _product(weights.to(v.dtype), v), weights.sum(-1, keepdim=True), top
+    return tuple(x.transpose(1, 2) for x in parts)
+
+
+def _merge_plain_parts(sum_1: Tensor, mass_1: Tensor, top_1: Tensor, sum_2: Tensor, mass_2: Tensor, top_2: Tensor):
+    top = torch.maximum(top_1, top_2)
+    scale_1, scale_2 = (top_1 - top).exp(), (top_2 - top).exp()
+    return (scale_1 * sum_1 + scale_2 * sum_2) / (scale_1 * mass_1 + scale_2 * mass_2)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,11 @@
 A *group* is one prompt with several members. Its prompt and image are prefilled once into a **prefix row**; each member
 takes a **slot** that holds the keys and values of its own tokens. A turn ends at the stop token or its token limit; the
 caller then either finishes the member or extends it with what a tool gave, and only those new tokens are prefilled. The
-other members decode on meanwhile: there is no barrier between turns, and freed slots take the next group.
+other members decode on meanwhile: there is no barrier between turns.
+
+Members are admitted one by one: a freed slot is taken at once by the next member, of a group whose prompt is already in
+its row, or of the next group in the queue. A row is free again when the last member of its group has finished, so there
+are more rows than whole groups fit into the slots: otherwise every group's slowest member would keep slots empty.
 
 All that changes per token lives in tensors on the device. The host waits for it once a decode step, to see whose turn
 is over, and does no work per token; on CUDA it launches the step as one graph (graphs.py).
@@ -16,6 +20,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -24,10 +29,10 @@ from itertools import accumulate
 from typing import Any, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Packed, Segments, decode_attention, packed_attention
+from . import attention
+from .attention import Cached, Packed, Segments, packed_attention
 from .graphs import Graphs
 from .model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 
@@ -69,6 +74,7 @@ class Group:
     members: list[Member]
     row: int = -1
     unfinished: int = 0
+    scores: Tensor | None = None  # (V,) after the prompt: every member's first token is drawn from them
 
 
 def sampling_key(*parts: object) -> int:
@@ -101,31 +107,33 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
-class Cache:
-    """Keys and values of every layer: prefix rows (R, K, P, D) and suffix slots (S, K, L, D). L grows as it is needed.
+def prefix_rows(prompts: int, slots: int, members: int) -> int:
+    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `members`.
 
-    Zeros, because attention multiplies what lies beyond a sequence by 0, and 0 · NaN is NaN.
+    Twice as many as fill the slots, and one: a group's slowest members keep its row while the next groups already run.
+    On recorded lengths that keeps the slots full (tests/test_occupancy.py). A row in use has at least one slot.
+    """
+    return min(prompts, slots, 2 * math.ceil(slots / members) + 1)
+
+
+class Cache:
+    """Keys and values of every layer: prefix rows (R, P, K, D) and suffix slots (S, L, K, D).
+
+    It has its full size from the beginning: CUDA graphs know its addresses, and what does not fit should fail at once
+    and not hours into a run. Zeros, because attention multiplies what lies beyond a sequence by 0, and 0 · NaN is NaN.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, device, dtype):
-        def room(n: int, length: int) -> list[tuple[Tensor, ...]]:
-            shape, layers = (n, config.num_key_value_heads, length, config.head_dim), range(config.num_hidden_layers)
-            return [tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv") for _ in layers]
+    def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, room: int, device, dtype):
+        def store(n: int, length: int) -> Tensor:
+            sizes = [n, length, config.num_key_value_heads, config.head_dim]
+            if attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype)):
+                return torch.zeros(sizes, device=device, dtype=dtype)
+            sizes[1], sizes[2] = sizes[2], sizes[1]  # plain products are faster with each head's keys in one piece
+            return torch.zeros(sizes, device=device, dtype=dtype).transpose(1, 2)
 
-        self.prefix, self.suffix = room(rows, prompt_room), room(slots, 0)
-
-    def fit(self, length: int, most: int) -> bool:
-        """Make the suffix slots at least `length` tokens long, and no longer than `most`; whether that moved them.
-
-        One layer at a time, so that a second copy is never there of more than one.
-        """
-        now = self.suffix[0][0].shape[2]
-        if length <= now:
-            return False
-        more = (0, 0, 0, min(most, max(length, 2 * now)) - now)
-        for layer, pair in enumerate(self.suffix):
-            self.suffix[layer] = tuple(F.pad(store, more) for store in pair)
-        return True
+        layers = range(config.num_hidden_layers)
+        self.prefix = [(store(rows, prompt_room), store(rows, prompt_room)) for _ in layers]
+        self.suffix = [(store(slots, room), store(slots, room)) for _ in layers]
 
 
 class Engine:
@@ -147,14 +155,15 @@ class Engine:
         """`max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn.
 
         `temperature` 0 is greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts.
-        `capture`: on CUDA, replay decode steps from graphs; not for a sharded model, whose weights move.
+        `capture`: on CUDA, replay decode steps from graphs. The model's weights may not move while the engine lives.
         """
         self.model, self.stop_id, self.banned, self.device = model, stop_id, banned, banned.device
         self.slots, self.max_tokens, self.turn_tokens = slots, max_tokens, turn_tokens
         self.greedy, self.temperature = temperature == 0, temperature or 1.0
         self.prefill_tokens = prefill_tokens
         self.graphs = Graphs(capture and self.device.type == "cuda")
-        self.queue: deque[Group] = deque()
+        self.queue: deque[Group] = deque()  # have no row yet
+        self.unseated: deque[Member] = deque()  # have a row, and wait for a slot
         self.feeding: list[Member] = []  # have forced tokens to prefill
         self.live_members = 0  # are decoding
         self.seated: dict[int, Member] = {}  # by slot; includes those that wait for a tool
@@ -169,7 +178,7 @@ class Engine:
         refused = []
         for group in groups:
             known = len(group.ids) + max(len(member.ids) for member in group.members)
-            if known < self.max_tokens and len(group.members) <= self.slots:
+            if known < self.max_tokens:
                 self.queue.append(group)
             else:
                 refused += group.members
@@ -180,7 +189,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do (members that wait for a tool are not its business)."""
-        return bool(self.feeding or self.live_members or (self.queue and self._admissible()))
+        return bool(self.feeding or self.live_members or (self._waiting and self.free_slots))
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether some member has no slot yet and could take one: its prompt has a row, or there is a free row."""
+        return bool(self.unseated or (self.queue and self.free_rows))
 
     def extend(self, member: Member, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
         """Give a waiting member what came back; it samples its next turn after it. `images`: (offset in ids, Image).
@@ -206,8 +220,8 @@ class Engine:
     def step(self) -> list[Member]:
         """Admit what fits, prefill what is new, decode one token everywhere; returns members whose turn ended."""
         ended = []
-        if self.queue:
-            ended += self._admit(self._admissible())
+        if self._waiting and self.free_slots:
+            ended += self._admit()
         if self.feeding:
             ended += self._feed()
         if self.live_members:
@@ -219,93 +233,126 @@ class Engine:
     def _make_room(self) -> None:
         """Size cache and slot state to what is queued."""
         prompts = [len(group.ids) for group in self.queue]
-        width = min(self.slots, sum(len(group.members) for group in self.queue))
-        rows = min(len(prompts), width // min(len(group.members) for group in self.queue))
-        self.room = room = self.max_tokens - min(prompts) + 1
+        sizes = [len(group.members) for group in self.queue]
+        slots = min(self.slots, sum(sizes))
+        rows = prefix_rows(len(prompts), slots, min(sizes))
+        self.room = self.max_tokens - min(prompts) + 1
         config, dtype = self.model.config, next(self.model.parameters()).dtype
-        self.cache = Cache(config, rows, max(prompts), width, self.device, dtype)
-        self.free_slots, self.free_rows = list(range(width)), list(range(rows))
+        self.cache = Cache(config, rows, max(prompts), slots, self.room, self.device, dtype)
+        self.free_slots, self.free_rows = list(range(slots)), list(range(rows))
         self.layout = None
-        self.graphs.clear()
 
         def state(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros((width, *shape), dtype=dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.token, self.length, self.position = (state(torch.long) for _ in range(3))  # fed next; tokens cached; where
-        self.key, self.limit, self.live = state(torch.long), state(torch.long), state(torch.bool)
-        self.ids, self.logps = state(torch.long, room), state(torch.float32, room)  # what was sampled, by suffix index
-        most = max(len(group.members) for group in self.queue)
-        self.prefix_lens, self.members, self.place = (
-            torch.zeros(size, dtype=torch.long, device=self.device) for size in (rows, rows * most, width)
-        )
+        self.token = state(torch.long, slots)  # fed next
+        self.length = state(torch.long, slots)  # tokens cached
+        self.position = state(torch.long, slots)  # rotary position of the token that is fed next
+        self.key = state(torch.long, slots)
+        self.limit = state(torch.long, slots)  # length at which the turn ends
+        self.live = state(torch.bool, slots)
+        self.ids = state(torch.long, slots, self.room)  # what was sampled, by place behind the prompt
+        self.logps = state(torch.float32, slots, self.room)
+        self.most_members = max(sizes)  # of a row
+        self.prefix_lens = state(torch.long, rows)
+        self.members = state(torch.long, rows * self.most_members)
+        self.place = state(torch.long, slots)
 
-    def _admissible(self) -> list[Group]:
-        """The queued groups that have room now: whole groups, in order, one prefill pass's worth of prompts."""
+    def _admit(self) -> list[Member]:
+        """Seat members while there are free slots. Returns those whose turn ended with its first token.
+
+        A member without an opening draws its first token from its prompt's scores; one with an opening is fed that.
+        """
+        groups = self._next_groups()
+        if groups:
+            self._open(groups)
+        seated = [self._seat(self.unseated.popleft()) for _ in range(min(len(self.free_slots), len(self.unseated)))]
+        self.layout = None
+        starting = [member for member in seated if not member.ids]
+        self.feeding += [member for member in seated if member.ids]
+        if not starting:
+            return []
+        return self._start(torch.stack([member.group.scores for member in starting]), starting)
+
+    def _next_groups(self) -> list[Group]:
+        """The queued groups to prefill now, in order: while slots and rows are left, one pass's worth of prompts."""
         groups: list[Group] = []
-        slots, tokens = len(self.free_slots), 0
+        slots, tokens = len(self.free_slots) - len(self.unseated), 0
         for group in self.queue:
-            slots, tokens = slots - len(group.members), tokens + len(group.ids)
-            if slots < 0 or len(groups) == len(self.free_rows) or (groups and tokens > self.prefill_tokens):
+            tokens += len(group.ids)
+            if slots <= 0 or len(groups) == len(self.free_rows) or (groups and tokens > self.prefill_tokens):
                 break
             groups.append(group)
+            slots -= len(group.members)
         return groups
 
-    def _admit(self, groups: list[Group]) -> list[Member]:
-        """Prefill the prompts in one packed pass; members without an opening sample their first token from it."""
-        if not groups:
-            return []
-        self.free_slots.sort(), self.free_rows.sort()
+    def _open(self, groups: list[Group]) -> None:
+        """Prefill the prompts in one packed pass, each into a row; their members may then take slots."""
+        self.free_rows.sort()
         for group in groups:
             self.queue.popleft()
             group.row, group.unfinished = self.free_rows.pop(0), len(group.members)
-            for member in group.members:
-                member.group, member.slot = group, self.free_slots.pop(0)
-                self.seated[member.slot] = member
-        self.layout = None
         scores, positions = self._prefill_prompts(groups)
-        rows, starting = [], []
-        for row, group in enumerate(groups):
+        for group, after, position in zip(groups, scores, positions):
+            group.scores = after
             for member in group.members:
-                member.position = positions[row]
-                if member.ids:
-                    self.feeding.append(member)
-                else:
-                    rows.append(row), starting.append(member)
-        return self._start(scores[rows], starting) if starting else []
+                member.group, member.position = group, position
+                self.unseated.append(member)
+
+    def _seat(self, member: Member) -> Member:
+        """Give a member the first free slot."""
+        self.free_slots.sort()
+        member.slot = self.free_slots.pop(0)
+        self.seated[member.slot] = member
+        return member
 
     def _lay_out(self) -> tuple[int, int, int]:
         """Write down for decoding who sits where; needed only when somebody came or went.
 
-        That is `prefix_lens` (R,), `members` (R · G,) and `place` (S,), see `decode_attention`. Returns S, R and G: the
-        slots and rows in use, both counted to the last, and the largest number of seated members of a group.
+        That is `prefix_lens` (R,), `members` (R · G,) and `place` (S,), see `attention.Cached`. Returns the S, R and G
+        to decode with: the slots and rows in use, counted to the last, and the most members of a row; where steps are
+        captured, larger numbers that seldom change.
         """
         slots = sorted(self.seated)
-        if 2 * len(slots) <= slots[-1]:
+        if 2 * len(slots) <= slots[-1] and not self.unseated:
             self._compact(slots)
-        groups = list(dict.fromkeys(member.group for member in self.seated.values()))
-        n, rows = max(self.seated) + 1, max(group.row for group in groups) + 1
-        seats = [[m.slot for m in group.members if self.seated.get(m.slot) is m] for group in groups]
-        width = max(map(len, seats))
-        lens, members, place = torch.zeros(rows).long(), torch.zeros(rows, width).long(), torch.zeros(n).long()
-        for group, here in zip(groups, seats):
-            lens[group.row] = len(group.ids)
-            members[group.row, : len(here)] = torch.tensor(here)
-            place[here] = group.row * width + torch.arange(len(here))
-        for buffer, found in zip((self.prefix_lens, self.members, self.place), (lens, members.flatten(), place)):
-            buffer[: len(found)] = found.to(self.device)
+        here: dict[Group, list[int]] = {}  # the slots of each group's members
+        for member in self.seated.values():
+            here.setdefault(member.group, []).append(member.slot)
+        n, rows, width = self._sizes(here)
+        prefix_lens = torch.zeros(rows, dtype=torch.long)
+        members = torch.zeros(rows, width, dtype=torch.long)
+        place = torch.full((n,), next(iter(here)).row * width)  # an empty slot looks at a prompt that is there
+        for group, seats in here.items():
+            prefix_lens[group.row] = len(group.ids)
+            members[group.row, : len(seats)] = torch.tensor(seats)
+            place[seats] = group.row * width + torch.arange(len(seats))
+        self.prefix_lens[:rows] = prefix_lens.to(self.device)
+        self.members[: rows * width] = members.flatten().to(self.device)
+        self.place[:n] = place.to(self.device)
         self.length[self.free_slots] = 0
         now = self.counts["decode_steps"]
         cached = (m.cached + (0 if m.since is None else now - m.since) for m in self.seated.values())
         self.reach = max(cached)  # no slot has more tokens cached than this
         return n, rows, width
 
+    def _sizes(self, here: dict[Group, list[int]]) -> tuple[int, int, int]:
+        """Slots, rows and members of a row that the next steps are run with."""
+        slots = max(self.seated) + 1
+        if self.graphs.on:
+            return self.graphs.bucket(slots, len(self.token)), len(self.prefix_lens), self.most_members
+        return slots, max(group.row for group in here) + 1, max(map(len, here.values()))
+
     def _compact(self, slots: list[int]) -> None:
         """Move the few occupied slots and rows to the front, so that the tail of a batch does not pay for its head."""
         groups = list(dict.fromkeys(self.seated[slot].group for slot in slots))
         rows = [group.row for group in groups]
+        used = max(len(member.ids) for member in self.seated.values()) + self.turn_tokens
         for layer_prefix, layer_suffix in zip(self.cache.prefix, self.cache.suffix):
-            for store, kept in [*((x, rows) for x in layer_prefix), *((x, slots) for x in layer_suffix)]:
-                store[: len(kept)] = store[kept]
+            for store in layer_prefix:
+                store[: len(rows)] = store[rows]
+            for store in layer_suffix:
+                store[: len(slots), :used] = store[slots, :used]
         for state in (self.token, self.length, self.position, self.key, self.limit, self.live, self.ids, self.logps):
             state[: len(slots)] = state[slots]
         self.live[len(slots) :] = False
@@ -315,7 +362,7 @@ class Engine:
         for slot, member in self.seated.items():
             member.slot = slot
         self.free_slots = list(range(len(slots), len(self.token)))
-        self.free_rows = list(range(len(rows), len(self.cache.prefix[0][0])))
+        self.free_rows = list(range(len(rows), len(self.prefix_lens)))
 
     # ---- passes -----------------------------------------------------------------------------------------------------
 
@@ -326,7 +373,7 @@ class Engine:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for store, new in zip(self.cache.prefix[layer], (k, v)):
-                store.transpose(1, 2)[at] = new
+                store[at] = new
             return packed(layer, q, k, v)
 
         return self._forward([(group.ids, group.images, 0) for group in groups], attend)
@@ -340,15 +387,14 @@ class Engine:
         suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
         new_at = _ragged(slots, [(m.cached, n) for m, n in zip(members, total)], self.device)
         order = _alternate(prompts, total, self.device)
-        self._fit(max(total))
         news = [n - m.cached for m, n in zip(members, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             seen = []
             for prefix, suffix, new in zip(self.cache.prefix[layer], self.cache.suffix[layer], (k, v)):
-                suffix.transpose(1, 2)[new_at] = new
-                seen.append(torch.cat([prefix.transpose(1, 2)[prefix_at], suffix.transpose(1, 2)[suffix_at]])[order])
+                suffix[new_at] = new
+                seen.append(torch.cat([prefix[prefix_at], suffix[suffix_at]])[order])
             return packed_attention(q, *seen, segments)
 
         pieces = [(m.ids[m.cached :], _after(m.cached, m.images), m.position) for m in members]
@@ -356,10 +402,6 @@ class Engine:
         for member, position in zip(members, positions):
             member.cached, member.position = len(member.ids), position
         return self._start(scores, members)
-
-    def _fit(self, length: int) -> None:
-        if self.cache.fit(length, self.room):
-            self.graphs.clear()
 
     def _next_to_feed(self) -> list[Member]:
         """As many waiting members, in order, as one prefill pass may hold; at least one."""
@@ -406,10 +448,13 @@ class Engine:
     def _start(self, scores: Tensor, members: Sequence[Member]) -> list[Member]:
         """Begin a turn: sample its first token from `scores` (members, V)."""
         slots = torch.tensor([m.slot for m in members], device=self.device)
-        limits = [min(len(m.ids) + self.turn_tokens, self.max_tokens - len(m.group.ids)) for m in members]
-        values = [[m.cached for m in members], [m.position for m in members], [m.key for m in members], limits]
-        for state, value in zip((self.length, self.position, self.key, self.limit), values):
-            state[slots] = torch.tensor(value, device=self.device)
+        for state, values in (
+            (self.length, [m.cached for m in members]),
+            (self.position, [m.position for m in members]),
+            (self.key, [m.key for m in members]),
+            (self.limit, [self._limit(m) for m in members]),
+        ):
+            state[slots] = torch.tensor(values, device=self.device)
         for member in members:
             member.start, member.since = len(member.ids), self.counts["decode_steps"]
         self.live[slots] = True
@@ -417,30 +462,43 @@ class Engine:
         self.layout = None
         return self._end_turns(slots, self._draw(scores, slots))
 
+    def _limit(self, member: Member) -> int:
+        """How many tokens a member may have behind its prompt when the turn that begins is over."""
+        return min(len(member.ids) + self.turn_tokens, self.max_tokens - len(member.group.ids))
+
     def _decode(self) -> list[Member]:
         """Feed every slot its last token and sample the next where a member is live."""
         if self.layout is None:
             self.layout = self._lay_out()
         self.reach += 1
-        reach = self.graphs.rounded(self.reach, self.room)
-        self._fit(reach)
         self.counts["decode_steps"] += 1
-        shape = (*self.layout, reach)
-        return self._end_turns(
-            torch.arange(shape[0], device=self.device), self.graphs(shape, partial(self._one, *shape))
-        )
+        shape = (*self.layout, self._keys_read())
+        over = self.graphs(shape, partial(self._one, *shape))
+        return self._end_turns(torch.arange(shape[0], device=self.device), over)
+
+    def _keys_read(self) -> int:
+        """How many places of the suffix slots a step looks at: a kernel that is told each slot's length, at all."""
+        if attention.has_decode_kernel(self.cache.suffix[0][0]):
+            return self.room
+        return self.graphs.bucket(self.reach, self.room, least=64)
 
     def _one(self, n: int, rows: int, width: int, reach: int) -> Tensor:
         """The pass of a decode step, for slots [0, n) with up to `reach` tokens: whose turn is over (n,) bool."""
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
-        members = self.members[: rows * width].view(rows, width)
+        cached = Cached(
+            prefix_lens=self.prefix_lens[:rows],
+            members=self.members[: rows * width].view(rows, width),
+            place=self.place[:n],
+            suffix_lens=length + 1,
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for store, new in zip(self.cache.suffix[layer], (k, v)):
-                store[every, :, length] = new  # a waiting slot's next place: overwritten when it goes on
-            prefix = tuple(x[:rows] for x in self.cache.prefix[layer])
-            suffix = tuple(x[:n, :, :reach] for x in self.cache.suffix[layer])
-            return decode_attention(q, prefix, self.prefix_lens[:rows], members, self.place[:n], suffix, length + 1)
+            prefix_k, prefix_v = self.cache.prefix[layer]
+            suffix_k, suffix_v = self.cache.suffix[layer]
+            # A waiting slot writes to its next place, which is overwritten when it goes on.
+            suffix_k[every, length] = k
+            suffix_v[every, length] = v
+            return cached(q, (prefix_k[:rows], prefix_v[:rows]), (suffix_k[:n, :reach], suffix_v[:n, :reach]))
 
         scores = self.model(self.token[:n], self.position[:n].expand(3, n), attend, read=self._scores)
         self.length[:n] += self.live[:n]

@@ -2,7 +2,8 @@
 
 A graph repeats kernels on the addresses of the pass that was captured. So a pass that is given here reads and writes
 tensors that stay where they are, depends on no number of the host's but those in its `shape`, and never waits for the
-device. Capturing costs several passes' time, which is why only shapes that come back are captured.
+device. Every shape is captured by itself, which takes as long as a pass, so shapes should be few: what varies from step
+to step is rounded up (`bucket`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from .episode import first_line
 
-USUAL = 3  # passes of one shape before it is captured; they also warm the libraries up, which a capture must not do
-STRIDE = 64  # what differs from step to step is rounded up to multiples of this, or no shape would come back
+WARM_UPS = 1  # plain passes of a shape before it is captured: libraries load kernels then, which a capture must not do
 
 
 class Graphs:
@@ -26,29 +26,31 @@ class Graphs:
 
     def __init__(self, on: bool):
         self.on = on
-        self.pool: Any = None  # memory that all graphs share: one result is alive at a time
-        self.stream: Any = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all graphs: a tensor that they know has moved."""
         self.seen: Counter[Hashable] = Counter()
         self.captured: dict[Hashable, tuple[Any, Tensor]] = {}
+        self.replayed = 0  # passes
+        # Memory that all graphs share, as one result is alive at a time. It belongs to these graphs: torch's allocator
+        # refuses a pool that had graphs and has none any more.
+        self.pool: Any = None
+        self.stream: Any = None
 
-    def rounded(self, length: int, most: int) -> int:
-        """A length that many steps have in common, `most` at most."""
-        return min(most, -(-length // STRIDE) * STRIDE) if self.on else length
+    def bucket(self, length: int, most: int, least: int = 8) -> int:
+        """A length that many steps have in common: the next power of two, from `least` on, but `most` at most."""
+        if not self.on:
+            return length
+        return min(most, max(least, 1 << (length - 1).bit_length()))
 
     def __call__(self, shape: Hashable, run: Callable[[], Tensor]) -> Tensor:
         """What `run` returns. It holds until the next call."""
         if self.on and shape not in self.captured:
             self.seen[shape] += 1
-            if self.seen[shape] > USUAL:
+            if self.seen[shape] > WARM_UPS:
                 self._try(shape, run)
         if shape not in self.captured:
             return run()
         graph, result = self.captured[shape]
         graph.replay()
+        self.replayed += 1
         return result
 
     def _try(self, shape: Hashable, run: Callable[[], Tensor]) -> None:
@@ -56,7 +58,7 @@ class Graphs:
             self.captured[shape] = self._capture(run)
         except RuntimeError as error:  # a kernel that cannot be captured, or no memory: slower, and as right
             self.on = False
-            self.clear()
+            self.captured.clear()
             why = f"decode steps are not captured ({first_line(error)}); they run one by one"
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 

@@ -4,8 +4,8 @@
 
 A step has three moments: rollouts are generated, a micro-batch is in its backward pass, the optimizer steps. A row of
 the plan says what something takes in each of them; the worst sum has to fit. Weights, gradients, optimizer and cache
-are exact (the cache as large as it may grow), activations count the tensors that the backward pass keeps
-(tests/test_plan.py holds both against the real ones). Assumed are the constants below.
+are exact, activations count the tensors that the backward pass keeps (tests/test_plan.py holds both against the real
+ones). Assumed are the constants below.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Callable, Iterator, Sequence
 import torch
 
 from .config import Config, parse
+from .engine import prefix_rows
 from .episode import UserError
 from .model import TILE, ModelConfig, Qwen2_5_VL, read_config
 from .optimizer import PIECE
@@ -139,10 +140,11 @@ class Activations:
         return min(self.c.max_pixels // SIDE**2 + PROMPT_TEXT, self.c.max_tokens)
 
     def cache(self, groups: int, group_size: int) -> int:
-        """Prefix rows and suffix slots of `groups` as `Engine._make_room` sizes them, grown to the end."""
+        """Prefix rows and suffix slots of `groups` as `Engine._make_room` sizes them."""
         slots = min(self.c.slots, groups * group_size)
+        rows = prefix_rows(groups, slots, group_size)
         room = self.c.max_tokens - self.c.min_pixels // SIDE**2 + 1
-        return cache_bytes(self.model, min(groups, slots // group_size), self.longest, slots, room, self.item)
+        return cache_bytes(self.model, rows, self.longest, slots, room, self.item)
 
     def pictures(self, questions: int) -> int:
         """Merged tokens of all distinct pictures of `questions`, with what their image searches bring."""

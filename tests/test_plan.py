@@ -108,7 +108,6 @@ def test_the_cache_grows_beyond_the_plan(groups, slots):
     engine = Engine(model, 299, BANNED, slots=slots, max_tokens=400, turn_tokens=400)
     ids, images = conversation(0, PICTURE)  # as short as a prompt can be
     engine.submit([Group(ids.tolist(), images, [Member(m) for m in range(4)]) for _ in range(groups)])
-    engine.cache.fit(engine.room, engine.room)
     prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.suffix))
     rows, slots = len(engine.cache.prefix[0][0]), len(engine.cache.suffix[0][0])
     kept = Activations(tiny_config(), config, 4)
