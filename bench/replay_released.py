@@ -43,7 +43,7 @@ def replay(setup: Setup, examples: Sequence[Example], recorded: dict[str, list[R
         """Sample k is asked for turn k; one behind the last turn has nothing to say."""
         return [turn.response for turn in recorded[example.id]][:sample]
 
-    plain = setup.new_rollout(temperature=0.0)
+    plain = setup.new_rollout(setup.model, temperature=0.0)
     rollout = OneTurn(plain.engine, plain.chat, plain.toolbox, plain.limits)
     most = max(len(recorded[example.id]) for example in examples)
     found = []

@@ -88,13 +88,12 @@ class Setup(Generic[AnyOptions]):
         """A frozen copy of the model as it was in the beginning."""
         return load_model(self.folder, self.dtype, self.dtype, self.ranks, self.config.shard).requires_grad_(False)
 
-    def new_rollout(self, temperature: float, direct: bool = False) -> Rollout:
-        """A fresh rollout of the present weights."""
+    def new_rollout(self, model: modeling.Qwen2_5_VL, temperature: float, direct: bool = False) -> Rollout:
+        """A fresh rollout of `model`, whose weights are whole."""
         c = self.config
         engine = Engine(
-            self.model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
+            model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
-            capture=self.ranks.size == 1,
         )  # fmt: skip
         return Rollout(engine, self.chat, self.toolbox, _limits(c), direct)
 
@@ -119,12 +118,14 @@ class Setup(Generic[AnyOptions]):
         """
         mine = self._mine(examples, stretch or len(examples))
         ids = mine if group_ids is None else [group_ids[i] for i in mine]
-        rollout = self.new_rollout(temperature, direct)
-        with parallel.generation(self.model), self.ranks.alone():
+        with parallel.generation(self.model) as whole, self.ranks.alone():
+            rollout = self.new_rollout(whole, temperature, direct)
             episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, ids)
+            counts = {} if episodes is None else rollout.counts
+            del rollout, whole  # with cache and graphs, which know where the weights are
         if self.ranks.max(episodes is None):
             return None
-        return episodes, self.ranks.sum(rollout.counts)
+        return episodes, self.ranks.sum(counts)
 
     def answers(self, examples: Sequence[Example], seed: tuple, temperature: float, **how: Any) -> list[Episode] | None:
         """One scored rollout of each example of this rank's share; `how` and None as `roll_out` has them."""

@@ -367,20 +367,32 @@ def gathered(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Te
 
 
 @contextmanager
-def generation(model: nn.Module) -> Iterator[None]:
-    """Hold all weights whole, so that ranks may run any number of forward passes (no gradient) without meeting."""
+def generation(model: AnyModule) -> Iterator[AnyModule]:
+    """`model` with all of its weights whole, to run any number of forward passes (no gradient) without other ranks.
+
+    Of a sharded model that is a second one, without FSDP's hooks: they cost each decode step some thousands of calls,
+    and cannot be captured in a CUDA graph. Its parameters are the very tensors that FSDP gathered, so it takes no
+    memory of its own. They are emptied when the block ends: nothing may use the model, or graphs of it, after that.
+    """
     if not isinstance(model, FSDPModule):
-        yield
+        yield model
         return
-    model.set_reshard_after_forward(False)
     for unit in _units(model):
         unit.unshard()
     try:
-        yield
+        yield _plain_twin(model)
     finally:
-        model.set_reshard_after_forward(True)
         for unit in _units(model):
             unit.reshard()
+
+
+def _plain_twin(model: AnyModule) -> AnyModule:
+    """A model of the same class whose parameters are those of `model`, gathered at this moment."""
+    kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))  # FSDP has put its own first
+    with torch.device("meta"):
+        twin = kind(model.config)
+    twin.load_state_dict(dict(model.named_parameters()), assign=True)
+    return twin.requires_grad_(False)
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -216,8 +217,8 @@ def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
     trainer.lockstep.rows = Heard()
     for dealt in ("even", "one rank has text only", "one rank has nothing"):
         model = trainer.model
-        with generation(model):
-            test_engine.run(model, test_engine.groups(1 + ranks.rank, 2))
+        with generation(model) as whole:
+            test_engine.run(whole, test_engine.groups(1 + ranks.rank, 2))
         half = [[e for e in share(ranks, dealt) if (e.group_id < 2) == first] for first in (True, False)]
         trainer.step(half, 0.1)
     return dict(trainer.lockstep.rows)
@@ -300,8 +301,8 @@ def generated(ranks: Ranks, dtype=torch.float32):
     for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
         mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
         batch = [group for i in mine for group in test_engine.groups(1, 3, first=i)]
-        with generation(model):
-            steps.append(test_engine.run(model, batch).counts["decode_steps"] if batch else 0)
+        with generation(model) as whole:
+            steps.append(test_engine.run(whole, batch).counts["decode_steps"] if batch else 0)
         found.setdefault("tokens", []).append(dict(zip(mine, test_engine.texts(batch)[::3])))
         trainer.step([share(ranks, "even")], 0.05)
     return found["tokens"], steps
@@ -316,6 +317,59 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(pair):
     assert alone[0] != alone[2], "training should have changed what is sampled"
 
 
+@contextmanager
+def through_fsdp(model):
+    """What `generation` was before it gave a plain twin: FSDP's own modules, hooks and all, with whole weights."""
+    model.set_reshard_after_forward(False)
+    units = parallel._units(model)
+    for unit in units:
+        unit.unshard()
+    yield model
+    model.set_reshard_after_forward(True)
+    for unit in units:
+        unit.reshard()
+
+
+def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
+    """Greedy and sampled tokens of both, before and after an update; what the twin is made of."""
+    sharp = tiny_model(4, tie_word_embeddings=tied)
+    with torch.no_grad():
+        sharp.head_weight.mul_(4)
+    model = shard(sharp, ranks, torch.float32)
+    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), BANNED, ranks=ranks)
+    found = []
+    for _ in range(2):
+        sharded = sum(p.to_local().nbytes for p in model.parameters())
+        with generation(model) as twin:
+            places = {name: p.data_ptr() for name, p in model.named_parameters()}
+            seen = {
+                "same tensors": {name: p.data_ptr() for name, p in twin.named_parameters()} == places,
+                "hooks": sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in twin.modules()),
+                "is sharded": any(isinstance(m, parallel.FSDPModule) for m in twin.modules()),
+            }
+        assert sharded == sum(p.to_local().nbytes for p in model.parameters()), "it is back in its shards"
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            for route, opened in (("twin", generation), ("fsdp", through_fsdp)):
+                batch = test_engine.groups(3, 3, first=ranks.rank)
+                with opened(model) as whole:
+                    test_engine.run(whole, batch, temperature=temperature)
+                seen[how, route] = test_engine.texts(batch)
+        found.append(seen)
+        trainer.step([share(ranks, "even")], 0.05)
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_decode_through_hooks_or_other_weights(pair, tied):
+    """The plain twin has FSDP's gathered tensors themselves, none of its hooks, and draws the same tokens."""
+    for before, after in pair(through_twin_and_fsdp, tied):
+        for seen in (before, after):
+            assert seen["same tensors"] and not seen["hooks"] and not seen["is sharded"]
+            assert seen["greedy", "twin"] == seen["greedy", "fsdp"]
+            assert seen["sampled", "twin"] == seen["sampled", "fsdp"]
+        assert before["sampled", "twin"] != after["sampled", "twin"], "the update should have changed the tokens"
+
+
 def in_bf16(ranks: Ranks):
     """fp32 shards used in bfloat16: types inside, and a gradient."""
     model = shard(tiny_model(1), ranks, torch.bfloat16)
@@ -324,8 +378,8 @@ def in_bf16(ranks: Ranks):
     kept = {}
     trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
     trainer.step([share(ranks, "even")], 0.1)
-    with generation(model):
-        whole = {p.dtype for p in model.parameters()}
+    with generation(model) as plain:
+        whole = {p.dtype for p in plain.parameters()}
     return kept, whole, {p.dtype for p in model.parameters()}
 
 
