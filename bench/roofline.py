@@ -36,9 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from mmsr import attention, model
+from mmsr import attention, model, vision
 from mmsr.engine import Group, Member
-from mmsr.graphs import STRIDE
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
 from mmsr.plan import GIB, PUBLISHED
@@ -255,7 +254,7 @@ def _keys(call: Call) -> float:
 
 def _flash(call: Call) -> tuple[float, float]:
     """Queries, the keys and values in use, and what comes out: scores never leave the chip."""
-    (key,), others = call.tensors("key"), call.tensors("query", "cu_seq_q", "cu_seq_k", "seqused_k", "block_table")
+    (key,), others = call.tensors("key"), call.tensors("query", *STARTS, "cu_seq_k", "cum_seq_k", "seqused_k")
     token = math.prod(key.shape[-2:]) * key.element_size()
     return 2 * _keys(call) * token + _bytes(others), _bytes(call.written)
 
@@ -267,7 +266,7 @@ def _pairs(queries: float, keys: float, causal: bool) -> float:
 
 def _flash_operations(call: Call) -> int:
     """Two products for each pair, five in the backward pass. Lengths that nobody told are taken as equal."""
-    (query,), (starts,) = call.tensors("query"), call.tensors("cu_seq_q")
+    (query,), (starts,) = call.tensors("query"), call.tensors(*STARTS)
     told = call.count.pairs.get(_storage(starts))
     sequences = starts.numel() - 1
     lengths = len(query) / sequences, _keys(call) / sequences
@@ -280,6 +279,8 @@ def _product_operations(call: Call) -> int:
     left = (call.tensors("mat1", "batch1") or call.tensors("self"))[0]
     return 2 * call.written[0].numel() * left.shape[-1]
 
+
+STARTS = "cu_seq_q", "cum_seq_q"  # where each sequence's queries begin, as varlen_attn and as its kernel call it
 
 # Operators that launch nothing beside the views.
 FREE = {
@@ -294,11 +295,11 @@ RULES: dict[str, Callable[[Call], tuple[float, float]]] = {
     **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_"), _scatter),
     **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), _scatter),
     **dict.fromkeys(("select_backward", "slice_backward"), _back_to_whole),
-    **dict.fromkeys(("_varlen_attn", "_varlen_attn_out"), _flash),
+    **dict.fromkeys(("_varlen_attn", "_flash_attention_forward"), _flash),
 }
 OPERATIONS: dict[str, Callable[[Call], int]] = {
     **dict.fromkeys(("addmm", "baddbmm", "bmm", "mm"), _product_operations),
-    **dict.fromkeys(("_varlen_attn", "_varlen_attn_out", "_varlen_attn_backward"), _flash_operations),
+    **dict.fromkeys(("_varlen_attn", "_flash_attention_forward", "_varlen_attn_backward"), _flash_operations),
 }
 
 
@@ -354,8 +355,14 @@ class _OneKernel(torch.autograd.Function):
         return None, None, *found
 
 
-# Functions, by module and name, that one kernel computes on CUDA and several on the meta device.
-FUSED: tuple[tuple[Any, str], ...] = ((F, "rms_norm"),)
+# Functions, by module and name, that one kernel computes on CUDA and several on the meta device: those that the program
+# has torch.compile fuse (mmsr/fuse.py), and one of torch's own.
+FUSED: tuple[tuple[Any, str], ...] = (
+    (F, "rms_norm"),
+    (vision, "rotate"),
+    (vision, "gated"),
+    (attention, "_merge_kernel_parts"),
+)
 
 
 def _tell_and_attend(q: Tensor, k: Tensor, v: Tensor, segments: attention.Segments, *rest, **more) -> Tensor:
@@ -455,15 +462,14 @@ def meta_model(config: ModelConfig) -> Qwen2_5_VL:
 
 
 def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, members: int) -> Pass:
-    """A decode step of full slots, with half of a response's room in use."""
+    """A decode step of full slots, half-way through the longest responses."""
     s, config, slots = bench.sizes, policy.config, prompts * members
     engine = bench.engine(policy, slots, s.turn, capture=False)
     engine.submit([Group([0] * s.prompt, [], [Member(key) for key in range(members)]) for _ in range(prompts)])
-    room = min(engine.room, -(-(2 * s.turn + s.result) // STRIDE) * STRIDE)
-    engine.cache.fit(room, engine.room)
-    stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * room / 2)
+    half = (2 * s.turn + s.result) / 2
+    stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * half)
     with torch.no_grad(), Count([(x, keys) for store, keys in stores for x in tree_leaves(store)]) as count:
-        engine._one(slots, prompts, members, room)
+        engine._one(slots, len(engine.prefix_lens), members, engine.room)
     weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     needs = bench.dtype.itemsize * (weights + token * sum(keys for _, keys in stores))
@@ -496,11 +502,15 @@ def training(bench: Bench, policy: Qwen2_5_VL) -> list[Pass]:
     tower = sum(p.numel() for p in policy.visual.blocks.parameters())
     needs = bench.operations(policy, episodes, len(batch.input_ids)) - 6 * patches * tower
     decoders, towers = [], []
-    for recompute in (False, True):
-        policy.checkpoint_blocks = policy.visual.checkpoint_blocks = recompute
-        how = "recomputed" if recompute else "kept"
+    blocks = policy.config.num_hidden_layers
+    third = blocks - blocks // 3
+    for recomputed in (0, third, blocks):
+        policy.checkpoint_blocks, policy.visual.checkpoint_blocks = recomputed > 0, recomputed == blocks
+        policy.kept_blocks = blocks - recomputed
+        how = {0: "kept", blocks: "recomputed"}.get(recomputed, f"{recomputed} of {blocks} blocks recomputed")
         kernels, kept, features = tower_pass(policy, batch)
-        towers.append(Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept))
+        if recomputed in (0, blocks):
+            towers.append(Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept))
         kernels, kept = decoder_pass(bench, policy, batch, features)
         name = f"training, {len(batch.input_ids):,} tokens, {how}"
         decoders.append(Pass(name, kernels, needs_operations=needs, kept=kept))

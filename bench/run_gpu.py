@@ -26,7 +26,7 @@ from torch import Tensor
 from mmsr import attention, model
 from mmsr.engine import Engine, Group, Member, sampling_key
 from mmsr.episode import Episode, Example, UserError, first_line
-from mmsr.graphs import STRIDE, USUAL
+from mmsr.graphs import WARM_UPS
 from mmsr.model import ModelConfig
 from mmsr.optimizer import MasterWeights
 from mmsr.pack import cut, pack
@@ -168,7 +168,7 @@ class Bench:
         The steps in which the cache grows fast are left out; later captures, one in 64 steps, are a part of decoding.
         """
         n, runs = self.sizes.decode_steps, 3
-        warm = 2 * STRIDE + USUAL + 2 if self.device.type == "cuda" else 1
+        warm = WARM_UPS + 2 if self.device.type == "cuda" else 1
         engine = self.engine(policy, prompts * members, warm + runs * n + 2, capture)
         groups = self.groups(policy.config, prompts, members)
         engine.submit(groups)

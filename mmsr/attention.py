@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .fuse import fused
+
 # What a transformer block calls: (layer index, q (N, H, D), k (N, K, D), v (N, K, D)) -> (N, H, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -42,6 +44,8 @@ def _torch_varlen():
 
 FLASH_ATTN = _flash_attn()
 TORCH_VARLEN = _torch_varlen()
+# What torch.nn.attention.varlen calls; for keys that are not all used, which it does not offer before torch 2.12.
+FLASH_FORWARD = torch.ops.aten._flash_attention_forward
 # torch's own kernel has changed its keywords between releases, so ask it which it has.
 VARLEN_OPTIONS = frozenset(inspect.signature(TORCH_VARLEN).parameters) if TORCH_VARLEN else frozenset()
 
@@ -106,11 +110,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, kernel
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sizes: tuple, causal: bool) -> Tensor:
     options = {}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in VARLEN_OPTIONS:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if "enable_gqa" in VARLEN_OPTIONS:  # before that option the kernel took fewer key heads without being asked
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
     if "window_size" in VARLEN_OPTIONS:
         options["window_size"] = (-1, 0) if causal else (-1, -1)
     else:
@@ -199,7 +200,7 @@ class Cached:
         `members` (R, G): the slot of each member of a prompt, any slot where a prompt has fewer. `place` (S,): the flat
         index of each slot in `members`.
         """
-        self.prefix_lens, self.suffix_lens = prefix_lens, suffix_lens
+        self.prefix, self.suffix = Lengths(prefix_lens), Lengths(suffix_lens)
         self.members, self.place = members, place
 
     def __call__(self, q: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]) -> Tensor:
@@ -209,10 +210,25 @@ class Cached:
         merge = _merge_kernel_parts if has_decode_kernel(q) else _merge_plain_parts
         heads = q.unflatten(1, (suffix[0].shape[2], -1)).transpose(1, 2)  # (S, H/K, K, D): a key head's queries
         shared = heads[self.members].flatten(1, 2)  # (R, G * H/K, K, D)
-        on_prefix = attend(shared, *prefix, self.prefix_lens)
-        on_prefix = [x.unflatten(1, (group, -1)).flatten(0, 1)[self.place] for x in on_prefix]  # (S, H/K, K, …)
-        on_suffix = attend(heads, *suffix, self.suffix_lens)
-        return merge(*on_prefix, *on_suffix).transpose(1, 2).flatten(1, 2).to(q.dtype)
+        on_prefix = attend(shared, *prefix, self.prefix)
+        on_prefix = [x.unflatten(1, (group, -1)).flatten(0, 1) for x in on_prefix]  # (R * G, H/K, K, …)
+        on_suffix = attend(heads, *suffix, self.suffix)  # (S, H/K, K, …)
+        return merge(self.place, *on_prefix, *on_suffix).transpose(1, 2).flatten(1, 2).to(q.dtype)
+
+
+class Lengths:
+    """How many keys each sequence has (B,), and what the kernel wants made of it, once for all layers."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.int32 = tokens, tokens.int()
+        self.count = torch.arange(len(tokens) + 1, device=tokens.device, dtype=torch.int32)
+        self.known: dict[int, Tensor] = {}
+
+    def starts(self, places: int) -> Tensor:
+        """Where each sequence begins, (B + 1,) int32, when each takes so many places."""
+        if places not in self.known:
+            self.known[places] = self.count * places
+        return self.known[places]
 
 
 def has_decode_kernel(x: Tensor) -> bool:
@@ -220,27 +236,27 @@ def has_decode_kernel(x: Tensor) -> bool:
     return backend(x) != "sdpa"
 
 
-def _kernel_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel_part(q: Tensor, k: Tensor, v: Tensor, lens: Lengths) -> tuple[Tensor, Tensor]:
     """Attention of q (B, Q, K, D) to the first `lens` (B,) of the keys and values (B, L, K, D).
 
     Returns the outputs (B, Q, K, D) and the logarithms (B, Q, K) of the sums of exponentials, fp32.
     """
     (batch, queries), room = q.shape[:2], k.shape[1]
-    first = torch.arange(batch + 1, device=q.device, dtype=torch.int32)
-    # What torch.nn.attention.varlen calls; that has no `seqused_k` before torch 2.12.
-    out, log_mass, *_ = torch.ops.aten._flash_attention_forward(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), first * queries, first * room, queries, room,
-        0.0, False, False, seqused_k=lens.int(),
+    out, log_mass, *_ = FLASH_FORWARD(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lens.starts(queries), lens.starts(room), queries, room,
+        0.0, False, False, seqused_k=lens.int32,
     )  # fmt: skip
     return out.unflatten(0, (batch, queries)), log_mass.T.unflatten(0, (batch, queries))
 
 
-def _merge_kernel_parts(out_1: Tensor, log_mass_1: Tensor, out_2: Tensor, log_mass_2: Tensor) -> Tensor:
-    share = (log_mass_2 - log_mass_1).sigmoid()[..., None]  # Z_2 / (Z_1 + Z_2)
-    return out_1 * (1 - share) + out_2 * share
+@fused
+def _merge_kernel_parts(place: Tensor, out_1: Tensor, log_mass_1: Tensor, out_2: Tensor, log_mass_2: Tensor) -> Tensor:
+    """Both parts together, (S, H/K, K, D). `place` (S,): where in the first a slot is."""
+    share = (log_mass_2 - log_mass_1[place]).sigmoid()[..., None]  # Z_2 / (Z_1 + Z_2)
+    return (out_1[place] * (1 - share) + out_2 * share).to(out_2.dtype)
 
 
-def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Lengths) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain operations, in fp32 or wider, not yet divided: Σ w v (B, Q, K, D), Σ w and m (B, Q, K, 1).
 
     w = exp(score − m), m the largest score. Sums and not their logarithm, which near 30 is ten times coarser than what
@@ -248,7 +264,7 @@ def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, 
     """
     q, k, v = (x.to(_sum_dtype(q)).transpose(1, 2) for x in (q, k, v))
     scores = _product(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, K, Q, keys)
-    hidden = torch.arange(k.shape[2], device=k.device) >= lens[:, None]
+    hidden = torch.arange(k.shape[2], device=k.device) >= lens.tokens[:, None]
     scores.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top).exp()
@@ -256,7 +272,10 @@ def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> tuple[Tensor, 
     return tuple(x.transpose(1, 2) for x in parts)
 
 
-def _merge_plain_parts(sum_1: Tensor, mass_1: Tensor, top_1: Tensor, sum_2: Tensor, mass_2: Tensor, top_2: Tensor):
+def _merge_plain_parts(
+    place: Tensor, sum_1: Tensor, mass_1: Tensor, top_1: Tensor, sum_2: Tensor, mass_2: Tensor, top_2: Tensor
+) -> Tensor:
+    sum_1, mass_1, top_1 = sum_1[place], mass_1[place], top_1[place]
     top = torch.maximum(top_1, top_2)
     scale_1, scale_2 = (top_1 - top).exp(), (top_2 - top).exp()
     return (scale_1 * sum_1 + scale_2 * sum_2) / (scale_1 * mass_1 + scale_2 * mass_2)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, packed_attention
+from .fuse import fused
 from .pictures import FORMATS, check_aspect, decode
 
 PATCH = 14  # pixels along one side
@@ -131,6 +132,7 @@ def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor
     return (1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)).to(device)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (N, H, D): pairs (i, i + D/2) turn by the angles of cos and sin (N, 1, D/2).
 
@@ -138,6 +140,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+@fused
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -150,7 +157,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:

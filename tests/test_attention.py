@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import largest_difference, report
+from helpers import largest_difference, report, tiny_model
+from test_engine import groups, run, texts
 
 from mmsr import attention
-from mmsr.attention import Packed, Segments, SharedPrefix, packed_attention
+from mmsr.attention import Cached, Packed, Segments, SharedPrefix, packed_attention
 
 LAYOUTS = {
     "different lengths": ((5, 1, 7, 3), (5, 1, 7, 3)),
@@ -64,6 +65,103 @@ def test_shared_prompt_differs_from_repeated_prompt(record_property):
         worst = max(worst, largest_difference(shared[rows], alone))
     report(record_property, "shared against repeated prompt, attention", worst)
     assert worst < 1e-6
+
+
+def flash_forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, seqused_k):
+    """torch's FlashAttention kernel on packed queries, as its documentation has it; of no keys it gives what FA 2 does.
+
+    q (queries, H, D); k and v (places, H, D), of which sequence b has the first seqused_k[b] behind cum_k[b].
+    """
+    assert not dropout and not causal and {x.dtype for x in (cum_q, cum_k, seqused_k)} == {torch.int32}
+    assert len(cum_q) == len(cum_k) == len(seqused_k) + 1
+    assert cum_q[-1] == len(q) and cum_k[-1] <= len(k), "queries behind the last sequence come back as garbage"
+    out, log_mass = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    for b, keys in enumerate(seqused_k.tolist()):
+        mine, first = slice(cum_q[b], cum_q[b + 1]), int(cum_k[b])
+        assert mine.stop - mine.start <= max_q and keys <= max_k and first + keys <= cum_k[b + 1]
+        scores = torch.einsum("qhd,khd->hqk", q[mine].float(), k[first : first + keys].float()) * q.shape[-1] ** -0.5
+        out[mine] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first : first + keys].float()).to(q.dtype)
+        log_mass[:, mine] = scores.logsumexp(-1) if keys else torch.inf
+    return out, log_mass, None, None, None
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Decode steps attend by the kernel, played on the CPU."""
+    monkeypatch.setattr(attention, "FLASH_FORWARD", flash_forward)
+    monkeypatch.setattr(attention, "has_decode_kernel", lambda x: True)
+
+
+def decode_step(heads=6, kv_heads=2, size=8):
+    """Two prompts in three rows, four members in six slots; what lies beyond a length is not a number."""
+    torch.manual_seed(1)
+    q = torch.randn(6, heads, size)
+    prefix = [torch.randn(3, 7, kv_heads, size) for _ in "kv"]
+    suffix = [torch.randn(6, 5, kv_heads, size) for _ in "kv"]
+    prefix_lens, suffix_lens = torch.tensor([7, 0, 3]), torch.tensor([1, 5, 2, 1, 3, 1])
+    members = torch.tensor([[1, 3], [0, 0], [4, 2]])  # slots 0 and 5 are empty
+    place = torch.tensor([0, 0, 5, 1, 4, 0])
+    rows = {1: 0, 2: 2, 3: 0, 4: 2}
+    return q, prefix, suffix, prefix_lens, members, place, suffix_lens, rows
+
+
+def wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows):
+    """Slot by slot, prompt and own tokens in one softmax."""
+    outs = []
+    for slot, row in rows.items():
+        keys, values = (
+            torch.cat([p[row, : prefix_lens[row]], s[slot, : suffix_lens[slot]]]) for p, s in zip(prefix, suffix)
+        )
+        outs.append(naive(q[slot : slot + 1], keys, values, (1,), (len(keys),), False))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
+def test_a_decode_step_sees_the_wrong_keys(heads, kv_heads):
+    q, prefix, suffix, prefix_lens, members, place, suffix_lens, rows = decode_step(heads, kv_heads)
+    ours = Cached(prefix_lens, members, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
+    torch.testing.assert_close(ours[1:5], wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows))
+    assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
+def test_the_kernels_decode_step_sees_the_wrong_keys(heads, kv_heads, kernel):
+    """Two calls and a merge; the kernel reads no key beyond a length, and a prompt without keys concerns nobody."""
+    q, prefix, suffix, prefix_lens, members, place, suffix_lens, rows = decode_step(heads, kv_heads)
+    wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
+    for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
+        for store in stores:
+            store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
+    ours = Cached(prefix_lens, members, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
+    torch.testing.assert_close(ours[1:5], wanted)
+    assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
+
+
+def test_tokens_drawn_by_the_decode_kernel_are_others(kernel, monkeypatch):
+    """A whole engine on it: rows and slots that come and go, and the cache as the kernel wants it."""
+    model = tiny_model(4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    by_kernel, plain = groups(6, 3), groups(6, 3)
+    run(model, by_kernel, slots=7)
+    monkeypatch.undo()
+    run(model, plain, slots=7)
+    assert texts(by_kernel) == texts(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_torch_has_another_kernel_than_the_one_played_here(dtype):
+    """Its real operator takes these arguments and gives these shapes, on the meta device."""
+    q, prefix, suffix, prefix_lens, members, place, suffix_lens, _ = decode_step(6, 2, 64)
+    q, prefix, suffix = (
+        q.to("meta", dtype),
+        [x.to("meta", dtype) for x in prefix],
+        [x.to("meta", dtype) for x in suffix],
+    )
+    lens = attention.Lengths(prefix_lens.to("meta"))
+    out, log_mass = attention._kernel_part(q.view(3, 4, 3, 64)[:, :, :2], *prefix, lens)
+    assert out.shape == (3, 4, 2, 64) and out.dtype == dtype
+    assert log_mass.shape == (3, 4, 2) and log_mass.dtype == torch.float32
 
 
 def test_half_precision_on_the_cpu_is_sent_to_a_cuda_kernel():

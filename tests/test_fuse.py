@@ -1,0 +1,101 @@
+"""Functions that are one kernel on CUDA: the compiler takes them whole, and what it makes of them is the same."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from helpers import largest_difference, report
+
+from mmsr import attention, fuse, vision
+from mmsr.fuse import compiles, fused
+
+
+def rotation(n: int):
+    x, angles = torch.randn(n, 3, 8), torch.randn(n, 1, 4)
+    return x.requires_grad_(), angles.cos(), angles.sin()
+
+
+def mlp(n: int):
+    return torch.randn(n, 12, requires_grad=True), torch.randn(n, 12, requires_grad=True)
+
+
+def parts(n: int):
+    place = torch.randperm(2 * n)[:n]
+    return place, torch.randn(2 * n, 3, 2, 8), torch.randn(2 * n, 3, 2), torch.randn(n, 3, 2, 8), torch.randn(n, 3, 2)
+
+
+FUNCTIONS = [(vision.rotate, rotation), (vision.gated, mlp), (attention._merge_kernel_parts, parts)]
+
+
+def values_and_gradients(function, arguments):
+    out = function(*arguments)
+    wanted = [x for x in arguments if x.requires_grad]
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out, *(torch.autograd.grad((out * weights).sum(), wanted) if wanted else ())]
+
+
+def compiled_and_plain(backend: str, function, arguments) -> float:
+    """Largest difference of values and gradients, over some sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function.__wrapped__, backend=backend, fullgraph=True, dynamic=True)
+    worst = 0.0
+    for n in (5, 1, 64, 7):
+        torch.manual_seed(n)
+        given = arguments(n)
+        for ours, plain in zip(values_and_gradients(compiled, given), values_and_gradients(function, given)):
+            assert ours.dtype == plain.dtype
+            worst = max(worst, largest_difference(ours, plain))
+    return worst
+
+
+@pytest.mark.parametrize("function, arguments", FUNCTIONS)
+def test_a_fused_function_cannot_be_traced_whole(function, arguments):
+    assert compiled_and_plain("aot_eager", function, arguments) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which the compiler wants on a CPU")
+@pytest.mark.parametrize("function, arguments", FUNCTIONS)
+def test_a_fused_function_computes_something_else(function, arguments, record_property):
+    """By the compiler that makes CUDA's kernels, here for the CPU."""
+    worst = compiled_and_plain("inductor", function, arguments)
+    report(record_property, f"fused against plain, {function.__name__}", worst)
+    assert worst < 2e-6
+
+
+def test_bits_on_the_cpu_are_a_compilers(monkeypatch):
+    """The same machine must give the same bits whether it has a compiler or not."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    for function, arguments in FUNCTIONS:
+        function(*arguments(3))
+
+
+def test_a_machine_without_a_compiler_ends_the_run(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **more: torch.zeros(*size, **more))
+    compiles.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"not fused \(Failed to find C compiler"):
+        assert not compiles()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not compiles(), "said once"
+    compiles.cache_clear()
+
+
+def test_a_function_is_compiled_again_for_every_call(monkeypatch):
+    """What a GPU would do, with tensors that say they are on one."""
+    made = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(fuse, "compiles", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: made.append(how) or function)
+    double = fused(lambda x: 2 * x)
+    for _ in range(3):
+        assert double(torch.ones(2).as_subclass(OnGpu)).tolist() == [2, 2]
+    assert made == [dict(fullgraph=True, dynamic=True)]
