@@ -175,6 +175,7 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
         if config.teacher:
             setup.scripts = setup.teacher = _teacher(setup)
     setup.model.checkpoint_blocks = setup.model.visual.checkpoint_blocks = config.recompute
+    setup.model.kept_blocks = plan.kept_as_fits(setup.model.config, config, *_place(ranks, setup.dtype)).keep_blocks
     return setup
 
 
@@ -224,14 +225,24 @@ def prompts_folder(config: Options) -> Path:
 
 def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
     """Print the memory plan. Raises UserError where it does not fit, with what would help."""
+    place = _place(ranks, dtype)
+    found = plan.check(model, config, *place)
+    whole = f"at most {found.peak / plan.GIB:.1f} of {place[0] / plan.GIB:.1f} GiB on each device"
     on_cpu = ranks.device.type != "cuda"
-    if on_cpu:
-        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
-    else:
-        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
-    found = plan.check(model, config, capacity, ranks.size, ranks.node_size, dtype.itemsize)
-    whole = f"at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
     say(ranks, f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
+    if config.recompute:
+        blocks = model.num_hidden_layers
+        recomputed = max(0, blocks - plan.kept_as_fits(model, config, *place).keep_blocks)
+        say(ranks, f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
+
+
+def _place(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
+    """What the memory plan asks of a machine: bytes of a device, processes, those on one machine, bytes of a number."""
+    if ranks.device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+    else:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
+    return capacity, ranks.size, ranks.node_size, dtype.itemsize
 
 
 def load_model(

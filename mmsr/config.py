@@ -264,6 +264,8 @@ class Config(Options):
     """Sampling temperature of the rollouts."""
     recompute: bool = False
     """Keep only the inputs of the model's blocks and run them again in the backward pass: time for memory."""
+    keep_blocks: int = -1
+    """With --recompute, decoder blocks that keep everything all the same; -1: as many as fit the memory plan."""
     eval_data: str = ""
     """Evaluation questions, a file as for --data; empty: fresh toy pictures, or the first rows of --data."""
     eval_size: int = 200
@@ -283,12 +285,13 @@ class Config(Options):
         **Options.BOUNDS,
         **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "eval_size", "max_skipped"), (1, _MANY)),
         **dict.fromkeys(("warmup", "eval_every", "save_every"), (0, _MANY)),
-        "keep": (2, _MANY), "lr": (0, 1), "adam_beta2": (0, 0.999999), "max_grad_norm": (1e-12, 1e12),
+        "keep_blocks": (-1, _MANY), "keep": (2, _MANY),
+        "lr": (0, 1), "adam_beta2": (0, 0.999999), "max_grad_norm": (1e-12, 1e12),
         "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6), "group_eps": (0, 1e6),
         "importance_cap": (0, 1e6), "temperature": (0.01, 100),
     }  # fmt: skip
     RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
-        *("save_every", "keep", "resume", "max_skipped", "track", "teacher"),
+        *("save_every", "keep", "resume", "max_skipped", "track", "teacher", "keep_blocks"),
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -299,8 +302,6 @@ class Config(Options):
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}: give both")
-        if self.group_size > self.slots:
-            raise UserError(f"--slots {self.slots} is less than --group-size {self.group_size}: raise --slots")
         if self.force_searches and not self.search.startswith("replay:"):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
 

@@ -28,8 +28,8 @@ from .episode import UserError, first_line
 from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower, inverse_frequencies, rotate, run_block
 
 BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
-TILE = 12 * 2**20  # logits at a time: 82 rows of the real vocabulary
-GATHERED = 3  # tiles of half-precision gradients to be multiplied at once: each product moves the whole head to and fro
+TILE = 12 * 2**20  # logits at a time on the CPU: 82 rows of the real vocabulary
+TILE_BYTES = 2**30  # on CUDA, of everything that a tile takes: a thousand rows, as each product reads the whole head
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
@@ -203,12 +203,18 @@ class Decoder(nn.Module):
 
 
 class Qwen2_5_VL(nn.Module):
-    """The whole model. `checkpoint_blocks` recomputes decoder blocks in the backward pass; `visual` has its own."""
+    """The whole model.
+
+    `checkpoint_blocks` recomputes decoder blocks in the backward pass, all but the last `kept_blocks`: each of those
+    costs memory and saves its share of a forward pass. The last, as they are the first to be used up in the backward
+    pass. `visual` has its own switch.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
+        self.kept_blocks = 0
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
         untied = not config.tie_word_embeddings
@@ -243,7 +249,8 @@ class Qwen2_5_VL(nn.Module):
         # Angles need fp32 (positions run to thousands); the rotation itself is done in the model's precision.
         cos, sin = (x.to(hidden.dtype) for x in rotary(position_ids, self.config))
         for index, layer in enumerate(self.model.layers):
-            hidden = run_block(layer, self.checkpoint_blocks, hidden, cos, sin, attend, index)
+            recompute = self.checkpoint_blocks and index < self.config.num_hidden_layers - self.kept_blocks
+            hidden = run_block(layer, recompute, hidden, cos, sin, attend, index)
         hidden = self.model.norm(hidden)
         return hidden if read is None else read(hidden, self.head_weight)
 
@@ -253,8 +260,21 @@ class Qwen2_5_VL(nn.Module):
 
 def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, banned: Tensor | None = None) -> Tensor:
     """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature. `banned` (V,) bool: probability 0."""
-    values = (hidden @ head.T).float().div_(temperature)
-    return values if banned is None else values.masked_fill(banned, BANNED_LOGIT)
+    values = _scores(hidden, head)
+    if temperature != 1:
+        values.div_(temperature)
+    return values if banned is None else values.masked_fill_(banned, BANNED_LOGIT)
+
+
+def _scores(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden @ head.T (R, V) in fp32, or wider if they are.
+
+    On CUDA half-precision factors give fp32 results: rounded to bfloat16, a logit near 30 is off by up to a sixteenth,
+    which the sampler's and the trainer's log-probabilities would differ by. The CPU has no such product.
+    """
+    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type != "cpu":
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return (hidden @ head.T).float()
 
 
 def log_probs(
@@ -275,13 +295,12 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, banned: Tensor | None):
         ctx.save_for_backward(hidden, head, targets, banned)
         ctx.temperature = temperature
-        logps, entropy = [], []
-        for rows, wanted in _tiles(hidden, targets, head):
-            # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
-            every = logits(rows, head, temperature, banned).log_softmax(-1)
-            logps.append(every.gather(-1, wanted[:, None])[:, 0])
-            entropy.append(-every.exp().mul_(every).sum(-1))
-        logps, entropy = torch.cat(logps), torch.cat(entropy)
+        tile, part = _tile_rows(hidden, head)
+        found = [
+            _tile_log_probs(logits(rows, head, temperature, banned), wanted, part)
+            for rows, wanted in _tiles(tile, hidden, targets)
+        ]
+        logps, entropy = (torch.cat(values) for values in zip(*found))
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
 
@@ -291,33 +310,62 @@ class _LogProbs(torch.autograd.Function):
         hidden, head, targets, banned = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_head = torch.zeros_like(head, dtype=torch.float32)
-        tiles = 1 if hidden.dtype == torch.float32 else GATHERED
-        whole = _tiles(hidden, targets, head, gradient[:, None], to_hidden, times=tiles)
-        for rows, wanted, scale, out in reversed(whole):
-            slopes = rows.new_empty(len(rows), len(head))
-            for part, tokens, each, slope in _tiles(rows, wanted, head, scale, slopes):
-                slope.copy_(_slope(part, tokens, each, head, ctx.temperature, banned))
+        tile, part = _tile_rows(hidden, head)
+        for rows, wanted, scale, out in reversed(_tiles(tile, hidden, targets, gradient[:, None], to_hidden)):
+            scores = logits(rows, head, ctx.temperature, banned)
+            slopes = _tile_slopes(scores, wanted, scale, part, ctx.temperature, banned).to(rows.dtype)
             torch.mm(slopes, head, out=out)
             to_head += slopes.T @ rows
+            del scores, slopes  # before the next tile's are made
         return to_hidden, to_head.to(head.dtype), None, None, None
 
 
-def _slope(
-    hidden: Tensor, targets: Tensor, scale: Tensor, head: Tensor, temperature: float, banned: Tensor | None
+def _tile_log_probs(scores: Tensor, targets: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    """log p(target) (R,) and entropy (R,) from `logits` (R, V); `part` rows at a time."""
+    logps, entropy = [], []
+    for some, wanted in _tiles(part, scores, targets):
+        # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
+        every = some.log_softmax(-1)
+        logps.append(every.gather(-1, wanted[:, None])[:, 0])
+        entropy.append(-every.exp().mul_(every).sum(-1))
+    return torch.cat(logps), torch.cat(entropy)
+
+
+def _tile_slopes(
+    scores: Tensor, targets: Tensor, scale: Tensor, part: int, temperature: float, banned: Tensor | None
 ) -> Tensor:
-    """Gradient (R, V), fp32, of Σ scale · log p(target) with respect to hidden @ head.T; scale (R, 1)."""
-    every = logits(hidden, head, temperature, banned).log_softmax(-1)
-    slope = torch.zeros_like(every).scatter_(1, targets[:, None], scale)
-    slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
-    if banned is not None:
-        slope.masked_fill_(banned, 0)
-    return slope.div_(temperature)
+    """Gradient (R, V), fp32, of Σ scale · log p(target) with respect to hidden @ head.T; scale (R, 1).
+
+    It takes the place of `scores`, the tile's `logits`, `part` rows at a time.
+    """
+    for some, wanted, each in _tiles(part, scores, targets, scale):
+        every = some.log_softmax(-1)
+        slope = torch.zeros_like(every).scatter_(1, wanted[:, None], each)
+        slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
+        if banned is not None:
+            slope.masked_fill_(banned, 0)
+        some.copy_(slope.div_(temperature))
+    return scores
 
 
-def _tiles(hidden: Tensor, targets: Tensor, head: Tensor, *more: Tensor, times: int = 1) -> list[tuple[Tensor, ...]]:
-    """The tensors cut alike along their rows, so that the logits of one cut are at most `times` TILE numbers."""
-    rows = min(1024, max(1, TILE // len(head))) * times
-    return list(zip(*(x.split(rows) for x in (hidden, targets, *more))))
+def _tile_rows(hidden: Tensor, head: Tensor) -> tuple[int, int]:
+    """How many rows are multiplied with the head at a time, and how many of these go through a softmax at a time.
+
+    A product reads the whole head, and in the backward pass it moves the head's gradient too, so it wants many rows.
+    A softmax wants few: four numbers for each of its logits are in memory at once.
+    """
+    words, half = len(head), hidden.dtype != torch.float32
+    if hidden.device.type == "cpu":
+        rows = min(1024, max(1, TILE // words))
+        return (3 * rows, max(1, rows // 4)) if half else (rows, rows)
+    part = 64
+    room = TILE_BYTES - 16 * part * words
+    return max(part, room // ((4 + half * hidden.element_size()) * words)), part
+
+
+def _tiles(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors cut alike along their first axis into at most `rows`."""
+    return list(zip(*(x.split(rows) for x in tensors)))
 
 
 # ---- random weights

@@ -23,18 +23,19 @@ import torch
 from .config import Config, parse
 from .engine import prefix_rows
 from .episode import UserError
-from .model import TILE, ModelConfig, Qwen2_5_VL, read_config
+from .model import TILE_BYTES, ModelConfig, Qwen2_5_VL, read_config
 from .optimizer import PIECE
 from .vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest goes to its context, to NCCL's buffers and to gaps
+FILLED = 0.85  # of a device's memory: up to there blocks keep what they computed
 PROMPT_TEXT = 512  # tokens of a prompt beside its picture, at most
 RESPONSE = 512  # tokens of a rollout behind its prompt; says only how often keys are repeated in a pack
 THUMBNAILS = 5  # pictures that an image search brings back, 224 x 224
 THUMBNAIL_TOKENS = 64
 SCORE_BYTES = 24  # per slot and word while sampling: fp32 scores and log-probabilities, two fp64 sums
-LOGIT_BYTES = 20  # per logit of a tile in the head's backward pass: fp32 logits and their gradients
+LOGIT_BYTES = 20  # per logit in the head's backward pass: fp32 logits and their gradients
 STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
 
 _small = VisionConfig(out_hidden_size=2048)
@@ -161,14 +162,15 @@ class Activations:
         m = self.model
         prompt, members = self.longest, self.c.group_size
         repeated = 1 + members * prompt / (prompt + members * min(RESPONSE, self.c.max_tokens - prompt + 1))
-        heads = m.head_dim * (3 * m.num_attention_heads + 2 * repeated * m.num_key_value_heads)
-        return int(tokens * self.item * (4 * m.hidden_size + heads + 4 * m.intermediate_size))
+        heads = m.head_dim * (3 * m.num_attention_heads + (2 + 2 * repeated) * m.num_key_value_heads)
+        return int(tokens * self.item * (4 * m.hidden_size + heads + 3 * m.intermediate_size))
 
     def decoder(self, tokens: int) -> int:
         """All blocks, and the two ends."""
         m = self.model
-        each = tokens * self.item * m.hidden_size if self.c.recompute else self._inside(tokens)
-        return m.num_hidden_layers * each + 3 * tokens * self.item * m.hidden_size
+        kept = min(m.num_hidden_layers, max(0, self.c.keep_blocks)) if self.c.recompute else m.num_hidden_layers
+        inputs = (m.num_hidden_layers - kept) * tokens * self.item * m.hidden_size
+        return inputs + kept * self._inside(tokens) + 3 * tokens * self.item * m.hidden_size
 
     def vision_block(self, merged: int) -> int:
         v = self.model.vision
@@ -178,7 +180,7 @@ class Activations:
 
     def _vision_inside(self, merged: int) -> int:
         v = self.model.vision
-        return merged * MERGE**2 * self.item * (9 * v.hidden_size + 4 * v.intermediate_size)
+        return merged * MERGE**2 * self.item * (9 * v.hidden_size + 3 * v.intermediate_size)
 
     def tower(self, merged: int) -> int:
         """All blocks, the patches, and the merger."""
@@ -187,7 +189,7 @@ class Activations:
         return v.depth * each + patches * self.item * (PATCH_VALUES + 5 * v.hidden_size)
 
     def head(self, tokens: int) -> int:
-        return LOGIT_BYTES * min(TILE, tokens * self.model.vocab_size)
+        return min(TILE_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
 
     def prefill(self) -> int:
         """One pass over new prompts and their pictures, without gradient."""
@@ -210,14 +212,17 @@ def cache_bytes(model: ModelConfig, rows: int, prompt: int, slots: int, room: in
 
 
 def check(model: ModelConfig, c: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
-    """The plan, if it fits into `capacity` bytes on each device. Else UserError, with what each option would save."""
+    """The plan, if it fits into `capacity` bytes on each device. Else UserError, with what each option would save.
+
+    As many blocks are kept as there is room for; that it fits is said of the least.
+    """
 
     def peak(config: Config, ranks: int = ranks) -> float:
         return plan(model, config, ranks, node, item).peak
 
     now, room = plan(model, c, ranks, node, item), USABLE * capacity
     if now.peak <= room:
-        return now
+        return plan(model, kept_as_fits(model, c, capacity, ranks, node, item), ranks, node, item)
     saved = {option: now.peak - peak(changed) for option, changed in _smaller(c)}
     found = [f"{option} saves {gain / GIB:.1f}" for option, gain in saved.items() if gain > 0.005 * now.peak]
     chosen, least = _until(room, c, peak)
@@ -232,10 +237,24 @@ def check(model: ModelConfig, c: Config, capacity: float, ranks: int = 1, node: 
     )
 
 
+def kept_as_fits(
+    model: ModelConfig, c: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2
+) -> Config:
+    """`c` with a number for `keep_blocks`: its own, or as many as stay below FILLED of `capacity`."""
+    if c.keep_blocks >= 0:
+        return c
+    for n in range(model.num_hidden_layers, 0, -1):
+        kept = replace(c, keep_blocks=n)
+        if plan(model, kept, ranks, node, item).peak <= FILLED * capacity:
+            return kept
+    return replace(c, keep_blocks=0)
+
+
 def _smaller(c: Config) -> Iterator[tuple[str, Config]]:
     """(option, the configuration with it) for each option that may save memory."""
     steps: list[tuple[str, dict[str, Any]]] = [
         ("--recompute", dict(recompute=True)),
+        ("--keep-blocks 0", dict(keep_blocks=0)),
         ("--kl 0", dict(kl=0.0)),
         ("--shard all", dict(shard="all")),
     ]
@@ -271,7 +290,7 @@ def main(argv: Sequence[str]) -> None:
         config = parse(["--model", "Qwen2.5-VL-7B", *rest])
         model = PUBLISHED.get(config.model) or read_config(Path(config.model))
         place = (here.gpus, here.node_gpus, 4 if config.dtype == "float32" else 2)
-        print(plan(model, config, *place).table())
+        print(plan(model, kept_as_fits(model, config, here.gpu_gb * GIB, *place), *place).table())
         check(model, config, here.gpu_gb * GIB, *place)
     except UserError as error:
         print(f"mmsr.plan: {error}", file=sys.stderr)

@@ -143,7 +143,6 @@ def test_option_cannot_be_abbreviated(capsys):
         (["--questions", "0"], "--questions 0"),
         (["--steps", "0"], "--steps 0"),
         (["--steps", "-3"], "--steps -3"),
-        (["--slots", "4"], "--slots 4"),
         (["--temperature", "0"], "--temperature"),
         (["--lr", "-1"], "--lr"),
         (["--kl", "-1"], "--kl"),

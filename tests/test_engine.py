@@ -110,9 +110,12 @@ def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
     assert texts(alone) == texts(crowd[4:5])
 
 
-@pytest.mark.parametrize("slots", [4, 7, 36])
+@pytest.mark.parametrize("slots", [1, 3, 4, 7, 36])
 def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
-    """Queueing, reuse of slots and rows, and moving the tail of a batch to the front change nothing."""
+    """Queueing, reuse of slots and rows, and moving the tail of a batch to the front change nothing.
+
+    A group may be larger than the slots: its members come one after another.
+    """
     wide, narrow = groups(9, 4), groups(9, 4)
     run(model, narrow, slots=slots, prefill_tokens=40)
     moved = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from helpers import (
     tiny_model,
 )
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmsr import model as model_module
 from mmsr.attention import Packed, SharedPrefix
@@ -154,6 +157,21 @@ def test_sharing_a_prompt_changes_the_update(recompute, record_property):
     assert worst < 1e-5
 
 
+@pytest.mark.parametrize("kept, recomputed", [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (3, []), (7, [])])
+def test_blocks_that_keep_everything_are_not_the_last(kept, recomputed, monkeypatch):
+    """The last blocks' memory is free first in the backward pass."""
+    found = []
+    plain = model_module.run_block
+    monkeypatch.setattr(
+        "mmsr.model.run_block", lambda block, again, *rest: found.append(again) or plain(block, again, *rest)
+    )
+    model = tiny_model(1, num_hidden_layers=3)
+    model.checkpoint_blocks, model.kept_blocks = True, kept
+    ids, images = conversation(0, 7)
+    model(ids, mrope_positions(len(ids), [])[0], Packed([len(ids)], "cpu")).sum().backward()
+    assert [layer for layer, again in enumerate(found) if again] == recomputed
+
+
 def test_a_forward_pass_without_gradient_recomputes_blocks(monkeypatch):
     monkeypatch.setattr("mmsr.vision.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
     model = tiny_model()
@@ -249,6 +267,60 @@ def test_all_logits_are_in_memory_at_once(dtype, monkeypatch, record_property):
     what = f"memory of log-probabilities beyond inputs and gradients, of tokens × vocabulary, {dtype}"
     report(record_property, what, share)
     assert share < 0.02
+
+
+class Device(TorchDispatchMode):
+    """Watches operators on the meta device, which has a GPU's branches of the code: memory in use, and products."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple] = {}  # by storage: a weak reference, and its bytes
+        self.most = 0
+        self.products: list[tuple] = []  # (rows, type of the result) of each product with the head
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.device.type == "meta":
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        self.alive = {key: (kept, size) for key, (kept, size) in self.alive.items() if kept() is not None}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        if func._schema.name == "aten::mm":
+            self.products.append((tuple(result.shape), result.dtype))
+        return result
+
+
+def scored_on_a_gpu(tokens: int, dtype: torch.dtype) -> Device:
+    """Log-probabilities and gradient of a 7B model's head, as a GPU would run them."""
+    size, vocabulary = 3584, 152064
+    with torch.device("meta"):
+        hidden = torch.empty(tokens, size, dtype=dtype, requires_grad=True)
+        head = torch.empty(vocabulary, size, dtype=dtype, requires_grad=True)
+        targets, banned = torch.empty(tokens, dtype=torch.long), torch.empty(vocabulary, dtype=torch.bool)
+    with Device() as device:
+        log_probs(hidden, head, targets, 0.7, banned)[0].sum().backward()
+    device.results = 2 * hidden.nbytes + vocabulary * size * (4 + 2 * dtype.itemsize)
+    return device
+
+
+def test_logits_on_a_gpu_are_rounded_to_half_precision():
+    """Between 16 and 32 bfloat16 has steps of an eighth: sampler and trainer would differ by .12 nats."""
+    device = scored_on_a_gpu(3000, torch.bfloat16)
+    found = {dtype for shape, dtype in device.products if shape[1] == 152064}
+    assert found == {torch.float32}
+    assert torch.float32 == logits(*(torch.empty(4, 8, device="meta").bfloat16() for _ in "hw")).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_head_is_read_for_a_few_rows_or_its_tile_takes_gigabytes(dtype, record_property):
+    """On a GPU: a thousand rows a product in half precision, and a gibibyte at most beside inputs and gradients."""
+    device = scored_on_a_gpu(8192, dtype)
+    rows = max(shape[0] for shape, _ in device.products if shape[1] == 152064)
+    beside = (device.most - device.results) / 2**30
+    report(record_property, f"GiB of a tile of {rows} rows, {dtype}", beside)
+    assert rows >= (1000 if dtype == torch.bfloat16 else 700)
+    assert beside < 1.02
 
 
 # ---- folders
