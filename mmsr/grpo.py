@@ -4,7 +4,7 @@ For G rollouts o_1 … o_G of one question with rewards R_i, token t of rollout 
 
     l_it = − min(ρ_it A_i, clip(ρ_it, 1 − ε_low, 1 + ε_high) A_i) + β k3_it                               (1)
     A_i  = (R_i − mean(R)) / (std(R) + ε)                                                                 (2)
-    ρ_it = π(o_it) / π_old(o_it),    k3_it = π_ref/π − log(π_ref/π) − 1                                   (3)
+    ρ_it = π(o_it) / π_old(o_it),    k3_it = min(e^d − d − 1, 10),    d = log(π_ref/π) within [−20, 20]    (3)
 
 and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the model sampled itself, where the weights
 
@@ -24,6 +24,8 @@ Where this departs from the paper [P], its blog [B] and the official code [C], a
 - Optionally a token's policy term is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what
   the sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
 - The standard deviation is the unbiased one, as in [C].
+- Both bounds of (3) are those of [C]; the estimator of [P] has none. Without them one token that the reference thinks
+  far likelier than the policy does gives an infinite loss or gradient, and so costs the whole update.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from typing import NamedTuple, Sequence
 
 import torch
 from torch import Tensor
+
+MOST_GAP = 20.0  # of |log π_ref − log π|; e^20 is far from infinite in fp32, and its square too
+MOST_K3 = 10.0
 
 
 def group_advantages(
@@ -94,6 +99,7 @@ def token_losses(
         surrogate = surrogate * importance
     if ref_logps is None:
         return Losses(-surrogate, torch.zeros_like(logps.detach()), clipped)
-    gap = ref_logps - logps
-    k3 = gap.exp() - gap - 1
+    # A value out of bounds has no gradient. The inner bound is what keeps that one 0: 0 · exp(∞) would be NaN.
+    gap = (ref_logps - logps).clamp(-MOST_GAP, MOST_GAP)
+    k3 = (gap.exp() - gap - 1).clamp(max=MOST_K3)
     return Losses(-surrogate + kl * k3, k3.detach(), clipped)

@@ -64,6 +64,28 @@ def test_k3_is_nonnegative_and_its_gradient_right():
     torch.testing.assert_close(logps.grad, 0.5 * (1 - (ref - logps.detach()).exp()))
 
 
+@pytest.mark.parametrize("gap", [11.5, 60.0, 100.0, 1e9, -11.5, -1e9])
+def test_one_token_that_the_reference_knows_far_better_makes_the_update_infinite(gap):
+    logps = torch.tensor([-gap, -1.0] if gap > 0 else [0.0, -1.0], requires_grad=True)
+    ref = torch.tensor([0.0, -1.5] if gap > 0 else [gap, -1.5])
+    losses = token_losses(logps, logps.detach(), torch.zeros(2), 0.2, 0.2, ref, kl=0.5)
+    losses.loss.sum().backward()
+    assert losses.kl[0] == 10 and logps.grad[0] == 0, "official bounds; no pull, and 0 · inf is not 0"
+    assert logps.grad[1] == pytest.approx(0.5 * (1 - math.exp(-0.5)))
+
+
+def test_the_bounds_of_k3_change_the_bits_of_ordinary_values():
+    gap = torch.linspace(-10, 2.5, 10_001)
+    logps = torch.full_like(gap, -12.0).requires_grad_()
+    ref = logps.detach() + gap
+    losses = token_losses(logps, logps.detach(), torch.zeros_like(gap), 0.2, 0.2, ref, kl=1.0)
+    losses.loss.sum().backward()
+    plain = logps.detach().clone().requires_grad_()
+    k3 = (ref - plain).exp() - (ref - plain) - 1
+    k3.sum().backward()
+    assert torch.equal(losses.kl, k3.detach()) and torch.equal(logps.grad, plain.grad)
+
+
 def test_gradient_equals_finite_differences():
     torch.manual_seed(0)
     logps = torch.randn(50, dtype=torch.float64, requires_grad=True)
