@@ -33,7 +33,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NoReturn, Sequenc
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 
@@ -66,6 +66,7 @@ class Ranks:
     size: int = 1
     device: torch.device = torch.device("cpu")
     node_size: int = 1  # ranks on one machine
+    timeout: float = 1800  # seconds that a rank waits for another
     store: Any = field(default=None, repr=False, compare=False)  # what ranks can leave each other without meeting
 
     @property
@@ -201,7 +202,7 @@ def _join(device: str, timeout: float) -> Ranks:
         backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=place if cuda else None
     )
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return Ranks(rank, size, place, node_size, dist.PrefixStore("mmsr", store))
+    return Ranks(rank, size, place, node_size, timeout, dist.PrefixStore("mmsr", store))
 
 
 def _device(name: str, local_rank: int | None = None) -> torch.device:
@@ -317,10 +318,16 @@ def shard(model: AnyModule, ranks: Ranks, compute: torch.dtype, across: str = "n
 
 @lru_cache
 def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
-    nodes = ranks.size // ranks.node_size
+    """Of one dimension, "shard", over all ranks, or of two, "replicate" over the machines and "shard" within each.
+
+    Its groups are made here, because those that `init_device_mesh` makes wait NCCL's 10 minutes, whatever the time-out.
+    """
+    nodes, place = ranks.size // ranks.node_size, ranks.device.type
     if across == "all" or nodes == 1 or ranks.node_size == 1:
-        return init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
-    return init_device_mesh(ranks.device.type, (nodes, ranks.node_size), mesh_dim_names=("replicate", "shard"))
+        return DeviceMesh.from_group(dist.group.WORLD, place, mesh_dim_names=("shard",))
+    grid, limit = torch.arange(ranks.size).view(nodes, ranks.node_size), timedelta(seconds=ranks.timeout)
+    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, place, grid, mesh_dim_names=("replicate", "shard"))
 
 
 def fill(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:

@@ -476,6 +476,19 @@ def four():
     crew.stop()
 
 
+def timeouts(ranks: Ranks, across: str) -> dict[str, float]:
+    """Seconds that each group of a sharded model's mesh waits, by the dimension's name."""
+    mesh = next(sharded(ranks, 1, across=across).parameters()).device_mesh
+    backends = {name: mesh.get_group(name)._get_backend(ranks.device) for name in mesh.mesh_dim_names}
+    return {name: backend.options._timeout.total_seconds() for name, backend in backends.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across, names", [("all", ["shard"]), ("node", ["replicate", "shard"])])
+def test_a_group_of_the_mesh_has_another_timeout_than_the_run(four, across, names):
+    assert four(timeouts, across) == [dict.fromkeys(names, 60.0)] * 4, "as the crew started them"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("across", ["all", "node"])
 @pytest.mark.parametrize("deal_", ["four", "one rank has nothing"])
