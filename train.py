@@ -30,12 +30,13 @@ from mmsr.episode import TOOL_ERROR, Episode, UserError
 from mmsr.files import append, make_out, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered
-from mmsr.report import write_report
+from mmsr.report import shape_name, write_report
 from mmsr.toy import World
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
 ALARM = 0.05  # share of a step's tool calls that may fail without a word
+MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
 
 def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
@@ -172,6 +173,11 @@ def step_metrics(
         "zero_std_groups": sums["zero_std_groups"],
         **{key: update[key] for key in loss} | unknown,
         "status": ranks.sum(dict(Counter(e.status for e in episodes))),
+        "shapes": ranks.sum(dict(Counter(_shape(e) for e in episodes))),
+        "by_category": {
+            category: {key: found[key] for key in ("n", "search_ratio")}
+            for category, found in evaluate.by_category(episodes, ranks).items()
+        },
         "lr": learning_rate(c, step),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "tokens": {
@@ -181,6 +187,10 @@ def step_metrics(
         **({"spent": setup.spending.spent} if setup.spending else {}),
         "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
     }
+
+
+def _shape(episode: Episode) -> str:
+    return shape_name([turn.action for turn in episode.turns if turn.role == "assistant"], episode.status)
 
 
 def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
@@ -307,8 +317,10 @@ class Output:
         self.track(record)
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode], pieces: Callable | None) -> None:
-        """A step's files. `pieces` as in `Episode.record`."""
-        lines = [(e.group_id, e.sample, json.dumps(e.record(pieces), ensure_ascii=False) + "\n") for e in episodes]
+        """A step's files. `pieces` as in `Episode.record`, for as many whole groups as `MOST_DETAILED` allows."""
+        detailed = max(1, MOST_DETAILED // self.config.group_size)
+        records = ((e, e.record(pieces if e.group_id < detailed else None)) for e in episodes)
+        lines = [(e.group_id, e.sample, json.dumps(record, ensure_ascii=False) + "\n") for e, record in records]
         lines = sorted(self.ranks.gather(lines))
         pictures = self.ranks.gather(self.album.new(episodes))
         if not self.ranks.main:

@@ -143,7 +143,7 @@ class Options:
     deterministic: bool = True
     """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
     log_tokens: bool = True
-    """Write every sampled token's text and probability into the rollout lines; report.html colours them."""
+    """Write sampled tokens' text and probability into the lines, of 1,024 rollouts a step; report.html colours them."""
     toy: Literal["full", "basic"] = "full"
     """Toy world. full: towns take a text search, and searches may mislead; basic: image search tells all, at once."""
 

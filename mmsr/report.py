@@ -3,8 +3,11 @@
     python -m mmsr.report RUN…
 
 `report.html` beside this file is the page without data; its script draws what is embedded here. A RUN is a folder of
-train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout; of the
-rollouts themselves, whole groups are embedded, evenly spread, as many as a browser bears.
+train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout, by
+metrics.jsonl; of the rollouts themselves, whole groups are embedded, evenly spread, as many as a browser bears.
+
+No more than about twice these is read of the rollouts: a run of the blog's sizes leaves 16,384 a step, and torchrun
+kills a run that needs more than 30 seconds for its last report.
 
 The traps: `json.dumps` leaves `</script>` as it is, so every `<` of the data is written as \\u003c; a script or a style
 that is not the page's own is refused by its content-security policy; and the page makes elements and text nodes, never
@@ -21,7 +24,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, BinaryIO, Iterable, Iterator, Sequence
 
 from .episode import UserError
 from .files import write_whole
@@ -35,6 +38,7 @@ PLAIN = {"reward", "accuracy", "format", "tool_failures", "response_tokens", "ze
 PLAIN |= {"search_ratio", "search_ratio_image", "search_ratio_text", "clip_fraction", "logp_gap", "logp_gap_max"}
 PLAIN |= {"grad_norm", "loss", "lr", "seconds"}
 MOST_SHAPES = 7  # in the chart of turn shapes, which has eight colours; the rest are one more
+GROUP = re.compile(rb'"group": (\d+),')
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
 
 
@@ -82,13 +86,16 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any
     results = _object(folder / "results.json")
     if not (lines or files or results):
         raise UserError(f"{folder}: no metrics.jsonl, rollouts/, results.json or episodes.jsonl; name a run's folder")
-    kept, counts, total = _rollouts(files, most_rollouts, most_bytes)
+    told = {step: counts for step, line in steps.items() if (counts := counts_of_step(line))}
+    total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
+    kept, seen = _rollouts(files, total, most_rollouts, most_bytes)
     return {
         "config": _object(folder / "config.json"),
-        "columns": _columns(steps, counts),
+        "columns": _columns(steps, seen | told),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
         "rollouts": kept,
         "total": total,
+        "guessed": len(kept) < total and not seen.keys() <= told.keys() | {0},
     }
 
 
@@ -102,24 +109,86 @@ def _rollout_files(folder: Path) -> dict[int, Path]:
     return files
 
 
-def _rollouts(files: dict[int, Path], most: float, most_bytes: float) -> tuple[list[dict], dict[int, Counter], int]:
-    """Rollouts to embed; per step, how often each turn shape and each category's searches came; how many there are.
+def _how_many(line: dict[str, Any], file: Path) -> int:
+    """Rollouts of a step, from its line of metrics.jsonl; a file is read for it only where that says nothing."""
+    return sum((line.get("status") or {}).values()) or _count_lines(file)
 
-    Where not all can be embedded it is every n-th group, n a fraction, counted through all steps.
-    """
-    total = sum(_count_lines(file) for file in files.values())
-    size = sum(file.stat().st_size for file in files.values())
-    share = min(1.0, most / max(total, 1), most_bytes / max(size, 1))
-    kept, counts, groups, last = [], {}, 0, None
-    for step, file in files.items():
-        counts[step] = Counter()
-        for rollout in _records(file):
+
+def counts_of_step(line: dict[str, Any]) -> Counter:
+    """What `count_rollout` finds in a step, from its line of metrics.jsonl; empty if an older version wrote that."""
+    counts: Counter = Counter()
+    for name, n in (line.get("shapes") or {}).items():
+        counts["n"] += n
+        counts["shape", name] = n
+    for category, found in (line.get("by_category") or {}).items():
+        counts["n of", category] = found["n"]
+        counts["search", category] = found["n"] * found["search_ratio"]
+    return counts
+
+
+def _rollouts(files: dict[int, Path], total: int, most: float, most_bytes: float) -> tuple[list, dict[int, Counter]]:
+    """Rollouts to embed, of `total`; per step, how many of them have each turn shape, category and search in it."""
+    kept, counts = [], {step: Counter() for step in files}
+    for step, lines in _spread(files, total, most, most_bytes):
+        for rollout in _parsed(lines):
             count_rollout(counts[step], rollout)
-            group = (step, rollout.get("group"))
-            groups, last = groups + (group != last), group
-            if int(groups * share) > int((groups - 1) * share):
-                kept.append({"step": step, "shape": shape(rollout), **rollout})
-    return kept, counts, total
+            kept.append({"step": step, "shape": shape(rollout), **rollout})
+    return kept, counts
+
+
+def _spread(files: dict[int, Path], total: int, most: float, most_bytes: float) -> Iterator[tuple[int, list[bytes]]]:
+    """(step, lines) of whole groups: all if they fit, else as many as do, evenly spread over the bytes of all files.
+
+    What was taken so far is a share of what may be taken, and the next group is looked for at that share of the bytes.
+    So about twice the bytes that are taken are read, however many there are.
+    """
+    sizes = {step: file.stat().st_size for step, file in files.items()}
+    size, begin, rollouts, taken = sum(sizes.values()), 0, 0, 0
+    fits = total <= most and size <= most_bytes
+    for step, file in files.items():
+        with open(file, "rb") as data:
+            groups = _Groups(data)
+            while True:
+                if not fits:
+                    groups.skip_to(int(size * max(rollouts / most, taken / most_bytes)) - begin)
+                lines = groups.take()
+                rollouts, taken = rollouts + len(lines), taken + sum(map(len, lines))
+                if not fits and (rollouts > most or taken > most_bytes):
+                    return
+                if not lines:
+                    break
+                yield step, lines
+        begin += sizes[step]
+
+
+class _Groups:
+    """The lines of a file of rollouts by groups, which stand there one after another."""
+
+    def __init__(self, data: BinaryIO):
+        self.data, self.next = data, data.readline()
+
+    def take(self) -> list[bytes]:
+        """The lines of the next group; empty at the end of the file."""
+        lines, group = [], _group(self.next)
+        while self.next and _group(self.next) == group:
+            lines.append(self.next)
+            self.next = self.data.readline()
+        return lines
+
+    def skip_to(self, offset: int) -> None:
+        """Pass over what begins before this byte, and over the rest of the group in which it lies."""
+        if offset <= self.data.tell() - len(self.next):
+            return
+        self.data.seek(offset)
+        self.data.readline()  # the rest of a line
+        self.next = self.data.readline()
+        self.take()
+
+
+def _group(line: bytes) -> bytes | None:
+    """The number of a line's group, without parsing it: within a string of JSON the quotes would have backslashes."""
+    found = GROUP.search(line)
+    return found[1] if found else None
 
 
 def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
@@ -134,11 +203,14 @@ def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
 
 
 def shape(rollout: dict[str, Any]) -> str:
+    turns = [turn for turn in rollout.get("turns", ()) if turn.get("role") == "assistant"]
+    return shape_name([turn.get("action") for turn in turns], rollout.get("status"))
+
+
+def shape_name(actions: Iterable[str | None], status: str | None) -> str:
     """The model's actions in order, as in "image → answer", and the status where no answer ended it."""
-    actions = [turn.get("action") or "?" for turn in rollout.get("turns", ()) if turn.get("role") == "assistant"]
-    if rollout.get("status") != "answered":
-        actions.append(f"({rollout.get('status')})")
-    return " → ".join(action.removesuffix("_search") for action in actions)
+    names = [action or "?" for action in actions] + ([] if status == "answered" else [f"({status})"])
+    return " → ".join(name.removesuffix("_search") for name in names)
 
 
 def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, list]:
@@ -223,17 +295,21 @@ def _named(rollouts: list[dict]) -> Iterator[str]:
 
 
 def _records(file: Path) -> Iterator[dict]:
-    """The objects of a .jsonl file; a line cut short, or none of ours, is passed over."""
-    if not file.is_file():
-        return
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line, parse_constant=lambda name: None)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
+    """The objects of a .jsonl file."""
+    if file.is_file():
+        with open(file, "rb") as lines:
+            yield from _parsed(lines)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict]:
+    """The objects of these lines; a line cut short, or none of ours, is passed over."""
+    for line in lines:
+        try:
+            record = json.loads(line.decode("utf-8", "replace"), parse_constant=lambda name: None)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page of a run: that it says what the files say, that nothing in them is markup, and that a browser shows it."""
 
 import http.server
+import io
 import json
 import random
 import re
@@ -112,6 +113,81 @@ def test_too_many_rollouts_are_thinned_by_whole_groups_all_along_the_run(tmp_pat
     assert run["total"] == 200 and len(groups) == 15 and all(samples == [0, 1, 2, 3] for samples in groups.values())
     assert len({number for number, _ in groups}) == 10
     assert run["columns"]["shape/image → answer"] == [1] * 10, "curves count all"
+
+
+def big_run(folder, steps=12, groups=40, members=6, told=True):
+    """Rollouts of unequal lengths, longer where tokens are written, some 4 MB; only every fourth group searches."""
+    dice = random.Random(0)
+    written = {
+        n: [
+            rollout(
+                g,
+                s,
+                question="why " * dice.randint(1, 600 if g < 5 else 250),
+                turns=rollout()["turns"][2 * (g % 4 > 0) :],
+            )
+            for g in range(groups)
+            for s in range(members)
+        ]
+        for n in range(1, steps + 1)
+    }
+    n = groups * members
+    counts = {"status": {"answered": n}, "shapes": {"image → answer": n // 4, "answer": n - n // 4}}
+    counts["by_category"] = {"new": {"n": n, "search_ratio": 0.25}}
+    return a_run(folder, written, [step(n, **(counts if told else {})) for n in written])
+
+
+class Counted(io.FileIO):
+    """A file that adds up the bytes that are read."""
+
+    read_so_far = 0
+
+    def readinto(self, room):
+        n = super().readinto(room)
+        Counted.read_so_far += n
+        return n
+
+
+def test_a_report_of_a_long_run_reads_and_parses_every_rollout(tmp_path, monkeypatch):
+    """It is written after SIGTERM too, where torchrun waits 30 seconds: the blog's runs have 16 GB of rollouts."""
+    folder, most = big_run(tmp_path / "run"), 150_000
+    rollout_bytes = sum(file.stat().st_size for file in folder.glob("rollouts/*"))
+    parsed, parse = [], report._parsed
+    monkeypatch.setattr(report, "open", lambda path, _: io.BufferedReader(Counted(path), 1024), raising=False)
+    monkeypatch.setattr(report, "_parsed", lambda lines: parse(parsed.append(line) or line for line in lines))
+    monkeypatch.setattr(report, "MOST_ROLLOUT_BYTES", most)
+    monkeypatch.setattr(Counted, "read_so_far", 0)
+    (run,) = embedded(write_report(folder))["runs"]
+    assert rollout_bytes > 20 * most and run["total"] == 12 * 240
+    parsed = parsed[12:]  # behind the lines of metrics.jsonl
+    assert len(parsed) == len(run["rollouts"]) and 0.6 * most < sum(map(len, parsed)) <= most
+    assert Counted.read_so_far < 3 * most, "of the others no more than what lies between"
+
+
+def test_thinned_rollouts_are_halves_of_groups_or_of_some_steps_only(tmp_path, monkeypatch):
+    folder = big_run(tmp_path / "run")
+    for name, most in [("MOST_ROLLOUT_BYTES", 300_000), ("MOST_ROLLOUTS", 300), ("MOST_ROLLOUTS", 10)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(report, name, most)
+            (run,) = embedded(write_report(folder))["runs"]
+        groups = {}
+        for kept in run["rollouts"]:
+            groups.setdefault((kept["step"], kept["group"]), []).append(kept["sample"])
+        assert all(samples == [0, 1, 2, 3, 4, 5] for samples in groups.values())
+        assert name == "MOST_ROLLOUT_BYTES" or 0 < len(run["rollouts"]) <= most
+        steps = [number for number, _ in groups]
+        assert most == 10 or {steps.count(n) for n in range(1, 13)} <= {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_curves_of_a_thinned_run_count_only_what_is_embedded(tmp_path, monkeypatch, told):
+    """Unless metrics.jsonl is of an older version; then the page says so."""
+    monkeypatch.setattr(report, "MOST_ROLLOUTS", 12 * 12)
+    (run,) = embedded(write_report(big_run(tmp_path / "run", told=told)))["runs"]
+    assert 0 < len(run["rollouts"]) <= 144 and run["total"] == 12 * 240
+    columns = [run["columns"][name] for name in ("shape/image → answer", "shape/answer", "search/new")]
+    exact = [[x] * 12 for x in (0.25, 0.75, 0.25)]
+    assert (columns == exact) == told and run["guessed"] == (not told)
 
 
 def test_embedded_bytes_are_bounded(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
 from mmsr.episode import Episode, Example, UserError
 from mmsr.parallel import SINGLE
+from mmsr.report import count_rollout, counts_of_step
 from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import load_image
@@ -403,6 +405,25 @@ def test_rollout_lines_hold_tokens_and_name_pictures_that_are_there(first):
 def test_tokens_can_be_left_out_of_the_rollout_lines(miniature, tmp_path):
     turns = [t for e in run(miniature, tmp_path / "out", steps=1, no_log_tokens=True).rollouts[0] for t in e["turns"]]
     assert turns and not any("pieces" in turn for turn in turns)
+
+
+def test_every_rollout_of_a_large_step_has_its_tokens_written(miniature, tmp_path, monkeypatch):
+    """Per token they are most of a line: of 16,384 rollouts a step 164 MB, which nobody reads."""
+    monkeypatch.setattr(train, "MOST_DETAILED", 9)
+    (rollouts,) = run(miniature, tmp_path / "out", steps=1).rollouts
+    size = len({e["sample"] for e in rollouts})
+    detailed = [any("pieces" in turn for turn in e["turns"]) for e in rollouts]
+    assert detailed == [e["group"] < 9 // size for e in rollouts] and 1 < sum(detailed) <= 9 < len(rollouts)
+    assert all(e.keys() == documented("`rollouts/") for e in rollouts)
+
+
+def test_metrics_and_rollout_lines_differ_in_turn_shapes_or_searches(first):
+    for line, rollouts in zip(first.steps, first.rollouts, strict=True):
+        counts = Counter()
+        for rollout in rollouts:
+            count_rollout(counts, rollout)
+        told = {key: n for key, n in counts_of_step(line).items() if n}
+        assert told == pytest.approx({key: n for key, n in counts.items() if n})
 
 
 def test_report_that_fails_warns_once_and_ends_no_run(miniature, tmp_path, monkeypatch, capsys):
