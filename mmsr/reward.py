@@ -7,9 +7,27 @@ Three rules, by name. With s the accuracy (0 or 1), f the format (0 or 1), p the
     paper   r = (1 - w) s (1 - p)^c   + w f      the penalty hits correct answers only
     strict  the paper's formula with a scorer that the official one's loopholes do not fool
 
-`blog` and `paper` score as the official code does, loopholes included. One departure: the official code counts the
-search tags in the turns' text, this one the searches that were executed, so a refused call costs no penalty (and earns
-no format). Reward and advantage are separate: what a group makes of these numbers is `grpo.py`'s affair.
+`blog` and `paper` score as the official code does (EvolvingLMMs-Lab/multimodal-search-r1,
+`mmsearch_r1/utils/reward_score/`), loopholes included, but for what follows. Answers are judged alike. Its rule of
+format, taken from a description of that code: a turn is one closed reason, any words, and one closed action at the end,
+and the actions make a legal shape. Ours is that of `Chat.well_formed`. R stands for `<reason>why</reason>`:
+
+| a turn that one of them accepts             | example                                | here | official |
+|---------------------------------------------|----------------------------------------|------|----------|
+| a tag of another action, without its partner | R </search><answer>Paris</answer>     | no   | yes      |
+| the same within the reason                  | <reason>no </search></reason><answer>Paris</answer> | no | yes |
+| the same within the action                  | R <answer>Paris</search></answer>      | no   | yes      |
+| a query without a word                      | R <text_search> </text_search>         | no   | yes      |
+| white space within the image search         | R <search> <img></search>              | yes  | no       |
+
+And of a conversation:
+- The official code counts the search tags in the turns' text, this one the searches that were executed. So a call over
+  its limit (a second image search) and one in the last turn, after which nothing is executed, cost no penalty here.
+- A call that was refused earns no format here, even where its shape is legal (a text search where none is allowed, then
+  the answer).
+- The official code raises on a conversation of four model turns. Here it has no format, as no legal shape is so long.
+
+Reward and advantage are separate: what a group makes of these numbers is `grpo.py`'s affair.
 """
 
 from __future__ import annotations

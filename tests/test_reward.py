@@ -4,15 +4,20 @@ import math
 import random
 import re
 import string
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chat_helpers import tiny_tokenizer
 
+from mmsr import reward
 from mmsr.assemble import Setup
+from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn, UserError
-from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, score, strict_match
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
+from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, format_score, score, strict_match
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, NoSearch, search_tools
 
 MARKUP = {
     "answer": "<answer>{}</answer>",
@@ -272,6 +277,105 @@ def test_substring_match_is_an_option():
     rule = RewardRule("paper", substring=True)
     assert accuracy(episode(("answer",), answer="in Paris, France"), rule) == 1
     assert accuracy(episode(("answer",), answer="in Paris, France"), "paper") == 0
+
+
+# Format, by the official rule: EvolvingLMMs-Lab/multimodal-search-r1, mmsearch_r1/utils/reward_score/. Written from a
+# description of it: a turn has exactly one <reason>…</reason> and exactly one action, the action last; legal shapes.
+
+OFFICIAL_ACTIONS = {
+    "answer": ("<answer>", ".*", "</answer>"),
+    IMAGE_SEARCH: ("<search>", "<img>", "</search>"),
+    TEXT_SEARCH: ("<text_search>", ".*", "</text_search>"),
+}
+PARTS = ["<reason>", "</reason>", *(tag for pair in OFFICIAL_ACTIONS.values() for tag in (pair[0], pair[2]))]
+PARTS += ["<img>", " ", "\n", "why"]
+
+
+def official_action(text):
+    """The action of a turn that is well formed by the official rule, else None."""
+    shortest = {name: "".join(form).replace("*", "*?") for name, form in OFFICIAL_ACTIONS.items()}
+    found = [name for name, form in shortest.items() for _ in re.findall(form, text, re.DOTALL)]
+    if len(found) != 1:
+        return None
+    first, _, last = form = OFFICIAL_ACTIONS[found[0]]
+    once = all(text.count(tag) == 1 for tag in ("<reason>", "</reason>", first, last))
+    whole = re.fullmatch("<reason>.*</reason>.*" + "".join(form), text.strip(), re.DOTALL)
+    return found[0] if once and whole else None
+
+
+def official_format(texts):
+    return tuple(map(official_action, texts)) in LEGAL_SHAPES
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return Chat(tiny_tokenizer(tmp_path_factory.mktemp("tiny")), PROMPTS / "real", search_tools(NoSearch(), 1, 2))
+
+
+def our_format(chat, texts):
+    subject = episode(())
+    for text in texts:
+        action = chat.parse(text).name
+        subject.turns.append(turn(text, action))
+        if action not in (None, "answer"):
+            subject.turns.append(turn("Some page", action, "toy"))
+    return format_score(subject, RewardRule("paper"), chat.well_formed) == 1
+
+
+def departures():
+    """(example, accepted here, accepted by the official code), as the module says."""
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| (yes|no) +\| (yes|no) +\|$", reward.__doc__, re.MULTILINE)
+    return [(text.strip(), here == "yes", official == "yes") for text, here, official in rows]
+
+
+@pytest.mark.parametrize("example, here, official", departures())
+def test_a_listed_departure_from_the_official_format_is_none(chat, example, here, official):
+    text = example.replace("R ", "<reason>why</reason> ", 1)
+    texts = [text] if "answer" in text else [text, "<reason>why</reason><answer>Paris</answer>"]
+    assert (our_format(chat, texts), official_format(texts)) == (here, official)
+
+
+def test_algorithm_names_other_departures_than_the_module():
+    said = (Path(__file__).parents[1] / "docs/algorithm.md").read_text(encoding="utf-8")
+    examples = [example for example, _, _ in departures()]
+    assert len(examples) == 5 and all(f"`{example}`" in said for example in (examples[0], *examples[3:]))
+
+
+def listed(text):
+    """Whether a turn is of a kind that the module's table lists."""
+    others = [tag for name, form in OFFICIAL_ACTIONS.items() if name != official_action(text) for tag in form[::2]]
+    blank = re.search(r"<text_search>\s*</text_search>", text)
+    spaced = "<search><img></search>" not in text and "<search><img></search>" in "".join(text.split())
+    return bool(blank or spaced or any(tag in text for tag in others))
+
+
+def test_format_departs_from_the_official_rule_where_the_module_does_not_say_so(chat):
+    dice, verdicts = random.Random(0), Counter()
+    for _ in range(10_000):
+        texts = []
+        for action in dice.choice(sorted(LEGAL_SHAPES)):
+            first, inside, last = OFFICIAL_ACTIONS[action]
+            parts = ["<reason>", "why", "</reason>", " ", first, inside.replace(".*", "Paris"), last]
+            for _ in range(dice.choice([0, 0, 0, 1, 1, 2])):
+                at = dice.randrange(len(parts))
+                parts[at : at + dice.randrange(2)] = [dice.choice(PARTS)]
+            texts.append("".join(parts))
+        ours, official = our_format(chat, texts), official_format(texts)
+        verdicts[ours, official] += 1
+        assert ours == official or any(map(listed, texts)), texts
+    assert len(verdicts) == 4 and min(verdicts.values()) > 10, "all four verdicts are tried"
+
+
+def test_a_search_in_the_last_turn_is_paid_for_as_if_it_had_been_made():
+    asked = episode(("image_search",))
+    del asked.turns[1:]
+    assert rewarded(asked, "blog").reward_parts == {"accuracy": 0, "format": 0, "penalty": 0}
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_four_turns_raise(rule):
+    long = episode(("image_search", "text_search", "text_search", "answer"))
+    assert rewarded(long, rule).reward_parts["format"] == 0
 
 
 # Strict.
