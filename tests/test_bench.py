@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import claims  # noqa: E402
+import gpu_day  # noqa: E402
+import gpu_rows  # noqa: E402
 import replay_released  # noqa: E402
 import toy_runs  # noqa: E402
 import what_breaks  # noqa: E402
@@ -32,13 +35,6 @@ def output(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_row_of_the_gpu_benchmark_no_longer_runs():
-    found = output("bench/run_gpu.py", "--device", "cpu", "--tiny")
-    rows = [line.split(" | ") for line in found.split("\n\n")[-1].splitlines()[2:]]
-    assert len(rows) == 12 and not any("not measured" in row[1] for row in rows)
-
-
-@pytest.mark.slow
 def test_generation_benchmark_compares_unequal_tokens():
     found = output("bench/generation.py", "--batches", "3x1,2x4", "--new-tokens", "12", "--side", "56")
     assert "3 of 3" in found and "8 of 8" in found
@@ -48,6 +44,176 @@ def test_generation_benchmark_compares_unequal_tokens():
 def test_latency_benchmark_no_longer_runs():
     sizes = ["--questions", "2", "--group", "2", "--slots", "4", "--turn-tokens", "8", "--latency", "0.01"]
     assert "| ratio |" in output("bench/latency.py", *sizes)
+
+
+# ---- the day with a GPU
+
+
+@pytest.mark.slow
+def test_a_row_that_needs_a_gpu_no_longer_runs(tmp_path):
+    arguments = ("bench/gpu_day.py", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--part")
+    told = output(*arguments, "1") + output(*arguments, "2")
+    (kept,) = tmp_path.glob("*.json")
+    parts = json.loads(kept.read_text())["parts"]
+    assert [len(parts[part]["rows"]) for part in "12"] == [12, 17]
+    missing = [row["reason"] for part in "12" for row in parts[part]["rows"] if not row["figures"]]
+    assert missing == ["no LoRA in this version"] * 2
+    assert told.endswith(kept.with_suffix(".md").read_text() + "\n")
+
+
+CHILD = """
+import json, os, sys, time
+
+print(json.dumps({"ready": "now"}), flush=True)
+for line in sys.stdin:
+    row = json.loads(line)
+    if row["work"] == "hang":
+        time.sleep(100)
+    if row["work"] == "die":
+        os.kill(os.getpid(), 11)
+    failed = row["work"] == "fail"
+    figures = [] if failed else [{"value": os.getpid(), "unit": "TB/s"}]
+    reason = "failed: RuntimeError: no" if failed else None
+    print(json.dumps({"figures": figures, "reason": reason, "over": row["work"] == "last"}), flush=True)
+"""
+
+
+def measured(tmp_path, works, clock=None, command=(sys.executable, "-c", CHILD), limit=60.0):
+    rows = [gpu_day.Row(f"{number} {work}", work, 0.5, limit) for number, work in enumerate(works)]
+    clock = clock or gpu_day.Clock(60)
+    return [found for _, found in gpu_day.measure(rows, command, clock, tmp_path / "log")]
+
+
+def test_a_row_that_fails_hangs_or_kills_its_process_takes_another_with_it(tmp_path):
+    works = ["good", "fail", "good", "hang", "good", "die", "good", "last", "good"]
+    found = measured(tmp_path, works, limit=2.0)
+    assert [row["reason"] for row in found] == [
+        *(None, "failed: RuntimeError: no", None, "killed after 2 s", None, "its process ended: SIGSEGV"),
+        *(None, None, None),
+    ]
+    children = [row["figures"][0]["value"] for row in found if row["figures"]]
+    assert children[0] == children[1] and len({*children}) == 4 and children[3] == children[4]
+
+
+def test_a_part_takes_longer_than_its_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "START", 0.5)
+    clock = gpu_day.Clock(5)
+    found = measured(tmp_path, ["good", "hang", "good"], clock)
+    assert clock.spent < 5 + 4  # seconds that ending a child may take
+    assert [bool(row["figures"]) for row in found] == [True, False, False]
+    assert found[1]["reason"].startswith("killed after") and found[2]["reason"] == "0 s left, 1 s needed"
+
+
+def test_each_row_tries_to_start_a_process_that_does_not_start(tmp_path):
+    program = "import sys; print('begun', file=sys.stderr); import nothing_of_this_name"
+    found = measured(tmp_path, ["good"] * 4, command=(sys.executable, "-c", program))
+    reasons = [row["reason"] for row in found]
+    assert reasons[:2] == ["its process did not start: exit status 1"] * 2
+    assert reasons[2:] == ["twice a process for the rows did not start: see the log"] * 2
+    assert (tmp_path / "log").read_text().count("begun") == 2
+
+
+def test_a_row_is_not_told_what_the_machine_can_do():
+    told = {"figures": [{"value": 4.3, "unit": "TB/s"}]}
+    assert gpu_day.limits_in(gpu_day.LIMITS[0], told) == {"bandwidth": pytest.approx(4.3e12)}
+    assert gpu_day.limits_in(gpu_day.LIMITS[0], gpu_day.missed("hung")) == {}
+
+
+ABOUT = {"commit": "abc", "card": "NVIDIA H200"}
+
+
+def a_row(name, value=None):
+    figures = [] if value is None else [{"value": value, "unit": "s", "predicted": 2.0, "share": 0.5}]
+    return {"row": name, "figures": figures, "reason": None if figures else "hung | up", "seconds": 1.0}
+
+
+def test_what_is_on_the_disk_after_a_row_is_not_whole(tmp_path):
+    record = gpu_day.Record(tmp_path / "out", ABOUT)
+    for number in range(3):
+        record.add(1, a_row(f"row {number}", 1.5 if number else None), 10.0)
+        kept = json.loads(record.json.read_text())["parts"]["1"]["rows"]
+        table = record.markdown.read_text()
+        assert len(kept) == number + 1 and all(f"| row {n} |" in table for n in range(number + 1))
+    assert (
+        "| row 0 | not measured |  |  | hung ¦ up | 1 |" in table and "| row 2 | 1.5 s | 2.0 s | 50% |  | 1 |" in table
+    )
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"abc-NVIDIA-H200.json", "abc-NVIDIA-H200.md"}
+
+
+def test_part_2_loses_something_of_part_1(tmp_path):
+    gpu_day.Record(tmp_path, ABOUT).add(1, a_row("copy bandwidth", 1.0), 10.0)
+    second = gpu_day.Record(tmp_path, ABOUT)
+    second.add(2, a_row("copy bandwidth", 2.0), 20.0)
+    second.add(1, a_row("copy bandwidth"), 5.0)  # tried again in vain
+    parts = json.loads(second.json.read_text())["parts"]
+    assert parts["1"]["rows"] == [a_row("copy bandwidth", 1.0)] and parts["2"]["rows"] == [a_row("copy bandwidth", 2.0)]
+    for other in (ABOUT | {"card": "NVIDIA H100"}, ABOUT | {"commit": "abc-dirty"}):
+        assert gpu_day.Record(tmp_path, other).value["parts"] == {}
+    second.json.write_text("{")
+    assert gpu_day.Record(tmp_path, ABOUT).value["parts"] == {}
+
+
+PYTEST = """
+tests/test_devices.py::test_logits[cuda] PASSED                          [ 25%]
+tests/test_attention.py::test_a_kernel[2-2-True-equal lengths-varlen] FAILED [ 50%]
+tests/test_attention.py::test_a_kernel[2-2-True-equal lengths-flash] SKIPPED (flash is not installed) [ 75%]
+"""
+
+
+def test_equalities_that_fail_or_hang_are_not_named():
+    (found,) = gpu_day.tests_in(PYTEST, "")["figures"]
+    named = "test_a_kernel[2-2-True-equal lengths-varlen] failed"
+    assert found == {"value": 1, "unit": "passed", "remark": f"1 failed, 1 skipped; {named}"}
+    (found,) = gpu_day.tests_in(PYTEST + "tests/test_devices.py::test_graph[cuda] ", "killed after 90 s")["figures"]
+    assert found["remark"] == f"1 failed, 1 skipped; {named}; killed after 90 s in test_graph[cuda]"
+    assert gpu_day.tests_in("No module named pytest", "") == gpu_day.missed("no test ran: see the log")
+
+
+@pytest.mark.slow
+def test_pytest_speaks_otherwise_or_is_not_stopped(tmp_path):
+    file = tmp_path / "test_here.py"
+    file.write_text(
+        "import time\ndef test_good():\n    print('largest difference, a gap: 1.5e-03')\n"
+        "def test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(100)\n"
+    )
+    count, gap = gpu_day.equalities(str(file), ["-k", "good or bad"], 60, tmp_path / "log")["figures"]
+    assert count == {"value": 1, "unit": "passed", "remark": "1 failed; test_bad failed"}
+    assert gap == {"value": 1.5e-3, "unit": "", "what": "a gap"}
+    count, *_ = gpu_day.equalities(str(file), [], 20, tmp_path / "log")["figures"]
+    assert count["value"] == 1 and count["remark"].endswith("killed after 20 s in test_slow")
+    assert gpu_day.equalities(str(file), ["-k", "nothing"], 60, tmp_path / "log")["reason"]
+
+
+def test_graphs_are_miscounted(monkeypatch):
+    for name in ("capture_begin", "capture_end", "replay"):
+        monkeypatch.setattr(torch.cuda.CUDAGraph, name, lambda self, *args: None)
+    with gpu_rows.counting_graphs() as seen:
+        graph = types.SimpleNamespace()
+        torch.cuda.CUDAGraph.capture_begin(graph, "pool")
+        torch.cuda.CUDAGraph.capture_begin(graph)
+        torch.cuda.CUDAGraph.capture_end(graph)
+        torch.cuda.CUDAGraph.replay(graph)
+    torch.cuda.CUDAGraph.replay(graph)
+    assert seen == {"begun": 2, "captured": 1, "replayed": 1}
+
+
+def test_a_card_that_is_too_small_is_tried(monkeypatch):
+    bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes(), torch.bfloat16, gpu_rows.SHAPES)
+    monkeypatch.setattr(gpu_rows.Bench, "usable", 72 * gpu_rows.GIB)
+    for work, options in [("train", dict(recompute=True)), ("train", dict(recompute=False)), ("step", {})]:
+        row = {"row": work, "work": work, "options": dict(shape="7B") | options, "limits": {}}
+        assert "72 are usable here" in bench.answer(row)["reason"]
+    assert "takes 77 GiB" in bench.answer({"work": "memory", "options": dict(shape="7B"), "limits": {}})["reason"]
+    assert bench.micro_tokens("7B", 4, True, optimizer=False) == bench.micro_tokens("3B", 32, True) == 16384
+
+
+def test_a_prediction_is_missing_or_costs_a_figure(monkeypatch):
+    bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes.tiny(), torch.bfloat16, gpu_rows.tiny_shapes())
+    row = {"row": "matrix peak", "work": "matrix", "options": {}, "limits": {}}
+    for predict, wanted in [(lambda row: {"TFLOP/s": 790.0}[row["unit"]], 790.0), (lambda row: 1 / 0, None)]:
+        monkeypatch.setitem(sys.modules, "roofline", types.SimpleNamespace(predicted=predict))
+        (figure,) = bench.answer(row)["figures"]
+        assert figure["value"] > 0 and figure["predicted"] == wanted
 
 
 # ---- claims
