@@ -184,6 +184,23 @@ def test_pytest_speaks_otherwise_or_is_not_stopped(tmp_path):
     assert gpu_day.equalities(str(file), ["-k", "nothing"], 60, tmp_path / "log")["reason"]
 
 
+@pytest.mark.slow
+def test_a_line_that_only_a_gpu_reaches_is_broken(monkeypatch):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=2**33))
+    bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes.tiny(), torch.bfloat16, gpu_rows.tiny_shapes())
+    bench.cuda = True
+    limits = {"bandwidth": 1e12, "matrix": 1e14}
+    for row in [*gpu_day.PARTS[1], *gpu_day.PARTS[2]]:
+        told = bench.answer({"row": row.name, "work": row.work, "options": row.options, "limits": limits})
+        assert (row.work == "lora") == (not told["figures"]) and not told["over"], told
+        assert all(figure["value"] is not None for figure in told["figures"])
+        assert list(gpu_day.cells_of({"row": row.name, "seconds": 1.0, **told}))
+
+
 def test_graphs_are_miscounted(monkeypatch):
     for name in ("capture_begin", "capture_end", "replay"):
         monkeypatch.setattr(torch.cuda.CUDAGraph, name, lambda self, *args: None)
