@@ -120,7 +120,7 @@ class Clock:
 
 
 def missed(reason: str) -> dict[str, Any]:
-    """What stands for the figures of a row that has none."""
+    """A row without figures, and why."""
     return {"figures": [], "reason": reason}
 
 

@@ -95,6 +95,7 @@ def test_a_row_that_fails_hangs_or_kills_its_process_takes_another_with_it(tmp_p
     assert children[0] == children[1] and len({*children}) == 4 and children[3] == children[4]
 
 
+@pytest.mark.slow
 def test_a_part_takes_longer_than_its_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day, "START", 0.5)
     clock = gpu_day.Clock(5)
