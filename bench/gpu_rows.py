@@ -95,20 +95,6 @@ class Figure:
     remark: str = ""
 
 
-def predicted(row: dict[str, Any]) -> float | None:
-    """What bench/roofline.py says of a number, in its unit; None where it says nothing.
-
-    `row`: its name, `work` and `options` as in gpu_day.PARTS, `limits` (copy bandwidth in bytes/s, matrix peak in
-    FLOP/s), and `what` and `unit` of the number.
-    """
-    try:
-        import roofline
-    except ImportError:
-        return None
-    say = getattr(roofline, "predicted", None)
-    return say(row) if say else None
-
-
 @contextmanager
 def counting_graphs() -> Iterator[Counter]:
     """How many captures of CUDA graphs are begun and done, and how many graphs replayed, while the block runs."""
@@ -157,12 +143,18 @@ class Bench:
         told = [asdict(figure) for figure in figures]
         for figure in told:
             if figure["predicted"] is None:
-                figure["predicted"] = self._predicted({**row, **figure})
+                figure["predicted"] = self._predicted(row, figure["unit"])
         return {"figures": told, "reason": reason, "over": self._spoilt()}
 
-    def _predicted(self, row: dict[str, Any]) -> float | None:
+    def _predicted(self, row: dict[str, Any], unit: str) -> float | None:
+        """What bench/roofline.py says of a row's speed, at the rates measured here; None of any other number."""
+        if unit != "tok/s" or row["work"] not in ("decode", "train") or set(self.limits) != {"bandwidth", "matrix"}:
+            return None
         try:
-            return predicted(row)
+            import roofline  # which imports this file
+
+            config = self.shapes[row["options"]["shape"]]
+            return roofline.tokens_a_second(row["work"], row["options"], config, self.sizes, self.limits)
         except Exception:  # a measured figure is worth more than its prediction
             traceback.print_exc()
             return None

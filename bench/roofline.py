@@ -29,14 +29,14 @@ from unittest.mock import patch
 import common
 import torch
 import torch.nn.functional as F
-from run_gpu import Bench, Sizes
+from gpu_rows import Bench, Sizes
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from mmsr import attention, model, vision
+from mmsr import attention, engine, model, vision
 from mmsr.engine import Group, Member
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
@@ -362,6 +362,7 @@ FUSED: tuple[tuple[Any, str], ...] = (
     (vision, "rotate"),
     (vision, "gated"),
     (attention, "_merge_kernel_parts"),
+    (engine, "probabilities"),
 )
 
 
@@ -441,7 +442,7 @@ class Pass:
 
 def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = ("decode", "prefill", "training")) -> list[Pass]:
     """Every pass of one shape. `sizes`: those of a step."""
-    bench, policy = Bench(META, sizes, torch.bfloat16), meta_model(config)
+    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config)
     found: list[Pass] = []
     with as_on_cuda():
         if "decode" in wanted:
@@ -454,6 +455,23 @@ def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = ("decode",
     return found
 
 
+def tokens_a_second(
+    work: str, options: dict[str, Any], config: ModelConfig, sizes: Sizes, limits: dict[str, float]
+) -> float:
+    """Of a row of gpu_day.py, at the copy bandwidth (bytes/s) and matrix peak (operations/s) that it has measured.
+
+    Of a decode batch, or of the tokens trained in an update of decoder, head and tower without the optimizer.
+    """
+    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config)
+    card = Card(limits["bandwidth"], limits["matrix"])
+    with as_on_cuda():
+        if work == "decode":
+            found = decode(bench, policy, sizes.decode_batch // options["members"], options["members"])
+            return sizes.decode_batch / found.seconds(card, card.replayed if options["capture"] else card.eager)
+        tokens, decoder, tower = update(bench, policy, policy.config.num_hidden_layers * options["recompute"])
+        return tokens / (decoder.seconds(card, card.eager) + tower.seconds(card, card.eager))
+
+
 def meta_model(config: ModelConfig) -> Qwen2_5_VL:
     with META:
         policy = Qwen2_5_VL(config).to(torch.bfloat16)
@@ -464,7 +482,7 @@ def meta_model(config: ModelConfig) -> Qwen2_5_VL:
 def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, members: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
     s, config, slots = bench.sizes, policy.config, prompts * members
-    engine = bench.engine(policy, slots, s.turn, capture=False)
+    engine = bench.engine(policy, slots, s.turn, s.most, capture=False)
     engine.submit([Group([0] * s.prompt, [], [Member(key) for key in range(members)]) for _ in range(prompts)])
     half = (2 * s.turn + s.result) / 2
     stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * half)
@@ -479,7 +497,7 @@ def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, members: int) -> Pass
 def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
     """One pass over new prompts and their pictures. Nothing in it is computed twice, so it needs what it has."""
     s = bench.sizes
-    engine = bench.engine(policy, s.questions * s.group, s.turn, capture=False)
+    engine = bench.engine(policy, s.questions * s.group, s.turn, s.most, capture=False)
     prompts = min(s.questions, engine.prefill_tokens // s.prompt)
     groups = bench.groups(policy.config, prompts, s.group)
     engine.submit(groups)
@@ -493,30 +511,36 @@ def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
 
 
 def training(bench: Bench, policy: Qwen2_5_VL) -> list[Pass]:
-    """Forward and backward pass of a micro-batch: decoder and head, then the tower; each kept, then recomputed."""
-    s = bench.sizes
+    """A micro-batch's passes with no block, two thirds of the blocks, and every block recomputed; then the tower's."""
+    blocks = policy.config.num_hidden_layers
+    some = blocks - max(1, blocks // 3)
+    found = [update(bench, policy, recomputed)[1:] for recomputed in (0, some, blocks)]
+    return [decoder for decoder, _ in found] + [found[0][1], found[-1][1]]
+
+
+def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, Pass, Pass]:
+    """Forward and backward pass of a micro-batch: its tokens, then decoder and head, then the tower.
+
+    `recomputed`: the first so many blocks of the decoder; the tower's where that is all of them.
+    """
+    s, blocks = bench.sizes, policy.config.num_hidden_layers
     questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
     episodes = bench.episodes(policy.config, questions)
     batch = pack(episodes, cut(episodes, MICRO_TOKENS)[0], META)
     patches = sum(len(image.patches) for image in {i.key: i for i in batch.images}.values())
     tower = sum(p.numel() for p in policy.visual.blocks.parameters())
     needs = bench.operations(policy, episodes, len(batch.input_ids)) - 6 * patches * tower
-    decoders, towers = [], []
-    blocks = policy.config.num_hidden_layers
-    third = blocks - blocks // 3
-    for recomputed in (0, third, blocks):
-        policy.checkpoint_blocks, policy.visual.checkpoint_blocks = recomputed > 0, recomputed == blocks
-        policy.kept_blocks = blocks - recomputed
-        how = {0: "kept", blocks: "recomputed"}.get(recomputed, f"{recomputed} of {blocks} blocks recomputed")
-        kernels, kept, features = tower_pass(policy, batch)
-        if recomputed in (0, blocks):
-            towers.append(Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept))
-        kernels, kept = decoder_pass(bench, policy, batch, features)
-        name = f"training, {len(batch.input_ids):,} tokens, {how}"
-        decoders.append(Pass(name, kernels, needs_operations=needs, kept=kept))
-    for each in towers:
-        each.needs_operations = towers[0].operations
-    return decoders + towers
+    policy.checkpoint_blocks, policy.kept_blocks = True, blocks - recomputed
+    how = {0: "kept", blocks: "recomputed"}.get(recomputed, f"{recomputed} of {blocks} blocks recomputed")
+    policy.visual.checkpoint_blocks = False
+    plain, _, _ = tower_pass(policy, batch)
+    policy.visual.checkpoint_blocks = recomputed == blocks
+    kernels, kept, features = tower_pass(policy, batch)
+    last = Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept)
+    last.needs_operations = Pass("", plain).operations
+    kernels, kept = decoder_pass(bench, policy, batch, features)
+    tokens = len(batch.input_ids)
+    return tokens, Pass(f"training, {tokens:,} tokens, {how}", kernels, needs_operations=needs, kept=kept), last
 
 
 def tower_pass(policy: Qwen2_5_VL, batch) -> tuple[Counter[Kernel], int, ImageFeatures]:

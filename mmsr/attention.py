@@ -208,12 +208,12 @@ class Cached:
         rows, group = self.members.shape
         attend = _kernel_part if has_decode_kernel(q) else _plain_part
         merge = _merge_kernel_parts if has_decode_kernel(q) else _merge_plain_parts
-        heads = q.unflatten(1, (suffix[0].shape[2], -1)).transpose(1, 2)  # (S, H/K, K, D): a key head's queries
+        heads = q.unflatten(1, (suffix[0].shape[2], -1)).transpose(1, 2).contiguous()  # (S, H/K, K, D)
         shared = heads[self.members].flatten(1, 2)  # (R, G * H/K, K, D)
         on_prefix = attend(shared, *prefix, self.prefix)
         on_prefix = [x.unflatten(1, (group, -1)).flatten(0, 1) for x in on_prefix]  # (R * G, H/K, K, …)
         on_suffix = attend(heads, *suffix, self.suffix)  # (S, H/K, K, …)
-        return merge(self.place, *on_prefix, *on_suffix).transpose(1, 2).flatten(1, 2).to(q.dtype)
+        return merge(self.place, *on_prefix, *on_suffix).to(q.dtype)
 
 
 class Lengths:
@@ -251,9 +251,10 @@ def _kernel_part(q: Tensor, k: Tensor, v: Tensor, lens: Lengths) -> tuple[Tensor
 
 @fused
 def _merge_kernel_parts(place: Tensor, out_1: Tensor, log_mass_1: Tensor, out_2: Tensor, log_mass_2: Tensor) -> Tensor:
-    """Both parts together, (S, H/K, K, D). `place` (S,): where in the first a slot is."""
+    """Both parts (…, H/K, K, D) together, (S, H, D). `place` (S,): where in the first a slot is."""
     share = (log_mass_2 - log_mass_1[place]).sigmoid()[..., None]  # Z_2 / (Z_1 + Z_2)
-    return (out_1[place] * (1 - share) + out_2 * share).to(out_2.dtype)
+    whole = out_1[place] * (1 - share) + out_2 * share
+    return whole.to(out_2.dtype).transpose(1, 2).flatten(1, 2)
 
 
 def _plain_part(q: Tensor, k: Tensor, v: Tensor, lens: Lengths) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,7 +279,8 @@ def _merge_plain_parts(
     sum_1, mass_1, top_1 = sum_1[place], mass_1[place], top_1[place]
     top = torch.maximum(top_1, top_2)
     scale_1, scale_2 = (top_1 - top).exp(), (top_2 - top).exp()
-    return (scale_1 * sum_1 + scale_2 * sum_2) / (scale_1 * mass_1 + scale_2 * mass_2)
+    whole = (scale_1 * sum_1 + scale_2 * sum_2) / (scale_1 * mass_1 + scale_2 * mass_2)
+    return whole.transpose(1, 2).flatten(1, 2)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import attention
 from .attention import Cached, Packed, Segments, packed_attention
+from .fuse import fused
 from .graphs import Graphs
 from .model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 
@@ -95,13 +96,18 @@ def uniform(key: Tensor, index: Tensor) -> Tensor:
     return shift(x ^ shift(x, 31), 11).double() * 2.0**-53
 
 
+@fused
+def probabilities(logps: Tensor) -> Tensor:
+    return logps.double().exp()
+
+
 def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
     """Token ids and their log-probabilities (n,) under softmax(`scores` (n, V)), by inverse CDF of `noise` (n,)."""
     logps = scores.log_softmax(-1)
     if greedy:
         tokens = scores.argmax(-1)
     else:
-        mass = logps.double().exp().cumsum(-1)
+        mass = probabilities(logps).cumsum(-1)
         tokens = torch.searchsorted(mass, (noise * mass[:, -1])[:, None], right=True)[:, 0]
         tokens = tokens.clamp_(max=scores.shape[1] - 1)
     return tokens, logps.gather(1, tokens[:, None])[:, 0]

@@ -225,13 +225,23 @@ def test_a_card_that_is_too_small_is_tried(monkeypatch):
     assert bench.micro_tokens("7B", 4, True, optimizer=False) == bench.micro_tokens("3B", 32, True) == 16384
 
 
-def test_a_prediction_is_missing_or_costs_a_figure(monkeypatch):
+@pytest.mark.parametrize("work, options", [("decode", dict(members=2, capture=False)), ("train", dict(recompute=True))])
+def test_a_prediction_is_missing_or_costs_a_figure(work, options, monkeypatch):
+    """The roofline's, at the rates that were measured; where it fails the figure is there all the same."""
     bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes.tiny(), torch.bfloat16, gpu_rows.tiny_shapes())
-    row = {"row": "matrix peak", "work": "matrix", "options": {}, "limits": {}}
-    for predict, wanted in [(lambda row: {"TFLOP/s": 790.0}[row["unit"]], 790.0), (lambda row: 1 / 0, None)]:
-        monkeypatch.setitem(sys.modules, "roofline", types.SimpleNamespace(predicted=predict))
-        (figure,) = bench.answer(row)["figures"]
-        assert figure["value"] > 0 and figure["predicted"] == wanted
+    row = {
+        "row": work,
+        "work": work,
+        "options": dict(shape="3B") | options,
+        "limits": dict(bandwidth=3e12, matrix=7e14),
+    }
+    (figure,) = bench.answer(row)["figures"]
+    assert figure["unit"] == "tok/s" and figure["value"] > 0 and figure["predicted"] > 0
+    monkeypatch.setitem(sys.modules, "roofline", types.SimpleNamespace())
+    (figure,) = bench.answer(row)["figures"]
+    assert figure["value"] > 0 and figure["predicted"] is None
+    (figure,) = bench.answer({"row": "", "work": "matrix", "options": {}, "limits": row["limits"]})["figures"]
+    assert figure["predicted"] is None
 
 
 # ---- claims

@@ -12,7 +12,7 @@ from test_engine import BANNED, STOP, episodes, groups, recomputed, run, texts
 from test_update import made
 
 from mmsr.engine import Engine
-from mmsr.graphs import USUAL, Graphs
+from mmsr.graphs import WARM_UPS, Graphs
 from mmsr.update import MasterWeights, Trainer
 
 CUDA = pytest.param(
@@ -123,14 +123,14 @@ def test_a_capture_that_fails_spoils_the_process():
     graphs, total = Graphs(True), torch.zeros((), device="cuda")
     stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="not captured"):
-        for _ in range(USUAL + 1):
+        for _ in range(WARM_UPS + 1):
             graphs("shape", lambda: total.add_(1).item())
-    assert torch.cuda.current_stream() == stream and total.item() == USUAL + 1
+    assert torch.cuda.current_stream() == stream and total.item() == WARM_UPS + 1
     torch.cuda.empty_cache()
     again = Graphs(True)
-    for _ in range(USUAL + 2):
+    for _ in range(WARM_UPS + 2):
         again("shape", lambda: total.add_(1))
-    assert again.captured and total.item() == 2 * USUAL + 3
+    assert again.captured and total.item() == 2 * WARM_UPS + 3
 
 
 def test_engine_lives_where_its_model_does(device):

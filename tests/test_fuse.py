@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import largest_difference, report
 
-from mmsr import attention, fuse, vision
+from mmsr import attention, engine, fuse, vision
 from mmsr.fuse import compiles, fused
 
 
@@ -25,7 +25,16 @@ def parts(n: int):
     return place, torch.randn(2 * n, 3, 2, 8), torch.randn(2 * n, 3, 2), torch.randn(n, 3, 2, 8), torch.randn(n, 3, 2)
 
 
-FUNCTIONS = [(vision.rotate, rotation), (vision.gated, mlp), (attention._merge_kernel_parts, parts)]
+def logps(n: int):
+    return (torch.randn(n, 30).log_softmax(-1),)
+
+
+FUNCTIONS = [
+    (vision.rotate, rotation),
+    (vision.gated, mlp),
+    (attention._merge_kernel_parts, parts),
+    (engine.probabilities, logps),
+]
 
 
 def values_and_gradients(function, arguments):
