@@ -523,11 +523,14 @@ class Engine:
         ended = slots[over]
         if not len(ended):
             return []
+        return [self._end_turn(row) for row in self._take_turns(ended).cpu()]
+
+    def _take_turns(self, ended: Tensor) -> Tensor:
+        """What the host wants to know of slots whose turn is over, in one piece: a row each, see `_end_turn`."""
         self.live[ended] = False
         places = torch.arange(len(self.live), device=self.device)
         columns = torch.stack([places, self.length, self.position], 1), self.ids, self.logps
-        found = torch.cat([column[ended].double() for column in columns], 1)  # which holds each of them exactly
-        return [self._end_turn(row) for row in found.cpu()]
+        return torch.cat([column[ended].double() for column in columns], 1)  # which holds each of them exactly
 
     def _end_turn(self, row: Tensor) -> Member:
         """`row`: slot, last index and next position; then by index what was sampled: ids, log-probabilities."""

@@ -283,13 +283,15 @@ class Trainer:
         with self.lockstep.phase("first vision pass"):
             features = self._features(self.model, packs, share)
         stats.add(encoded=features.encoded)
+        episodes = [*share.episodes, self.idle]
         found = [torch.empty(0, device=self.device)] * len(share.episodes)
         found.append(torch.zeros(1, device=self.device))
         for part, batch in zip(parts, packs):
             with self.lockstep.phase("first pass", final=len(part) == 1):
                 logps, _ = self.log_probs(self.model, batch, features)
-            for i in part:
-                found[i] = logps[batch.episode_index == i]
+            lengths = [sum(episodes[i].loss_mask) for i in part]
+            for i, mine in zip(part, logps.split(lengths)):  # a pack has them episode by episode
+                found[i] = mine
         return found
 
     def _clip(self) -> float:

@@ -1,0 +1,122 @@
+"""What stays on the host and what is on the device, told apart without a device.
+
+The meta device plays the GPU: its tensors have no values, and everything that stays on the host is on the CPU. `Apart`
+refuses every operator that gets tensors of both, which on CUDA is an error, or a copy that nobody sees and that a
+capture does not allow. Where the host asks for a value, it is given 1.
+"""
+
+import pytest
+import torch
+from helpers import conversation, random_image, tiny_config
+from test_engine import BANNED, RESULT, STOP
+from test_update import made
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmsr import attention
+from mmsr.attention import Cached
+from mmsr.engine import Engine, Group, Member
+from mmsr.model import Qwen2_5_VL
+from mmsr.optimizer import MasterWeights
+from mmsr.update import Trainer
+
+COPIES = {"aten::_to_copy", "aten::copy_"}
+
+
+class Apart(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._schema.name
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        devices = {x.device.type for x in tensors if x.ndim or x.device.type == "meta"}  # a host's scalar is no tensor
+        assert len(devices) < 2 or name in COPIES, f"{func} gets tensors of host and device"
+        if name == "aten::_local_scalar_dense" and "meta" in devices:
+            return 1
+        if name == "aten::nonzero" and "meta" in devices:
+            return args[0].new_empty(1, args[0].ndim, dtype=torch.long)
+        return func(*args, **kwargs)
+
+
+def mask(queries, keys):
+    return torch.ones(queries, keys, dtype=torch.bool, device="meta").tril(keys - queries)
+
+
+@pytest.fixture(params=["sdpa", "varlen"])
+def apart(request, monkeypatch):
+    """Both ways to attend; a GPU's is in half precision."""
+    monkeypatch.setattr(attention, "backend", lambda q: request.param)
+    monkeypatch.setattr(attention, "_sum_dtype", lambda q: q.dtype)
+    monkeypatch.setattr(attention, "causal_lower_right", mask)  # torch's is of a class that no mode can watch
+    dtype = torch.bfloat16 if request.param == "varlen" else torch.float32
+    with torch.device("meta"):
+        model = Qwen2_5_VL(tiny_config()).to(dtype)
+    with Apart():
+        yield model
+
+
+class Blind(Engine):
+    """Turns end after three tokens, as values are not known."""
+
+    def _end_turns(self, slots, over):
+        assert slots.device.type == over.device.type == "meta" and over.dtype == torch.bool
+        live = [m for m in self.seated.values() if m.since is not None]
+        ended = [m for m in live if self.counts["decode_steps"] - m.since >= 2 + m.slot % 2]
+        for member in ended:
+            row = self._take_turns(torch.tensor([member.slot], device="meta"))
+            assert row.shape == (1, 3 + 2 * self.room)
+            said = torch.zeros(3 + 2 * self.room).double()
+            said[0], said[1], said[2] = member.slot, len(member.ids) + 2, member.position + 3
+            self._end_turn(said)
+        return ended
+
+
+def test_a_rollout_mixes_host_and_device(apart):
+    """Prefill with pictures, openings, results of tools, decoding, members that wait for a slot, and compaction."""
+    groups = []
+    for number in range(5):
+        ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
+        groups.append(Group(ids.tolist(), images, [Member(key) for key in range(3)]))
+    groups[1].members[0].force(RESULT[0].tolist(), RESULT[1])
+    engine = Blind(apart, STOP, BANNED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
+    assert engine.submit(groups) == []
+    compacted, compact = [], engine._compact
+    engine._compact = lambda slots: compacted.append(slots) or compact(slots)
+    extended = set()
+    while engine.busy:
+        for member in engine.step():
+            if member in extended or member.key == 2:
+                engine.finish(member)
+            else:
+                extended.add(member)
+                engine.extend(member, RESULT[0].tolist(), RESULT[1])
+    assert len(extended) == 10 and compacted and not engine.seated
+
+
+def test_an_update_mixes_host_and_device(apart):
+    """Tower, micro-batches, π_old, reference, loss, statistics, clipping, and fp32 weights' optimizer step."""
+    fp32 = apart.head_weight.dtype == torch.float32
+    with torch.device("meta"):
+        reference = Qwen2_5_VL(tiny_config()).to(apart.head_weight.dtype).requires_grad_(False)
+    optimizer = MasterWeights(apart, lambda params: torch.optim.AdamW(params, lr=1e-3))
+    if not fp32:
+        optimizer.step = lambda lr: None  # the meta device has no random numbers to round with
+    trainer = Trainer(
+        apart, optimizer, BANNED.to("meta"), reference=reference, kl=0.1, micro_tokens=60, importance_cap=2.0
+    )
+    episodes = made()
+    metrics = trainer.step([[e for e in episodes if e.group_id == 0], [e for e in episodes if e.group_id > 0]], 1e-3)
+    assert metrics["skipped_updates"] == 0 and metrics["trained"] > 0
+
+
+def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
+    """The check itself: such a slip must end a decode step and an update."""
+    plain = Cached.__init__
+
+    def slipped(self, prefix_lens, members, place, suffix_lens):
+        plain(self, prefix_lens, members, place, suffix_lens + torch.arange(len(suffix_lens)))
+
+    monkeypatch.setattr(Cached, "__init__", slipped)
+    with pytest.raises(AssertionError, match="host and device"):
+        test_a_rollout_mixes_host_and_device(apart)
+    monkeypatch.setattr(Trainer, "_losses", lambda self, logps, *rest: logps * torch.arange(len(logps)))
+    with pytest.raises(AssertionError, match="host and device"):
+        test_an_update_mixes_host_and_device(apart)
