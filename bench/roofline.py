@@ -355,10 +355,11 @@ class _OneKernel(torch.autograd.Function):
         return None, None, *found
 
 
-# Functions, by module and name, that one kernel computes on CUDA and several on the meta device: those that the program
-# has torch.compile fuse (mmsr/fuse.py), and one of torch's own.
+# Functions, by module and name, that one kernel computes on CUDA and several on the meta device: one of torch's own, and
+# those that the program has torch.compile fuse (mmsr/fuse.py).
+TORCHS: tuple[tuple[Any, str], ...] = ((F, "rms_norm"),)
 FUSED: tuple[tuple[Any, str], ...] = (
-    (F, "rms_norm"),
+    *TORCHS,
     (vision, "rotate"),
     (vision, "gated"),
     (attention, "_merge_kernel_parts"),
@@ -629,12 +630,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=shapes, help="one shape only")
     parser.add_argument("--card", choices=CARDS, help="one card only")
     parser.add_argument("--pass", dest="kind", choices=kinds, help="one kind of pass only")
+    parser.add_argument("--unfused", action="store_true", help="as without torch.compile")
     parser.add_argument("--ops", action="store_true", help=f"the {OPS} kernels that take most of each pass")
     options = parser.parse_args(argv)
     shapes = {name: config for name, config in shapes.items() if options.shape in (None, name)}
     cards = {name: card for name, card in CARDS.items() if options.card in (None, name)}
     wanted = [kind for kind in kinds if options.kind in (None, kind)]
-    print(report(shapes, cards, Sizes(), wanted, options.ops))
+    with patch(f"{__name__}.FUSED", TORCHS if options.unfused else FUSED):
+        print(report(shapes, cards, Sizes(), wanted, options.ops))
 
 
 if __name__ == "__main__":
