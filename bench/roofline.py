@@ -128,7 +128,7 @@ class Count(TorchDispatchMode):
         return result
 
     def _add_call(self, call: Call) -> None:
-        product = call.op.overloadpacket in flop_registry
+        product = call.name in OPERATIONS or call.op.overloadpacket in flop_registry
         assert not product or call.name in OPERATIONS, f"no rule counts the operations of {call.op}"
         if self.fusing:
             assert not product, f"{self.fusing} cannot be one kernel: it has a product, {call.op}"
@@ -355,8 +355,8 @@ class _OneKernel(torch.autograd.Function):
         return None, None, *found
 
 
-# Functions, by module and name, that one kernel computes on CUDA and several on the meta device: one of torch's own, and
-# those that the program has torch.compile fuse (mmsr/fuse.py).
+# Functions, by module and name, that one kernel computes on CUDA and several on the meta device: one of torch's own,
+# and those that the program has torch.compile fuse (mmsr/fuse.py).
 TORCHS: tuple[tuple[Any, str], ...] = ((F, "rms_norm"),)
 FUSED: tuple[tuple[Any, str], ...] = (
     *TORCHS,

@@ -395,7 +395,8 @@ def generation(model: AnyModule) -> Iterator[AnyModule]:
 
 def _plain_twin(model: AnyModule) -> AnyModule:
     """A model of the same class whose parameters are those of `model`, gathered at this moment."""
-    kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))  # FSDP has put its own first
+    # FSDP has made a class of its own and put it first.
+    kind: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         twin = kind(model.config)
     twin.load_state_dict(dict(model.named_parameters()), assign=True)
