@@ -184,3 +184,21 @@ def test_a_cuda_kernel_departs_from_fp32(kernel, layout, causal, heads, kv_heads
     wanted = with_gradients(naive(*exact, q_lens, k_lens, causal), exact)
     for a, b in zip(ours, wanted):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (28, 4)])
+def test_cudas_decode_kernel_departs_from_the_plain_step(heads, kv_heads):
+    """The real kernel in half precision against the plain step in fp32; what lies beyond a length is not a number."""
+    q, prefix, suffix, prefix_lens, members, place, suffix_lens, rows = decode_step(heads, kv_heads, 64)
+    wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
+    for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
+        for store in stores:
+            store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
+    layout = Cached(*(x.to("cuda") for x in (prefix_lens, members, place, suffix_lens)))
+    half = [[x.to("cuda", torch.bfloat16) for x in stores] for stores in ([q], prefix, suffix)]
+    assert attention.has_decode_kernel(half[0][0])
+    ours = layout(half[0][0], tuple(half[1]), tuple(half[2])).float().cpu()
+    torch.testing.assert_close(ours[1:5], wanted, rtol=2e-2, atol=2e-2)
+    assert ours.isfinite().all()

@@ -107,13 +107,16 @@ def test_tokens_are_the_same_on_every_device_when_greedy(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_replayed_graph_draws_other_tokens():
-    """On the real thing; tests/test_graphs.py plays it on the CPU."""
-    model, captured, plain = tiny_model(4).to("cuda"), groups(3, 4), groups(3, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replayed_graph_draws_other_tokens(dtype, monkeypatch):
+    """On the real thing; tests/test_graphs.py plays it on the CPU. The measure: the same sizes, launched one by one."""
+    model, captured, plain = tiny_model(4).to("cuda", dtype), groups(3, 4), groups(3, 4)
     engine = run(model, captured, turn_tokens=40, max_tokens=400)
     assert engine.graphs.on, "a capture failed"
-    run(model, plain, turn_tokens=40, max_tokens=400, capture=False)
-    assert texts(captured) == texts(plain)
+    assert engine.graphs.replayed > engine.counts["decode_steps"] / 2
+    monkeypatch.setattr(Graphs, "_try", lambda graphs, shape, run: None)
+    engine = run(model, plain, turn_tokens=40, max_tokens=400)
+    assert not engine.graphs.replayed and texts(captured) == texts(plain)
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ FUNCTIONS = [
 def values_and_gradients(function, arguments):
     out = function(*arguments)
     wanted = [x for x in arguments if x.requires_grad]
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return [out, *(torch.autograd.grad((out * weights).sum(), wanted) if wanted else ())]
 
 
@@ -108,3 +108,18 @@ def test_a_function_is_compiled_again_for_every_call(monkeypatch):
     for _ in range(3):
         assert double(torch.ones(2).as_subclass(OnGpu)).tolist() == [2, 2]
     assert made == [dict(fullgraph=True, dynamic=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("function, arguments", FUNCTIONS)
+def test_cudas_fused_kernel_computes_something_else(function, arguments, record_property):
+    """The functions as the program calls them there, against their plain form on the CPU."""
+    assert compiles(), "torch.compile does not work on this machine: all is right, but slower"
+    torch.manual_seed(0)
+    here = arguments(64)
+    there = [x.detach().cuda().requires_grad_(x.requires_grad) for x in here]
+    plain = values_and_gradients(function, here)
+    worst = max(largest_difference(a.cpu(), b) for a, b in zip(values_and_gradients(function, there), plain))
+    report(record_property, f"fused on cuda against plain, {function.__name__}", worst)
+    assert worst < 1e-5
