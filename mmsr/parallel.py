@@ -399,7 +399,8 @@ def _plain_twin(model: AnyModule) -> AnyModule:
     kind: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         twin = kind(model.config)
-    twin.load_state_dict(dict(model.named_parameters()), assign=True)
+    whole = {name: p.detach() for name, p in model.named_parameters()}  # FSDP's own must keep asking for gradients
+    twin.load_state_dict(whole, assign=True)
     return twin.requires_grad_(False)
 
 
