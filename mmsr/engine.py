@@ -276,9 +276,11 @@ class Engine:
         self.layout = None
         starting = [member for member in seated if not member.ids]
         self.feeding += [member for member in seated if member.ids]
-        if not starting:
-            return []
-        return self._start(torch.stack([member.group.scores for member in starting]), starting)
+        scores = [member.group.scores for member in starting]
+        for group in {member.group for member in seated}:
+            if not self.unseated or self.unseated[0].group is not group:
+                group.scores = None  # a megabyte that nobody will ask for
+        return self._start(torch.stack(scores), starting) if starting else []
 
     def _next_groups(self) -> list[Group]:
         """The queued groups to prefill now, in order: while slots and rows are left, one pass's worth of prompts."""
@@ -300,7 +302,7 @@ class Engine:
             group.row, group.unfinished = self.free_rows.pop(0), len(group.members)
         scores, positions = self._prefill_prompts(groups)
         for group, after, position in zip(groups, scores, positions):
-            group.scores = after
+            group.scores = after.clone()  # not a part of the whole pass's, which would stay as long
             for member in group.members:
                 member.group, member.position = group, position
                 self.unseated.append(member)

@@ -52,6 +52,7 @@ def run(model, batch: list[Group], turns: int = 2, result=RESULT, **options) -> 
             else:
                 engine.finish(member)
     assert not +left and not engine.seated
+    assert all(group.scores is None for group in batch), "a megabyte for every prompt of an evaluation"
     return engine
 
 
