@@ -43,8 +43,9 @@ def fused(function: Function) -> Function:
 def compiles() -> bool:
     """Whether torch.compile works here, tried once: it needs Triton and a C compiler. Without it all is only slower."""
     try:
-        x = torch.ones(8, device="cuda", requires_grad=True)
-        torch.compile(torch.sin)(x).sum().backward()
+        with torch.enable_grad():  # the first call may be a sampler's
+            x = torch.ones(8, device="cuda", requires_grad=True)
+            torch.compile(torch.sin)(x).sum().backward()
     except Exception as error:  # of the compiler, a missing program, or the device
         why = f"elementwise operations are not fused ({first_line(error)}); they run one by one, which takes longer"
         warnings.warn(why, RuntimeWarning, stacklevel=2)

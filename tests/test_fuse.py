@@ -95,6 +95,17 @@ def test_a_machine_without_a_compiler_ends_the_run(monkeypatch):
     compiles.cache_clear()
 
 
+def test_a_sampler_that_comes_first_turns_fusing_off(monkeypatch):
+    """The trial has a backward pass, and sampling runs without gradients."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **more: ones(*size, **more))
+    compiles.cache_clear()
+    with torch.no_grad():
+        assert compiles()
+    compiles.cache_clear()
+
+
 def test_a_function_is_compiled_again_for_every_call(monkeypatch):
     """What a GPU would do, with tensors that say they are on one."""
     made = []
