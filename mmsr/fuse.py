@@ -33,7 +33,7 @@ def fused(function: Function) -> Function:
         if not tensors[0].is_cuda or not compiles():
             return function(*tensors)
         if not compiled:
-            compiled.append(torch.compile(function, fullgraph=True, dynamic=True))
+            compiled.append(torch.compile(function, dynamic=True))  # for any number of tokens
         return compiled[0](*tensors)
 
     return run  # type: ignore[return-value]
