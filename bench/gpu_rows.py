@@ -40,17 +40,7 @@ from mmsr.vision import MERGE, PATCH, PATCH_VALUES, Image, VisionConfig
 GIB = 2**30
 MICRO_TOKENS = (16384, 8192, 4096, 2048)  # of a micro-batch: the first whose memory plan fits
 WARM = 140  # decode steps before the clock starts: kernels are loaded and graphs captured by then
-TEXT = dict(rms_norm_eps=1e-6, mrope_section=(16, 24, 24))
-SHAPES = {
-    "3B": ModelConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, tie_word_embeddings=True, vision=VisionConfig(out_hidden_size=2048), **TEXT,
-    ),
-    "7B": ModelConfig(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vision=VisionConfig(out_hidden_size=3584), **TEXT,
-    ),
-}  # fmt: skip
+SHAPES = {name.removeprefix("Qwen2.5-VL-"): config for name, config in plan.PUBLISHED.items()}
 
 
 @dataclass(frozen=True)

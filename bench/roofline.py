@@ -29,7 +29,7 @@ from unittest.mock import patch
 import common
 import torch
 import torch.nn.functional as F
-from gpu_rows import Bench, Sizes
+from gpu_rows import SHAPES, Bench, Sizes
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +40,7 @@ from mmsr import attention, engine, model, vision
 from mmsr.engine import Group, Member
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
-from mmsr.plan import GIB, PUBLISHED
+from mmsr.plan import GIB
 from mmsr.update import ImageFeatures
 
 META = torch.device("meta")
@@ -624,16 +624,15 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    shapes = {name.removeprefix("Qwen2.5-VL-"): config for name, config in PUBLISHED.items()}
     kinds = "decode", "prefill", "training"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=shapes, help="one shape only")
+    parser.add_argument("--shape", choices=SHAPES, help="one shape only")
     parser.add_argument("--card", choices=CARDS, help="one card only")
     parser.add_argument("--pass", dest="kind", choices=kinds, help="one kind of pass only")
     parser.add_argument("--unfused", action="store_true", help="as without torch.compile")
     parser.add_argument("--ops", action="store_true", help=f"the {OPS} kernels that take most of each pass")
     options = parser.parse_args(argv)
-    shapes = {name: config for name, config in shapes.items() if options.shape in (None, name)}
+    shapes = {name: config for name, config in SHAPES.items() if options.shape in (None, name)}
     cards = {name: card for name, card in CARDS.items() if options.card in (None, name)}
     wanted = [kind for kind in kinds if options.kind in (None, kind)]
     with patch(f"{__name__}.FUSED", TORCHS if options.unfused else FUSED):

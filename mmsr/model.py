@@ -270,9 +270,10 @@ def _scores(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden @ head.T (R, V) in fp32, or wider if they are.
 
     On CUDA half-precision factors give fp32 results: rounded to bfloat16, a logit near 30 is off by up to a sixteenth,
-    which the sampler's and the trainer's log-probabilities would differ by. The CPU has no such product.
+    which the sampler's and the trainer's log-probabilities would differ by. Other devices have no such product; in
+    tests and plans the meta device is a GPU.
     """
-    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type != "cpu":
+    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type in ("cuda", "meta"):
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 

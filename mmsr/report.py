@@ -4,7 +4,7 @@
 
 `report.html` beside this file is the page without data; its script draws what is embedded here. A RUN is a folder of
 train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout, by
-metrics.jsonl; of the rollouts themselves, whole groups are embedded, evenly spread, as many as a browser bears.
+metrics.jsonl; of the rollouts themselves, whole groups are embedded, evenly spread, as many as a browser can show.
 
 No more than about twice these is read of the rollouts: a run of the blog's sizes leaves 16,384 a step, and torchrun
 kills a run that needs more than 30 seconds for its last report.
