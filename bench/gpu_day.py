@@ -390,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "gpu-day", help="folder of the files")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shapes and sizes")
+    parser.add_argument("--no-equalities", action="store_true", help="leave out the tests, which part 1 begins with")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that the part may take")
     parser.add_argument("--commit", default="", help="where git cannot tell it")
     options = parser.parse_args(argv)
@@ -403,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(" | ".join(cells) for cells in cells_of(row)), flush=True)
 
     which = ["-k", "cpu"] if options.device == "cpu" else ["-m", "gpu"]
-    for file in files_with_equalities(options.device == "cpu") if part == 1 else ():
+    files = files_with_equalities(options.device == "cpu") if part == 1 and not options.no_equalities else []
+    for file in files:
         tell({"row": f"equalities, {file}", **equalities(file, which, max(1, min(90, clock.left)), log)})
     command = [sys.executable, str(ROOT / "bench/gpu_rows.py"), "--device", options.device]
     for _, found in measure(PARTS[part], [*command, *["--tiny"] * options.tiny], clock, log):

@@ -50,7 +50,7 @@ def compiled_and_plain(backend: str, function, arguments) -> float:
     torch._dynamo.reset()
     compiled = torch.compile(function.__wrapped__, backend=backend, fullgraph=True, dynamic=True)
     worst = 0.0
-    for n in (5, 1, 64, 7):
+    for n in (5, 64):
         torch.manual_seed(n)
         given = arguments(n)
         for ours, plain in zip(values_and_gradients(compiled, given), values_and_gradients(function, given)):
