@@ -1,5 +1,6 @@
 """A toy world, and a base model that is made once, in seconds: it speaks the markup and knows nothing."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
 
 torch.set_num_threads(1)  # see helpers.py
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start: beside others two threads only wait
 
 MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
 

@@ -83,6 +83,7 @@ def measured(tmp_path, works, clock=None, command=(sys.executable, "-c", CHILD),
     return [found for _, found in gpu_day.measure(rows, command, clock, tmp_path / "log")]
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_hangs_or_kills_its_process_takes_another_with_it(tmp_path):
     works = ["good", "fail", "good", "hang", "good", "die", "good", "last", "good"]
     found = measured(tmp_path, works, limit=2.0)

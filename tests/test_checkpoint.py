@@ -207,6 +207,7 @@ def damage_trials(root: Path, trials: int) -> list[int | str]:
     return found
 
 
+@pytest.mark.slow
 def test_thousand_flips_and_truncations_are_all_detected_and_the_previous_is_taken(tmp_path):
     assert damage_trials(tmp_path / "root", 1000) == [1] * 1000
 

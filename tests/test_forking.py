@@ -36,6 +36,7 @@ def run(copy, *argv, **more):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_what_the_page_says_works_when_it_is_done(section, copy):
     blocks = BLOCK.findall(SECTIONS[section])

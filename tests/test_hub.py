@@ -180,6 +180,7 @@ def test_what_is_not_in_the_cache_names_the_option_instead(hub_cache):
         hub.fetched_file("lmms-lab/FVQA", hub.RESULTS)
 
 
+@pytest.mark.slow
 def test_train_without_a_network_ends_with_one_line(miniature, tmp_path):
     line = [sys.executable, "train.py", *arguments(miniature, tmp_path / "out", **FROM_HUB)]
     places = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -202,6 +202,7 @@ def test_recomputed_blocks_cost_no_more_operations_or_keep_as_much():
         assert less.needs_operations == more.needs_operations
 
 
+@pytest.mark.slow
 def test_a_real_shape_or_a_card_is_left_out(capsys):
     roofline.main(["--pass", "decode"])
     rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -171,6 +171,7 @@ def said(record) -> list[str]:
     return [turn["text"] for turn in record["turns"] if turn["role"] == "assistant"]
 
 
+@pytest.mark.slow
 def test_rollouts_of_a_run_are_demonstrations_for_another(miniature, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "exact_match", lambda *given: True)  # the miniature knows nothing
     first = run(miniature, tmp_path / "first")

@@ -283,6 +283,7 @@ def test_mini_batches_make_several_updates_against_one_frozen_policy(
     assert [line["clip_fraction"] for line in whole.steps] == [0, 0] and len(taken) == 6
 
 
+@pytest.mark.slow
 def test_policy_moves_towards_what_was_rewarded(miniature, tmp_path, monkeypatch):
     """Search is made right and everything else wrong: the ratio must go up; and the other way round down."""
     ratios = {}
