@@ -199,7 +199,8 @@ class Activations:
         return tokens * self.item * max(wide) + tokens * MERGE**2 * PATCH_VALUES * 4
 
     def sampling(self) -> int:
-        return SCORE_BYTES * self.c.slots * self.model.vocab_size
+        """What sampling makes of the scores: once in plain passes, and once in the memory that captured graphs own."""
+        return 2 * SCORE_BYTES * self.c.slots * self.model.vocab_size
 
 
 def cache_bytes(model: ModelConfig, rows: int, prompt: int, slots: int, room: int, item: int) -> int:
