@@ -195,12 +195,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do (members that wait for a tool are not its business)."""
-        return bool(self.feeding or self.live_members or (self._waiting and self.free_slots))
+        return bool(self.feeding or self.live_members or self._can_seat)
 
     @property
-    def _waiting(self) -> bool:
-        """Whether some member has no slot yet and could take one: its prompt has a row, or there is a free row."""
-        return bool(self.unseated or (self.queue and self.free_rows))
+    def _can_seat(self) -> bool:
+        """Whether there is a free slot and a member to take it: its prompt has a row, or there is a free row."""
+        return bool((self.unseated or (self.queue and self.free_rows)) and self.free_slots)
 
     def extend(self, member: Member, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
         """Give a waiting member what came back; it samples its next turn after it. `images`: (offset in ids, Image).
@@ -226,7 +226,7 @@ class Engine:
     def step(self) -> list[Member]:
         """Admit what fits, prefill what is new, decode one token everywhere; returns members whose turn ended."""
         ended = []
-        if self._waiting and self.free_slots:
+        if self._can_seat:
             ended += self._admit()
         if self.feeding:
             ended += self._feed()
