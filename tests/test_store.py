@@ -483,7 +483,7 @@ def flip_and_use(source: Path, path: Path, draw: random.Random, flips: int, rows
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged")
-@pytest.mark.parametrize("cases, flips", [(60, 1), pytest.param(600, 1, marks=pytest.mark.slow), (20, 30)])
+@pytest.mark.parametrize("cases, flips", [(60, 1), pytest.param(300, 1, marks=pytest.mark.slow), (20, 30)])
 def test_flipped_bits_give_a_right_row_or_none(tmp_path, cases, flips):
     source, draw, rows = filled(tmp_path / "sound.sqlite", 60), random.Random(2), 60
     kept = [flip_and_use(source, tmp_path / f"{case}.sqlite", draw, flips, rows) for case in range(cases)]

@@ -736,7 +736,8 @@ def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
     recipe = toy_base.WarmStart(steps=150, batch=32, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(toy_base, "base_model", partial(toy_base.base_model, recipe=recipe))
-    train.main(["--toy", "full", "--steps", "3", "--eval-size", "20", "--out", str(tmp_path / "out")])
+    smaller = "--steps 3 --eval-size 5 --questions 12 --mini-batch 12".split()
+    train.main(["--toy", "full", *smaller, "--out", str(tmp_path / "out")])
     found = Run(tmp_path / "out")
     assert len(found.steps) == 3 and all(line["search_ratio_image"] > 0 for line in found.steps)
     assert set(found.evaluations[-1]["eval"]) == FULL
