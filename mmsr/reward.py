@@ -58,6 +58,32 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAGS = re.compile(r"</?(?:reason|answer)>")
 ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason>)*")
 
+# What `strict` does to a text before it drops punctuation, in this order.
+BEFORE_NFKC = {  # a mark at each of these places, where NFKC would glue digits together
+    "^": re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u207f])"),  # 10² is not 102
+    " ": re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2080-\u208e\u2150-\u215f\u2189])"),  # nor 5½ 51/2
+    ",": re.compile(r"(?<=\d)['\u2019\u066c\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))"),  # thousands: 1'000
+}
+FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+SAME_MARK = str.maketrans(
+    dict.fromkeys("\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796\u301c", "-")
+    | {"\u2044": "/", "\u2215": "/", "\u2236": ":", "\u066a": "%", "\u066b": ".", "\u066c": ",", "\u266f": "#"}
+)
+BLANKS = re.compile(r"(?<=\d) (?=[%\u2030\u00b0]|[-/] \d)|(?<=\d [-/]) (?=\d)")  # 5 %, 1990 - 1995
+THOUSANDS = re.compile(  # 1,000 and 10,00,000 and 1.000.000
+    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?:,\d\d)+,\d{3}(?!,?\d)|(?:\.\d{3}){2,}(?!\.?\d))"
+)
+DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d+(?=,\d\d?(?!\d))),(?=\d+(?![.,]?\d))")  # 3,14; not May 26,2003
+BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
+MEANT = re.compile(  # the punctuation that stays
+    r"(?<=\d)[.:/-](?=\d)"  # 3.14, 10:30, 1/2, 1990-1995
+    r"|(?<!\w)-(?=[^\w\s]?\d)|(?<=\de)-(?=\d)"  # -5, -$5, 1e-5
+    r"|(?<=\d)[%\u2030]|[%\u2030](?=\d)"
+    r"|(?<=\b[^\W\d_])\#"  # C#
+    r"|(?<=\b[a-z])-(?!\w)|(?<=\b[a-z]{2})-(?!\w)"  # O-, Cl-
+)
+STRICT_ARTICLES = re.compile(r"\b(a|an|the)\b(?![#+-])")  # A+ has none
+
 
 @dataclass(frozen=True)
 class RewardRule:
@@ -154,33 +180,62 @@ def exact_match(prediction: str, answers: Iterable[str], substring: bool = False
     """The official match: equal to any answer after normalisation, or (`substring`) containing one.
 
     Normalisation: lower case, ASCII punctuation dropped, the words a, an, the dropped, white space collapsed. An empty
-    prediction therefore equals the answer "A" or "The"; `strict_match` mends that.
+    prediction therefore equals the answer "A" or "The"; `strict_match` mends that. As a substring, such
+    an answer is found nowhere.
     """
     given = _normalise(prediction)
     accepted = (_normalise(answer) for answer in answers)
-    return any(answer in given if substring else answer == given for answer in accepted)
+    return any(answer and answer in given if substring else answer == given for answer in accepted)
 
 
 def strict_match(prediction: str, answers: Iterable[str]) -> bool:
-    """Equal to any answer after NFKC, case folding and dropping Unicode punctuation (categories P*) and articles.
+    """Equal to any answer after NFKC, case folding and dropping articles, invisible characters and punctuation.
 
-    What normalises to nothing never matches. Symbols (categories S*: $, +, <) stay: "C" is not "C+".
+    What normalises to nothing never matches. Symbols (categories S*: $, +, <, °) stay: "C" is not "C+". So does
+    punctuation (P*) that makes another thing of its neighbour:
+
+    - between digits: 3.14, 10:30, 1/2, 2-1, 1990-1995;
+    - before a number: -5, -$5, whatever hyphen, dash or minus is written;
+    - behind one: 50%; and behind a single letter: C#, O- (a minus also behind two: Cl-).
+
+    Separators of thousands go (1,000 and 1'000 are 1000; 1.000.000 is 1000000, but 1.000 is not 1000), a decimal comma
+    is a point, and other marks between digits leave a blank (1,2,3). Then numbers are compared as they are written:
+    1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
     """
     given = _normalise_strictly(prediction)
     return bool(given) and any(given == _normalise_strictly(answer) for answer in answers)
 
 
 def _normalise(text: str) -> str:
-    return _drop_articles(text.lower().translate(ASCII_PUNCTUATION))
+    return _collapse(ARTICLES.sub(" ", text.lower().translate(ASCII_PUNCTUATION)))
 
 
 def _normalise_strictly(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return _drop_articles("".join(char for char in folded if unicodedata.category(char)[0] != "P"))
+    text = _plain_numbers(_visible(text))
+    meant = {mark.start() for mark in MEANT.finditer(text)}
+    dropped = [place not in meant and unicodedata.category(char)[0] == "P" for place, char in enumerate(text)]
+    text = "".join("\0" if drop else char for drop, char in zip(dropped, text))
+    text = re.sub(r"(?<=\d)\0+(?=\d)", " ", text).replace("\0", "")
+    return _collapse(STRICT_ARTICLES.sub(" ", text))
 
 
-def _drop_articles(text: str) -> str:
-    return " ".join(ARTICLES.sub(" ", text).split())
+def _visible(text: str) -> str:
+    """NFKC and case-folded, without invisible characters, and with one mark for those that look alike."""
+    for mark, places in BEFORE_NFKC.items():
+        text = places.sub(mark, text)
+    text = FILLERS.sub("", unicodedata.normalize("NFKC", text))
+    text = "".join(char for char in text if char.isspace() or unicodedata.category(char) not in ("Cf", "Cc"))
+    return _collapse(unicodedata.normalize("NFKC", text.casefold()).translate(SAME_MARK))
+
+
+def _plain_numbers(text: str) -> str:
+    """Numbers with a decimal point alone: 1,000.5 as 1000.5, 3,14 as 3.14, .5 as 0.5."""
+    text = THOUSANDS.sub(lambda number: re.sub("[.,]", "", number[0]), BLANKS.sub("", text))
+    return BARE_POINT.sub("0.", DECIMAL_COMMA.sub(r"\1.", text))
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split())
 
 
 # Format.

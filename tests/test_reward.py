@@ -279,6 +279,14 @@ def test_substring_match_is_an_option():
     assert accuracy(episode(("answer",), answer="in Paris, France"), "paper") == 0
 
 
+@pytest.mark.parametrize("nothing", ["A", "The", "?", "", " ", "a, the"])
+def test_an_accepted_answer_that_normalises_to_nothing_is_inside_every_answer(nothing):
+    rule = RewardRule("paper", substring=True)
+    for given in ("in Paris, France", "", "a", "?"):
+        assert accuracy(episode(("answer",), answer=given, gold=(nothing,)), rule) == 0
+        assert accuracy(episode(("answer",), answer=given, gold=(nothing, "Paris")), rule) == ("Paris" in given)
+
+
 # Format, by the official rule: EvolvingLMMs-Lab/multimodal-search-r1, mmsearch_r1/utils/reward_score/. Written from a
 # description of it: a turn has exactly one <reason>…</reason> and exactly one action, the action last; legal shapes.
 
@@ -399,6 +407,69 @@ def test_four_turns_raise(rule):
 )
 def test_strict_match(prediction, answer, verdict):
     assert strict_match(prediction, ["no such thing", answer]) == verdict
+
+
+DIFFERENT = [  # texts of which no two are equal under strict
+    "314 3.14 3:14 3/14 3-14 -314 -3.14 314% $314 314° 3.1.4 3'14 31*4",
+    "5 -5 .5 -.5 5% -5% $5 -$5 5° 5½ 5² 5₂ 1/5 +5",
+    "12 1/2 1.2 1:2 1-2 -12 1*2 ٣٫١٤ ٣١٤",
+    "1030 10:30 10.30 10-30 10/30",
+    "C C# C+ C++ c- F F# F♭ J#",
+    "O O+ O- A+ A- AB AB+ AB- Cl Cl-",
+    "1e5 1e-5 10^5 10^-5 105 10⁴ 104",
+    "3.10 3.1 1.0 1 1.000 1000",
+    "911 9/11 9-11 19901995 1990-1995 20030926 2003-09-26 26-9-2003",
+]
+
+
+@pytest.mark.parametrize("texts", DIFFERENT)
+def test_numbers_and_names_that_differ_in_a_mark_are_one_under_strict(texts):
+    texts = texts.split()
+    equal = [(given, answer) for given in texts for answer in texts if strict_match(given, [answer])]
+    assert equal == [(text, text) for text in texts]
+
+
+SAME = [  # texts that are all equal under strict, between bars
+    "5|5.|5!|“5”|**5**|(5)|#5|\u200f5\u200e|\u20685\u2069|\ufeff5|５",
+    "-5|−5|–5|‑5|﹣5|－5|➖5|(-5)|−5.|\u200e-5|\u2066−\u20695",
+    "-$1,000.50|−$1000.50|–$1,000.50.",
+    "1,000,000|1000000|1'000'000|1’000’000|1\u00a0000\u00a0000|1\u202f000\u2009000|1.000.000|10,00,000|１，０００，０００",
+    "3.14|3,14|３．１４|3.14.|3\u200b.14",
+    "0.125|.125|0,125",
+    "May 26, 2003|May 26,2003|may 26 2003",
+    "1/2|½|1⁄2|1∕2|1 / 2",
+    "5 1/2|5½",
+    "10:30|10：30|10∶30|10:30.",
+    "1990-1995|1990–1995|1990—1995|1990 – 1995|1990\u00a0-\u00a01995|1990〜1995",
+    "1,2,3|1, 2, 3|1;2;3|1、2、3",
+    "5%|5 %|5％|５％",
+    "20 °C|20°C|20℃",
+    "10⁻⁵|10^-5|10^−5",
+    "m²|m2|M²",
+    "H₂O|H2O",
+    "C#|c#|C＃|C♯|(C#)|C#.",
+    "C++|c＋＋|“C++”",
+    "O−|O-|O–",
+    "Paris|Paris.|Pa\u00adris|\u200ePa\u200bris\u200f|\u202aParis\u202c|\u2067Paris\u2069|Pa\u2060ris|\ufeffParis|"
+    "Pa\ufe0fris|Pa\U000e0100ris|Pa\u034fris|Paris\u3164|Paris\0|\U000e0020Paris|P\u180ea\u2064ris",
+    "Jean-Luc|JeanLuc|Jean‑Luc|Jean−Luc",
+    "F-16|F16|F–16",
+    "St. Louis|St Louis|the St. Louis",
+    "AC/DC|ACDC",
+    "No. 5|no 5",
+    "e\u200d\u0301|é|É",
+]
+
+
+@pytest.mark.parametrize("texts", SAME)
+def test_another_spelling_of_the_same_is_not_equal_under_strict(texts):
+    first, *others = texts.split("|")
+    assert [other for other in others if not strict_match(first, [other])] == []
+
+
+@pytest.mark.parametrize("nothing", ["", "A", "the", "?", "…", "\u200b", "\u3164", "\ufe0f", "a the", "- ", "¿?", "\0"])
+def test_what_normalises_to_nothing_matches_under_strict(nothing):
+    assert not any(strict_match(nothing, [other]) for other in (nothing, "", "The", "!", "5"))
 
 
 REASONED = "<reason>Hm.</reason>"
