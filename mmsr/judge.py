@@ -18,8 +18,20 @@ from .episode import UserError
 from .kept import Kept, key_of
 
 PROMPT = Path(__file__).parent / "prompts" / "judge.txt"
-VERDICT = re.compile(r"verdict\W*(correct|incorrect)\b", re.IGNORECASE)
 AT_ONCE = 16
+
+WORD = r"\b(in|not\s+)?correct\b"
+NO = r"\b(?:in|not\s+)correct\b"
+OR = r"(?:\W*\bor\b\W*(?:verdict\W*)?|[^\w.]+)"
+# Both words as the choices that there are: "Verdict (CORRECT/INCORRECT): INCORRECT", or the prompt's end said again.
+CHOICES = re.compile(rf"\bcorrect\b{OR}{NO}|{NO}{OR}\bcorrect\b", re.IGNORECASE)
+HEADING = re.compile(r"(\bverdict[^\w\n]*)\n\s*", re.IGNORECASE)
+LABELLED = re.compile(r".*\bverdict\b(?=\W*[:=]|.*correct)(.*)", re.IGNORECASE)
+SAID = re.compile(  # "CORRECT", "The answer is not correct.", "INCORRECT as …"; not "correct: no", "correct name"
+    rf"\W*(?:is\W+)?(?:(?:the|this) answer is |it is )?{WORD}(?!\s*[:=?]|\s+(?!because|since|as\b)\w)(.*)",
+    re.IGNORECASE,
+)
+AGAIN = re.compile(rf"{WORD}(?!\s+\w)", re.IGNORECASE)
 
 Complete = Callable[[list[dict[str, Any]]], str]
 
@@ -68,8 +80,17 @@ class Judge:
 
 
 def _right(reply: str) -> bool:
-    """The reply's last verdict. Raises ValueError where there is none."""
-    found = VERDICT.findall(reply) or re.findall(r"^\W*(correct|incorrect)\W*$", reply, re.IGNORECASE)
-    if not found:
+    """What the reply's last line with "verdict" in it says, or its last line of all where that is only the word.
+
+    Raises ValueError where there is no such line, or it does not say one thing.
+    """
+    text = HEADING.sub(r"\1 ", CHOICES.sub("", re.sub(r"[*_` \t]+", " ", reply)))
+    lines = [line for line in text.splitlines() if line.strip()]
+    alone = SAID.fullmatch(lines[-1]) if lines else None
+    if alone and not re.search(r"\w", alone[2]):
+        return alone[1] is None
+    labelled = [found[1] for line in lines if (found := LABELLED.match(line))]
+    said = SAID.fullmatch(labelled[-1]) if labelled else None
+    if not said or any(bool(word) != bool(said[1]) for word in AGAIN.findall(said[2])):
         raise ValueError(f"no verdict in the judge's reply {reply[-80:]!r}")
-    return found[-1].lower() == "correct"
+    return said[1] is None

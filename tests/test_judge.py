@@ -56,7 +56,18 @@ def test_another_question_or_answer_is_another_verdict(tmp_path, change):
     assert len(model.asked) == 2
 
 
-@pytest.mark.parametrize("reply", [OSError("down"), "I cannot say.", "Verdict: none", "correct? incorrect?", "", "{}"])
+NO_VERDICT = [
+    "I cannot say.", "Verdict: none", "correct? incorrect?", "", "{}",
+    "Verdict (CORRECT/INCORRECT):", "Verdict: CORRECT or INCORRECT", "Is it CORRECT or INCORRECT?",
+    "Either\nVerdict: CORRECT\nor\nVerdict: INCORRECT", "- CORRECT\n- INCORRECT", '{"verdict": "CORRECT|INCORRECT"}',
+    "Verdict: CORRECT. No, wait: INCORRECT.", "Verdict: CORRECT, not INCORRECT", "Verdict: INCORRECT, or correct.",
+    "Verdict: CORRECT\nAfter all my verdict has to be INCORRECT.", "Verdict: CORRECT\nVerdict: unsure",
+    "Verdict: correct answer not given", "Verdict: correct: no", "Verdict: correct? No.", "Verdict: partially correct",
+    "Verdict: not the correct river", "Verdict: not incorrect", "The correct answer is Tagus.", "correct: no",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", [OSError("down"), *NO_VERDICT])
 def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(tmp_path, reply):
     kept, lines = tmp_path / "judge.jsonl", [*LINES, LINES[0] | {"answer": None}]
     failing = Judge(Fake(reply), "fake", kept)
@@ -75,6 +86,27 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(tmp_path, reply)
         ("Verdict: INCORRECT\nOn second thought.\nVerdict: CORRECT", True),
         ("correct", True),
         ("Incorrect.", False),
+        ("Verdict (CORRECT/INCORRECT): INCORRECT", False),
+        ("Verdict [CORRECT or INCORRECT]: CORRECT", True),
+        ("Verdict: CORRECT / INCORRECT -> **INCORRECT**", False),
+        ("I choose from INCORRECT, CORRECT.\nVerdict: CORRECT", True),
+        ("End with Verdict: CORRECT or Verdict: INCORRECT.\nVerdict: INCORRECT", False),
+        ("Another river, so the verdict cannot be CORRECT.\n\nINCORRECT", False),
+        ("It is another spelling, which is not incorrect.\n**CORRECT**", True),
+        ("The correct answer is Tagus.\nincorrect\n", False),
+        ("Verdict: CORRECT\nVerdict: INCORRECT", False),
+        ("## Verdict\n\nINCORRECT", False),
+        ("Verdict:\n__Correct__\n", True),
+        ("Verdict: not correct", False),
+        ("Verdict: the answer is **not** correct.", False),
+        ("My final verdict is INCORRECT, since the correct answer is Tagus.", False),
+        ("Verdict: INCORRECT. The correct answer is Tagus.", False),
+        ("Verdict: INCORRECT because it is another river.", False),
+        ("Therefore:\nThe answer is incorrect.", False),
+        ('{"verdict": "incorrect", "reason": "The correct one is Tagus."}', False),
+        ('```json\n{\n  "reason": "not incorrect",\n  "final_verdict": "CORRECT"\n}\n```', True),
+        ("<verdict>INCORRECT</verdict>", False),
+        ("\\boxed{Verdict: INCORRECT}", False),
     ],
 )
 def test_verdicts_in_the_shapes_that_models_give_them(tmp_path, reply, verdict):
