@@ -1,6 +1,13 @@
-"""BM25 over a handful of documents in memory (Robertson and Zaragoza, 2009), and the words to ask SQLite's for.
+"""The words of a text, made alike of pages and of queries, and BM25 over a handful of documents in memory
+(Robertson and Zaragoza, 2009).
 
-A token is a word of any script, case-folded; of scripts that are written without blanks, a character.
+A word is a run of letters, digits and their marks, folded: without case, ligatures, accents and the optional points of
+Arabic and Hebrew, but with the vowel signs of India's scripts. Scripts without blanks between words, and Korean, which
+writes particles at their ends, have no such words: of their runs every character is one, and every two neighbours. A
+query asks for the pairs, or for the character where it stands alone.
+
+Trap: SQLite's own tokenizers fold otherwise than Python and know no pairs. So text goes into FTS5 as `searchable` makes
+it, with a tokenizer that only cuts it at blanks.
 """
 
 from __future__ import annotations
@@ -9,17 +16,70 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from itertools import chain, pairwise
 from typing import Sequence
 
 K1, B = 1.5, 0.75  # how soon repetition stops counting, how much length is held against a document
-UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and ideographs
 QUERY_WORDS = 64
 COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
-TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+
+# Kana without ・ and ゠, ideographs; Thai, Lao, Burmese, Khmer.
+UNSPACED = (
+    "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+    "\u0e01-\u0e2f\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf"
+    "\u1000-\u102a\u103f\u1050-\u1055\u1780-\u17b3\u17d7"
+)
+HANGUL = "\u1100-\u11ff\uac00-\ud7a3"
+# Accents, points, and what is not seen; not the marks without which a word of their script is another one.
+DROPPED = re.compile(
+    "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f"
+    "\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0711\u0730-\u074a\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\ufeff]"
+)
+KEPT = chain(range(0x07A6, 0x1AB0), range(0x1B00, 0x1D00), range(0xA800, 0xAC00))
+MARKS = "".join(chr(code) for code in KEPT if unicodedata.category(chr(code))[0] == "M")
+PLAIN_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"})
+CHARACTER = re.compile(rf"[{UNSPACED}{HANGUL}][{MARKS}]*")
+BLANKLESS = re.compile(f"[{UNSPACED}]")
+LETTER = rf"[^\W_{UNSPACED}{HANGUL}]"
+RUN = re.compile(rf"(?:[{UNSPACED}][{MARKS}]*)+|[{HANGUL}]+|{LETTER}+(?:[{MARKS}]+{LETTER}*)*")
+
+
+def fold(text: str) -> str:
+    """What the spellings of a word have in common: Straße and STRASSE, İzmir and izmir, Kraków and Krakow."""
+    if text.isascii():
+        return text.lower()
+    bare = DROPPED.sub("", unicodedata.normalize("NFKD", text)).casefold().translate(PLAIN_LETTERS)
+    return unicodedata.normalize("NFC", bare)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in their order; of a script without blanks, its characters."""
+    runs = RUN.findall(fold(text))
+    return list(chain.from_iterable(CHARACTER.findall(run) if BLANKLESS.match(run) else [run] for run in runs))
 
 
 def tokens(text: str) -> list[str]:
-    return TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+    """What a page is found by."""
+    found = []
+    for run in RUN.findall(fold(text)):
+        characters = CHARACTER.findall(run)
+        found += [*characters, *_pairs(characters)] or [run]
+    return found
+
+
+def asked(query: str) -> list[str]:
+    """The tokens that a query asks for, each once."""
+    found = []
+    for run in RUN.findall(fold(query)):
+        characters = CHARACTER.findall(run)
+        found += _pairs(characters) or characters or [run]
+    return list(dict.fromkeys(found))
+
+
+def _pairs(characters: Sequence[str]) -> list[str]:
+    return [first + second for first, second in pairwise(characters)]
 
 
 def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
@@ -28,7 +88,7 @@ def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
     lengths = [count.total() for count in counts]
     mean = sum(lengths) / max(len(lengths), 1) or 1.0
     scores = [0.0] * len(documents)
-    for word in dict.fromkeys(tokens(query)):
+    for word in asked(query):
         holders = [index for index, count in enumerate(counts) if word in count]
         rarity = math.log(1 + (len(documents) - len(holders) + 0.5) / (len(holders) + 0.5))
         for index in holders:
@@ -38,8 +98,19 @@ def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
     return sorted(found, key=lambda pair: -pair[1])
 
 
+# For SQLite: columns of `searchable` texts, with the option TOKENIZE.
+
+TOKENIZE = "tokenize = 'ascii'"
+STEMMED = "tokenize = 'porter ascii'"  # English endings do not matter
+
+
+def searchable(text: str) -> str:
+    """A text's tokens, with blanks between them."""
+    return text if text.isascii() else " ".join(tokens(text))
+
+
 def sqlite_query(text: str) -> str:
     """An FTS5 query for any of the words of a text; empty where it has none. Whatever the text, it is only words."""
-    words = list(dict.fromkeys(re.findall(r"\w+", text.casefold())))
-    telling = [word for word in words if word not in COMMON] or words
+    found = asked(text)
+    telling = [word for word in found if word not in COMMON] or found
     return " OR ".join(f'"{word}"' for word in telling[:QUERY_WORDS])

@@ -117,15 +117,20 @@ class _Pages:
     def __init__(self, store: Store):
         self.lock = threading.Lock()
         self.db = sqlite3.connect("", check_same_thread=False)
-        self.db.execute("CREATE VIRTUAL TABLE pages USING fts5(title, text, url UNINDEXED)")
+        self.db.execute("CREATE TABLE pages (id INTEGER PRIMARY KEY, title TEXT, text TEXT, url TEXT)")
+        self.db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', {bm25.TOKENIZE})")
         found = (hit for key, seen, _ in store.records() if key.tool == TEXT_SEARCH for hit in seen.hits)
         pages = dict.fromkeys((storable(hit.title), storable(hit.text), storable(hit.url)) for hit in found)
-        self.db.executemany("INSERT INTO pages VALUES (?, ?, ?)", pages)
+        for number, (title, text, url) in enumerate(pages):
+            self.db.execute("INSERT INTO pages VALUES (?, ?, ?, ?)", (number, title, text, url))
+            words = (number, bm25.searchable(title), bm25.searchable(text))
+            self.db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", words)
 
     def nearest(self, query: str) -> tuple[Hit, ...]:
         """The best pages for any of the query's words, with BM25 as score."""
         match = bm25.sqlite_query(query)
-        sql = "SELECT title, url, text, -rank FROM pages WHERE pages MATCH ? ORDER BY rank, rowid LIMIT ?"
+        sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON id = words.rowid
+                 WHERE words MATCH ? ORDER BY rank, id LIMIT ?"""
         with self.lock:
             rows = self.db.execute(sql, [match, NEAREST]).fetchall() if match else []
         return tuple(Hit(title, url, text, score=score) for title, url, text, score in rows)

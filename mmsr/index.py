@@ -5,8 +5,10 @@ Pages are found by BM25 (SQLite's FTS5), pictures by comparing an encoder's vect
 batch by batch; each is committed, so whatever ends it early, the next run goes on from there. Nothing is keyed by file
 name: the same bytes are encoded once, under however many titles.
 
-Traps: whatever a user types must be quoted word by word, or FTS5 reads it as its query language. An index is worth
-nothing with another encoder, so the file holds the vector of a test picture, and opening it compares.
+Traps: whatever a user types must be quoted word by word, or FTS5 reads it as its query language. Its tokenizers find no
+Chinese, so the full-text table holds the tokens that `bm25.py` makes; a file of an earlier version is indexed anew from
+its pages when it is opened. An index is worth nothing with another encoder, so the file holds the vector of a test
+picture, and opening it compares.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import json
 import re
 import sqlite3
 import threading
-from bisect import bisect_right
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -34,7 +35,7 @@ from .files import json_object, lines
 from .pictures import decode, jpeg
 from .tools import ToolFailure
 
-APPLICATION = 0x6D6D7372  # "mmsr" in the file's header
+APPLICATION, VERSION = 0x6D6D7372, 1  # "mmsr" in the file's header, and the version of the table `words`
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION};
@@ -45,15 +46,14 @@ CREATE TABLE IF NOT EXISTS titles
     (picture INTEGER NOT NULL, title TEXT NOT NULL, url TEXT NOT NULL, UNIQUE (picture, title, url));
 CREATE TABLE IF NOT EXISTS pages
     (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, url TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL);
-CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5
-    (title, text, content = 'pages', content_rowid = 'id', tokenize = "porter unicode61 remove_diacritics 2");
 COMMIT;
 """
+WORDS = f"CREATE VIRTUAL TABLE words USING fts5 (title, text, content = '', {bm25.STEMMED})"
 PICTURES_PER_BATCH, PAGES_PER_BATCH = 32, 500
 ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side at most: of what is encoded, and of what is shown
 THUMBNAIL_BYTES = 2**18
 PASSAGE = 800  # characters of a page that a search shows at most
-OPEN, CLOSE = "\x02", "\x03"  # around matched words; texts are stored without control characters
+REBUILDING = 3600  # seconds that one process waits while another indexes the words anew
 
 
 # ---- building
@@ -157,8 +157,13 @@ def _add_pages(db: sqlite3.Connection, batch: list[dict], counts: Counter) -> No
             sql = "INSERT OR IGNORE INTO pages (digest, url, title, text) VALUES (?, ?, ?, ?)"
             done = db.execute(sql, (digest, *row))
             if done.rowcount:
-                db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", (done.lastrowid, *row[1:]))
+                _add_words(db, done.lastrowid, *row[1:])
             counts["pages" if done.rowcount else "known"] += 1
+
+
+def _add_words(db: sqlite3.Connection, page: int, title: str, text: str) -> None:
+    row = (page, bm25.searchable(title), bm25.searchable(text))
+    db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", row)
 
 
 def _known(db: sqlite3.Connection, table: str, digest: bytes) -> int | None:
@@ -191,10 +196,41 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise UserError(f"{file} is a database, but not an index of search.py; name another file")
-        db.executescript(SCHEMA if create else "PRAGMA query_only = ON")
+        if create:
+            db.executescript(SCHEMA)
+        if create or tables:
+            _renew_words(db, file)
+        if not create:
+            db.execute("PRAGMA query_only = ON")
         return db
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it anew") from None
+
+
+def _renew_words(db: sqlite3.Connection, file: Path) -> None:
+    """Make the full-text table of a new file, or that of an earlier version anew from its pages. One commit."""
+    if _version(db) == VERSION:
+        return
+    try:
+        db.execute(f"PRAGMA busy_timeout = {REBUILDING * 1000}")
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            if _version(db) == VERSION:  # by another process, meanwhile
+                return
+            db.execute("DROP TABLE IF EXISTS words")
+            db.execute(WORDS)
+            total = db.execute("SELECT count(*) FROM pages").fetchone()[0]
+            pages = db.execute("SELECT id, title, text FROM pages")
+            for page in tqdm(pages, f"{file}: indexing its words anew, once", total, unit="page", disable=not total):
+                _add_words(db, *page)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+    except sqlite3.OperationalError as error:
+        what = f"{file} is of an earlier version, and its words cannot be indexed anew ({error})"
+        raise UserError(f"{what}: open it once where it can be written, or make it anew") from None
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return db.execute("PRAGMA user_version").fetchone()[0]
 
 
 def _size(db: sqlite3.Connection) -> int:
@@ -266,11 +302,11 @@ class Local:
     def text_search(self, query: str) -> Observation:
         """The pages that fit the words best, each with the passage around them. Scores are BM25, titles twice."""
         words = bm25.sqlite_query(query)
-        sql = """SELECT pages.title, url, highlight(words, 1, ?, ?), -rank
-                 FROM words JOIN pages ON pages.id = words.rowid
+        sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON pages.id = words.rowid
                  WHERE words MATCH ? AND rank MATCH 'bm25(2.0, 1.0)' ORDER BY rank LIMIT ?"""
-        found = self._rows(sql, OPEN, CLOSE, words, self.k) if words else []
-        hits = (Hit(title, url, passage(text), score=score) for title, url, text, score in found)
+        found = self._rows(sql, words, self.k) if words else []
+        matched = _matched(query, [text for _, _, text, _ in found])
+        hits = (Hit(title, url, passage(text, matched), score=score) for title, url, text, score in found)
         return Observation(tuple(hits), source=self.source)
 
     def _rows(self, sql: str, *values: Any) -> list[tuple]:
@@ -296,37 +332,49 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     return ids, vectors
 
 
-def passage(marked: str, limit: int = PASSAGE) -> str:
-    """At most `limit` characters of a text, whole words, around the stretch with the most different marked words.
+def _matched(query: str, texts: list[str]) -> set[str]:
+    """The tokens of some texts that a query asks for. Only SQLite knows, as it strips English endings."""
+    starts = {word[:2] for word in bm25.asked(query)}  # these no ending takes, and most words have others
+    tokens = {token for text in texts for token in bm25.tokens(text) if token[:2] in starts}
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, {bm25.STEMMED})")
+        db.executemany("INSERT INTO words VALUES (?)", zip(tokens))
+        found = db.execute("SELECT word FROM words WHERE words MATCH ?", [bm25.sqlite_query(query)]) if tokens else ()
+        return {word for (word,) in found}
 
-    `marked` has them between OPEN and CLOSE. Without any it is the text's beginning.
+
+def passage(text: str, matched: set[str], limit: int = PASSAGE) -> str:
+    """At most `limit` characters of a text, whole words, around the stretch with the most different matched tokens.
+
+    Where none is matched it is the text's beginning.
     """
-    spans = [found.span() for found in re.finditer(r"\S{1,100}", marked)]  # Chinese has no blanks, nor has an address
-    if not spans:
+    words = list(re.finditer(r"\S{1,100}", text))  # Chinese has no blanks, nor has an address
+    if not words:
         return ""
-    starts = [start for start, _ in spans]
-    first, last = (bisect_right(starts, place) - 1 for place in _densest(marked, limit - 100))
+    starts, ends = [word.start() for word in words], [word.end() for word in words]
+    found = [(place, token) for place, word in enumerate(words) for token in matched.intersection(bm25.tokens(word[0]))]
+    first, last = _densest(found, starts, limit - 100)
     grown = True
     while grown:  # by a word on either side, as long as there is room
         grown = False
-        for left, right in ((first, last + 1), (first - 1, last)):
-            if left >= 0 and right < len(spans) and spans[right][1] - starts[left] <= limit:
+        for before, after in ((0, 1), (1, 0)):
+            left, right = first - before, last + after
+            if left >= 0 and right < len(words) and ends[right] - starts[left] <= limit:
                 first, last, grown = left, right, True
-    text = " ".join(re.sub(f"[{OPEN}{CLOSE}]", "", marked[starts[first] : spans[last][1]]).split())
-    return "… " * (first > 0) + text + " …" * (last < len(spans) - 1)
+    shown = " ".join(text[starts[first] : ends[last]].split())
+    return "… " * (first > 0) + shown + " …" * (last < len(words) - 1)
 
 
-def _densest(marked: str, limit: int) -> tuple[int, int]:
-    """Where the first and the last marked word begin, of the shortest stretch with the most different ones."""
-    found = [(mark.start(), mark[1].casefold()) for mark in re.finditer(f"{OPEN}(.*?){CLOSE}", marked, re.DOTALL)]
+def _densest(found: list[tuple[int, str]], starts: list[int], limit: int) -> tuple[int, int]:
+    """The first and the last word of the shortest stretch with the most different tokens; `found`: (word, token)."""
     best, chosen, left = 0, (0, 0), 0
     inside: Counter = Counter()
-    for place, word in found:
-        inside[word] += 1
-        while place - found[left][0] > limit or inside[found[left][1]] > 1:
+    for word, token in found:
+        inside[token] += 1
+        while starts[word] - starts[found[left][0]] > limit or inside[found[left][1]] > 1:
             inside[found[left][1]] -= 1
             left += 1
         distinct = len(+inside)
         if distinct > best:
-            best, chosen = distinct, (found[left][0], place)
+            best, chosen = distinct, (found[left][0], word)
     return chosen

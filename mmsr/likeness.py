@@ -16,8 +16,8 @@ BAND = 128 // (NEAR + 1)  # bits that are looked up together
 
 
 def normal(text: str) -> str:
-    """What two ways to write a name have in common: words without case and punctuation."""
-    return " ".join(bm25.tokens(text))
+    """What two ways to write a name have in common: words without case, accents and punctuation."""
+    return " ".join(bm25.words(text))
 
 
 def says(text: str, phrase: str) -> bool:

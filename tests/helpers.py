@@ -145,3 +145,37 @@ def documented(section: str) -> set[str]:
     page = (Path(__file__).parents[1] / "docs" / "files.md").read_text("utf-8")
     (found,) = (part for part in page.split("\n## ") if part.startswith(section))
     return {key for line in re.findall(r"^\| `.*?` \|", found, re.MULTILINE) for key in re.findall("`(.*?)`", line)}
+
+
+# (query, page that it has to find first among all of these)
+SEARCHES = [
+    ("塔霍河上有什么桥？", "这座悬索桥横跨塔霍河，连接里斯本与阿尔马达。"),
+    ("埃菲尔铁塔是谁设计的", "埃菲尔铁塔由古斯塔夫·埃菲尔的公司设计，建成于1889年。"),
+    ("iPhone手机 发布", "2007年苹果发布了第一代iPhone手机。"),
+    ("東京タワーの高さ", "東京タワーは港区にある高さ333メートルの電波塔です。"),
+    ("ｹﾞｰﾑ会社", "任天堂は京都市に本社を置くゲーム会社である。"),
+    ("富士山 標高", "日本最高峰の富士山は、標高3776メートルの火山である。"),
+    ("한강에 있는 다리", "서울을 가로지르는 한강에는 서른 개가 넘는 다리가 놓여 있다."),
+    ("경복궁", "조선의 법궁인 경복궁은 1395년에 지어졌다."),
+    ("วัดพระแก้วอยู่ที่ไหน", "พระบรมมหาราชวังและวัดพระแก้วตั้งอยู่ในกรุงเทพมหานคร"),
+    ("ພະທາດຫຼວງ", "ພະທາດຫຼວງແມ່ນສັນຍາລັກຂອງປະເທດລາວ"),
+    ("អង្គរវត្ត", "ប្រាសាទអង្គរវត្តស្ថិតនៅខេត្តសៀមរាប"),
+    ("ရွှေတိဂုံဘုရား", "ရန်ကုန်မြို့ရှိရွှေတိဂုံဘုရားသည်ထင်ရှားသည်"),
+    ("GROSSE STRASSE", "Die Große Straße führt zum Marktplatz von Osnabrück."),
+    ("Floss Donau", "Er baute ein Floß und fuhr die Donau hinab."),
+    ("izmir saat kulesi", "İZMİR SAAT KULESİ 1901 yılında Konak Meydanı'na yapıldı."),
+    ("Isparta gülü", "Isparta'da yetişen gül, parfüm yapımında kullanılır."),
+    ("cau rong Da Nang", "Cầu Rồng bắc qua sông Hàn tại thành phố Đà Nẵng."),
+    ("العربية", "اللُّغَةُ العَرَبِيَّةُ لُغَةُ القُرآن"),
+    ("برج خليفة", "يقع بُرْجُ خَلِيفَة في دبي"),
+    ("می‌خواهم", "من میخواهم به اصفهان بروم"),
+    ("שלום", "הוא אמר שָׁלוֹם והלך"),
+    ("हिन्दी दिवस", "भारत में १४ सितंबर को हिन्दी दिवस मनाया जाता है।"),
+    ("தஞ்சை கோயில்", "தஞ்சை பெரிய கோயில் சோழர் காலத்தில் கட்டப்பட்டது"),
+    ("fins de siecle Paris", "Le café « Fin de siècle » se trouve à Paris."),
+    ("office flow final", "The oﬃce ﬂow chart and the ﬁnal plan."),
+    ("Lodz film school", "Łódź has a famous film school."),
+    ("елка", "Новогодняя ЁЛКА стоит на площади."),
+    ("ακροπολη", "Η ΑΚΡΌΠΟΛΗ των Αθηνών"),
+    ("cooperation treaty", "A treaty of coope­ration was signed."),
+]

@@ -1,8 +1,9 @@
 """BM25: what shares no word with the query is not found, and any script has words."""
 
 import pytest
+from helpers import SEARCHES
 
-from mmsr.bm25 import rank, sqlite_query, tokens
+from mmsr.bm25 import asked, rank, sqlite_query, tokens, words
 
 PAGES = ["The bridge crosses the Tagus river.", "A river in Spain.", "Bread and olives.", ""]
 
@@ -30,22 +31,42 @@ def test_equals_keep_their_order_and_a_repeated_query_word_counts_once():
     assert rank("x x", ["x", "y"]) == rank("x", ["x", "y"])
 
 
-@pytest.mark.parametrize("text, words", [
-    ("Straße STRASSE", ["strasse", "strasse"]),
-    ("Ｔａｇｕｓ", ["tagus"]),
+@pytest.mark.parametrize("text, expected", [
+    ("Straße STRASSE \ufb01n", ["strasse", "strasse", "fin"]),
+    ("İzmir ISPARTA ısparta", ["izmir", "isparta", "isparta"]),
+    ("Ｔａｇｕｓ e\u0301 é Đà", ["tagus", "e", "e", "da"]),
     ("塔霍河 Tajo", ["塔", "霍", "河", "tajo"]),
-    ("Тежу 12", ["тежу", "12"]),
-    ("한강 다리", ["한강", "다리"]),
+    ("iPhone手机 2024年", ["iphone", "手", "机", "2024", "年"]),
+    ("ジョン・レノン ｹﾞ ゲ ケ", ["ジ", "ョ", "ン", "レ", "ノ", "ン", "ゲ", "ゲ", "ケ"]),
+    ("Тежу 12 ёж", ["тежу", "12", "еж"]),
+    ("한강 ᄒ\u1161ᆫ강", ["한강", "한강"]),
+    ("กรุงเทพ", ["ก", "รุ", "ง", "เ", "ท", "พ"]),
+    ("हिन्दी कि की", ["हिन्दी", "कि", "की"]),
+    ("العَرَبِيَّة أحمد شَـــعر", ["العربية", "احمد", "شعر"]),
+    ("co\u00adop \u200bParis\ufeff 1\ufe0f\u20e3", ["coop", "paris", "1"]),
 ])  # fmt: skip
-def test_words_of_any_script(text, words):
-    assert tokens(text) == words
+def test_words_of_any_script(text, expected):
+    assert words(text) == expected
 
 
-def test_page_in_chinese_is_found_by_part_of_a_sentence():
-    assert rank("塔霍河", ["这座桥横跨塔霍河。", "这是一座山。"])[0][0] == 0
+def test_a_run_without_blanks_is_one_word():
+    assert tokens("塔霍河 Tajo") == ["塔", "霍", "河", "塔霍", "霍河", "tajo"]
+    assert asked("塔霍河 Tajo 塔霍") == ["塔霍", "霍河", "tajo"], "the characters alone would find every page"
+    assert asked("塔") == ["塔"], "but one that stands alone is asked for"
+    assert asked("한강은") == ["한강", "강은"], "as a page may say 한강의"
+
+
+@pytest.mark.parametrize("query, page", SEARCHES, ids=[page[:8] for _, page in SEARCHES])
+def test_a_page_is_not_ranked_first_for_a_query_in_its_language(query, page):
+    pages = [page for _, page in SEARCHES]
+    assert pages[rank(query, pages)[0][0]] == page
+
+
+def test_a_character_that_stands_alone_finds_no_page():
+    assert rank("塔", ["这座桥横跨塔霍河。", "这是一座山。"])[0][0] == 0
 
 
 def test_a_common_word_outweighs_a_telling_one():
     assert sqlite_query("What is the capital of France?") == '"capital" OR "france"'
     assert sqlite_query("who is the") == '"who" OR "is" OR "the"'
-    assert sqlite_query('a_b "c') == '"a_b" OR "c"'
+    assert sqlite_query('x_y "z') == '"x" OR "y" OR "z"'

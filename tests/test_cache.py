@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import SEARCHES
 
 from mmsr import assemble, cache
 from mmsr.backends import import_searches, open_backend
@@ -203,6 +204,14 @@ def test_the_nearest_pages_stand_in_for_a_query_that_was_not_recorded(store):
     assert near.text_search("geneve").hits[0].url == "https://3"
     assert near.text_search("zebra").hits == near.text_search("").hits == ()
     assert near.text_search("query 2").hits[0].text == pages[2] and near.text_search("query 2").source == ""
+
+
+def test_the_nearest_page_is_none_in_the_language_of_the_query(store):
+    for query, page in SEARCHES:
+        store.put(text_key(f"recorded {query}"), Observation((Hit("page", text=page),)))
+    near = Replayed(store, "nearest")
+    found = [near.text_search(query).hits[0].text for query, _ in SEARCHES]
+    assert found == [page for _, page in SEARCHES], "and the text is as it was recorded"
 
 
 def test_no_query_is_an_operator_of_the_index(store):

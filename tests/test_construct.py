@@ -260,7 +260,8 @@ def test_metadata_of_another_shape_is_refused(metadata, counts, complaint):
 
 
 def test_names_are_the_same_whatever_their_case_and_punctuation_and_whole_words_only():
-    assert normal("  Eiffel-Tower!") == normal("eiffel tower")
+    assert normal("  Eiffel-Tower!") == normal("eiffel tower") and normal("İzmir Straße") == normal("IZMIR STRASSE")
+    assert normal("कि") != normal("की") and says("東京タワーは港区にある", "東京タワー")
     assert says("the (Eiffel) tower.", "eiffel tower") and not says("counterfeit", "fei") and not says("a", "?")
 
 

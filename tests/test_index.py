@@ -12,18 +12,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import picture_bytes, tiny_model
+from helpers import SEARCHES, picture_bytes, tiny_model
 
 from mmsr import index, model
+from mmsr.bm25 import fold
 from mmsr.encoders import Encoder, open_encoder
 from mmsr.episode import UserError
-from mmsr.index import CLOSE, OPEN, Local, build, passage
+from mmsr.index import Local, build, passage
 from mmsr.tools import ToolFailure
 
 ROOT = Path(__file__).parent.parent
@@ -442,23 +444,77 @@ def test_a_passage_misses_the_match_or_cuts_words(tmp_path):
     text = f"{filler} tower {filler} the tower was designed by Gustave Eiffel {filler}"
     pages = write_lines(tmp_path / "p.jsonl", [{"url": "u", "title": "t", "text": text}])
     build(tmp_path / "i", "builtin", None, None, pages)
-    (hit,) = Local(tmp_path / "i").text_search("gustave eiffel designed tower").hits
-    shown = hit.text.removeprefix("… ").removesuffix(" …")
-    assert "the tower was designed by Gustave Eiffel" in shown and shown in text and hit.text != shown
-    assert f" {shown} " in text and 600 < len(shown) <= index.PASSAGE
+    for query in ("gustave eiffel designed tower", "who designs towers"):
+        (hit,) = Local(tmp_path / "i").text_search(query).hits
+        shown = hit.text.removeprefix("… ").removesuffix(" …")
+        assert "the tower was designed by Gustave Eiffel" in shown and shown in text and hit.text != shown
+        assert f" {shown} " in text and 600 < len(shown) <= index.PASSAGE
 
 
 def test_a_passage_is_longer_than_its_bound_or_empty():
     draw = random.Random(0)
-    for _ in range(500):
+    for _ in range(300):
         words = ["".join(draw.choices("abc東é", k=draw.choice([1, 4, 9, 500]))) for _ in range(draw.randrange(200))]
-        marked = " ".join(f"{OPEN}{word}{CLOSE}" if draw.random() < 0.1 else word for word in words)
-        shown = passage(marked, 300)
-        assert len(shown) <= 304 and OPEN not in shown and CLOSE not in shown and bool(shown) == bool(words)
-        if OPEN in marked:
-            some = [word for word in marked.split() if OPEN in word]
-            assert any(word[1:-1][:50] in shown for word in some)
-    assert passage("one two") == "one two" and passage(" \n ") == ""
+        matched = set(draw.sample(words, len(words) // 10)) & {word for word in words if "東" not in word}
+        shown = passage(" ".join(words), {fold(word) for word in matched if len(word) < 100}, 300)
+        assert len(shown) <= 304 and bool(shown) == bool(words)
+        if some := [word for word in matched if len(word) < 100]:
+            assert any(word in shown for word in some)
+    assert passage("one two", set()) == "one two" and passage(" \n ", {"x"}) == ""
+
+
+def test_a_passage_in_chinese_misses_the_match(tmp_path):
+    filler = "这是一座没有名字的山" * 300
+    page = {"url": "u", "title": "桥", "text": f"{filler}。这座悬索桥横跨塔霍河，连接里斯本与阿尔马达。{filler}"}
+    build(tmp_path / "i", "builtin", None, None, write_lines(tmp_path / "p.jsonl", [page]))
+    for query in ("塔霍河", "霍", "里斯本 塔霍河"):
+        (hit,) = Local(tmp_path / "i").text_search(query).hits
+        assert "塔霍河" in hit.text and hit.text.strip("… ") in page["text"] and len(hit.text) < 810
+
+
+def test_a_page_is_not_found_by_a_query_in_its_language(tmp_path):
+    pages = [{"url": query, "title": "page", "text": page} for query, page in SEARCHES]
+    build(tmp_path / "i", "builtin", None, None, write_lines(tmp_path / "p.jsonl", pages))
+    local = Local(tmp_path / "i")
+    assert [local.text_search(query).hits[0].url for query, _ in SEARCHES] == [query for query, _ in SEARCHES]
+    for query, page in SEARCHES:
+        assert local.text_search(query).hits[0].text == " ".join(page.split()), "what is shown is the page's own text"
+
+
+OLD_WORDS = """
+DROP TABLE words;
+CREATE VIRTUAL TABLE words USING fts5
+    (title, text, content = 'pages', content_rowid = 'id', tokenize = "porter unicode61 remove_diacritics 2");
+INSERT INTO words (words) VALUES ('rebuild');
+PRAGMA user_version = 0;
+"""
+
+
+def old_index(folder: Path) -> Path:
+    """An index of pages as it was before its words were folded and paired."""
+    pages = [*PAGES, {"url": "http://a.example/4", "title": "東京タワー", "text": "高さは333メートルです。"}]
+    build(folder / "old", "builtin", None, None, write_lines(folder / "pages.jsonl", pages))
+    with closing(sqlite3.connect(folder / "old")) as db:
+        db.executescript(OLD_WORDS)
+    return folder / "old"
+
+
+def test_an_index_of_an_earlier_version_finds_nothing_or_is_indexed_anew_each_time(tmp_path, capsys):
+    old = old_index(tmp_path)
+    local = Local(old)
+    assert "4/4" in capsys.readouterr().err
+    assert local.text_search("タワーの高さ").hits[0].url == "http://a.example/4"
+    assert local.text_search("who designed the tower of paris").hits[0].text == PAGES[0]["text"]
+    assert build(old, "builtin", None, None, tmp_path / "pages.jsonl") == {"known": 4}
+    assert len(Local(old).text_search("tower").hits) == 2 and "anew" not in capsys.readouterr().err
+
+
+def test_an_old_index_that_cannot_be_written_gives_a_traceback(tmp_path):
+    old = old_index(tmp_path)
+    with closing(sqlite3.connect(f"{old.as_uri()}?mode=ro", uri=True)) as db:
+        with pytest.raises(UserError, match="open it once where it can be written") as caught:
+            index._renew_words(db, old)
+    assert "\n" not in str(caught.value)
 
 
 # ---- use
