@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
+from urllib.parse import urlsplit
 
 from .episode import UserError
 from .files import write_whole
@@ -166,6 +168,9 @@ class Options:
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # refused now, and not after the first rollouts
+        kind, _, where = self.search.partition(":")
+        if kind == "remote" and where:
+            server_address(where, "--search remote:")
 
     @property
     def reward_rule(self) -> RewardRule:
@@ -313,6 +318,8 @@ class Config(Options):
     def _check_imitation(self) -> None:
         if bool(self.teacher) != bool(self.teacher_model):
             raise UserError("--teacher and --teacher-model go together: give the address and the model's name there")
+        if self.teacher:
+            server_address(self.teacher, "--teacher ")
         if self.demonstrations and self.teacher:
             raise UserError("--demonstrations and --teacher: imitate one of them, leave the other out")
         if self.imitates and (self.algorithm != "sft" or self.force_searches):
@@ -354,6 +361,8 @@ class EvalConfig(Options):
             raise UserError(f"--data {' '.join(self.data)}: name each file once")
         if bool(self.judge) != bool(self.judge_model):
             raise UserError("--judge and --judge-model go together: give the address and the model's name there")
+        if self.judge:
+            server_address(self.judge, "--judge ")
 
     @classmethod
     def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
@@ -386,6 +395,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)
+
+
+def server_address(address: str, given: str) -> str:
+    """The address of a server that a user names, without blanks around it; only its form is looked at.
+
+    `given` is what stands before it: "--judge ". A user name and a password may be in it, and are not shown.
+    Raises UserError unless it is http:// or https:// and a host.
+    """
+    address = address.strip()
+    shown = without_user(address)
+    try:
+        parts = urlsplit(shown)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port, or of brackets
+        sound = False
+    if not sound or " " in address or not address.isprintable():
+        raise UserError(f"{given}{repr(shown)[1:-1]}: no address of a server; give one such as http://127.0.0.1:8000")
+    return address
+
+
+def without_user(address: str) -> str:
+    """An address as it may be shown: without the user name and password that may stand before its host."""
+    return re.sub(r"//[^/?#]*@", "//", address)
 
 
 def in_use(folder: Path) -> bool:

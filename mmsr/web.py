@@ -6,12 +6,15 @@ passages by BM25 where there is none. `Remote` asks a server that speaks Search-
 
 Traps learnt: SerpApi answers 200 with an `error` where it found nothing; Lens takes no `data:` address, so a picture is
 uploaded, as a JPEG of at most 500 KB, which also leaves its metadata at home; Jina Reader sends JSON only where Accept
-is exactly that. Every field of every answer may be missing or of another type.
+is exactly that, and an error page as if it were the page, with a warning. Every field of every answer may be missing or
+of another type. Nothing found is what a server says so clearly; what is not understood is a failure, for results are
+recorded for good.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import textwrap
@@ -22,11 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any, Callable, Mapping
 from urllib.parse import urlsplit
 
 from . import bm25
-from .client import FATAL, ChatServer, Client, complaint_of, kind_of, web_address
+from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, told_status, web_address
+from .config import server_address
 from .episode import Hit, Observation, UserError
 from .pictures import decode, jpeg, thumbnail
 from .tools import ToolFailure
@@ -50,8 +54,20 @@ LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMAR
 WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
 REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
+LISTS = ("result", "results", "documents")  # under which such a server gives what it found
+DOCUMENTS = (
+    "contents",
+    "content",
+    "text",
+    "passage",
+    "page_content",
+    "snippet",
+    "body",
+)  # under which a document's text
+MATCHES = ("title", "link", "text", "thumbnail")  # of a picture, what may be there
 FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
-ANSWERED = ("search_metadata", "search_information", "search_parameters", "searchParameters")  # without any result
+NOTHING = re.compile(r"(n't|not) (return|match)(ed)? any|no results|fully empty", re.IGNORECASE)  # was found, in words
+ERROR_PAGE = re.compile(r"returned error|captcha", re.IGNORECASE)  # in the reader's warning about a page
 
 
 @dataclass(frozen=True)
@@ -67,8 +83,12 @@ class Service:
         key = keep_secret(environ.get(f"{variable}_API_KEY", ""))
         if not re.fullmatch("[!-~]*", key):
             raise UserError(f"{variable}_API_KEY: has blanks or characters that no key has; copy the key again")
-        url = environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name]
-        return Service(name, _base_url(url, f"{variable}_BASE_URL"), key)
+        url = server_address(environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name], f"{variable}_BASE_URL=")
+        if name != "openai" and set("?#") & set(url):
+            raise UserError(
+                f"{variable}_BASE_URL: ends in a query, and paths are to follow; give what stands before it"
+            )
+        return Service(name, url.rstrip("/"), key)
 
 
 @dataclass(frozen=True)
@@ -144,7 +164,7 @@ class Live:
             self.client.check(*READERS)
         by_upload, found = bool(self.services["serpapi"].key), []
         if web_address(address):
-            found = self._lens({"url": address}) if by_upload else _found(self.serper("/lens", {"url": address}))
+            found = self._lens_address(address) if by_upload else _found(self.serper("/lens", {"url": address}))
         elif not by_upload:
             raise failure("auth", "SERPAPI_API_KEY is not set, and Serper needs an address, which this picture lacks")
         if by_upload and not found:
@@ -179,6 +199,15 @@ class Live:
         kind = {"engine": "google_lens", "type": "visual_matches", "country": "us"}
         return _found(self.serpapi("visual_matches", params | kind))
 
+    def _lens_address(self, address: str) -> list[Found]:
+        """Nothing, too, where the answer is not understood: an upload may mend that."""
+        try:
+            return self._lens({"url": address})
+        except ToolFailure as error:
+            if error.kind != "format":
+                raise
+            return []
+
     def serpapi(self, name: str, params: dict[str, str]) -> list[dict]:
         """The entries of the list `name` in the answer."""
         service = self.services["serpapi"]
@@ -191,15 +220,16 @@ class Live:
         return self._list(service, name, "POST", path, headers={"X-API-KEY": service.key}, json=body)
 
     def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[dict]:
-        """No results is an empty list, anything else that is no list raises ToolFailure."""
-        content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend}
+        """Where the engine says that it found nothing, an empty list. Raises ToolFailure where there is no list."""
+        content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend, "status_of": _search_status}
         reply = self.client.request(service.name, method, service.url + path, **content).json()
         listed = reply.get(name)
-        if listed is None and (isinstance(reply.get("error"), str) or any(key in reply for key in ANSWERED)):
+        if listed is None and _found_nothing(reply):
             return []
-        if not isinstance(listed, list):
-            raise failure("format", f"{service.name}: no list {name} in the reply")
-        return [entry for entry in listed[:FOUND] if isinstance(entry, dict)]
+        entries = [entry for entry in listed[:FOUND] if isinstance(entry, dict)] if isinstance(listed, list) else []
+        if listed != [] and not entries:
+            raise failure("format", f"{service.name}: no {name} in the reply; {_shape(reply)}")
+        return entries
 
     # ---- what stands behind the results
 
@@ -249,19 +279,20 @@ class Live:
             headers["Authorization"] = f"Bearer {service.key}"
         spend = self.spend if service.key else None
         request = partial(
-            self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend
-        )
+            self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend,
+            status_of=told_status,
+        )  # fmt: skip
         if "#" in link:  # in a path it would be cut off
             answer = request("POST", f"{service.url}/", data={"url": link})
         else:
             answer = request("GET", f"{service.url}/{link}")
         reply = answer.json()
         data = reply.get("data")
-        text = _text(data.get("content")) if isinstance(data, dict) else ""
+        text, warning = (_text(data.get(key)) if isinstance(data, dict) else "" for key in ("content", "warning"))
+        if ERROR_PAGE.search(warning):
+            raise failure("status", f"jina: {link}: {warning}")
         if not text.strip():
-            code = reply.get("code") if isinstance(reply.get("code"), int) else 200
-            kind = kind_of(code, complaint_of(answer.body)) if code >= 400 else "format"
-            raise failure(kind, f"jina: no text of {link}: {complaint_of(answer.body)}")
+            raise failure("format", f"jina: no text of {link}: {complaint_of(answer.body)}")
         return _text(data.get("title")), text[:PAGE_CHARACTERS]
 
     def _digest(self, query: str, title: str, page: str, prompt: str) -> str:
@@ -284,15 +315,39 @@ def passages(query: str, page: str) -> str:
     return " … ".join(stretches[index] for index in best or [0])
 
 
+def _search_status(reply: dict[str, Any]) -> int:
+    """As `told_status`; SerpApi says beside it whether a search has been made."""
+    metadata = reply.get("search_metadata")
+    state = metadata.get("status") if isinstance(metadata, dict) else None
+    told = told_status(reply)
+    return 503 if told == 200 and state in ("Error", "Processing", "Queued") else told
+
+
+def _found_nothing(reply: dict[str, Any]) -> bool:
+    """Whether a search engine says that it has no results: in `error`, or in a state of `search_information`."""
+    information = reply.get("search_information")
+    states = information.values() if isinstance(information, dict) else ()
+    return any(isinstance(said, str) and NOTHING.search(said) for said in (reply.get("error"), *states))
+
+
 def _found(listed: list[dict]) -> list[Found]:
-    """What is usable of a search engine's entries."""
+    """What is usable of a search engine's entries. Raises ToolFailure where there are some, and none is."""
     found = []
     for entry in listed:
         title, link = _text(entry.get("title"))[:TITLE_CHARACTERS], web_address(entry.get("link"))
         if title or link:
             picture = web_address(_text(entry.get("thumbnail")) or entry.get("thumbnailUrl"))
             found.append(Found(title, link, picture))
+    if listed and not found:
+        raise failure("format", f"results without title and link; {_shape(listed[0])}")
     return found
+
+
+def _shape(value: object) -> str:
+    """What is there instead of what was expected, in words."""
+    return (
+        f"it has {', '.join(list(value)[:12]) or 'no keys'}" if isinstance(value, dict) else f"a {type(value).__name__}"
+    )
 
 
 def _text(value: object) -> str:
@@ -300,47 +355,61 @@ def _text(value: object) -> str:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-def _base_url(url: str, where: str) -> str:
-    if not web_address(url) or not url.isprintable():
-        raise UserError(f"{where}: {url!r} is no address; give one such as http://127.0.0.1:8000")
-    return url.rstrip("/")
-
-
 # ---- a search server elsewhere
 
 
 class Remote:
-    """Any server of Search-R1's protocol: POST /retrieve, and POST /image_search where it has that."""
+    """Any server of Search-R1's protocol: POST /retrieve, and POST /image_search where it has that.
+
+    Servers agree on little more than these paths: documents come under several names, with or without scores.
+    """
 
     def __init__(self, url: str, client: Client | None = None, results: int = 5):
-        self.url = _base_url(url.strip(), f"--search remote:{url}").removesuffix("/retrieve")
-        self.client, self.results, self.name = client or Client(), results, urlsplit(self.url).netloc
+        parts = urlsplit(server_address(url, "--search remote:"))
+        self.url = parts._replace(path=parts.path.rstrip("/").removesuffix("/retrieve")).geturl()
+        self.client, self.results, self.name = client or Client(), results, host_of(self.url)
 
     def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
         body = {"image": base64.b64encode(image).decode(), "topk": self.results, "question": question}
-        return self._seen(map(_remote_match, self._ask("/image_search", body, "results")))
+        reply, listed = self._ask("/image_search", body)
+        return self._seen(reply, listed, _remote_match)
 
     def text_search(self, query: str) -> Observation:
-        body = {"queries": [query], "topk": self.results, "return_scores": True}
-        lists = self._ask("/retrieve", body, "result")
-        if len(lists) != 1 or not isinstance(lists[0], list):
-            raise failure("format", f"{self.name}: not one list of documents for one query")
-        return self._seen(map(_remote_document, lists[0]))
+        reply, listed = self._ask("/retrieve", {"queries": [query], "topk": self.results, "return_scores": True})
+        if len(listed) == 1 and isinstance(listed[0], list):
+            return self._seen(reply, listed[0], _remote_document)
+        if listed and all(not isinstance(entry, list) or _pair(entry) for entry in listed):  # not a list a query
+            return self._seen(reply, listed, _remote_document)
+        raise failure("format", f"{self.name}: not one list of documents for one query")
 
-    def _ask(self, path: str, body: dict[str, Any], name: str) -> list[Any]:
-        answer = self.client.request(self.name, "POST", self.url + path, json=body, seconds=120, tries=3)
-        listed = answer.json().get(name)
-        if not isinstance(listed, list):
-            raise failure("format", f"{self.name}{path}: no list {name} in the reply")
-        return listed
+    def _ask(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """The reply, and the list in it."""
+        content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": told_status}
+        reply = self.client.request(self.name, "POST", below(self.url, path), **content).json()
+        listed = next((reply[name] for name in LISTS if isinstance(reply.get(name), list)), None)
+        if listed is None:
+            self._check_error(reply)
+            raise failure("format", f"{self.name}{path}: no list of results in the reply; {_shape(reply)}")
+        return reply, listed
 
-    def _seen(self, hits: Iterable[Hit | None]) -> Observation:
-        usable = (hit for hit in hits if hit and (hit.title or hit.text or hit.image))
-        return Observation(tuple(islice(usable, self.results)), source=self.name)
+    def _seen(self, reply: dict[str, Any], entries: list[Any], read: Callable[[Any], Hit | None]) -> Observation:
+        """What `read` makes of the entries. Raises ToolFailure where there are some, and none is understood."""
+        usable = (hit for hit in map(read, entries) if hit and (hit.title or hit.text or hit.image))
+        hits = tuple(islice(usable, self.results))
+        if not hits:
+            self._check_error(reply)
+            if entries and not any(map(read, entries)):
+                raise failure("format", f"{self.name}: no document is understood; the first: {_shape(entries[0])}")
+        return Observation(hits, source=self.name)
+
+    def _check_error(self, reply: dict[str, Any]) -> None:
+        if error := reply.get("error") or reply.get("detail"):
+            raise failure("format", f"{self.name}: {complaint_of(json.dumps({'error': error}).encode())}")
 
 
 def _remote_match(entry: object) -> Hit | None:
-    if not isinstance(entry, dict):
+    """None for what is no match of a picture."""
+    if not isinstance(entry, dict) or not any(isinstance(entry.get(name), str) for name in MATCHES):
         return None
     try:
         image = thumbnail(base64.b64decode(entry["thumbnail"], validate=True))
@@ -351,18 +420,38 @@ def _remote_match(entry: object) -> Hit | None:
 
 
 def _remote_document(entry: Any) -> Hit | None:
-    """With or without a score around it; its contents are a quoted title, a line end and the text."""
-    scored = isinstance(entry, dict) and isinstance(entry.get("document"), dict)
-    document = entry["document"] if scored else entry
-    if not isinstance(document, dict):
+    """A document: fields or a text, alone, in a pair with its score, or as `document` beside it. None for what is none.
+
+    Search-R1's `contents` are a quoted title, a line end and the text.
+    """
+    score = entry.get("score") if isinstance(entry, dict) else None
+    if pair := _pair(entry):
+        entry, score = pair
+    if isinstance(entry, dict) and isinstance(entry.get("document"), (dict, str)):
+        entry = entry["document"]
+    if isinstance(entry, str):
+        entry = {"content": entry}
+    if not isinstance(entry, dict):
         return None
-    head, parted, body = _text(document.get("contents")).partition("\n")
-    title, text = (head.strip().strip('"'), body) if parted else ("", head)
-    title, text = title or _text(document.get("title")), text or _text(document.get("text"))
-    url = web_address(document.get("url")) or web_address(document.get("id"))
-    return Hit(
-        title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(entry.get("score")) if scored else None
-    )
+    name = next((name for name in DOCUMENTS if isinstance(entry.get(name), str)), "")
+    if not name and not isinstance(entry.get("title"), str):
+        return None
+    title, text = _text(entry.get("title")), _text(entry.get(name))
+    head, parted, body = text.partition("\n")
+    if parted and (name == "contents" or re.fullmatch(r'\s*".*"\s*', head)):
+        title, text = head.strip().strip('"') or title, body
+    url = web_address(entry.get("url")) or web_address(entry.get("id"))
+    return Hit(title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(score))
+
+
+def _pair(entry: Any) -> tuple[Any, float] | None:
+    """A document and its score, in either order."""
+    if not isinstance(entry, list) or len(entry) != 2:
+        return None
+    first, second = map(_number, entry)
+    if (first is None) == (second is None):
+        return None
+    return (entry[0], second) if first is None else (entry[1], first)
 
 
 def _number(value: Any) -> float | None:

@@ -206,10 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         posted = {
             "/image": "serpapi.image", "/search": "serper.search", "/lens": "serper.lens", "/retrieve": "remote.text",
-            "/image_search": "remote.image", "/v1/chat/completions": "openai",
+            "/image_search": "remote.image",
         }  # fmt: skip
         if self.path.startswith("/jina/"):
             return "jina"
+        if path.endswith("/chat/completions"):
+            return "openai"
         if self.command == "POST":
             return posted.get(path, "file")
         lens = "engine=google_lens" in self.path

@@ -1,5 +1,6 @@
 """The guarded client against a server that does its worst: rows 10, 11, 12, 16 and 22 of the fault programme."""
 
+import json
 import logging
 import shutil
 import socket
@@ -17,7 +18,16 @@ from fake_web import FakeWeb, bomb, drip, endless, picture, raw, redirect, reset
 
 from mmsr import client as guarded
 from mmsr import wire
-from mmsr.client import BREAKER_FAILURES, BREAKER_SECONDS, ChatServer, Client, picture_part
+from mmsr.client import (
+    BREAKER_FAILURES,
+    BREAKER_SECONDS,
+    ChatServer,
+    Client,
+    chat_address,
+    open_server,
+    picture_part,
+    web_address,
+)
 from mmsr.tools import ToolFailure
 from mmsr.wire import keep_secret, redact, require_public
 
@@ -122,6 +132,17 @@ def test_refusal_that_will_not_change_is_not_asked_for_again(web, time_, code):
     assert kind(get, time_.client(), web) == expected and len(web.seen) == 1
 
 
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_service_that_has_moved_does_not_keep_its_new_address_to_itself(web, time_, canary, code):
+    where = f"http://user:password@127.0.0.1/new?api_key={CANARY}"
+    web.then("file", redirect("/v2/x", code), redirect(where, code))
+    for moved in (f"{web.url}/v2/x", "http://127.0.0.1/new?api_key=[key]"):
+        with pytest.raises(ToolFailure) as caught:
+            time_.client().request("probe", "POST", web.url + "/x", json={})
+        assert f"HTTP {code}: it has moved to {moved}; configure that address" in str(caught.value)
+    assert len(web.seen) == 2, "the body of a POST is not sent elsewhere"
+
+
 FATAL = [
     (401, {"error": "Invalid API key."}, "auth"),
     (403, {"message": "Unauthorized.", "statusCode": 403}, "auth"),
@@ -129,6 +150,7 @@ FATAL = [
     (400, {"message": "Not enough credits", "statusCode": 400}, "credits"),
     (402, {"data": None, "code": 402, "status": 40203, "message": "Account balance"}, "credits"),
     (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}}, "credits"),
+    (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "auth"),
 ]
 
 
@@ -327,6 +349,10 @@ def test_what_is_no_json_object_is_a_format_failure(web, body):
         ({"detail": "of fastapi"}, "of fastapi"),
         ({"error": None, "message": 7}, "null"),
         (["odd"], "odd"),
+        ([{"error": {"message": "in a list"}}], ": in a list"),
+        ({"detail": [{"loc": ["body", "topk"], "msg": "of pydantic"}]}, ": of pydantic"),
+        ({"error": {"message": "Provider returned error", "metadata": {"raw": "of its own"}}}, "error: of its own"),
+        ({"base_resp": {"status_code": 1004, "status_msg": "of another"}}, ": of another"),
     ],
 )
 def test_error_text_is_found_wherever_the_server_puts_it(web, body, text):
@@ -350,6 +376,40 @@ def test_environment_neither_diverts_nor_authenticates(web, monkeypatch, tmp_pat
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     web.files["/x"] = b"here"
     assert get(Client(), web).body == b"here" and "authorization" not in web.seen[0].headers
+
+
+# ---- errors in a 200
+
+TOLD = [  # what came with a 200, the kind of failure that it is, and how often it is asked
+    ({"error": {"code": 429, "message": "Provider returned error"}}, "rate", 3),
+    ({"error": {"code": "503", "message": "sorry"}}, "status", 3),
+    ({"choices": [{"message": {"content": None}, "error": {"code": 502, "message": "sorry"}}]}, "status", 3),
+    ({"choices": [{"message": {"content": "half"}, "finish_reason": "error"}]}, "status", 3),
+    ({"choices": [{"message": {"content": "half"}, "finish_reason": "network_error"}]}, "status", 3),
+    ({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, "rate", 3),
+    ({"error": {"type": "overloaded_error", "message": "Overloaded"}}, "status", 3),
+    ({"error_code": 18, "error_msg": "Open api qps request limit reached"}, "rate", 3),
+    ({"error": "the model is loading, try again later"}, "status", 3),
+    ({"object": "error", "message": "sorry", "code": 500}, "status", 3),
+    ({"error": {"code": 400, "message": "no such model"}}, "status", 1),
+    ({"error": {"code": 401, "message": "No auth credentials found"}}, "auth", 1),
+    ({"error": {"message": "Incorrect API key provided"}}, "auth", 1),
+    ({"error": {"message": "insufficient balance"}}, "credits", 1),
+    ({"error": {"type": "invalid_request_error", "message": "sorry"}}, "status", 1),
+]
+
+
+@pytest.mark.parametrize("reply, expected, asked", TOLD)
+def test_an_error_in_a_reply_of_200_is_no_reply_and_asked_again_where_it_may_pass(web, reply, expected, asked):
+    web.always("openai", status(200, reply))
+    assert kind(chat(web).complete, USER, 50) == expected and len(web.seen) == asked
+
+
+def test_what_is_beside_a_good_reply_and_says_nothing_is_no_error(web):
+    choices = [{"message": {"content": "Lisbon"}, "finish_reason": "stop", "error": None}]
+    for more in ({"error": None}, {"error": ""}, {"code": 200}, {"base_resp": {"status_code": 0}}, {"detail": {}}):
+        web.always("openai", status(200, {"choices": choices, **more}))
+        assert chat(web).complete(USER, 50) == "Lisbon"
 
 
 # ---- addresses (row 16)
@@ -422,6 +482,23 @@ def test_without_the_guard_the_same_addresses_reach_the_inside(web, connects, no
         except ToolFailure:
             pass
     assert reached.count(b"internal") >= 12 and len(connects) >= 12
+
+
+@pytest.mark.parametrize(
+    "link, address",
+    [
+        ("http://host/a/../../x", "http://host/x"),
+        ("http://host/../../..", "http://host/"),
+        ("http://host/a/%2e%2E/.%2e/b/./c?q=../x#../y", "http://host/b/c?q=../x#../y"),
+        ("http://host/a/b/..", "http://host/a/"),
+        (" http://host/..b/.well-known/... ", "http://host/..b/.well-known/..."),
+        *[(link, "") for link in ("http://../x", "http://%2e%2e/x", "http://./x", "http://user:pass@host/", "http://:80/",
+                                  "http://a%2f..%2fb/", "http://host\\..\\x", "http://host/\n../x", "http://ho\tst/",
+                                  "//host/x", "javascript:x", "http://host:x/", "", None, 7, b"http://host/")],
+    ],
+)  # fmt: skip
+def test_a_link_is_asked_for_as_a_browser_would_or_not_at_all(link, address):
+    assert web_address(link) == address
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1:248:1893:25c8:1946", "1.1.1.1"])
@@ -655,6 +732,11 @@ USER = [{"role": "user", "content": "hi"}]
         ("<think>\nLisbon? No.\n</think>\n\nPorto", "Porto"),
         ("Lisbon? No.</think> Porto", "Porto"),
         ("<think></think>Porto <think>sure?</think>", "Porto"),
+        (
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "Porto"}],
+            "Porto",
+        ),
+        ([{"type": "text", "text": "Por"}, {"type": "output_text", "text": "to"}, {"type": "image_url"}], "Porto"),
     ],
 )
 def test_thoughts_are_no_part_of_an_answer(web, said, heard):
@@ -677,9 +759,63 @@ def test_wrongly_typed_chat_reply_is_a_format_failure(web, reply):
     assert kind(chat(web).complete, USER, 50) == "format"
 
 
-def test_chat_request_has_the_standard_fields_and_an_address_with_or_without_v1(web):
-    for base in (web.url, web.url + "/", web.url + "/v1", web.url + "/v1/"):
-        ChatServer(base, "qwen", "", Client()).complete([{"role": "user", "content": [picture_part(picture())]}], 9)
+@pytest.mark.parametrize(
+    "choice, expected, words",
+    [
+        ({"finish_reason": "content_filter", "message": {"content": "Lis"}}, "blocked", "withheld .*: content_filter"),
+        ({"finish_reason": "content_filter: SAFETY", "message": {"content": ""}}, "blocked", "SAFETY"),
+        ({"finish_reason": "sensitive"}, "blocked", "sensitive"),
+        ({"message": {"content": None, "refusal": "I cannot help"}}, "blocked", "withheld its answer: I cannot help"),
+        ({"message": {"content": None, "reasoning_content": "Lisbon?"}}, "format", "thoughts and no answer"),
+        ({"message": {"content": "", "reasoning": "Lisbon?"}}, "format", "thoughts and no answer"),
+        ({"finish_reason": "length", "message": {"content": None}}, "format", "no answer in 50 tokens"),
+        ({"finish_reason": "length", "message": {"content": "<think>Lis"}}, "format", "no answer in 50 tokens"),
+        ({"finish_reason": "stop", "message": {"content": [{"type": "text", "text": 7}]}}, "format", "no answer in it"),
+    ],
+)
+def test_what_was_kept_back_is_not_an_empty_answer_and_not_asked_for_again(web, choice, expected, words):
+    web.always("openai", status(200, {"choices": [choice]}))
+    with pytest.raises(ToolFailure, match=words) as caught:
+        chat(web).complete(USER, 50)
+    assert caught.value.kind == expected and len(web.seen) == 1
+
+
+def test_half_an_answer_is_no_turn_of_a_teacher_and_no_judgement(web):
+    web.always("openai", status(200, {"choices": [{"finish_reason": "length", "message": {"content": "CORRECT is"}}]}))
+    assert chat(web).complete(USER, 9) == "CORRECT is", "a summary may be cut"
+    with pytest.raises(ToolFailure, match="no whole answer in 9 tokens"):
+        open_server(web.url, "judge").complete(USER, 9)
+
+
+@pytest.mark.parametrize(
+    "named, asked",
+    [
+        ("http://h:8000", "http://h:8000/v1/chat/completions"),
+        ("http://h/", "http://h/v1/chat/completions"),
+        ("http://h/v1/", "http://h/v1/chat/completions"),
+        ("https://g.example/v1beta/openai/", "https://g.example/v1beta/openai/chat/completions"),
+        ("https://z.example/api/paas/v4", "https://z.example/api/paas/v4/chat/completions"),
+        ("https://v.example/api/v3/chat/completions/", "https://v.example/api/v3/chat/completions"),
+        ("https://a.example/openai/deployments/d?api-version=1", "https://a.example/openai/deployments/d/chat/completions?api-version=1"),
+        ("https://a.example?key=1", "https://a.example/v1/chat/completions?key=1"),
+        ("https://a.example/d/chat/completions?api-version=1", "https://a.example/d/chat/completions?api-version=1"),
+        ("http://me:secret@h:1", "http://me:secret@h:1/v1/chat/completions"),
+    ],
+)  # fmt: skip
+def test_v1_is_put_under_no_path_that_a_server_has_of_its_own(named, asked):
+    assert chat_address(named) == asked
+
+
+def test_azure_finds_version_and_key_where_it_looks(web):
+    server = ChatServer(f"{web.url}/openai/deployments/d?api-version=2024-10-21", "d", "azure-key-0123456789", Client())
+    server.complete(USER, 9)
+    (seen,) = web.calls("openai")
+    assert seen.path == "/openai/deployments/d/chat/completions?api-version=2024-10-21"
+    assert seen.headers["api-key"] == "azure-key-0123456789"
+
+
+def test_chat_request_has_the_standard_fields(web):
+    ChatServer(web.url, "qwen", "", Client()).complete([{"role": "user", "content": [picture_part(picture())]}], 9)
     assert {seen.path for seen in web.seen} == {"/v1/chat/completions"}
     body = web.seen[0].json()
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
@@ -713,9 +849,68 @@ def test_field_that_a_server_does_not_know_is_left_out_from_then_on(web):
     assert len(web.seen) == 5 and web.seen[-1].json()["max_completion_tokens"] == 5
 
 
-def test_refusal_that_only_mentions_a_field_is_final(web):
-    web.always("openai", status(400, {"error": {"message": "max_tokens is too large: the context has 4096 tokens"}}))
-    assert kind(chat(web).complete, USER, 9000) == "status" and len(web.seen) == 1
+REFUSALS = [  # of a field, in the words of many servers
+    "Unrecognized request argument supplied: FIELD",
+    "`FIELD` is deprecated for this model.",
+    "Unsupported value: 'FIELD' does not support 0 with this model. Only the default (1) value is supported.",
+    'Invalid JSON payload received. Unknown name "FIELD": Cannot find field.',
+    "property 'FIELD' is unsupported",
+    "FIELD and top_p cannot both be specified for this model. Please use only one.",
+    "invalid FIELD: only 1 is allowed for this model",
+    "Additional properties are not allowed ('FIELD' was unexpected)",
+    "FIELD is no longer available: use another",
+    "Validation: \\u0027FIELD\\u0027 not permitted",
+    {"message": "Unsupported parameter", "param": "FIELD", "code": "unsupported_parameter"},
+    {"message": "Provider returned error", "metadata": {"raw": '{"message":"bad \\"FIELD\\""}'}},
+]
+
+
+@pytest.mark.parametrize("field", ["temperature", "chat_template_kwargs", "max_tokens"])
+@pytest.mark.parametrize("words", REFUSALS)
+def test_a_field_is_left_out_in_whatever_words_it_is_refused(web, words, field):
+    error = json.loads(json.dumps(words).replace("FIELD", field))
+    codes = iter([400, 422])
+
+    def answer(handler):
+        known = field not in web.seen[-1].json()
+        (status(200, GOOD) if known else status(next(codes), {"error": error}))(handler)
+
+    web.always("openai", answer)
+    server = chat(web)
+    assert [server.complete(USER, 5) for _ in range(2)] == ["yes"] * 2 and len(web.seen) == 3
+    others = {"temperature", "chat_template_kwargs", "max_tokens", "max_completion_tokens"} & web.seen[-1].json().keys()
+    left = {"temperature", "chat_template_kwargs", "max_tokens"} - {field}
+    assert others == (left | {"max_completion_tokens"} if field == "max_tokens" else left)
+
+
+GOOD = {"choices": [{"message": {"content": "yes"}}]}
+
+
+def test_fields_are_refused_all_at_once_in_a_list_and_within_a_200(web):
+    said = [{"type": "extra_forbidden", "loc": ["body", name], "msg": "Extra inputs are not permitted"}
+            for name in ("temperature", "chat_template_kwargs")]  # fmt: skip
+    web.then("openai", status(422, {"detail": said}), status(200, {"error": {"message": "unsupported: max_tokens"}}))
+    web.then("openai", status(400, {"message": "max_completion_tokens: unknown field"}))
+    assert chat(web).complete(USER, 5) == "The bridge crosses the Tagus." and len(web.seen) == 4
+    assert web.seen[-1].json().keys() == {"model", "messages"}
+
+
+@pytest.mark.parametrize(
+    "code, words, asked",
+    [
+        (400, "max_tokens is too large: the context has 4096 tokens", 1),
+        (400, "'max_tokens' or 'max_completion_tokens' is too large: 9000. This model supports at most 4096", 1),
+        (400, "maximum context length is 4096 tokens; reduce the messages or max_tokens", 1),
+        (400, "the messages are empty", 1),
+        (403, "temperature is not for you", 1),
+        (400, "the question about temperature is bad", 2),  # tried without, in vain
+    ],
+)
+def test_refusal_that_only_mentions_a_field_is_final_and_not_remembered(web, code, words, asked):
+    web.always("openai", status(code, {"error": {"message": words}}))
+    server = chat(web)
+    assert kind(server.complete, USER, 9000) in ("status", "forbidden") and len(web.seen) == asked
+    assert not server.foreign
 
 
 def test_hundreds_of_calls_in_flight_get_each_its_own_answer(web):
