@@ -282,7 +282,7 @@ class Live:
             self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend,
             status_of=told_status,
         )  # fmt: skip
-        if "#" in link:  # in a path it would be cut off
+        if "#" in link or re.search(r"\\|%5c|%2f", urlsplit(link).path, re.IGNORECASE):  # not what it was in a path
             answer = request("POST", f"{service.url}/", data={"url": link})
         else:
             answer = request("GET", f"{service.url}/{link}")

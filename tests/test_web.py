@@ -233,6 +233,47 @@ def test_address_reaches_the_reader_whole(web):
             assert read.path.removeprefix("/jina/") == link.replace("ä b", "%C3%A4%20b")
 
 
+@pytest.mark.parametrize(
+    "link, asked",
+    [
+        ("http://host/a/../../../x?y=/../..", "http://host/x?y=/../.."),
+        ("http://host/%2e%2e/%2E./%2e%2e", "http://host/"),
+        ("http://host/a/%252e%252e/x?u=%2F..", "http://host/a/%252e%252e/x?u=%2F.."),
+        *[(link, None) for link in ("http://host/a/../../x#../..", "http://host/x/..\\..", "http://host/x/..%2f..")],
+    ],
+)
+def test_link_with_dots_does_not_lead_the_reader_to_another_address(web, link, asked):
+    web.results = [{"title": "t", "link": link}]
+    live(web, "serpapi", "jina").text_search("q")
+    (read,) = [seen for seen in web.seen if "authorization" in seen.headers]
+    assert read.service == "jina" and read.path.removeprefix("/jina/") == (asked or "")
+    assert asked or b"url=http%3A%2F%2Fhost%2Fx" in read.body  # a POST
+
+
+@pytest.mark.parametrize(
+    "link", ["http://../../../search", "http://%2e%2e/x", "http://me:pass@host/", "http://h/\n/../x"]
+)
+def test_link_that_is_none_is_never_read(web, link):
+    web.results = [{"title": "t", "link": link}]
+    assert live(web, "serpapi", "jina").text_search("q").hits == () and not web.calls("jina")
+
+
+def test_error_page_is_no_page(web):
+    """The reader sends what a site says to robots with a 200 and a warning; other warnings are of pages."""
+    refused = ["Target URL returned error 403: Forbidden", "Target URL returned error 404: Not Found",
+               "This page maybe not yet fully loaded\nThis page maybe requiring CAPTCHA, please make sure"]  # fmt: skip
+    fine = ["This page contains shadow DOM that are currently hidden", "This is a cached snapshot", None, 7, ["x"]]
+    said = iter([*refused, *fine])
+    page = {"title": "Just a moment...", "content": "Verifying you are human."}
+    web.always("jina", lambda handler: status(200, {"code": 200, "data": {**page, "warning": next(said)}})(handler))
+    backend = live(web, "serpapi", results=1)
+    assert backend.text_search("q").hits[0].title == "Page 4" and len(web.calls("jina")) == 4
+    assert all(backend.text_search("q").hits[0].title == "Page 1" for _ in fine[1:])
+    web.always("jina", status(200, {"code": 200, "data": {**page, "warning": refused[0]}}))
+    with pytest.raises(ToolFailure, match="https://site1.example/page: Target URL returned error 403: Forbidden"):
+        backend.text_search("q")
+
+
 def test_without_a_summarizer_the_best_passages_stand(web):
     filler = "Nothing to see here, move along please. " * 30
     web.pages = lambda url: f"{filler} The bridge spans the Tagus at Lisbon. {filler}"
@@ -279,11 +320,60 @@ def test_no_results_are_an_answer(web, names):
 
 
 @pytest.mark.parametrize(
-    "reply", [{}, {"organic_results": "x"}, {"organic_results": {"0": {}}}, {"organic_results": 7}, {"error": {"a": 1}}]
+    "reply",
+    [
+        {"search_metadata": {"status": "Success"}, "error": "Google Lens hasn't returned any results for this query."},
+        {"error": "Google hasn't returned any results for this query."},
+        {"search_metadata": {"status": "Success"}, "search_information": {"organic_results_state": "Fully empty"}},
+        {"visual_matches": [], "organic_results": []},
+    ],
 )
-def test_reply_without_a_list_is_a_failure_not_an_empty_result(web, reply):
-    web.always("serpapi.google", status(200, reply))
-    assert kind(live(web).text_search, "q") == "format"
+def test_an_engine_that_says_so_has_found_nothing(web, reply):
+    for service in ("serpapi.google", "serpapi.lens"):
+        web.always(service, status(200, reply))
+    assert live(web).text_search("q") == live(web).image_search(IMAGE, "?") == Observation(source="serpapi")
+
+
+SUCCESS = {"search_metadata": {"status": "Success"}, "search_parameters": {"engine": "google_lens"}}
+
+
+@pytest.mark.parametrize(
+    "reply, expected, asked",
+    [
+        *[(reply, "format", 1) for reply in ({}, {"{}": "x"}, {"{}": {"0": {}}}, {"{}": 7}, {"{}": [1, "x"]},
+                                             {"{}": [{"position": 1}]}, {"error": {"a": 1}}, SUCCESS,
+                                             SUCCESS | {"search_information": {"time": 1.2}}, SUCCESS | {"{}": None},
+                                             SUCCESS | {"related_content": [{"query": "q"}]},
+                                             {"error": "We could not read the picture."})],
+        *[({"search_metadata": {"status": state}}, "status", 3) for state in ("Error", "Processing", "Queued")],
+        (SUCCESS | {"error": "We couldn't get valid results for this search. Please try again later."}, "status", 3),
+        ({"error": "Your account has run out of searches."}, "credits", 1),
+        ({"error": "Invalid API key."}, "auth", 1),
+    ],
+)  # fmt: skip
+def test_what_is_not_said_to_be_nothing_is_not_recorded_as_nothing_for_good(web, tmp_path, reply, expected, asked):
+    for service, search, name in (
+        ("serpapi.google", lambda engine: engine.text_search("q"), "organic_results"),
+        ("serpapi.lens", lambda engine: engine.image_search(IMAGE, "?"), "visual_matches"),
+    ):
+        web.always(service, status(200, {name if key == "{}" else key: value for key, value in reply.items()}))
+        with closing(Store(tmp_path / f"{service}.db")) as store:
+            engine = Cached(live(web), store)
+            assert kind(search, engine) == expected and len(web.calls(service)) == asked
+            del web.standing[service]
+            engine.backend = live(web)
+            assert search(engine).hits, "asked again another time, and found"
+
+
+def test_serper_that_sends_no_list_has_not_found_nothing(web):
+    web.always("serper.lens", status(200, {"searchParameters": {"url": "u"}, "credits": 3}))
+    with pytest.raises(ToolFailure, match="serper: no organic in the reply; it has searchParameters, credits"):
+        live(web, "serper", images=False).image_search(IMAGE, "?", "https://x.example/")
+
+
+def test_address_whose_answer_is_not_understood_is_made_up_for_by_an_upload(web):
+    web.then("serpapi.lens", status(200, SUCCESS))
+    assert live(web).image_search(IMAGE, "?", "https://x.example/a.jpg").hits and web.calls("serpapi.image")
 
 
 BAD_BODIES = [raw(b"<html>sign in</html>", kind="text/html"), raw(b'{"organic_results": [{"ti'), raw(b"[1]"), raw(b"")]
@@ -429,7 +519,8 @@ def test_missing_key_is_named(web):
 @pytest.mark.parametrize(
     "variable, value",
     [("SERPAPI_API_KEY", "two words"), ("SERPAPI_API_KEY", "sécret-secret"), ("JINA_BASE_URL", "localhost:8000"),
-     ("OPENAI_BASE_URL", "file:///x"), ("SERPER_BASE_URL", "http://"), ("SERPAPI_BASE_URL", "http://x y\n/")],
+     ("OPENAI_BASE_URL", "file:///x"), ("SERPER_BASE_URL", "http://"), ("SERPAPI_BASE_URL", "http://x y\n/"),
+     ("JINA_BASE_URL", "http://x/?token=1"), ("SERPER_BASE_URL", "http://x:y/")],
 )  # fmt: skip
 def test_senseless_variable_is_named_and_a_key_not_shown(web, variable, value):
     with pytest.raises(UserError) as caught:
@@ -490,6 +581,16 @@ def test_remote_image_search_sends_the_very_bytes(web):
         ({"title": "T", "text": "x", "url": "https://a.example/"}, Hit("T", "https://a.example/", "x")),
         *[({"document": {"contents": '"T"\nx'}, "score": score}, Hit("T", "", "x"))
           for score in ("high", True, 10**400, float("nan"), float("inf"), None)],
+        ({"document": {"content": '"T"\nx'}, "score": 0.5}, Hit("T", "", "x", score=0.5)),
+        ({"title": "T", "content": "Two\nlines", "score": 1}, Hit("T", "", "Two\nlines", score=1.0)),
+        ({"document": "a text", "score": 0.5}, Hit("", "", "a text", score=0.5)),
+        ("a text alone", Hit("", "", "a text alone")),
+        ('"T"\nx', Hit("T", "", "x")),
+        ([{"id": "1", "contents": '"T"\nx'}, 0.5], Hit("T", "", "x", score=0.5)),
+        ([0.5, {"passage": "x"}], Hit("", "", "x", score=0.5)),
+        (["a text", 0.5], Hit("", "", "a text", score=0.5)),
+        ({"page_content": "x", "metadata": {}}, Hit("", "", "x")),
+        ({"title": "T"}, Hit("T")),
     ],
 )  # fmt: skip
 def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
@@ -497,10 +598,48 @@ def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
     assert Remote(web.url).text_search("q").hits == (hit,)
 
 
-@pytest.mark.parametrize("reply", [{}, {"result": 1}, {"result": []}, {"result": [{}]}, {"result": [[], []]}])
-def test_remote_reply_without_its_list_is_a_format_failure(web, reply):
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        *[(reply, "format") for reply in ({}, {"result": 1}, {"result": []}, {"result": [{}]}, {"result": [[], []]})],
+        ({"data": {"docs": []}, "took": 3}, "no list of results in the reply; it has data, took"),
+        ({"result": [[{"doc": "x", "sim": 1}]]}, "no document is understood; the first: it has doc, sim"),
+        ({"result": [[7, None]]}, "the first: a int"),
+        ({"error": "index not loaded"}, "index not loaded"),
+        ({"detail": [{"loc": ["body", "topk"], "msg": "field required"}]}, "field required"),
+        ({"result": [[]], "error": {"message": "no such corpus"}}, "no such corpus"),
+        ({"error": "boom", "result": None}, "boom"),
+    ],
+)
+def test_a_remote_reply_that_is_not_understood_has_not_found_nothing(web, reply, words):
     web.always("remote.text", status(200, reply))
-    assert kind(Remote(web.url).text_search, "q") == "format"
+    with pytest.raises(ToolFailure, match=words) as caught:
+        Remote(web.url).text_search("q")
+    assert caught.value.kind == "format" and len(web.seen) == 1
+
+
+def test_remote_search_that_found_nothing_says_so(web):
+    for reply in ({"result": [[]]}, {"result": [[]], "error": None}, {"result": [[{"contents": ""}]], "detail": ""}):
+        web.always("remote.text", status(200, reply))
+        assert Remote(web.url).text_search("q") == Observation(source=web.url.removeprefix("http://"))
+    web.always("remote.image", status(200, {"results": []}))
+    assert Remote(web.url).image_search(IMAGE, "").hits == ()
+    web.always("remote.image", status(200, {"results": [["a", 1], {"name": "x"}]}))
+    assert kind(Remote(web.url).image_search, IMAGE, "") == "format"
+
+
+def test_remote_documents_may_come_without_a_list_for_each_query(web):
+    two = (Hit("", "", "a"), Hit("", "", "b"))
+    for listed in (["a", "b"], [{"text": "a"}, {"content": "b"}]):
+        web.always("remote.text", status(200, {"results": listed}))
+        assert Remote(web.url).text_search("q").hits == two
+    web.always("remote.text", status(200, {"documents": [["a", 0.5], ["b", 0.25]]}))
+    assert [hit.score for hit in Remote(web.url).text_search("q").hits] == [0.5, 0.25]
+
+
+def test_overloaded_remote_server_that_says_it_with_a_200_is_asked_again(web):
+    web.then("remote.text", status(200, {"error": "too many requests"}), status(200, {"status": 503, "error": "x"}))
+    assert Remote(web.url, quick()).text_search("q").hits and len(web.seen) == 3
 
 
 def test_remote_thumbnails_are_strangers_pictures(web):
@@ -540,3 +679,14 @@ def test_remote_understands_our_own_server(web):
 def test_remote_wants_an_address():
     with pytest.raises(UserError, match="remote:nowhere"):
         Remote("nowhere")
+
+
+def test_remote_address_keeps_its_path_and_query_and_hides_its_password(web):
+    where = web.url.replace("//", "//me:secret@")
+    remote = Remote(f"{where}/retrieve/?tenant=7", quick())
+    assert remote.text_search("q").hits and web.seen[-1].path == "/retrieve?tenant=7"
+    web.always("remote.text", status(404, {"detail": "Not Found"}))
+    with pytest.raises(ToolFailure) as caught:
+        remote.text_search("q")
+    assert "HTTP 404: nothing at /retrieve: Not Found" in str(caught.value)
+    assert "secret" not in f"{caught.value} {remote.name}" and "authorization" in web.seen[-1].headers
