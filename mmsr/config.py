@@ -224,9 +224,9 @@ class Config(Options):
     demonstrations: tuple[str, ...] = ()
     """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are made anew."""
     teacher: str = ""
-    """Address of an OpenAI-compatible server whose model shows what to imitate; its key: OPENAI_API_KEY."""
+    """OpenAI-compatible server whose model shows what to imitate, http://HOST (/v1 is added) or with its own path."""
     teacher_model: str = ""
-    """The teaching model, as that server calls it."""
+    """The teaching model, as that server calls it; its key: OPENAI_API_KEY."""
 
     steps: int = 80
     """Training steps; a step is one batch of rollouts."""
@@ -342,9 +342,9 @@ class EvalConfig(Options):
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy, as in the paper."""
     judge: str = ""
-    """Address of an OpenAI-compatible server whose model judges the answers too; its key: OPENAI_API_KEY."""
+    """OpenAI-compatible server whose model judges the answers too, http://HOST (/v1 is added) or with its own path."""
     judge_model: str = ""
-    """The judging model, as that server calls it."""
+    """The judging model, as that server calls it; its key: OPENAI_API_KEY."""
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS, "limit": (0, _MANY), "temperature": (0, 100),

@@ -345,9 +345,9 @@ def _found(listed: list[dict]) -> list[Found]:
 
 def _shape(value: object) -> str:
     """What is there instead of what was expected, in words."""
-    return (
-        f"it has {', '.join(list(value)[:12]) or 'no keys'}" if isinstance(value, dict) else f"a {type(value).__name__}"
-    )
+    if not isinstance(value, dict):
+        return f"it is a {type(value).__name__}"
+    return f"it has {', '.join(list(value)[:12]) or 'no keys'}"
 
 
 def _text(value: object) -> str:
@@ -433,9 +433,9 @@ def _remote_document(entry: Any) -> Hit | None:
         entry = {"content": entry}
     if not isinstance(entry, dict):
         return None
-    name = next((name for name in DOCUMENTS if isinstance(entry.get(name), str)), "")
-    if not name and not isinstance(entry.get("title"), str):
+    if not any(isinstance(entry.get(name), str) for name in ("title", *DOCUMENTS)):
         return None
+    name = next((name for name in DOCUMENTS if _text(entry.get(name))), "")
     title, text = _text(entry.get("title")), _text(entry.get(name))
     head, parted, body = text.partition("\n")
     if parted and (name == "contents" or re.fullmatch(r'\s*".*"\s*', head)):

@@ -591,6 +591,7 @@ def test_remote_image_search_sends_the_very_bytes(web):
         (["a text", 0.5], Hit("", "", "a text", score=0.5)),
         ({"page_content": "x", "metadata": {}}, Hit("", "", "x")),
         ({"title": "T"}, Hit("T")),
+        ({"contents": "", "content": None, "text": "x"}, Hit("", "", "x")),
     ],
 )  # fmt: skip
 def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
@@ -604,7 +605,7 @@ def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
         *[(reply, "format") for reply in ({}, {"result": 1}, {"result": []}, {"result": [{}]}, {"result": [[], []]})],
         ({"data": {"docs": []}, "took": 3}, "no list of results in the reply; it has data, took"),
         ({"result": [[{"doc": "x", "sim": 1}]]}, "no document is understood; the first: it has doc, sim"),
-        ({"result": [[7, None]]}, "the first: a int"),
+        ({"result": [[7, None]]}, "the first: it is a int"),
         ({"error": "index not loaded"}, "index not loaded"),
         ({"detail": [{"loc": ["body", "topk"], "msg": "field required"}]}, "field required"),
         ({"result": [[]], "error": {"message": "no such corpus"}}, "no such corpus"),
