@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterable
 
 from .cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
-from .config import Options, without_user
+from .config import Options
 from .episode import Example, UserError
 from .files import cache_folder
 from .store import Budget, Store
@@ -57,8 +57,7 @@ def open_backend(
         from .web import Remote
 
         remote = Remote(where, results=options.results)
-        form = f"remote:{without_user(where)}/{options.results}"
-        return Search(_recorded(remote, options, form, by_question=True))
+        return Search(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
     if kind == "live":
         return _live(options, ledger, addressed=any(example.address for example in islice(examples, 1)))
     raise UserError(f"--search {options.search}: unknown back-end; give {KNOWN}")

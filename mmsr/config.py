@@ -400,8 +400,7 @@ class Parser(argparse.ArgumentParser):
 def server_address(address: str, given: str) -> str:
     """The address of a server that a user names, without blanks around it; only its form is looked at.
 
-    `given` is what stands before it: "--judge ". A user name and a password may be in it, and are not shown.
-    Raises UserError unless it is http:// or https:// and a host.
+    `given` is what stands before it: "--judge ". Raises UserError unless it is http:// or https:// and a host.
     """
     address = address.strip()
     shown = without_user(address)
