@@ -10,6 +10,7 @@ import io
 import re
 
 import PIL.Image
+import PIL.ImageOps
 
 from mmsr.episode import Observation
 from mmsr.pictures import decode
@@ -22,7 +23,7 @@ BOX = re.compile(r"\D*(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D*", re.ASCI
 
 def tools(backend: Backend) -> list[Tool]:
     def run(call: Call) -> Observation:
-        found = crop(decode(call.image), call.query)
+        found = crop(decode(call.image, upright=False), call.query)  # the pixels that the model sees
         return Observation(source=CROP_SEARCH) if found is None else backend.image_search(found, call.question)
 
     LEGAL_SHAPES.update({(CROP_SEARCH, "answer"), (CROP_SEARCH, "text_search", "answer")})
@@ -38,5 +39,6 @@ def crop(picture: PIL.Image.Image, query: str) -> bytes | None:
     if x1 >= x2 or y1 >= y2:
         return None
     file = io.BytesIO()
-    picture.crop((x1, y1, x2, y2)).save(file, "PNG", compress_level=1)
+    upright = PIL.ImageOps.exif_transpose(picture.crop((x1, y1, x2, y2)))  # search engines know no other pictures
+    upright.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence, TypeVar
@@ -20,7 +21,7 @@ from .episode import Hit, UserError
 from .factory import Calls, LeftOut
 from .files import write_whole
 from .likeness import difference_hash, near_duplicates, normal, says, short_id
-from .pictures import decode, jpeg
+from .pictures import decode, jpeg, without_metadata
 from .store import sha256
 from .tools import ToolFailure
 
@@ -34,13 +35,15 @@ T = TypeVar("T")
 
 
 class Shelf:
-    """The folder of picture files, each under its digest."""
+    """The folder of picture files, each under its digest. A data set is shared, so they are kept without metadata."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, data: bytes) -> str:
+        with suppress(ValueError):  # what is no picture is refused later, with its reason
+            data = without_metadata(data)
         name = sha256(data)[:32]
         if not (self.folder / name).exists():
             write_whole(self.folder / name, [data])

@@ -9,7 +9,6 @@ auth, credits, forbidden, too-large, format, blocked, breaker, budget.
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import random
@@ -23,11 +22,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Callable, Iterator, Sequence, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
-import PIL.Image
-
 from .config import without_user
 from .kept import key_of
-from .pictures import FORMATS
+from .pictures import media_type, without_metadata
 from .tools import ToolFailure
 from .wire import Answer, Unsent, exchange, failure, keep_secret, public_authorities, require_public
 
@@ -368,9 +365,10 @@ BROKEN_OFF = ("error", "network_error", "insufficient_system_resource")  # reaso
 
 
 def picture_part(data: bytes) -> dict[str, Any]:
-    """A picture file as a part of a chat message's content."""
-    kind = PIL.Image.open(io.BytesIO(data), formats=FORMATS).get_format_mimetype()
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+    """A picture file, without its metadata, as a part of a chat message's content. ValueError where it is none."""
+    data = without_metadata(data)
+    url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def open_server(address: str, model: str) -> ChatServer:

@@ -16,6 +16,7 @@ from .episode import Hit, Observation, UserError, digest
 from .files import json_object, lines
 from .kept import key_of
 from .likeness import normal
+from .pictures import without_metadata
 from .tools import Backend
 from .web import Live
 
@@ -66,14 +67,14 @@ class Corpus:
         return [self._picture(line) for line in self.by_title.get(normal(concept), ())]
 
     def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
-        found = self.by_content.get(digest(image), ())
+        found = self.by_content.get(_content(image), ())
         return Observation(tuple(Hit(line["title"], str(line.get("url", ""))) for line in found), source="corpus")
 
     @cached_property
     def by_content(self) -> dict[str, list[dict]]:
         found = defaultdict(list)
         for line in self.lines:
-            found[digest(self._picture(line).image)].append(line)
+            found[_content(self._picture(line).image)].append(line)
         return found
 
     def text_search(self, query: str) -> Observation:
@@ -90,6 +91,14 @@ class Corpus:
             ) from None
         url, text, licence = (str(line.get(key, "")) for key in ("url", "text", "licence"))
         return Picture(line["title"], url, text or line["title"], line["file"], licence, image)
+
+
+def _content(image: bytes) -> str:
+    """What a picture is known by: it is searched for as it is kept, without metadata."""
+    try:
+        return digest(without_metadata(image))
+    except ValueError:
+        return digest(image)
 
 
 class Web(Live):

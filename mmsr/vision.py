@@ -10,7 +10,6 @@ Shape letters: P patches of all pictures, M = P / 4 merged tokens, H heads, D he
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Segments, packed_attention
 from .fuse import fused
-from .pictures import FORMATS, check_aspect, decode
+from .pictures import check_aspect, decode, stored_size
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token
@@ -59,14 +58,16 @@ class Image:
         return self.grid[0] * self.grid[1] // MERGE**2
 
 
-def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> Image:
+def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image:
     """Decode a picture file and resize it to between `min_pixels` and `max_pixels` pixels, aspect kept.
 
-    As in transformers, transparency is laid on white, an animation gives its first frame, EXIF rotation is ignored.
+    As in transformers, transparency is laid on white, an animation gives its first frame, and EXIF turns nothing unless
+    `upright`: the model sees a question's picture as it is stored, and so do boxes that it names. Unlike there, 16-bit
+    grey is scaled to 8 bits, where the processor would make it white.
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
-    key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}".encode()).hexdigest()
-    return prepare(decode(data), key, min_pixels, max_pixels)
+    key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}{'|upright' * upright}".encode()).hexdigest()
+    return prepare(decode(data, upright=upright), key, min_pixels, max_pixels)
 
 
 def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int) -> Image:
@@ -79,9 +80,9 @@ def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int
 def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> int:
     """How many tokens `load_image` would make of a picture file, from its header alone; 0 for one that it refuses."""
     try:
-        width, height = PIL.Image.open(io.BytesIO(data), formats=FORMATS).size
+        width, height = stored_size(data)
         height, width = smart_resize(height, width, min_pixels, max_pixels)
-    except Exception:  # whatever it is, loading it will say so
+    except ValueError:
         return 0
     return height * width // SIDE**2
 

@@ -5,10 +5,9 @@ or Serper, reads the pages with Jina Reader and has them summarised by any OpenA
 passages by BM25 where there is none. `Remote` asks a server that speaks Search-R1's protocol, ours or another's.
 
 Traps learnt: SerpApi answers 200 with an `error` where it found nothing; Lens takes no `data:` address, so a picture is
-uploaded, as a JPEG of at most 500 KB, which also leaves its metadata at home; Jina Reader sends JSON only where Accept
-is exactly that, and an error page as if it were the page, with a warning. Every field of every answer may be missing or
-of another type. Nothing found is what a server says so clearly; what is not understood is a failure, for results are
-recorded for good.
+uploaded, as a JPEG of at most 500 KB; Jina Reader sends JSON only where Accept is exactly that, and an error page as if
+it were the page, with a warning. Every field of every answer may be missing or of another type. Nothing found is what a
+server says so clearly; what is not understood is a failure, for results are recorded for good.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from . import bm25
 from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, told_status, web_address
 from .config import server_address
 from .episode import Hit, Observation, UserError
-from .pictures import decode, jpeg, thumbnail
+from .pictures import decode, jpeg, thumbnail, without_metadata
 from .tools import ToolFailure
 from .wire import failure, keep_secret
 
@@ -370,6 +369,10 @@ class Remote:
         self.client, self.results, self.name = client or Client(), results, host_of(self.url)
 
     def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+        try:
+            image = without_metadata(image)
+        except ValueError as error:
+            raise failure("format", str(error)) from None
         body = {"image": base64.b64encode(image).decode(), "topk": self.results, "question": question}
         reply, listed = self._ask("/image_search", body)
         return self._seen(reply, listed, _remote_match)

@@ -114,7 +114,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("what", BAD_FILES)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_bad_picture_file_escapes_as_another_error(what):
     data, message = BAD_FILES[what]
     with pytest.raises(ValueError, match=message) as caught:
@@ -122,7 +122,7 @@ def test_a_bad_picture_file_escapes_as_another_error(what):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_decoded_before_it_is_refused(monkeypatch):
     decoded = []
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda picture: decoded.append(picture.size))
