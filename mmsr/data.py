@@ -19,7 +19,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-
 from . import pictures
 from .episode import Example, UserError
 from .files import json_file

@@ -88,7 +88,7 @@ class Thumbnails:
 
     def _load(self, data: bytes) -> Image | None:
         try:
-            return load_image(data, self.least, self.most, upright=True)
+            return load_image(data, self.least, self.most, True)  # upright, unlike the question's
         except ValueError:
             return None
 

@@ -1,8 +1,9 @@
 """A teacher: a model behind an OpenAI-compatible server that shows how questions are answered, in our markup.
 
-It is asked what our model is asked, in chat messages; its turns are read by the same grammar, its searches are run by
-the same tools. The rollout then plays its turns as a script, so that limits, masks and reward are those of any other
-episode, and a search made twice comes from the recording. Every answer is on disk before it is used.
+It is asked what our model is asked, in chat messages, with pictures upright and without metadata; its turns are read by
+the same grammar, its searches are run by the same tools. The rollout then plays its turns as a script, so that limits,
+masks and reward are those of any other episode, and a search made twice comes from the recording. Every answer is on
+disk before it is used.
 """
 
 from __future__ import annotations

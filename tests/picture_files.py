@@ -38,9 +38,9 @@ def exif(orientation: int = 1, words: bytes = b"") -> bytes:
     return found.tobytes()
 
 
-def turned(orientation: int, kind: str = "JPEG", size=(48, 32)) -> bytes:
-    """A file of `scene` as a telephone stores it: on its side, with the orientation that turns it upright."""
-    picture, turn = scene(size=size), TURNS[orientation]
+def turned(orientation: int, kind: str = "JPEG", size=(48, 32), picture: PIL.Image.Image | None = None) -> bytes:
+    """A file of `picture`, or of `scene`, as a telephone stores it: on its side, with the orientation that mends it."""
+    picture, turn = picture or scene(size=size), TURNS[orientation]
     picture = picture.transpose(PIL.Image.Transpose[turn]) if turn else picture
     quality = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     return saved(picture, kind, exif=exif(orientation), **quality)

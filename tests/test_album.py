@@ -2,6 +2,7 @@
 
 import PIL.Image
 from helpers import picture_bytes
+from picture_files import SECRET, private, turned
 
 from mmsr import album
 from mmsr.album import Album
@@ -29,6 +30,14 @@ def test_each_picture_is_kept_once_small_and_under_the_name_in_the_rollout_line(
     files = {file.stem: PIL.Image.open(file) for file in (tmp_path / "images").iterdir()}
     assert set(files) == set(names) and {file.format for file in files.values()} == {"JPEG"}
     assert files[names[0]].size == (256, 128) and files[names[1]].size == (40, 40)
+
+
+def test_the_report_shows_a_picture_on_its_side_or_its_private_words(tmp_path):
+    found = Album(tmp_path / "images")
+    found.add(found.new([episode(turned(6, size=(90, 60)), private("JPEG")[0], private("GIF")[0])]))
+    files = list((tmp_path / "images").iterdir())
+    assert sorted(PIL.Image.open(file).size for file in files) == [(48, 32), (48, 32), (90, 60)]
+    assert not any(SECRET in file.read_bytes() for file in files)
 
 
 def test_broken_picture_is_left_out(tmp_path):

@@ -1,5 +1,6 @@
 """The guarded client against a server that does its worst: rows 10, 11, 12, 16 and 22 of the fault programme."""
 
+import base64
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from email.utils import formatdate
 
 import pytest
 from fake_web import FakeWeb, bomb, drip, endless, picture, raw, redirect, reset, status
+from picture_files import private, saved, scene, turned
 
 from mmsr import client as guarded
 from mmsr import wire
@@ -28,6 +30,7 @@ from mmsr.client import (
     picture_part,
     web_address,
 )
+from mmsr.pictures import decode
 from mmsr.tools import ToolFailure
 from mmsr.wire import keep_secret, redact, require_public
 
@@ -822,6 +825,20 @@ def test_chat_request_has_the_standard_fields(web):
     thoughts = {"enable_thinking": False}
     assert body == {"model": "qwen", "max_tokens": 9, "temperature": 0.0, "chat_template_kwargs": thoughts}
     assert "authorization" not in web.seen[0].headers
+
+
+def test_a_pictures_private_words_or_an_odd_media_type_go_to_a_model():
+    def sent(data: bytes) -> tuple[str, bytes]:
+        kind, _, text = picture_part(data)["image_url"]["url"].partition(";base64,")
+        return kind, base64.b64decode(text)
+
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        full, bare = private(kind)
+        assert sent(full) == (f"data:image/{kind.lower()}", bare)
+    several = saved(scene(), "MPO", save_all=True, append_images=[scene()])
+    assert sent(several)[0] == "data:image/jpeg"  # not image/mpo, which no server knows
+    kind, upright = sent(turned(6, "PNG"))
+    assert kind == "data:image/jpeg" and decode(upright).size == decode(upright, upright=False).size == (48, 32)
 
 
 def test_what_is_sent_again_bears_the_same_key_and_another_call_does_not(web):

@@ -17,6 +17,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from fake_web import FakeWeb, raw, status
+from picture_files import private
 
 from mmsr import construct
 from mmsr.author import Shelf, Stages, checked_question, external, object_in
@@ -357,6 +358,17 @@ def test_a_changed_picture_file_is_not_taken_for_the_one_that_was_found(tmp_path
     (tmp_path / name).write_bytes(noise(1))
     with pytest.raises(UserError, match="not the picture that was found"):
         shelf.read(name)
+
+
+def test_a_data_set_holds_a_pictures_private_words(tmp_path):
+    """It is made to be shared. A corpus still knows the picture, as it is kept and as it was."""
+    full, bare = private("JPEG")
+    (tmp_path / "a.jpg").write_bytes(full)
+    (tmp_path / "titles.jsonl").write_text(json.dumps({"file": "a.jpg", "title": "the square"}) + "\n")
+    shelf, corpus = Shelf(tmp_path / "shelf"), Corpus(tmp_path / "titles.jsonl")
+    kept = shelf.read(shelf.keep(corpus.pictures("the square")[0].image))
+    assert kept == bare and shelf.read(shelf.keep(b"no picture")) == b"no picture"
+    assert {corpus.image_search(picture).hits[0].title for picture in (kept, full)} == {"the square"}
 
 
 def test_pictures_and_licences_come_from_the_live_web(tmp_path, monkeypatch):

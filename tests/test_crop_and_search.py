@@ -4,6 +4,7 @@ import io
 
 import PIL.Image
 import pytest
+from picture_files import turned
 from test_rollout import REPLY, home, make, question, tool_text  # noqa: F401
 
 from examples.crop_and_search import CROP_SEARCH, crop, tools
@@ -13,7 +14,7 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Hit, Observation
 from mmsr.pictures import decode
-from mmsr.tools import Toolbox, search_tools
+from mmsr.tools import Call, Toolbox, search_tools
 
 
 class Gallery:
@@ -74,6 +75,16 @@ def test_second_crop_is_over_the_limit(home):  # noqa: F811
 def test_box_is_cut_or_refused_without_raising(query, size):
     found = crop(decode(question().image), query)
     assert (found and decode(found).size) == size
+
+
+def test_a_box_is_cut_from_other_pixels_than_the_model_saw_or_searched_on_its_side():
+    asked = []
+    backend = Gallery()
+    backend.image_search = lambda image, question, address="": asked.append(image) or Observation()
+    (tool,) = tools(backend)
+    tool.run(Call("0 0 1000 500", turned(6, size=(48, 32)), "?"))  # stored as 32 x 48: the upper half is the right one
+    part = decode(asked[0])
+    assert part.size == (24, 32) and part.getpixel((12, 8))[0] < 50 and part.getpixel((12, 24))[0] > 200
 
 
 def test_prompt_is_the_real_one_and_a_sentence(home):  # noqa: F811

@@ -20,6 +20,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers import SEARCHES, picture_bytes, tiny_model
+from picture_files import SECRET, private, turned
 
 from mmsr import index, model
 from mmsr.bm25 import fold
@@ -89,6 +90,30 @@ def test_a_cropped_and_recompressed_picture_is_not_found(local):
         assert 1 >= seen.hits[0].score > seen.hits[1].score >= seen.hits[2].score
         thumbnail = PIL.Image.open(io.BytesIO(seen.hits[0].image))
         assert thumbnail.format == "JPEG" and max(thumbnail.size) <= index.THUMBNAIL
+
+
+def test_a_photograph_on_its_side_is_not_found_or_shown_so(tmp_path):
+    """Telephones store most pictures on their side; those to search with and those that are indexed."""
+    titles = corpus(tmp_path / "photos", 12)
+    for seed in range(1, 9):
+        (tmp_path / "photos" / f"{seed}.jpg").write_bytes(turned(seed, picture=scene(seed)))
+    build(tmp_path / "my.index", "builtin", tmp_path / "photos", titles, None)
+    local = Local(tmp_path / "my.index", k=1)
+    for seed in range(12):
+        picture = scene(seed)
+        for photograph in (jpeg(picture), turned(6, picture=picture), turned(seed % 8 + 1, picture=picture)):
+            (hit,) = local.image_search(photograph).hits
+            assert hit.title == f"scene {seed}" and hit.score > 0.99
+            assert PIL.Image.open(io.BytesIO(hit.image)).size == (160, 120)
+
+
+def test_an_index_keeps_a_pictures_private_words_or_ends_at_them(tmp_path):
+    """A comment of 65 kB ended it with a traceback: the thumbnail could not be made small enough."""
+    titles = write_lines(tmp_path / "titles.jsonl", [{"file": kind, "title": kind} for kind in ("JPEG", "PNG", "GIF")])
+    for kind in ("JPEG", "PNG", "GIF"):
+        (tmp_path / kind).write_bytes(private(kind, comment=400_000)[0])
+    assert build(tmp_path / "my.index", "builtin", tmp_path, titles, None)["pictures"] == 3
+    assert SECRET not in (tmp_path / "my.index").read_bytes()
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the 400 photographs are not here")

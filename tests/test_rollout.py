@@ -14,6 +14,7 @@ import pytest
 import torch
 from chat_helpers import tiny_tokenizer
 from helpers import picture_bytes, report, tiny_model
+from picture_files import turned
 
 from mmsr import reward
 from mmsr import rollout as rollout_module
@@ -324,6 +325,16 @@ def test_thumbnails_stand_with_their_titles_and_a_broken_one_leaves_its_title(ho
     assert parts == sorted(parts) and len(episode.images) == 3
     assert [shown[a:b].count("<|vision_start|>") for a, b in zip(parts, [*parts[1:], len(shown)])] == [1, 0, 0, 1]
     assert all(image.tokens * 28 * 28 <= PIXELS for _, image in episode.images)
+
+
+def test_a_found_picture_lies_on_its_side_or_the_questions_own_is_turned(home):
+    """The published processor turns nothing, so the question's picture stays as it is stored."""
+    wide = turned(6, size=(112, 56))
+    web = FakeWeb(Observation((Hit("title", image=wide),), source="fake"))
+    asked = replace(question(), image=wide)
+    (episode,) = make(home, web=web)([asked], 1, scripts=lambda example, sample: [LOOK, REPLY])
+    stored, upright = (image.grid for _, image in episode.images)
+    assert stored == upright[::-1] and stored[0] > stored[1]
 
 
 def test_every_member_opens_the_same_thumbnail_between_two_decode_steps(home, monkeypatch):

@@ -13,7 +13,16 @@ import torch
 from helpers import hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
 
 from mmsr.pictures import MAX_FILE_BYTES
-from mmsr.vision import MAX_PIXELS, MIN_PIXELS, inverse_frequencies, load_image, patchify, smart_resize, window_order
+from mmsr.vision import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    image_tokens,
+    inverse_frequencies,
+    load_image,
+    patchify,
+    smart_resize,
+    window_order,
+)  # fmt: skip
 
 # Rows and columns in patches: one window, windows that do not divide, a strip, a column, a window exactly filled.
 GRIDS = [(4, 4), (10, 14), (2, 18), (22, 2), (8, 8), (16, 6)]
@@ -70,7 +79,18 @@ def test_exif_orientation_turns_the_picture():
     exif[0x0112] = 6  # "rotate by 90 degrees"
     file = io.BytesIO()
     PIL.Image.new("RGB", (112, 56)).save(file, "JPEG", exif=exif)
-    assert load_image(file.getvalue()).grid == (4, 8)
+    asked, thumbnail = load_image(file.getvalue()), load_image(file.getvalue(), upright=True)
+    assert asked.grid == (4, 8) and thumbnail.grid == (8, 4) and asked.key != thumbnail.key
+    assert image_tokens(file.getvalue()) == 8
+
+
+def test_16_bit_grey_is_white():
+    """The published processor makes it so. A picture of nothing teaches nothing: the one difference to its pixels."""
+    values = np.linspace(0, 65535, 56 * 56).reshape(56, 56)
+    deep, shallow = io.BytesIO(), io.BytesIO()
+    PIL.Image.fromarray(values.astype(np.uint16)).save(deep, "PNG")
+    PIL.Image.fromarray((values / 256).astype(np.uint8)).save(shallow, "PNG")
+    assert torch.equal(load_image(deep.getvalue()).patches, load_image(shallow.getvalue()).patches)
 
 
 def test_smart_resize_rounds_otherwise_than_transformers():

@@ -1,5 +1,6 @@
 """Live search against a web of our own that speaks the providers' formats, and fails in their ways."""
 
+import base64
 import io
 import json
 import threading
@@ -9,6 +10,7 @@ from contextlib import closing
 import PIL.Image
 import pytest
 from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset, status
+from picture_files import SECRET, exif, private, turned
 
 from mmsr.cache import Cached
 from mmsr.client import Client
@@ -51,15 +53,13 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def test_picture_is_uploaded_small_and_without_its_metadata(web):
-    exif = PIL.Image.Exif()
-    exif[0x010E] = "taken at home"
     file = io.BytesIO()
     noise = PIL.Image.effect_noise((2400, 1800), 120).convert("RGB")
-    noise.save(file, "JPEG", quality=98, exif=exif)
+    noise.save(file, "JPEG", quality=98, exif=exif(words=SECRET), comment=SECRET * 2000, icc_profile=SECRET, xmp=SECRET)
     assert len(file.getvalue()) > 2_000_000
     assert len(live(web).image_search(file.getvalue(), "?").hits) == 5
     (upload,) = web.calls("serpapi.image")
-    assert len(upload.body) < 502_000 and b"taken at home" not in upload.body and b"\xff\xd8\xff" in upload.body
+    assert len(upload.body) < 502_000 and SECRET not in upload.body and b"\xff\xd8\xff" in upload.body
     (lens,) = web.calls("serpapi.lens")
     assert lens.query == {
         "engine": "google_lens", "type": "visual_matches", "image_id": "picture-1", "hl": "en", "country": "us",
@@ -74,6 +74,14 @@ def test_thumbnails_form_gives_the_best_titles_with_small_pictures(web):
     assert seen.source == "serpapi" and [hit.url for hit in seen.hits][0] == "https://match1.example/"
     assert size(seen.hits[1].image) == (448, 224) and all(hit.image[:3] == b"\xff\xd8\xff" for hit in seen.hits)
     assert not web.calls("jina")
+
+
+def test_a_telephones_picture_or_a_thumbnail_lies_on_its_side(web):
+    web.files["/thumbnails/1.jpg"] = turned(8, size=(96, 64))
+    hits = live(web, results=1).image_search(turned(6, size=(480, 320)), "?").hits
+    (upload,) = web.calls("serpapi.image")
+    assert size(upload.body[upload.body.index(b"\xff\xd8\xff") :]) == (480, 320)
+    assert size(hits[0].image) == (96, 64)
 
 
 @pytest.mark.parametrize(
@@ -563,9 +571,18 @@ def test_remote_speaks_search_r1(web):
     )
 
 
-def test_remote_image_search_sends_the_very_bytes(web):
-    import base64
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_a_pictures_private_words_go_to_a_server_elsewhere(web, kind):
+    full, bare = private(kind)
+    Remote(web.url).image_search(full, "")
+    assert base64.b64decode(web.seen[0].json()["image"]) == bare
 
+
+def test_what_is_no_picture_is_sent_to_a_server_elsewhere(web):
+    assert kind(Remote(web.url).image_search, b"<svg/>", "") == "format" and not web.seen
+
+
+def test_remote_image_search_sends_other_bytes_than_a_plain_picture_has(web):
     seen = Remote(web.url, results=1).image_search(IMAGE, "what?")
     body = web.seen[0].json()
     assert base64.b64decode(body.pop("image")) == IMAGE and body == {"topk": 1, "question": "what?"}
