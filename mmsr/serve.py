@@ -27,11 +27,13 @@ from .pictures import decode
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
 
 MAX_BODY = 16 * 2**20  # bytes; a picture of 12 MiB
+MAX_HELD = 8 * MAX_BODY  # of all requests at a time; what is over is to come again
+MAX_COMMAS = MAX_BODY // 64  # in a body: an array's values may take thirty times their text
 MAX_QUERIES = 1024  # in a request
-MAX_RUNNING = 32  # requests at a time
+MAX_RUNNING, MAX_OPENED = 32, 2  # requests at a time, and those among them whose bodies are being opened
 SECONDS_TO_SEND = 10.0  # for a whole request, however it drips
 ROUTES = {("POST", "/retrieve"): "retrieve", ("POST", "/image_search"): "image_search", ("GET", "/health"): "health"}
-
+YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "")  # as Search-R1's server reads texts
 
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)  # in a Host header
 
@@ -60,6 +62,8 @@ class Server(ThreadingHTTPServer):
         self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
         self.private = ipaddress.ip_address(str(self.server_address[0])).is_loopback
         self.room = threading.BoundedSemaphore(MAX_RUNNING)
+        self.opening = threading.BoundedSemaphore(MAX_OPENED)
+        self.held, self.counting = 0, threading.Lock()  # bytes of bodies
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are, which may hang
@@ -77,6 +81,13 @@ class Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self.room.release()
+
+    def hold(self, size: int) -> bool:
+        """Count a body of `size` bytes (or, negative, take it off), unless there is no room for it."""
+        with self.counting:
+            fits = self.held + size <= MAX_HELD
+            self.held += size if fits else 0
+            return fits
 
     def handle_error(self, request, client_address) -> None:
         """A client that went away is no news; anything else is a bug, and the server goes on."""
@@ -102,12 +113,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self.held = 0  # bytes of this request that the server counts
         self.deadline = threading.Timer(SECONDS_TO_SEND, self._cut_off)
         self.deadline.daemon = True
         self.deadline.start()
 
     def finish(self) -> None:
         self.deadline.cancel()
+        self.server.hold(-self.held)
         super().finish()
 
     def _cut_off(self) -> None:
@@ -119,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         self.unread = int(length) if re.fullmatch("[0-9]{1,12}", length) else None  # bytes of the body
         try:
             self._check_origin()
-            route = ROUTES.get((self.command, self.path.partition("?")[0]))
+            method = "GET" if self.command == "HEAD" else self.command
+            route = ROUTES.get((method, self.path.partition("?")[0]))
             if route is None:
                 raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
             self._reply(200, getattr(self, route)())
@@ -127,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             self._discard()
             self._reply(refused.status, refused.body)
 
-    do_POST = do_GET
+    do_POST = do_HEAD = do_GET
 
     def _check_origin(self) -> None:
         """Pages in a browser cannot hide where they come from, nor under which name they found a loopback server."""
@@ -142,13 +156,19 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(411, "Content-Length is missing or no number")
         if self.unread > MAX_BODY:
             raise Refused(413, f"the body is over the limit of {MAX_BODY:,} bytes")
+        if not self.server.hold(self.unread):
+            raise Refused(503, "too many large bodies at a time: send it again")
+        self.held = self.unread
         data = self.rfile.read(self.unread)
         self.deadline.cancel()
         self.unread -= len(data)
         if self.unread:
             raise Refused(408, "the body did not arrive in time")
+        if data.count(b",") > MAX_COMMAS:
+            raise Refused(413, f"the body has more than {MAX_COMMAS:,} commas: send fewer or shorter queries")
         try:
-            body = json.loads(data)
+            with self.server.opening:
+                body = json.loads(data)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is not JSON") from None
         if not isinstance(body, dict):
@@ -172,20 +192,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, '"queries" must be a list of texts')
         if len(queries) > MAX_QUERIES:
             raise Refused(400, f"{len(queries):,} queries are over the limit of {MAX_QUERIES:,}")
-        most, scored = _top_k(body), body.get("return_scores") is True
+        most, scored = _top_k(body), _flag(body, "return_scores")
         found = self.server.search(TEXT_SEARCH, [Call(query, b"", query) for query in queries])
         return {"result": [[_document(hit, scored) for hit in hits[:most]] for hits in found]}
 
     def image_search(self) -> dict:
         body = self._body()
-        encoded, question, most = body.get("image"), body.get("question") or "", _top_k(body)
+        encoded, question, most = body.pop("image", None), body.get("question") or "", _top_k(body)
         if not isinstance(encoded, str) or not isinstance(question, str):
             raise Refused(400, '"image" must be base64 text, and "question", if given, text')
         try:
-            image = base64.b64decode(encoded, validate=True)
-            decode(image)
+            with self.server.opening:
+                image = base64.b64decode(encoded, validate=True)
+                decode(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
+        del encoded  # a search may take minutes: it holds the picture alone
         (hits,) = self.server.search(IMAGE_SEARCH, [Call("<img>", image, question)])
         return {"results": [image_result(hit) for hit in hits[:most]]}
 
@@ -198,8 +220,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if status == 503:
+            self.send_header("Retry-After", "1")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Thousands of good requests say nothing."""
@@ -212,6 +237,13 @@ def _top_k(body: dict[str, Any]) -> int | None:
     if most is not None and (type(most) is not int or most < 1):
         raise Refused(400, '"topk" must be a whole number, 1 or more')
     return most
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    said = str(body.get(name)).strip().lower()
+    if said not in (*YES, *NO):
+        raise Refused(400, f'"{name}" must be true or false')
+    return said in YES
 
 
 def _document(hit: Hit, scored: bool) -> dict:
