@@ -68,7 +68,7 @@ class Corpus:
 
     def image_search(self, image: bytes, question: str = "", address: str = "") -> Observation:
         found = self.by_content.get(_content(image), ())
-        return Observation(tuple(Hit(line["title"], str(line.get("url", ""))) for line in found), source="corpus")
+        return Observation(tuple(Hit(line["title"], str(line.get("url") or "")) for line in found), source="corpus")
 
     @cached_property
     def by_content(self) -> dict[str, list[dict]]:
@@ -78,7 +78,7 @@ class Corpus:
         return found
 
     def text_search(self, query: str) -> Observation:
-        ranked = bm25.rank(query, [f"{line['title']} {line.get('text', '')}" for line in self.lines])[:5]
+        ranked = bm25.rank(query, [f"{line['title']} {line.get('text') or ''}" for line in self.lines])[:5]
         hits = (self._picture(self.lines[place]) for place, _ in ranked)
         return Observation(tuple(Hit(hit.title, hit.url, hit.text) for hit in hits), source="corpus")
 
@@ -89,7 +89,7 @@ class Corpus:
             raise UserError(
                 f"{self.folder / line['file']}: cannot be read ({error.strerror}); correct the line"
             ) from None
-        url, text, licence = (str(line.get(key, "")) for key in ("url", "text", "licence"))
+        url, text, licence = (str(line.get(key) or "") for key in ("url", "text", "licence"))
         return Picture(line["title"], url, text or line["title"], line["file"], licence, image)
 
 

@@ -93,7 +93,7 @@ def build(
 
 
 class _Records:
-    """The objects of a JSONL file, all checked before the first is used. No path: none. `url` may be left out."""
+    """The objects of a JSONL file, all checked before the first is used. No path: none. Pictures need no `url`."""
 
     def __init__(self, path: str | Path | None, fields: tuple[str, ...], unit: str):
         self.path, self.fields, self.unit = Path(path) if path else None, fields, unit
@@ -102,7 +102,9 @@ class _Records:
     def __iter__(self) -> Iterator[dict[str, str]]:
         names = {*self.fields, "url"}
         for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
-            found = {"url": "", **json_object(self.path, row, line)}
+            found = json_object(self.path, row, line)
+            if found.get("url") is None and "url" not in self.fields:  # left out, or null
+                found["url"] = ""
             if wrong := sorted(name for name in names if not isinstance(found.get(name), str)):
                 listed = ", ".join(self.fields)
                 raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")
