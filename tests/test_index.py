@@ -171,7 +171,9 @@ def test_a_picture_is_encoded_again_under_a_second_title_or_run(tmp_path, monkey
     corpus(folder, 3)
     (folder / "copy.jpg").write_bytes((folder / "0.jpg").read_bytes())
     lines = [("0.jpg", "one"), ("copy.jpg", "two"), ("0.jpg", "one"), ("1.jpg", "three")]
-    titles = write_lines(tmp_path / "t.jsonl", [{"file": file, "title": title} for file, title in lines])
+    records = [{"file": file, "title": title} for file, title in lines]
+    records[2]["url"] = None  # as a table's empty cell is written: left out, too
+    titles = write_lines(tmp_path / "t.jsonl", records)
     counts = build(tmp_path / "i", "builtin", folder, titles, None)
     assert (counts["pictures"], counts["titles"], counts["known"]) == (2, 3, 1)
     titles = write_lines(tmp_path / "t.jsonl", [{"file": f"{i}.jpg", "title": f"again {i}"} for i in range(3)])
@@ -257,7 +259,7 @@ def test_a_wrong_line_leaves_half_an_index(tmp_path):
         "a list": ("[1]\n", "row 0.*not a JSON object"),
         "no title": ('\n{"file": "0.jpg"}\n', "row 0, field title"),  # a blank line is no row, as in data.py
         "a number": ('{"file": "0.jpg", "title": 5}\n', "row 0, field title"),
-        "wrong url": ('{"file": "0.jpg", "title": "x", "url": null}\n', "row 0, field url"),
+        "wrong url": ('{"file": "0.jpg", "title": "x", "url": 5}\n', "row 0, field url"),
         "nested": ("[" * 100_000 + "\n", "row 0"),
     }
     for text, message in wrong.values():

@@ -100,6 +100,14 @@ def test_a_search_r1_client_does_not_understand(server):
     title, _, text = scored[0]["document"]["contents"].partition("\n")  # as its clients take it apart
     assert (title, text) == ('""one" page 0"', "text 0")
     assert post(server, "/retrieve?x=1", {**body, "return_scores": False}).json() == {"result": [documents, []]}
+    for said, meant in [
+        ("true", [scored]),
+        ("True", [scored]),
+        (1, [scored]),
+        ("false", [documents]),
+        (0, [documents]),
+    ]:
+        assert post(server, "/retrieve", {"query": "one", "topk": 2, "return_scores": said}).json()["result"] == meant
     assert len(post(server, "/retrieve", {"query": "one"}).json()["result"][0]) == 3
     assert post(server, "/retrieve", {"queries": [], "topk": None}).json() == {"result": []}
 
@@ -135,6 +143,12 @@ def test_queries_of_a_request_wait_for_each_other(server):
     assert len(replies[0]["result"]) == 8
 
 
+def test_a_probe_by_head_is_answered_with_a_body_or_an_error(server):
+    for path, status in [("/health", 200), ("/nothing", 404)]:
+        answer = raw(server, f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        assert int(answer.split()[1]) == status and answer.endswith(b"\r\n\r\n")
+
+
 # ---- what is refused
 
 
@@ -151,6 +165,8 @@ BAD_BODIES = {
     "topk zero": ("/retrieve", b'{"query": "a", "topk": 0}', 400),
     "topk true": ("/retrieve", b'{"query": "a", "topk": true}', 400),
     "topk infinite": ("/retrieve", b'{"query": "a", "topk": Infinity}', 400),
+    "scores perhaps": ("/retrieve", b'{"query": "a", "return_scores": "perhaps"}', 400),
+    "lists in lists": ("/retrieve", b'{"queries": [' + b"[]," * 300_000 + b"[]]}", 413),
     "topk text": ("/retrieve", b'{"query": "a", "topk": "3"}', 400),
     "no image": ("/image_search", b"{}", 400),
     "image a list": ("/image_search", b'{"image": []}', 400),
@@ -229,6 +245,45 @@ def test_a_huge_body_is_read_into_memory(server, monkeypatch):
             assert connection.recv(100).split()[1] in (b"411", b"413"), length
     chunked = b"POST /retrieve HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
     assert raw(server, chunked).split()[1] == b"411" and alive(server)
+
+
+def test_large_bodies_at_a_time_add_up(server, monkeypatch):
+    monkeypatch.setattr(serve, "MAX_HELD", 3000)
+    body, replies = {"query": "wait", "more": "x" * 2000}, []
+    asking = threading.Thread(target=lambda: replies.append(post(server, "/retrieve", body).status_code))
+    asking.start()
+    assert server.engine.running.acquire(timeout=20)
+    busy = post(server, "/retrieve", body)
+    assert busy.status_code == 503 and int(busy.headers["Retry-After"]) > 0 and "\n" not in busy.json()["error"]
+    assert post(server, "/retrieve", {"query": "small"}).status_code == 200
+    server.engine.release.set()
+    asking.join(20)
+    assert replies == [200] and post(server, "/retrieve", body).status_code == 200
+    monkeypatch.setattr(serve, "SECONDS_TO_SEND", 0.3)
+    assert raw(server, b"POST /retrieve HTTP/1.0\r\nContent-Length: 2500\r\n\r\n{").split()[1:2] in ([], [b"408"])
+    for _ in range(100):
+        if server.held == 0:
+            break
+        time.sleep(0.05)
+    assert server.held == 0, "a body whose client left is counted for good"
+
+
+def test_pictures_are_opened_all_at_once(server, monkeypatch):
+    at_once, most, decode = threading.BoundedSemaphore(serve.MAX_OPENED), [], serve.decode
+
+    def slow(image):
+        most.append(at_once.acquire(blocking=False))
+        time.sleep(0.05)
+        at_once.release()
+        return decode(image)
+
+    monkeypatch.setattr(serve, "decode", slow)
+    asking = [threading.Thread(target=post, args=(server, "/image_search", {"image": PICTURE})) for _ in range(6)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert most == [True] * 6
 
 
 def test_malformed_requests_end_the_server_or_are_answered_in_html(server):
