@@ -7,32 +7,38 @@ differently the second time. Every error text, log line, header and body passes 
 Traps learnt: the time-out of requests is per read, so a server that drips its handshake, headers or body holds a call
 for ever; the texts of its exceptions hold whole addresses with the api_key in them, and so do the chained causes, which
 is why a failure is returned here and raised by the caller, where no other exception is being handled. requests prepares
-the messages, urllib3 carries them; no proxy, netrc or cookie of the environment is used.
+the messages, urllib3 carries them; no netrc or cookie of the environment is used.
+
+A service that the user names is asked through the proxy that the environment names. A stranger's address never is: a
+proxy looks names up by itself, inside the user's network, where no check of ours can see what they lead to.
 """
 
 from __future__ import annotations
 
+import base64
 import http.client
 import ipaddress
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Callable, Mapping
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 import requests
 import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection
 
+from .episode import UserError
 from .tools import ToolFailure
 
 HEADERS = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"}
@@ -49,7 +55,9 @@ NOT_PUBLIC = [
 ]
 PUBLIC_V6 = ipaddress.ip_network("2000::/3")
 
-_lookups = ThreadPoolExecutor(32, thread_name_prefix="lookup")
+AUTHORITIES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # the first one that is set
+
+_strangers = threading.BoundedSemaphore(64)  # look-ups of their names at a time: their name servers may never answer
 _secrets: tuple[str, ...] = ()
 _keeping = threading.Lock()
 
@@ -90,6 +98,93 @@ def failure(kind: str, message: str, of: type[ToolFailure] = ToolFailure) -> Too
     """The one way to a failure: one printable line of limited length, without a key in it."""
     line = "".join(letter if letter.isprintable() else " " for letter in redact(message))
     return of(kind, " ".join(line.split())[:400])
+
+
+# ---- proxies
+
+UNKNOWN_TO_PROXY = "the proxy wants a user name and password (407): give its address as http://USER:PASSWORD@HOST:PORT"
+
+
+@dataclass(frozen=True)
+class Proxy:
+    url: str  # without user name and password
+    headers: Mapping[str, str] = field(repr=False)  # which hold them
+
+    def __str__(self) -> str:
+        return urlsplit(self.url).netloc
+
+
+def proxy_for(url: str) -> Proxy | None:
+    """The proxy through which a service that the user names is asked; None: it is asked directly.
+
+    The environment names it: HTTPS_PROXY or HTTP_PROXY by the address's scheme, or else ALL_PROXY, and the exceptions
+    in NO_PROXY; lower case goes before upper case. Loopback is always asked directly. Raises UserError for a proxy of
+    another kind (SOCKS), or what is no address.
+    """
+    variable, value = _proxy_variable(url)
+    if not value:
+        return None
+    try:
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        more = parts.path.strip("/") or parts.query or parts.fragment  # of a password, perhaps, that has a / or # in it
+        sound = parts.scheme in ("http", "https") and parts.hostname and not more
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        sound = False
+    if not sound:  # the value may hold a password
+        raise UserError(
+            f"{variable}: not the address of an HTTP proxy; give http://HOST:PORT, or except hosts by NO_PROXY"
+        )
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    headers = {}
+    if user or password:
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers["Proxy-Authorization"] = f"Basic {keep_secret(token)}"
+        keep_secret(password)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return Proxy(f"{parts.scheme}://{host}:{port}", headers)
+
+
+def _proxy_variable(url: str) -> tuple[str, str]:
+    """The variable that names the proxy for an address, and what it says; "" where none does."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return "", ""  # no address, as those will say who ask for it
+    if _is_direct(host, port):
+        return "", ""
+    for name in (f"{parts.scheme}_proxy", "all_proxy"):
+        variable = name if name in os.environ else name.upper()
+        if value := os.environ.get(variable, "").strip():
+            return variable, value
+    return "", ""
+
+
+def _is_direct(host: str, port: int) -> bool:
+    """Whether a host is this machine, or excepted by NO_PROXY: names (of domains, too), networks, host:port, or *."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        address = None
+    named = host == "localhost" or host.endswith(".localhost")
+    if named or address and (address.is_loopback or address.is_unspecified):
+        return True
+    excepted = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    return any(_excepts(entry, host, address, port) for entry in re.split(r"[\s,]+", excepted.lower()) if entry)
+
+
+def _excepts(entry: str, host: str, address: Any, port: int) -> bool:
+    if entry == "*":
+        return True
+    with suppress(ValueError):
+        network = ipaddress.ip_network(entry.strip("[]"), strict=False)
+        return address is not None and address in network
+    with suppress(ValueError):
+        parts = urlsplit(f"//{entry}")
+        name = (parts.hostname or "").strip("*.")
+        return parts.port in (None, port) and bool(name) and (host == name or host.endswith(f".{name}"))
+    return False
 
 
 # ---- one exchange
@@ -146,8 +241,7 @@ class _Wire:
         return left
 
     def dial(self, connection: HTTPConnection) -> socket.socket:
-        look_up = _lookups.submit(self.resolve, connection.host, connection.port, type=socket.SOCK_STREAM)
-        found = look_up.result(self.left())
+        found = self._look_up(connection.host, connection.port)
         if self.check:
             for *_, address in found:
                 self.check(address[0])
@@ -164,6 +258,24 @@ class _Wire:
                 sock.close()
                 error = refused
         raise error
+
+    def _look_up(self, host: str, port: int) -> list:
+        """In a thread that the deadline leaves behind: nothing else ends a look-up. No service waits for strangers'."""
+        stranger, found = self.check is not None, Future()  # type: ignore[var-annotated]
+        if stranger and not _strangers.acquire(timeout=self.left()):
+            raise TimeoutError("too many names are being looked up")
+
+        def ask() -> None:
+            try:
+                found.set_result(self.resolve(host, port, type=socket.SOCK_STREAM))
+            except BaseException as error:
+                found.set_exception(error)
+            finally:
+                if stranger:
+                    _strangers.release()
+
+        threading.Thread(target=ask, name="lookup", daemon=True).start()
+        return found.result(self.left())
 
     def _guard(self, sock: socket.socket) -> None:
         timer = threading.Timer(self.left(), self._cut, [twin := sock.dup()])
@@ -182,10 +294,24 @@ class _Wire:
             twin.close()
 
 
-@cache
 def public_authorities() -> ssl.SSLContext:
-    """TLS with the certificates that requests brings, read once: that takes longer than many a call."""
-    return ssl.create_default_context(cafile=requests.certs.where())  # type: ignore[attr-defined]
+    """TLS that trusts whom the environment names (AUTHORITIES) or, where it names nobody, whom requests trusts.
+
+    Raises UserError where a named file holds no certificates.
+    """
+    named = next((name for name in AUTHORITIES if os.environ.get(name)), "")
+    return _trusting(named, os.environ[named] if named else requests.certs.where())  # type: ignore[attr-defined]
+
+
+@cache  # reading them takes longer than many a call
+def _trusting(named: str, path: str) -> ssl.SSLContext:
+    try:
+        folder = os.path.isdir(path)
+        return ssl.create_default_context(cafile=None if folder else path, capath=path if folder else None)
+    except OSError as error:
+        raise UserError(
+            f"{named} {path}: no certificates can be read ({error.strerror or error}); name a PEM file"
+        ) from None
 
 
 def _connection(kind: type[HTTPConnection], wire: _Wire, **options: Any) -> HTTPConnection:
@@ -194,33 +320,69 @@ def _connection(kind: type[HTTPConnection], wire: _Wire, **options: Any) -> HTTP
     return connection
 
 
-def _pool(url: str, wire: _Wire, tls: ssl.SSLContext) -> urllib3.HTTPConnectionPool:
+def _pool(url: str, wire: _Wire, tls: ssl.SSLContext, proxy: Proxy | None) -> urllib3.HTTPConnectionPool:
     """For one request. TLS holds the certificate to the host's name, whatever address was dialled."""
     parts = urllib3.util.parse_url(url)
-    if parts.scheme == "https":
-        pool = urllib3.HTTPSConnectionPool(parts.host, parts.port or 443, ssl_context=tls, cert_reqs="CERT_REQUIRED")
-        pool.ConnectionCls = partial(_connection, HTTPSConnection, wire)  # type: ignore[assignment]
+    secure: dict[str, Any] = {"ssl_context": tls, "cert_reqs": "CERT_REQUIRED"}
+    if proxy:
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=proxy.headers, proxy_ssl_context=tls, **secure)
     else:
-        pool = urllib3.HTTPConnectionPool(parts.host, parts.port or 80)
-        pool.ConnectionCls = partial(_connection, HTTPConnection, wire)  # type: ignore[assignment]
+        manager = urllib3.PoolManager(**secure)
+    pool = manager.connection_from_host(parts.host, parts.port, parts.scheme)
+    pool.ConnectionCls = partial(_connection, pool.ConnectionCls, wire)  # type: ignore[assignment,arg-type]
     return pool
 
 
-def _body(reply: urllib3.BaseHTTPResponse, limit: int) -> bytes:
+def _body(reply: urllib3.BaseHTTPResponse, limit: int, wire: _Wire) -> bytes:
     """The decoded body; never more than `limit` bytes of it are made, however small they were sent."""
-    coding = reply.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("identity", "gzip", "x-gzip", "deflate", ""):
+    codings = [coding.strip().lower() for coding in reply.headers.get("Content-Encoding", "").split(",")]
+    coding = ",".join(name for name in codings if name not in ("", "identity"))
+    if coding not in ("", "gzip", "x-gzip", "deflate"):
         raise failure("format", f"content encoding {coding} was not asked for")
-    unzip = None if coding in ("identity", "") else zlib.decompressobj(zlib.MAX_WBITS | 32)
-    body, sent = bytearray(), False
+    unzip = _Unzip() if coding else None
+    body, sent = bytearray(), 0
     while piece := reply.read(2**16, decode_content=False):
-        sent = True
-        body += unzip.decompress(piece, limit + 1 - len(body)) if unzip else piece
-        if len(body) > limit:
+        wire.left()  # unpacking takes time, too
+        sent += len(piece)
+        body += unzip(piece, limit + 1 - len(body)) if unzip else piece
+        if len(body) > limit or sent > 2 * limit + 2**16:  # compressed emptiness has no end either
             raise failure("too-large", f"the reply is over the limit of {limit:,} bytes")
-    if sent and unzip and not unzip.eof:
+        if unzip and unzip.over:
+            break
+    if sent and unzip and not unzip.complete:
         raise failure("format", "the compressed reply is cut short")
     return bytes(body)
+
+
+class _Unzip:
+    """Unpacks gzip, zlib's format and, as some servers understand `deflate`, the bare stream, piece by piece.
+
+    Members of gzip may follow each other. What follows the last one is ignored, as browsers do; then it is `over`.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.over = False
+
+    @property
+    def complete(self) -> bool:
+        return self.stream.eof
+
+    def __call__(self, data: bytes, most: int) -> bytes:
+        """At most `most` bytes; where it is as many, there may be more, and no further call makes sense."""
+        found = bytearray()
+        while data and len(found) < most:
+            if self.stream is None:
+                bare = data[0] & 15 != 8 and data[0] != 0x1F  # the first byte of zlib's format, and of gzip
+                self.stream = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+            elif self.stream.eof:
+                if data[0] != 0x1F:
+                    self.over = True
+                    break
+                self.stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            found += self.stream.decompress(data, most - len(found))
+            data = self.stream.unused_data
+        return bytes(found)
 
 
 def exchange(
@@ -236,34 +398,51 @@ def exchange(
 ) -> Answer | ToolFailure:
     """What the server answered, or why there is no whole answer. `content` is what requests.Request takes.
 
-    `check(address)` raises ToolFailure for an address that may not be connected to.
+    `check(address)` raises ToolFailure for an address that may not be connected to; with it no proxy is used. Raises
+    UserError as `proxy_for` does.
     """
     wire, where = _Wire(seconds, resolve, check), "the address"
     try:
         headers = HEADERS | content.pop("headers", {})
         sent = requests.Request(method, url, headers=headers, **content).prepare()
-        where = urlsplit(sent.url).hostname
-        with _pool(sent.url, wire, tls) as pool:
+        where = str(urlsplit(sent.url).hostname)
+        proxy = None if check else proxy_for(sent.url)
+        if proxy:
+            where += f", through the proxy {proxy}"
+        with _pool(sent.url, wire, tls, proxy) as pool:
             reply = pool.urlopen(
-                sent.method, sent.path_url, sent.body, sent.headers, retries=False, redirect=False,
+                sent.method, _target(sent, proxy), sent.body, sent.headers, retries=False, redirect=False,
                 assert_same_host=False, preload_content=False, decode_content=False, timeout=wire.left(),
             )  # fmt: skip
             with closing(reply):
-                body = _body(reply, limit)
+                body = _body(reply, limit, wire)
+        if proxy and reply.status == 407:
+            return failure("auth", f"{where}: {UNKNOWN_TO_PROXY}", Unsent)
         if not wire.expired:  # a body of unknown length seems to end where the wire was cut
             headers = {name.lower(): redact(value) for name, value in reply.headers.items()}
             return Answer(reply.status, headers, _redacted(body), redact(sent.url))
         kind, why = "timeout", ""
-    except ToolFailure as refused:
-        return refused
+    except ToolFailure as failed:
+        return failed
     except TRANSPORT as error:
         cause = next((part for part in error.args if isinstance(part, Exception)), error)  # urllib3 wraps
         kind = _kind(cause, wire)
         why = "" if kind == "timeout" else getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
     finally:
         wire.close()
+    refused = "Tunnel connection failed" in why  # http.client's words: the proxy did not pass us on
+    if refused and "failed: 407" in why:
+        kind, why = "auth", UNKNOWN_TO_PROXY
     why = why or f"no whole reply within {seconds:.1f} s"
-    return failure(kind, f"{where}: {why}", ToolFailure if wire.guards else Unsent)
+    if check and kind in ("timeout", "network") and (variable := _proxy_variable(url)[0]):
+        why += f" (addresses that others gave are not asked through the proxy of {variable})"
+    return failure(kind, f"{where}: {why}", Unsent if refused or not wire.guards else ToolFailure)
+
+
+def _target(sent: requests.PreparedRequest, proxy: Proxy | None) -> str:
+    """What the request line names: a path, to a proxy the whole address. Through the tunnel of https a path, too."""
+    forwarded = proxy and sent.url.startswith("http:")
+    return requests.utils.urldefragauth(sent.url) if forwarded else sent.path_url  # type: ignore[attr-defined]
 
 
 def _kind(cause: Exception, wire: _Wire) -> str:

@@ -12,9 +12,13 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.reward import LEGAL_SHAPES
 from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
+from mmsr.wire import AUTHORITIES
 
 torch.set_num_threads(1)  # see helpers.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start: beside others two threads only wait
+
+for name in [name for name in os.environ if name.upper().endswith("_PROXY") or name in AUTHORITIES]:
+    del os.environ[name]  # this machine's network is none of the tests'
 
 MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
 

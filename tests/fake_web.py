@@ -8,9 +8,10 @@
         assert len(web.calls("jina")) == 3
 
 Services: serpapi.google, serpapi.lens, serpapi.image (the upload), serper.search, serper.lens, jina, openai,
-remote.text, remote.image, and file for every other address. What they say by default is in `results`, `matches`,
-`pages`, `answer` and `files`. A fault is a function of the request's handler; `status`, `raw`, `reset`, `drip`,
-`endless`, `bomb` and `redirect` make the usual ones.
+remote.text, remote.image, and file for every other address. It is a proxy, too: asked for another host's address it
+answers itself, and connect is the tunnel, which leads to `behind` whatever host is asked for. What they say by default
+is in `results`, `matches`, `pages`, `answer` and `files`. A fault is a function of the request's handler; `status`,
+`raw`, `reset`, `drip`, `endless`, `bomb` and `redirect` make the usual ones.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class FakeWeb:
         self.pages: Callable[[str], str] = lambda url: f"Text of {url}. The bridge crosses the Tagus."
         self.answer: Callable[[dict], str] = lambda body: "<think>\nhm\n</think>\n\nThe bridge crosses the Tagus."
         self.files: dict[str, bytes] = dict(THUMBNAILS)
+        self.behind = self.server.server_address  # where tunnels lead
 
     def __enter__(self) -> FakeWeb:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -200,9 +202,11 @@ class _Handler(BaseHTTPRequestHandler):
             fault = web.standing.get(service) or globals()[f"_{service.replace('.', '_')}"](web, seen)
             fault(self)
 
-    do_POST = do_HEAD = do_GET
+    do_POST = do_HEAD = do_CONNECT = do_GET
 
     def _service(self) -> str:
+        if self.command == "CONNECT":
+            return "connect"
         path = urlsplit(self.path).path
         posted = {
             "/image": "serpapi.image", "/search": "serper.search", "/lens": "serper.lens", "/retrieve": "remote.text",
@@ -296,6 +300,24 @@ def _remote_image(web: FakeWeb, seen: Seen) -> Fault:
         for match in web.matches[: seen.json()["topk"]]
     ]
     return status(200, {"results": results})
+
+
+def _connect(web: FakeWeb, seen: Seen) -> Fault:
+    def tunnel(handler: _Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with socket.create_connection(web.behind) as far:
+            threading.Thread(target=_pump, args=(far, handler.connection), daemon=True).start()
+            _pump(handler.connection, far)
+
+    return tunnel
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
 
 
 def _file(web: FakeWeb, seen: Seen) -> Fault:

@@ -1,6 +1,7 @@
 """The guarded client against a server that does its worst: rows 10, 11, 12, 16 and 22 of the fault programme."""
 
 import base64
+import gzip
 import json
 import logging
 import shutil
@@ -11,8 +12,10 @@ import threading
 import time
 import traceback
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
+from urllib.parse import quote
 
 import pytest
 from fake_web import FakeWeb, bomb, drip, endless, picture, raw, redirect, reset, status
@@ -30,9 +33,11 @@ from mmsr.client import (
     picture_part,
     web_address,
 )
+from mmsr.episode import UserError
 from mmsr.pictures import decode
 from mmsr.tools import ToolFailure
-from mmsr.wire import keep_secret, redact, require_public
+from mmsr.web import Remote, Service
+from mmsr.wire import keep_secret, proxy_for, redact, require_public
 
 CANARY = "canary+key/0123456789=abcdef"
 GENEROUS = 5.0  # seconds, for what is promised within half a second
@@ -281,6 +286,30 @@ def test_name_server_that_never_answers_holds_no_call():
     release.set()
 
 
+def test_silent_name_servers_of_strangers_leave_a_service_no_look_up(web):
+    release, asked = threading.Event(), threading.Semaphore(0)
+
+    def resolve(host, port, *args, **options):
+        if host != "service.example":
+            asked.release()
+            release.wait(60)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    client, url = Client(resolve=resolve), web.url.replace("127.0.0.1", "service.example")
+    web.files["/x"] = b"here"
+    with ThreadPoolExecutor(80) as pool:
+        thumbnails = [
+            pool.submit(kind, client.fetch_public, f"http://silent{n}.example/", seconds=4) for n in range(80)
+        ]
+        for _ in range(40):
+            assert asked.acquire(timeout=GENEROUS)
+        assert client.request("probe", "GET", f"{url}/x", seconds=GENEROUS, tries=1).body == b"here"
+        release.set()
+        assert {thumbnail.result() for thumbnail in thumbnails} <= {"blocked", "timeout"}
+    assert client.request("probe", "GET", f"{url}/x").status == 200
+    assert kind(client.fetch_public, "http://silent.example/") == "blocked"  # looked up: all have made room again
+
+
 @pytest.mark.parametrize("fault", [endless(), bomb(100_000_000)], ids=["endless", "bomb"])
 def test_no_more_is_decoded_than_the_cap(web, fault):
     web.always("file", fault)
@@ -312,9 +341,56 @@ def test_body_of_exactly_the_cap_is_read_plain_and_compressed(web):
     assert len(get(Client(), web, limit=1000).body) == len(get(Client(), web, limit=1000).body) == 1000
 
 
+def bare(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+def tail(piece: bytes):
+    """A whole gzip file of "ab", then `piece` for ever."""
+
+    def answer(handler):
+        handler.connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(b"ab"))
+        while True:
+            handler.connection.sendall(piece * 1000)
+
+    return answer
+
+
+MEMBERS = gzip.compress(b"ab") + gzip.compress(b"") + gzip.compress(b"cd" * 40_000)
+
+
+@pytest.mark.parametrize(
+    "fault, body",
+    [
+        (raw(MEMBERS, Content_Encoding="gzip"), b"ab" + b"cd" * 40_000),
+        (raw(MEMBERS + b"\0" * 600, Content_Encoding="X-GZIP"), b"ab" + b"cd" * 40_000),
+        (raw(gzip.compress(b"ab") + b"<!-- 3 ms -->", Content_Encoding="identity, gzip"), b"ab"),
+        (tail(b"\0 tail"), b"ab"),
+        (raw(zlib.compress(b"ab"), Content_Encoding="deflate"), b"ab"),
+        (raw(bare(b"ab" * 9), Content_Encoding="deflate"), b"ab" * 9),
+        (raw(b"", Content_Encoding="gzip"), b""),
+    ],
+)
+def test_compressed_reply_loses_its_second_part_or_its_tail_is_kept(web, fault, body):
+    web.always("file", fault)
+    tracemalloc.start()
+    try:
+        assert get(Client(), web, seconds=GENEROUS, tries=1).body == body and tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("piece", [gzip.compress(b""), gzip.compress(b"x" * 100_000)], ids=["empty", "full"])
+def test_gzip_members_without_end_pass_the_cap(web, piece):
+    web.always("file", tail(piece))
+    assert kind(get, Client(), web, limit=500_000, seconds=GENEROUS, tries=1) == "too-large"
+
+
 @pytest.mark.parametrize(
     "fault, expected",
     [
+        (raw(MEMBERS[:-9], Content_Encoding="gzip"), "format"),
         (reset(), "network"),
         (raw(b"{", Content_Length="1000"), "network"),  # promised more than it sent
         (raw(b"\x1f\x8b\x08", Content_Encoding="gzip"), "format"),
@@ -372,13 +448,160 @@ def test_hostile_error_text_becomes_one_short_printable_line(web):
     assert message.isprintable() and len(message) < 500
 
 
-def test_environment_neither_diverts_nor_authenticates(web, monkeypatch, tmp_path):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+# ---- proxies
+
+
+@pytest.fixture
+def behind(monkeypatch, web):
+    """Makes `web` the proxy that the environment names; no other host can be reached, or looked up."""
+
+    def set_(variable="HTTP_PROXY", url="http://{}", **more):
+        for name, value in {variable: url.format(web.url.removeprefix("http://")), **more}.items():
+            monkeypatch.setenv(name, value)
+        return Client(resolve=only_loopback, sleep=lambda seconds: None)
+
+    return set_
+
+
+def only_loopback(host, port, *args, **options):
+    address = "93.184.216.34" if host == "stranger.example" else "127.0.0.1" if host.startswith("proxy") else host
+    return socket.getaddrinfo(address, port, *args, **options | {"flags": socket.AI_NUMERICHOST})
+
+
+def test_environment_diverts_what_is_on_this_machine_or_authenticates(web, behind, monkeypatch, tmp_path):
+    client = behind("ALL_PROXY", "http://127.0.0.1:9", HTTP_PROXY="socks5://127.0.0.1:9")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     web.files["/x"] = b"here"
-    assert get(Client(), web).body == b"here" and "authorization" not in web.seen[0].headers
+    assert get(client, web).body == b"here" and "authorization" not in web.seen[0].headers
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("url", ["http://{}", "{}", "http://me:s%40cret%2Fword@{}/"])
+def test_service_is_asked_past_the_proxy(web, behind, variable, url):
+    client, web.files["/x"] = behind(variable, url), b"here"
+    answer = client.request("p", "GET", "http://service.example:81/x#top", params={"q": "1"}, headers={"X-Key": "k"})
+    (seen,) = web.seen
+    assert answer.body == b"here" and seen.path == "http://service.example:81/x?q=1"
+    assert seen.headers["host"] == "service.example:81" and seen.headers["x-key"] == "k"
+    word = "Basic " + base64.b64encode(b"me:s@cret/word").decode() if "@" in url else None
+    assert seen.headers.get("proxy-authorization") == word
+
+
+EXCEPTED = [
+    ("*", True), ("service.example", True), (".service.example", True), ("*.service.example", True), ("example", True),
+    ("a.example, SERVICE.EXAMPLE.", True), ("a.example,SERVICE.example", True), ("a b service.example", True),
+    ("ervice.example", False), ("deep.service.example", False), ("service.example:80", True), ("", False),
+    ("service.example:81", False), ("10.0.0.0/8", False), ("http://service.example", False), (",,", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("listed, direct", EXCEPTED)
+def test_exception_from_the_proxy_is_read_otherwise(behind, listed, direct):
+    behind(NO_PROXY=listed)
+    assert (proxy_for("http://service.example/") is None) == direct
+
+
+def test_network_or_loopback_is_not_excepted(behind, monkeypatch):
+    behind("https_proxy", HTTP_PROXY="http://127.0.0.1:9", no_proxy="10.0.0.0/8 192.168.1.7,fd00::/8,[2001:db8::7]:443")
+    for host in (
+        "10.1.2.3",
+        "192.168.1.7",
+        "[fd00::1]",
+        "[2001:db8::7]",
+        "127.0.0.1:8000",
+        "localhost",
+        "[::1]",
+        "a.LocalHost",
+    ):
+        assert proxy_for(f"https://{host}/") is None, host
+    for host in ("11.1.2.3", "192.168.1.8", "[fe00::1]", "[2001:db8::7]:80", "localhost.example"):
+        assert proxy_for(f"https://{host}/") is not None, host
+    monkeypatch.setenv("https_proxy", "")  # none, as curl has it, whatever HTTPS_PROXY says
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert proxy_for("https://service.example/") is None
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_tls_is_not_held_to_the_name_through_a_proxy_or_the_key_is_shown_to_it(web, certificate, behind, scheme):
+    client = behind(
+        "HTTPS_PROXY", f"{scheme}://me:word-0123456789@proxy.right.example:{{}}".replace("{}", web.url[17:])
+    )
+    client.tls = ssl.create_default_context(cafile=certificate[0])
+    with FakeWeb() as inner:
+        if scheme == "https":
+            speak_tls(web, certificate)
+        speak_tls(inner, certificate)
+        web.behind, inner.files["/x"] = inner.server.server_address, b"secure"
+        answer = client.request("p", "GET", "https://right.example/x", headers={"X-Key": "k-0123456789"})
+        (outside,), (inside,) = web.seen, inner.seen
+        assert answer.body == b"secure" and outside.path == "right.example:443" and inside.path == "/x"
+        assert "proxy-authorization" in outside.headers and "x-key" not in outside.headers
+        assert "proxy-authorization" not in inside.headers and inside.headers["x-key"] == "k-0123456789"
+        with pytest.raises(ToolFailure, match="certificate verify failed|CERTIFICATE_VERIFY_FAILED"):
+            client.request("p", "GET", "https://wrong.example/x", tries=1)
+        assert len(inner.seen) == 1
+
+
+def test_stranger_is_asked_through_the_proxy(web, behind, connects):
+    client = behind(HTTPS_PROXY=web.url)
+    for scheme in ("http", "https"):
+        with pytest.raises(ToolFailure, match=f"not asked through the proxy of {scheme.upper()}_PROXY") as caught:
+            client.fetch_public(f"{scheme}://stranger.example/picture.jpg", tries=1)
+        assert caught.value.kind == "network"
+    assert kind(client.fetch_public, "http://10.0.0.1/") == "blocked"
+    assert web.seen == [] and {address[0] for address in connects} == {"93.184.216.34"}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "fault, expected",
+    [(drip("status"), "timeout"), (drip("headers"), "timeout"), (drip("body"), "timeout"), (endless(), "too-large")],
+)
+def test_proxy_holds_a_call_or_sends_without_end(web, behind, scheme, fault, expected):
+    client, start = behind("ALL_PROXY"), time.monotonic()
+    web.always("file", fault), web.always("connect", fault)
+    found = kind(client.request, "p", "GET", f"{scheme}://service.example/x", seconds=0.4, tries=1, limit=2**20)
+    assert time.monotonic() - start < GENEROUS
+    assert found == expected or scheme == "https" and found in ("network", "timeout")  # no TLS in what it sends
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_proxy_that_wants_a_password_is_asked_again_and_again(web, behind, scheme):
+    web.always("file", status(407, {}, Proxy_Authenticate="Basic")), web.always("connect", status(407, {}))
+    client = behind("ALL_PROXY", "http://me:wrong-password@{}")
+    for _ in range(2):
+        with pytest.raises(ToolFailure, match="wants a user name and password") as caught:
+            client.request("probe", "GET", f"{scheme}://service.example/x")
+        assert caught.value.kind == "auth" and "wrong-password" not in str(caught.value)
+    assert len(web.seen) == 1
+
+
+def test_what_the_proxy_does_not_pass_on_is_paid_for(web, behind):
+    spent = []
+    web.always("connect", status(502, {}))
+    client = behind("HTTPS_PROXY")
+    with pytest.raises(ToolFailure, match="service.example, through the proxy 127.0.0.1:.*502"):
+        client.request("probe", "GET", "https://service.example/x", spend=spent.append)
+    assert spent == ["probe"] and len(web.seen) == 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["socks5://{}@proxy:1080", "socks5h://proxy:1080", "http://", "http://me:{}@proxy:port", "http://me:1#{}@p"],
+)
+def test_proxy_that_cannot_be_used_is_told_at_the_first_search(behind, value):
+    behind("ALL_PROXY", value.replace("{}", CANARY.replace("/", "#")))
+    environ = {"SERPAPI_BASE_URL": "https://service.example"}
+    for opened in (
+        lambda: ChatServer("http://service.example", "m", "", Client()),
+        lambda: Remote("http://service.example"),
+        lambda: Service.from_environment("serpapi", environ),
+    ):
+        with pytest.raises(UserError, match="^ALL_PROXY: .*NO_PROXY") as caught:
+            opened()
+        assert leaks(everything_about(caught.value)) == []
+    ChatServer("http://127.0.0.1:8000", "m", "", Client())
 
 
 # ---- errors in a 200
@@ -587,10 +810,17 @@ def certificate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=right.example",
-         "-addext", "subjectAltName=DNS:right.example", "-keyout", "key.pem", "-out", "cert.pem"],
+         "-addext", "subjectAltName=DNS:right.example,DNS:proxy.right.example", "-keyout", "key.pem",
+         "-out", "cert.pem"],
         cwd=folder, check=True, capture_output=True,
     )  # fmt: skip
     return folder / "cert.pem", folder / "key.pem"
+
+
+def speak_tls(web, certificate) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    web.server.socket = context.wrap_socket(web.server.socket, server_side=True)
 
 
 @pytest.mark.parametrize(
@@ -599,10 +829,8 @@ def certificate(tmp_path_factory):
 def test_tls_holds_the_certificate_to_the_name_though_an_address_is_dialled(
     web, certificate, loopback, host, trusted, works
 ):
-    cert, key = certificate
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    web.server.socket = context.wrap_socket(web.server.socket, server_side=True)
+    cert = certificate[0]
+    speak_tls(web, certificate)
     web.files["/x"] = b"secure"
     port = int(web.url.rpartition(":")[2])
     client = Client(resolve=lambda *args, **options: socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM))
@@ -613,6 +841,30 @@ def test_tls_holds_the_certificate_to_the_name_though_an_address_is_dialled(
     else:
         with pytest.raises(ToolFailure, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed|mismatch"):
             client.fetch_public(url, tries=1)
+
+
+@pytest.mark.parametrize("variable", wire.AUTHORITIES)
+def test_certificates_that_the_environment_names_are_not_read(web, certificate, monkeypatch, tmp_path, variable):
+    speak_tls(web, certificate)
+    port = int(web.url.rpartition(":")[2])
+    address = socket.getaddrinfo("127.0.0.1", port, type=socket.SOCK_STREAM)
+
+    def ask():
+        client = Client(resolve=lambda *args, **options: address)
+        return client.request("p", "GET", f"https://right.example:{port}/", tries=1)
+
+    assert kind(ask) == "network"
+    monkeypatch.setenv(variable, str(certificate[0]))
+    with pytest.raises(ToolFailure, match="HTTP 404"):
+        ask()
+    monkeypatch.setenv(variable, str(tmp_path))  # a folder of them, without any
+    assert kind(ask) == "network"
+    (tmp_path / "empty.pem").touch()
+    for wrong in ("empty.pem", "absent.pem"):
+        monkeypatch.setenv(variable, str(tmp_path / wrong))
+        with pytest.raises(UserError, match=f"^{variable} .*{wrong}: no certificates") as caught:
+            Client()
+        assert "\n" not in str(caught.value)
 
 
 # ---- keys (row 22)
@@ -633,13 +885,17 @@ def everything_about(error: BaseException) -> str:
     return "\n".join(texts)
 
 
+TOKEN = base64.b64encode(f"me:{CANARY}".encode()).decode()  # as a proxy gets it
+
+
 def leaks(text: str) -> list[str]:
-    return [form for form in (CANARY, "canary%2Bkey", "canary+key", "0123456789") if form in text]
+    return [form for form in (CANARY, "canary%2Bkey", "canary+key", "0123456789", TOKEN) if form in text]
 
 
 PATHS = {
     "refused": status(401, {"error": f"Invalid API key: {CANARY}"}),
     "throttled": status(429, {"error": f"{CANARY} is too fast"}),
+    "echo": lambda handler: status(500, {"error": str(handler.headers)})(handler),
     "down": status(500, {"error": {"message": f"down for {CANARY}"}}),
     "html": raw(f"<html>{CANARY}</html>".encode(), kind="text/html"),
     "html 404": raw(f"<html>{CANARY}</html>".encode(), 404, kind="text/html"),
@@ -659,7 +915,7 @@ def leaked(web, caplog, url=None, **content) -> dict[str, list[str]]:
     found = {}
     for name, fault in PATHS.items():
         caplog.clear()
-        web.always("file", fault)
+        web.always("file", fault), web.always("connect", fault)
         client = Client(sleep=lambda seconds: None, jitter=lambda: 0.0)
         with pytest.raises(ToolFailure) as caught, caplog.at_level(logging.DEBUG):
             client.request("probe", "GET", url or web.url, seconds=0.6, tries=2, limit=10_000, **content).json()
@@ -679,6 +935,14 @@ SENDINGS = [
 @pytest.mark.parametrize("content", SENDINGS, ids=["address", "header", "form", "json"])
 def test_no_error_path_tells_the_key(web, caplog, canary, content):
     assert leaked(web, caplog, **content) == {}
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_error_path_tells_the_proxys_password(web, caplog, behind, monkeypatch, scheme):
+    monkeypatch.setattr(wire, "_secrets", ())
+    behind("ALL_PROXY", f"http://me:{quote(CANARY, safe='')}@{{}}")
+    assert leaked(web, caplog, f"{scheme}://service.example/") == {} and TOKEN in str(web.seen[0].headers)
+    assert leaks(repr(proxy_for("http://service.example/"))) == []
 
 
 def test_without_redaction_most_error_paths_tell_the_key(web, caplog, monkeypatch):
