@@ -22,11 +22,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Callable, Iterator, Sequence, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
-from .config import without_user
+from .config import hidden, refuse_credentials
 from .kept import key_of
 from .pictures import media_type, without_metadata
 from .tools import ToolFailure
-from .wire import Answer, Unsent, exchange, failure, keep_secret, public_authorities, require_public
+from .wire import Answer, Unsent, exchange, failure, keep_secret, proxy_for, public_authorities, require_public
 
 BODY_BYTES = 8 * 2**20  # decoded, by default
 HOPS = 5  # redirects followed
@@ -241,7 +241,7 @@ def _without_dots(path: str) -> str:
 
 def host_of(address: str) -> str:
     """Host and port."""
-    return urlsplit(without_user(address)).netloc
+    return urlsplit(address).netloc.rpartition("@")[2]
 
 
 def below(address: str, path: str) -> str:
@@ -272,7 +272,7 @@ def _verdict(
 def _advice(answer: Answer) -> str:
     """What a status alone does not tell: where a service has gone, and what was asked where nothing is."""
     if answer.status in (301, 302, 303, 307, 308) and (location := answer.headers.get("location")):
-        there = without_user(urljoin(answer.url, location))
+        there = hidden(urljoin(answer.url, location))
         return f"it has moved to {there}; configure that address. "
     return f"nothing at {urlsplit(answer.url).path}: " if answer.status == 404 else ""
 
@@ -393,7 +393,8 @@ class ChatServer:
 
     `base_url` is the server's, its API's, or the very place for chats. Without a `key` none is sent and nothing is
     paid: `spend` is then not called. A request that is sent twice bears the same Idempotency-Key: servers that heed it
-    charge once. `whole`: an answer that was cut off after its last token is a failure.
+    charge once. `whole`: an answer that was cut off after its last token is a failure. Raises UserError for an address
+    with a password in it, and for a proxy that cannot be used.
     """
 
     def __init__(
@@ -407,6 +408,8 @@ class ChatServer:
         provider: str = "",
         whole: bool = False,
     ):
+        refuse_credentials("the chat server", base_url, "OPENAI_API_KEY")
+        proxy_for(base_url)  # refused now, and not at the first call
         self.url, self.whole = chat_address(base_url.strip()), whole
         self.model, self.key, self.client, self.seconds = model, keep_secret(key), client, seconds
         self.spend = spend if self.key else None

@@ -61,7 +61,30 @@ RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
 # Those that say how a search engine is opened: search.py has them too.
 SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
 
+# Of addresses: user name and password before the host (a password may hold a slash), and parameters named as keys are.
+CREDENTIALS = re.compile(
+    r"(?<=://)[^/?#\s]*(?=@)"
+    r"|(?<=://)[^/\s:\[]*:(?!\d*(?:[/?#\s]|$))\S*(?=@)"
+    r"|(?<=[?&;#])(?:[\w.-]*(?:key|token|secret|password|passwd|signature|credential)|sig|pwd|pass|auth|code|jwt|sas)"
+    r"=[^&;#\s]+",
+    re.IGNORECASE,
+)
+# Where the keys for what an option names belong instead.
+KEYS = dict(teacher="OPENAI_API_KEY", judge="OPENAI_API_KEY", model="HF_TOKEN", data="HF_TOKEN", eval_data="HF_TOKEN")
+
 _MANY = 10**12
+
+
+def hidden(text: str) -> str:
+    """The text without the passwords and keys in its addresses."""
+    return CREDENTIALS.sub("[key]", text)
+
+
+def refuse_credentials(where: str, address: str, variable: str = "") -> None:
+    """Raises UserError where an address holds a password or key; it may be in the environment's `variable` instead."""
+    if CREDENTIALS.search(address if "://" in address else f"http://{address.lstrip('/')}"):
+        advice = f"leave it out and export {variable}" if variable else "leave it out"
+        raise UserError(f"{where}: the address holds a password or a key, and would be saved with the run: {advice}")
 
 
 @dataclass
@@ -168,9 +191,18 @@ class Options:
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # refused now, and not after the first rollouts
+        self._check_addresses()
         kind, _, where = self.search.partition(":")
         if kind == "remote" and where:
             server_address(where, "--search remote:")
+
+    def _check_addresses(self) -> None:
+        """Options stand in config.json, checkpoints, the report and trackers: no password or key may be among them."""
+        for name, value in dataclasses.asdict(self).items():
+            for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+                address = text.removeprefix("remote:")
+                if "://" in text or name in ("teacher", "judge") or address != text:
+                    refuse_credentials(f"--{_kebab(name)}", address, KEYS.get(name, ""))
 
     @property
     def reward_rule(self) -> RewardRule:
@@ -209,6 +241,7 @@ class Options:
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
+            listed = hidden(listed)
             advice = "give the same, or another --out"
             if (folder / "model").is_dir():
                 advice += f" (and --model {folder}/model to start from what it learnt)"
@@ -393,30 +426,26 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line, and exits with status 2."""
 
     def error(self, message: str) -> typing.NoReturn:
-        print(f"{self.prog}: {message}; --help lists the options", file=sys.stderr)
+        print(f"{self.prog}: {hidden(message)}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)
 
 
-def server_address(address: str, given: str) -> str:
+def server_address(address: str, given: str, variable: str = "") -> str:
     """The address of a server that a user names, without blanks around it; only its form is looked at.
 
-    `given` is what stands before it: "--judge ". Raises UserError unless it is http:// or https:// and a host.
+    `given` is what stands before it: "--judge ". Raises UserError unless it is http:// or https:// and a host, and for
+    one with a password or key, which belongs in the environment's `variable`.
     """
     address = address.strip()
-    shown = without_user(address)
+    refuse_credentials(given.rstrip(" :="), address, variable)
     try:
-        parts = urlsplit(shown)
+        parts = urlsplit(address)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of a port, or of brackets
         sound = False
     if not sound or " " in address or not address.isprintable():
-        raise UserError(f"{given}{repr(shown)[1:-1]}: no address of a server; give one such as http://127.0.0.1:8000")
+        raise UserError(f"{given}{repr(address)[1:-1]}: no address of a server; give one such as http://127.0.0.1:8000")
     return address
-
-
-def without_user(address: str) -> str:
-    """An address as it may be shown: without the user name and password that may stand before its host."""
-    return re.sub(r"//[^/?#]*@", "//", address)
 
 
 def in_use(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Iterable, Iterator, Sequence
 
+from .config import hidden
 from .episode import UserError
 from .files import write_whole
 
@@ -90,7 +91,7 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
     kept, seen = _rollouts(files, total, most_rollouts, most_bytes)
     return {
-        "config": _object(folder / "config.json"),
+        "config": {name: _shown(value) for name, value in _object(folder / "config.json").items()},
         "columns": _columns(steps, seen | told),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
         "rollouts": kept,
@@ -318,6 +319,11 @@ def _object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _shown(value: Any) -> Any:
+    """An option's value; older runs' addresses may hold a password."""
+    return hidden(value) if isinstance(value, str) else value
 
 
 def _count_lines(file: Path) -> int:

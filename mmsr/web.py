@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import re
+import sys
 import textwrap
 import threading
 from collections import Counter
@@ -27,13 +28,15 @@ from pathlib import Path
 from typing import Any, Callable, Mapping
 from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
 from . import bm25
 from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, told_status, web_address
 from .config import server_address
 from .episode import Hit, Observation, UserError
 from .pictures import decode, jpeg, thumbnail, without_metadata
 from .tools import ToolFailure
-from .wire import failure, keep_secret
+from .wire import failure, keep_secret, proxy_for
 
 PROMPTS = Path(__file__).parent / "prompts" / "search"
 SERVICES = {
@@ -82,7 +85,9 @@ class Service:
         key = keep_secret(environ.get(f"{variable}_API_KEY", ""))
         if not re.fullmatch("[!-~]*", key):
             raise UserError(f"{variable}_API_KEY: has blanks or characters that no key has; copy the key again")
-        url = server_address(environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name], f"{variable}_BASE_URL=")
+        given = environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name]
+        url = server_address(given, f"{variable}_BASE_URL=", f"{variable}_API_KEY")
+        proxy_for(url)  # refused now, and not at the first search
         if name != "openai" and set("?#") & set(url):
             raise UserError(
                 f"{variable}_BASE_URL: ends in a query, and paths are to follow; give what stands before it"
@@ -240,8 +245,10 @@ class Live:
     def _thumbnail(self, entry: Found) -> bytes | None:
         try:
             image = thumbnail(self.client.fetch_public(entry.thumbnail, seconds=10).body)
-        except (ToolFailure, ValueError):
+        except (ToolFailure, ValueError) as error:
             image = None
+            if not self.counts["thumbnails_failed"]:
+                tqdm.write(f"a thumbnail is missing: {str(error):.300}; such are left out", file=sys.stderr)
         self._count("thumbnails" if image else "thumbnails_failed")
         return image
 
@@ -366,6 +373,7 @@ class Remote:
     def __init__(self, url: str, client: Client | None = None, results: int = 5):
         parts = urlsplit(server_address(url, "--search remote:"))
         self.url = parts._replace(path=parts.path.rstrip("/").removesuffix("/retrieve")).geturl()
+        proxy_for(self.url)  # refused now, and not at the first search
         self.client, self.results, self.name = client or Client(), results, host_of(self.url)
 
     def image_search(self, image: bytes, question: str, address: str = "") -> Observation:

@@ -144,7 +144,7 @@ def test_refusal_that_will_not_change_is_not_asked_for_again(web, time_, code):
 def test_a_service_that_has_moved_does_not_keep_its_new_address_to_itself(web, time_, canary, code):
     where = f"http://user:password@127.0.0.1/new?api_key={CANARY}"
     web.then("file", redirect("/v2/x", code), redirect(where, code))
-    for moved in (f"{web.url}/v2/x", "http://127.0.0.1/new?api_key=[key]"):
+    for moved in (f"{web.url}/v2/x", "http://[key]@127.0.0.1/new?[key]"):
         with pytest.raises(ToolFailure) as caught:
             time_.client().request("probe", "POST", web.url + "/x", json={})
         assert f"HTTP {code}: it has moved to {moved}; configure that address" in str(caught.value)

@@ -247,6 +247,62 @@ def test_config_json_of_an_evaluation_is_recognised_again(tmp_path):
         evaluation("--mode", "direct").check_resumes(tmp_path)
 
 
+CANARY = "canary-0123456789"
+WITH_A_KEY = [
+    f"https://user:{CANARY}@model.example/v1", f"https://{CANARY}@model.example", f"http://user:{CANARY}@[::1]:8000/",
+    f"https://user:pa/{CANARY}@model.example", f"https://user:pa@{CANARY}@model.example", f"HTTPS://u:{CANARY}@x:8000",
+    f"https://model.example/v1?key={CANARY}", f"https://model.example/?api-version=1&api_key={CANARY}",
+    f"https://model.example/v1?X-Amz-Signature={CANARY}", f"https://model.example/#access_token={CANARY}",
+    f"https://model.example/?sig={CANARY}&x=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("address", [*WITH_A_KEY, f"user:{CANARY}@model.example/v1", f"//user:{CANARY}@model.example"])
+def test_password_or_key_in_an_address_stands_in_the_files_of_a_run(address):
+    given = {
+        "--teacher": (Config, ["--algorithm", "sft", "--teacher-model", "x"], "export OPENAI_API_KEY"),
+        "--judge": (EvalConfig, ["--judge-model", "x"], "export OPENAI_API_KEY"),
+        "--search": (Config, [], "leave it out"),
+        "--data": (EvalConfig, ["x.jsonl"], "export HF_TOKEN"),
+        "--model": (Config, [], "export HF_TOKEN"),
+        "--demonstrations": (Config, ["x.jsonl"], "leave it out"),
+    }
+    for option, (kind, more, advice) in given.items():
+        if "://" not in address and option not in ("--teacher", "--judge", "--search"):
+            continue  # a file may be called so
+        argv = [option, ("remote:" if option == "--search" else "") + address, *more]
+        with pytest.raises(UserError, match=f"^{option}: .*{advice}") as told:
+            parse(argv, kind)
+        assert CANARY not in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--teacher", "https://m.example/deployments/m@1/chat/completions?api-version=2024-10-21"],
+        ["--teacher", "http://[::1]:8000/v1"],
+        ["--teacher", "http://m.example:8000/models/m@001?max_tokens=5"],
+        ["--search", "local:me@laptop/my.index"],
+        ["--search", "replay:runs/a:b@c.sqlite"],
+        ["--search", "remote:http://127.0.0.1:8000"],
+        ["--data", "me@laptop;key=1.jsonl"],
+    ],
+)
+def test_address_or_file_without_a_key_is_refused(argv):
+    parse([*argv, *(["--algorithm", "sft", "--teacher-model", "x"] if argv[0] == "--teacher" else [])])
+
+
+@pytest.mark.parametrize("address", WITH_A_KEY)
+def test_mistyped_option_or_an_older_run_tells_a_key(capsys, tmp_path, address):
+    assert CANARY not in refused(capsys, "--teachr", address)
+    parse([]).save(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"search": f"remote:{address}"}))
+    with pytest.raises(UserError, match="--search") as told:
+        parse([]).check_resumes(tmp_path)
+    assert CANARY not in str(told.value)
+
+
 def test_crash_while_a_run_begins_leaves_its_folder_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: 1 / 0)

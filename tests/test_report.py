@@ -70,6 +70,15 @@ def test_rare_turn_shapes_get_colours_that_others_have(tmp_path):
     assert [round(sum(column), 4) for column in zip(*shares.values())] == [1, 1], "nothing is left out"
 
 
+def test_password_of_an_older_runs_teacher_stands_in_the_page(tmp_path):
+    folder = a_run(tmp_path / "run", {1: [rollout()]})
+    options = {"teacher": "https://me:canary-0123@m.example/v1?key=canary-4567", "steps": 3, "data": ["a"]}
+    (folder / "config.json").write_text(json.dumps(options))
+    page = write_report(folder)
+    assert "canary" not in page.read_text(encoding="utf-8")
+    assert embedded(page)["runs"][0]["config"] == options | {"teacher": "https://[key]@m.example/v1?[key]"}
+
+
 def test_curves_tables_and_rollouts_are_those_of_the_files(tmp_path):
     direct = rollout(0, 1, category="old", turns=rollout()["turns"][2:])
     folder = a_run(tmp_path / "run", {1: [rollout(), direct], 2: [rollout(), rollout(0, 1, status="invalid")]})

@@ -13,11 +13,11 @@ from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset
 from picture_files import SECRET, exif, private, turned
 
 from mmsr.cache import Cached
-from mmsr.client import Client
+from mmsr.client import ChatServer, Client
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.store import Budget, Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
-from mmsr.web import Live, Remote, passages
+from mmsr.web import Live, Remote, Service, passages
 
 IMAGE = picture((640, 480), "blue")
 
@@ -89,7 +89,7 @@ def test_a_telephones_picture_or_a_thumbnail_lies_on_its_side(web):
     ["http://127.0.0.1:1/x.jpg", "file:///etc/passwd", "http://169.254.169.254/", "data:image/png;base64,AAAA", "",
      None, 7, ["x"], "{url}/missing.jpg", "{url}/text.jpg", "{url}/tall.png"],
 )  # fmt: skip
-def test_thumbnail_that_fails_leaves_its_title_and_is_counted(web, thumbnail):
+def test_thumbnail_that_fails_leaves_its_title_and_is_counted(web, thumbnail, capsys):
     web.files["/text.jpg"] = b"no picture"
     web.files["/tall.png"] = picture((2, 4000), "red", "PNG")
     web.matches[0]["thumbnail"] = thumbnail.format(url=web.url) if isinstance(thumbnail, str) else thumbnail
@@ -97,6 +97,7 @@ def test_thumbnail_that_fails_leaves_its_title_and_is_counted(web, thumbnail):
     hits = backend.image_search(IMAGE, "?").hits
     assert hits[0] == Hit("Match 1", "https://match1.example/") and hits[1].image
     assert backend.counts == {"thumbnails": 4, "thumbnails_failed": 1}
+    assert capsys.readouterr().err.count("a thumbnail is missing: ") == 1
 
 
 def test_summary_form_reads_the_pages_behind_the_matches_for_the_question(web):
@@ -705,3 +706,17 @@ def test_remote_address_keeps_its_path_and_query(web):
     web.always("remote.text", status(404, {"detail": "Not Found"}))
     with pytest.raises(ToolFailure, match="HTTP 404: nothing at /retrieve: Not Found"):
         remote.text_search("q")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:word-0123@s.example", "me:word-0123@s.example", "https://s.example?key=word-0123"]
+)
+def test_address_of_a_service_tells_its_password(url):
+    for opened, where in [
+        (lambda: Service.from_environment("jina", {"JINA_BASE_URL": url}), "JINA_BASE_URL: .* export JINA_API_KEY"),
+        (lambda: ChatServer(url, "m", "", Client()), "the chat server: .* export OPENAI_API_KEY"),
+        (lambda: Remote(url), "--search remote: .* leave it out"),
+    ]:
+        with pytest.raises(UserError, match=where) as caught:
+            opened()
+        assert "word" not in str(caught.value).replace("password", "")
