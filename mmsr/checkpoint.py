@@ -219,7 +219,8 @@ def _discard(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Of a link, which may lead to another disk, the link alone: what it leads to is not ours."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _checkpoints(root: Path) -> list[Path]:

@@ -169,6 +169,31 @@ def test_remains_of_a_save_cut_short_are_never_taken(tmp_path):
     assert folders(tmp_path) == ["step-000001", "step-000002", "step-000004"]
 
 
+@pytest.mark.parametrize("name", ["step-000001", "step-000002", "step-000009", "step-000003.tmp"])
+def test_a_symlinked_checkpoint_makes_every_later_save_fail(tmp_path, name):
+    """Somebody's way to another disk: the link goes when the checkpoint is to go, what it leads to stays."""
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    saved_runs(root, range(1, 3))
+    source = root / name if (root / name).exists() else root / "step-000002"
+    shutil.copytree(source, elsewhere)
+    if source == root / name:
+        shutil.rmtree(source)
+    (root / name).symlink_to(elsewhere)
+    before = faults.fingerprint(elsewhere)
+    saved_runs(root, range(3, 6), keep=2)
+    assert folders(root) == ["step-000004", "step-000005"] and taken(root) == 5
+    assert faults.fingerprint(elsewhere) == before
+
+
+def test_a_link_that_leads_nowhere_or_to_the_newest_is_in_the_way(tmp_path):
+    saved_runs(tmp_path, range(1, 3))
+    (tmp_path / "step-000001.tmp").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "step-000008").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "latest").symlink_to(tmp_path / "step-000002")
+    saved_runs(tmp_path, range(3, 6), keep=2)
+    assert folders(tmp_path) == ["latest", "step-000004", "step-000005"] and taken(tmp_path) == 5
+
+
 def test_nothing_to_resume_is_told_from_nothing_sound(tmp_path):
     model = Small()
     assert checkpoint.resume(tmp_path / "none", model, adam(model)) is None
