@@ -2,18 +2,25 @@
 
 A step's numbers are named train/reward, train/seconds/rollout, …; an evaluation's eval/familiar/accuracy, … . No
 tracker is ever needed: its package is imported here and nowhere else, and one that fails later is warned about once.
+
+A resumed run goes on in the same run of Weights & Biases, whose id is in OUT/wandb-id (WANDB_RUN_ID wins). Of steps
+that it repeats, the first numbers stay: Weights & Biases drops a step that is not after the last.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 from .episode import UserError
+from .files import write_whole
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+WANDB_ID = "wandb-id"
 
 
 class Tracker:
@@ -35,11 +42,22 @@ class Tracker:
                 writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
                 self.send = lambda values, step: [writer.add_scalar(name, x, step) for name, x in values.items()]
             elif self.kind == "wandb":
-                run = self.module.init(project="mmsr", name=folder.name, config=dict(config))
-                self.send = lambda values, step: run.log(values, step=step)
+                self._start_wandb(folder, config)
+        except UserError:
+            raise
         except Exception as error:  # not logged in, no network: whatever the package raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"--track {self.kind} does not start ({reason}); mend that, or leave --track out") from None
+
+    def _start_wandb(self, folder: Path, config: Mapping[str, Any]) -> None:
+        file = folder / WANDB_ID
+        kept = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        chosen = os.environ.get("WANDB_RUN_ID") or kept or secrets.token_hex(8)
+        run = self.module.init(project="mmsr", name=folder.name, config=dict(config), id=chosen, resume="allow")
+        if chosen != kept:  # only now: a folder in which nothing has begun stays empty
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, [chosen.encode() + b"\n"])
+        self.send = lambda values, step: run.log(values, step=step)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         if self.send is None:

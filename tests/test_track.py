@@ -31,7 +31,21 @@ def test_wandb_gets_names_that_people_know(monkeypatch, tmp_path):
     tracker = Tracker("wandb")
     tracker.start(tmp_path / "mine", {"lr": 1.0}, 0)
     tracker(LINE), tracker(EVALUATION)
-    assert begun == [{"project": "mmsr", "name": "mine", "config": {"lr": 1.0}}] and sent == NAMED
+    (given,) = begun
+    assert given | {"id": 0} == {"project": "mmsr", "name": "mine", "config": {"lr": 1.0}, "id": 0, "resume": "allow"}
+    assert sent == NAMED
+
+
+def test_resumed_run_opens_a_new_one_in_wandb(monkeypatch, tmp_path):
+    begun = []
+    fake(monkeypatch, "wandb", init=lambda **given: begun.append(given["id"]))
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for folder, done in ((tmp_path / "one", 0), (tmp_path / "one", 40), (tmp_path / "other", 0)):
+        Tracker("wandb").start(folder, {}, done)
+    assert begun[0] == begun[1] != begun[2] and begun[0]
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    Tracker("wandb").start(tmp_path / "one", {}, 50)
+    assert begun[3] == "chosen"
 
 
 def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(monkeypatch, tmp_path):
@@ -69,6 +83,7 @@ def test_tracker_that_does_not_start_is_the_users_to_mend(monkeypatch, tmp_path)
     fake(monkeypatch, "wandb", init=init)
     with pytest.raises(UserError, match=r"^--track wandb does not start \(RuntimeError: not logged in at all\)"):
         Tracker("wandb").start(tmp_path, {}, 0)
+    assert not list(tmp_path.iterdir()), "a folder in use would be refused the next time"
 
 
 def test_tracker_that_fails_later_warns_once_and_ends_nothing(monkeypatch, tmp_path, capsys):
