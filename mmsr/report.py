@@ -9,6 +9,8 @@ metrics.jsonl; of the rollouts themselves, whole groups are embedded, evenly spr
 No more than about twice these is read of the rollouts: a run of the blog's sizes leaves 16,384 a step, and torchrun
 kills a run that needs more than 30 seconds for its last report.
 
+A line that is damaged, or none of ours, is left out, and one message names the first of them by file and line.
+
 The traps: `json.dumps` leaves `</script>` as it is, so every `<` of the data is written as \\u003c; a script or a style
 that is not the page's own is refused by its content-security policy; and the page makes elements and text nodes, never
 markup from data.
@@ -20,11 +22,14 @@ import argparse
 import base64
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence
 
 from .config import hidden
 from .episode import UserError
@@ -49,15 +54,35 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
-    share = 1 / len(folders)
-    runs = [_run(folder, most_rollouts * share, MOST_ROLLOUT_BYTES * share) for folder in folders]
+    share, damage = 1 / len(folders), Damage()
+    runs = [_run(folder, most_rollouts * share, MOST_ROLLOUT_BYTES * share, damage) for folder in folders]
     parts = [folder.resolve().parts for folder in folders]
     distinct = len({part[-1:] for part in parts}) == len(parts)
     for run, part in zip(runs, parts):
         run["name"] = "/".join(part[-1:] if distinct else part[-2:])
     data = {"runs": runs, **_pictures(folders, runs)}
     write_whole(out, [_page(data)])
+    if damage.places:
+        _say_once(f"{out} leaves out {damage}")
     return out
+
+
+@lru_cache  # a run rewrites its report every now and then
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class Damage:
+    """Where the files of a run are damaged."""
+
+    def __init__(self):
+        self.places: list[tuple[Path, int]] = []  # file, and the offset of the line; -1: the whole file
+
+    def __str__(self) -> str:
+        file, offset = self.places[0]
+        name = str(file) if offset < 0 else f"{file}, line {_count_lines(file, offset) + 1}"
+        more = len(self.places) - 1
+        return f"what is damaged: {name}" + (f", and {more} more" if more else "")
 
 
 def _page(data: dict[str, Any]) -> bytes:
@@ -79,19 +104,19 @@ def _csp_hash(text: str) -> str:
 # ---- a run
 
 
-def _run(folder: Path, most_rollouts: float, most_bytes: float) -> dict[str, Any]:
+def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) -> dict[str, Any]:
     """Everything that the page shows of one run, but the pictures."""
-    lines = list(_records(folder / "metrics.jsonl"))
-    steps = {line["step"]: line for line in lines if "reward" in line and "step" in line}
+    lines = _metrics(folder / "metrics.jsonl", damage)
+    steps = {line["step"]: line for line in lines if "reward" in line}
     files = _rollout_files(folder)
-    results = _object(folder / "results.json")
+    results = _object(folder / "results.json", damage)
     if not (lines or files or results):
         raise UserError(f"{folder}: no metrics.jsonl, rollouts/, results.json or episodes.jsonl; name a run's folder")
     told = {step: counts for step, line in steps.items() if (counts := counts_of_step(line))}
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
-    kept, seen = _rollouts(files, total, most_rollouts, most_bytes)
+    kept, seen = _rollouts(files, total, most_rollouts, most_bytes, damage)
     return {
-        "config": {name: _shown(value) for name, value in _object(folder / "config.json").items()},
+        "config": {name: _shown(value) for name, value in _object(folder / "config.json", damage).items()},
         "columns": _columns(steps, seen | told),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
         "rollouts": kept,
@@ -127,18 +152,34 @@ def counts_of_step(line: dict[str, Any]) -> Counter:
     return counts
 
 
-def _rollouts(files: dict[int, Path], total: int, most: float, most_bytes: float) -> tuple[list, dict[int, Counter]]:
+def _rollouts(
+    files: dict[int, Path], total: int, most: float, most_bytes: float, damage: Damage
+) -> tuple[list, dict[int, Counter]]:
     """Rollouts to embed, of `total`; per step, how many of them have each turn shape, category and search in it."""
     kept, counts = [], {step: Counter() for step in files}
-    for step, lines in _spread(files, total, most, most_bytes):
-        for rollout in _parsed(lines):
-            count_rollout(counts[step], rollout)
-            kept.append({"step": step, "shape": shape(rollout), **rollout})
+    for step, offset, lines in _spread(files, total, most, most_bytes):
+        for line in lines:
+            rollout = _sound(line, _check_rollout)
+            if rollout is None:
+                damage.places.append((files[step], offset))
+            else:
+                count_rollout(counts[step], rollout)
+                kept.append({"step": step, "shape": shape(rollout), **rollout})
+            offset += len(line)
     return kept, counts
 
 
-def _spread(files: dict[int, Path], total: int, most: float, most_bytes: float) -> Iterator[tuple[int, list[bytes]]]:
-    """(step, lines) of whole groups: all if they fit, else as many as do, evenly spread over the bytes of all files.
+def _check_rollout(rollout: dict[str, Any]) -> None:
+    """Make of it all that the page makes of it. Raises whatever comes of a line that is none of ours."""
+    count_rollout(Counter(), rollout)
+    if not all(isinstance(name, str) for name in _named([rollout])):
+        raise TypeError("a picture is named by text")
+
+
+def _spread(
+    files: dict[int, Path], total: int, most: float, most_bytes: float
+) -> Iterator[tuple[int, int, list[bytes]]]:
+    """(step, offset, lines) of whole groups: all if they fit, else as many as do, evenly spread over all files' bytes.
 
     What was taken so far is a share of what may be taken, and the next group is looked for at that share of the bytes.
     So about twice the bytes that are taken are read, however many there are.
@@ -152,13 +193,13 @@ def _spread(files: dict[int, Path], total: int, most: float, most_bytes: float) 
             while True:
                 if not fits:
                     groups.skip_to(int(size * max(rollouts / most, taken / most_bytes)) - begin)
-                lines = groups.take()
+                offset, lines = groups.take()
                 rollouts, taken = rollouts + len(lines), taken + sum(map(len, lines))
                 if not fits and (rollouts > most or taken > most_bytes):
                     return
                 if not lines:
                     break
-                yield step, lines
+                yield step, offset, lines
         begin += sizes[step]
 
 
@@ -168,13 +209,13 @@ class _Groups:
     def __init__(self, data: BinaryIO):
         self.data, self.next = data, data.readline()
 
-    def take(self) -> list[bytes]:
-        """The lines of the next group; empty at the end of the file."""
-        lines, group = [], _group(self.next)
+    def take(self) -> tuple[int, list[bytes]]:
+        """Where the next group begins, and its lines; none at the end of the file."""
+        offset, lines, group = self.data.tell() - len(self.next), [], _group(self.next)
         while self.next and _group(self.next) == group:
             lines.append(self.next)
             self.next = self.data.readline()
-        return lines
+        return offset, lines
 
     def skip_to(self, offset: int) -> None:
         """Pass over what begins before this byte, and over the rest of the group in which it lies."""
@@ -295,30 +336,65 @@ def _named(rollouts: list[dict]) -> Iterator[str]:
 # ---- files that a run may be writing
 
 
-def _records(file: Path) -> Iterator[dict]:
-    """The objects of a .jsonl file."""
-    if file.is_file():
-        with open(file, "rb") as lines:
-            yield from _parsed(lines)
+def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
+    """The sound lines of metrics.jsonl."""
+    lines, offset = [], 0
+    with open(file, "rb") if file.is_file() else nullcontext(()) as data:
+        for line in data:
+            record = _sound(line, _check_metrics)
+            if record is None:
+                damage.places.append((file, offset))
+            else:
+                lines.append(record)
+            offset += len(line)
+    return lines
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterator[dict]:
-    """The objects of these lines; a line cut short, or none of ours, is passed over."""
+def _check_metrics(line: dict[str, Any]) -> None:
+    """As `_check_rollout`."""
+    if not isinstance(line["step"], int):
+        raise TypeError("a step is a whole number")
+    counts = counts_of_step(line)
+    _columns({line["step"]: line}, {line["step"]: counts} if counts else {})
+    sum((line.get("status") or {}).values())
+
+
+def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
+    """The object of a line; None where it is cut short, no object, or nothing that `check` can make something of."""
+    for record in _parsed([line]):
+        try:
+            check(record)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+            return None
+        return record
+    return None
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects of these lines, without those that are none. JSON has no infinity: such a number becomes null."""
     for line in lines:
         try:
-            record = json.loads(line.decode("utf-8", "replace"), parse_constant=lambda name: None)
-        except ValueError:
+            text = line.decode("utf-8", "replace")
+            record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record
 
 
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _object(file: Path, damage: Damage) -> dict[str, Any]:
+    """The object of a whole file; empty where that is missing, or damaged."""
+    if not file.is_file():
         return {}
-    return found if isinstance(found, dict) else {}
+    for found in _parsed([file.read_bytes()]):
+        return found
+    damage.places.append((file, -1))
+    return {}
 
 
 def _shown(value: Any) -> Any:
@@ -326,9 +402,14 @@ def _shown(value: Any) -> Any:
     return hidden(value) if isinstance(value, str) else value
 
 
-def _count_lines(file: Path) -> int:
+def _count_lines(file: Path, before: float = math.inf) -> int:
+    """How many lines end in a file, or in its first bytes."""
+    count, at = 0, 0
     with open(file, "rb") as data:
-        return sum(block.count(b"\n") for block in iter(lambda: data.read(2**20), b""))
+        while block := data.read(int(min(2**20, before - at))):
+            count += block.count(b"\n")
+            at += len(block)
+    return count
 
 
 def main(argv: Sequence[str]) -> None:

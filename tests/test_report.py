@@ -218,12 +218,73 @@ def test_pictures_are_embedded_once_and_within_bounds(tmp_path, monkeypatch):
     assert all(url.startswith("data:image/jpeg;base64,") for url in found["pictures"].values())
 
 
-def test_half_written_files_give_what_is_whole(tmp_path):
+def test_half_written_files_give_what_is_whole(tmp_path, capsys):
     folder = a_run(tmp_path / "run", {1: [rollout()]})
     for file in (folder / "metrics.jsonl", folder / "rollouts/step-000001.jsonl"):
         file.write_text(file.read_text() + '{"step": 9, "rew')
     (run,) = embedded(write_report(folder))["runs"]
     assert run["columns"]["step"] == [1] and len(run["rollouts"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl, line 4, and 1 more" in said
+    write_report(folder)
+    assert not capsys.readouterr().err, "a run rewrites its report all the time"
+
+
+NO_ROLLOUTS = [
+    *("5", "null", '{"group": 0, "turns": 7}', "[" * 100_000, '{"group": ' + "9" * 5000 + "}", "\x00" * 40),
+    json.dumps(rollout(turns=None)),
+    json.dumps(rollout(turns=["said"])),
+    json.dumps(rollout(turns=[{"role": "tool", "observation": "found"}])),
+    json.dumps(rollout(turns=[{"role": "tool", "observation": {"thumbnails": [7]}}])),
+    json.dumps(rollout(turns=[{"role": "assistant", "action": 3}])),
+    json.dumps(rollout(category=["new"])),
+]
+NO_METRICS = [
+    *(
+        "[]",
+        '{"reward": 0.5}',
+        json.dumps(step(3, step=[3])),
+        json.dumps(step(3, step="3")),
+        json.dumps(step(3, seconds=2.0)),
+    ),
+    *(json.dumps(step(3, status={"answered": "all"})), json.dumps(step(3, shapes=["answer"]))),
+    json.dumps(step(3, by_category={"new": 4})),
+]
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [*(("rollouts/step-000001.jsonl", x) for x in NO_ROLLOUTS), *(("metrics.jsonl", x) for x in NO_METRICS)],
+)
+def test_damaged_line_of_a_run_ends_in_a_traceback_or_is_left_out_in_silence(tmp_path, capsys, name, line):
+    folder = a_run(tmp_path / "run", {1: [rollout(), rollout(0, 1)]})
+    lines = (folder / name).read_text().splitlines()
+    (folder / name).write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    report.main([str(folder)])
+    (run,) = embedded(folder / "report.html")["runs"]
+    assert run["columns"]["step"] == [1] and len(run["rollouts"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{folder / name}, line 2\n" in said
+
+
+def test_infinite_number_or_damaged_file_ends_a_report(tmp_path, capsys):
+    folder = a_run(tmp_path / "run", {1: [rollout()]}, [step(1)])
+    (folder / "metrics.jsonl").write_text(json.dumps(step(1)).replace("1e-07", "1e999") + "\n")
+    (folder / "config.json").write_text('{"recipe": "to')
+    (run,) = embedded(write_report(folder))["runs"]
+    assert run["columns"]["logp_gap"] == [None] and run["config"] == {}
+    assert f"damaged: {folder / 'config.json'}\n" in capsys.readouterr().err
+
+
+def test_the_line_of_damage_is_counted_from_where_a_thinned_report_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "MOST_ROLLOUTS", 60)
+    folder = a_run(tmp_path / "run", {1: [rollout(g) for g in range(400)]})
+    file = folder / "rollouts/step-000001.jsonl"
+    whole = file.read_text().splitlines()
+    file.write_text("\n".join(whole[:200] + [line.replace("turns", "runts") + "?" for line in whole[200:]]) + "\n")
+    write_report(folder)
+    number = int(re.search(r"line (\d+)", capsys.readouterr().err)[1])
+    assert 200 < number < 215
 
 
 def test_several_runs_stand_in_one_page(tmp_path, capsys, monkeypatch):
