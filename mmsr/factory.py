@@ -11,7 +11,6 @@ servers honour. What failed for now (a time-out, a busy server) is not in the jo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import threading
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from .client import FATAL, ChatServer
 from .episode import UserError
-from .files import write_whole
+from .files import Lock, write_whole
 from .kept import Kept, key_of
 from .tools import ToolFailure
 
@@ -67,12 +66,11 @@ class Calls:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Raises UserError where another process is at work in the folder."""
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {folder}: another run is at work there; wait for it or name another") from None
+    lock = Lock(folder)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class Factory:

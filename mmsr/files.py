@@ -1,9 +1,15 @@
-"""Files that are there whole or not at all, and JSON whose damage is told with file and row. Imports nothing heavy."""
+"""Files that are there whole or not at all, folders that one process holds, digests of what files say, and JSON whose
+damage is told with file and row. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import ast
+import fcntl
+import hashlib
 import json
 import os
+import socket
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +22,7 @@ from .episode import UserError
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A path to write to: what stands there in the end takes the place of `path`. UserError where that cannot be."""
-    side = path.with_name(f".{path.name}.{threading.get_ident()}.tmp")
+    side = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with _written(path):
             yield side
@@ -61,9 +67,107 @@ def make_out(folder: Path) -> None:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
+LOCK = ".lock"
+
+
+class Lock:
+    """A folder that this process alone works in, until `release` or its end, however it ends: the system lets go.
+
+    The file `.lock` in the folder names the holder, and is empty when there is none. Readers need no lock. On NFS the
+    lock holds between machines; one that dies keeps it until its lease ends, about 90 seconds. A file system without
+    locks costs a warning, and then nothing keeps a second run out.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises UserError where another process holds the folder, or where it cannot be written."""
+        self.folder = folder
+        with _written(folder / LOCK):
+            self.file = open(folder / LOCK, "a+b", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = self._holder()
+            self.file.close()
+            advice = "wait for it to end, stop it, or name another folder"
+            raise UserError(f"--out {folder}: another run is at work in it{holder}: {advice}") from None
+        except OSError as error:
+            complaint = f"this file system has no locks ({error.strerror})"
+            print(f"warning: --out {folder}: {complaint}: make sure that no other run uses it", file=sys.stderr)
+        with _written(folder / LOCK):
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def check(self) -> None:
+        """Raises UserError where the folder is not there any more, or is another than the one that was locked."""
+        try:
+            same = os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self.file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            same = False
+        if not same:
+            complaint = "removed, moved or replaced while this run was at work in it"
+            raise UserError(f"--out {self.folder}: {complaint}; put it back and go on, or name another folder")
+
+    def release(self) -> None:
+        if not self.file.closed:
+            self.file.truncate(0)
+            self.file.close()
+
+    def _holder(self) -> str:
+        self.file.seek(0)
+        said = self.file.read(200).decode("utf-8", "replace")
+        return f" ({said})" if said.isprintable() and said else ""
+
+
 def cache_folder() -> Path:
     """Where base models and recorded searches are kept, of all runs: MMSR_CACHE, or else in the home folder."""
     return Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read piece by piece: about a second per gigabyte. UserError where it cannot be read."""
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def code_digest(path: Path) -> str:
+    """SHA-256 of what a Python file does: comments, docstrings and layout do not count. UserError if it is no Python.
+
+    It is that of the syntax tree, spelled so that versions of Python agree, which `ast.dump` does not do.
+    """
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as Python ({error}); mend it") from None
+    spelled: list[str] = []
+    _spell(tree, spelled)
+    return hashlib.sha256("".join(spelled).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _spell(node: Any, spelled: list[str]) -> None:
+    """Add a syntax tree as text without positions. Fields that are empty, which versions differ in, are left out."""
+    if isinstance(node, ast.AST):
+        spelled.append(f"{type(node).__name__}(")
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if value is not None and value != []:
+                spelled.append(f"{name}=")
+                _spell(value, spelled)
+        spelled.append(")")
+    elif isinstance(node, list):
+        for item in node:
+            if not _is_text(item):
+                _spell(item, spelled)
+                spelled.append(",")
+    else:
+        spelled.append(repr(node))
+
+
+def _is_text(node: Any) -> bool:
+    """Whether a statement is a docstring, or another text that does nothing."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def json_file(path: Path) -> Any:

@@ -29,7 +29,7 @@ from . import toy
 from .chat import PROMPTS, Chat, Piece
 from .engine import Engine
 from .episode import ANSWERED, Episode, Example, Observation, UserError
-from .files import cache_folder
+from .files import cache_folder, code_digest
 from .rollout import Limits, Rollout
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
 from .toy import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
@@ -202,7 +202,7 @@ class WarmStart:
         return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.05))
 
 
-# Modules of which a change makes the base model anew.
+# Modules of which a change makes the base model anew, unless it is one of words: comments and docstrings.
 MADE_BY = ("toy", "toy_base", "vision", "attention", "model", "chat", "grpo", "pack", "update", "optimizer")
 
 
@@ -216,9 +216,10 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     if not recipe.steps:
         shown = sum(pool.size * pool.exposure for pool in world.settings.pools if pool.facts)
         recipe = replace(recipe, steps=round(shown / (recipe.batch / 2)))
-    modules = [Path(__file__).with_name(f"{name}.py") for name in MADE_BY]
-    made_of = [file.read_bytes() for file in [*modules, *sorted((PROMPTS / "toy").glob("*.txt"))]]
-    digest = hashlib.sha256(b"".join([*made_of, repr((world.seed, world.settings, recipe)).encode()])).hexdigest()[:16]
+    made_by = [code_digest(Path(__file__).with_name(f"{name}.py")) for name in MADE_BY]
+    prompts = [file.read_text(encoding="utf-8") for file in sorted((PROMPTS / "toy").glob("*.txt"))]
+    made_of = repr((made_by, prompts, world.seed, world.settings, recipe))
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     cache = cache_folder()
     folder = cache / f"toy-base-{digest}"
     if not folder.is_dir():

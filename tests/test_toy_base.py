@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +295,26 @@ def test_worlds_that_differ_in_nothing_the_warm_start_sees_share_a_folder(tmp_pa
     others = {folder(thumbnails=True), folder(reader=(0.4, 0.3, 0.3)), folder(two_hops=False)}
     assert len(others) == 3 and first not in others
     assert all(settings.wrong == 0 for _, settings, _ in fake_warm_start), "the gate is for copying, not for retrieval"
+
+
+def test_a_comment_makes_the_base_model_anew(tmp_path, monkeypatch, fake_warm_start, world):
+    source = shutil.copytree(Path(toy_base.__file__).parent, tmp_path / "mmsr", ignore=lambda *_: ["prompts"])
+    monkeypatch.setattr(toy_base, "__file__", str(source / "toy_base.py"))
+    monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
+
+    def edit(name, old, new):
+        text = (source / name).read_text()
+        assert old in text
+        (source / name).write_text(text.replace(old, new, 1))
+
+    first = toy_base.base_model(world)
+    edit("toy.py", "\n\n", "\n\n# why\n\n")
+    edit("chat.py", '"""', '"""Other words. ')
+    edit("vision.py", "class VisionTower(nn.Module):", "class VisionTower(\n    nn.Module\n):  # the tower")
+    edit("report.py", "10_000", "9_000")  # not one that makes it
+    assert toy_base.base_model(world) == first
+    edit("toy_base.py", "DIRECT = 0.125", "DIRECT = 0.25")
+    assert toy_base.base_model(world) != first
 
 
 def test_steps_are_what_the_exposures_take(tmp_path, monkeypatch, fake_warm_start):
