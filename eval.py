@@ -26,14 +26,15 @@ from mmsr import compare, evaluate
 from mmsr.album import Album
 from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder, say
 from mmsr.chat import PROMPTS
-from mmsr.config import EvalConfig, in_use
+from mmsr.config import EvalConfig
 from mmsr.episode import Episode, Example, UserError
-from mmsr.files import append, make_out, write_whole
+from mmsr.files import append, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
 from mmsr.parallel import Ranks
 from mmsr.report import write_report
 from mmsr.rollout import Opening
+from mmsr.runfolder import RunFolder
 from mmsr.toy import World
 
 JUDGE_TOKENS = 1024
@@ -43,10 +44,16 @@ SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "s
 def run(config: EvalConfig, ranks: Ranks) -> None:
     with ranks.alone():
         out = Output(config, ranks)
+    with out:
+        evaluate_all(config, ranks, out)
+
+
+def evaluate_all(config: EvalConfig, ranks: Ranks, out: Output) -> None:
+    """The work of `run`, in a folder that is held against other runs."""
     setup, sets = assemble_evaluation(config, ranks)
     script = rag_script(config, setup.world) if config.mode == "rag" else None
     with ranks.alone():
-        done = out.begin(setup)
+        done = out.begin(setup, sets)
     done = ranks.everyone(done)[0]
     todo = {name: [row for row in range(len(part)) if (name, row) not in done] for name, part in sets.items()}
     size = 2 * config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
@@ -118,24 +125,30 @@ def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, in
     return lambda example, sample: [*searches[: config.max_turns - 1], answer]
 
 
-class Output:
+class Output(RunFolder[EvalConfig]):
     """The files of an evaluation. The main rank alone writes and prints."""
 
     def __init__(self, config: EvalConfig, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, Path(config.out), ranks
+        super().__init__(config, ranks)
         self.episodes, self.album = self.folder / "episodes.jsonl", Album(self.folder / "images")
+
+    def check_options(self, used: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is no folder: name another")
-        if in_use(self.folder):
-            config.check_resumes(self.folder)
+        super().check_options(used)
 
-    def begin(self, setup: Setup) -> set[tuple[str, int]]:
-        """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done."""
+    def begin(self, setup: Setup, sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
+        """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done.
+
+        Raises UserError where model, data or anything else is not what those that are done were asked with.
+        """
         if not self.ranks.main:
             return set()
-        make_out(self.folder)
+        files = {f"--data {name}": questions for name, questions in sets.items() if name != "toy"}
+        self.check_inputs(setup, files, __file__)
+        self.claim()
         self.config.save(self.folder)
-        self._check_inputs(setup)
+        self.keep_inputs()
         with open(self.episodes, "a+b") as file:
             file.seek(0)
             whole = 0
@@ -147,25 +160,13 @@ class Output:
             print(f"{len(done)} questions are done already.")
         return done
 
-    def _check_inputs(self, setup: Setup) -> None:
-        """Numbers of one model or data file must not be joined with those of another that has its name."""
-        named = [*self.config.data, self.config.search.partition(":")[2]]
-        files = [file for file in map(Path, named) if file.is_file()]
-        files += [file for ending in ("safetensors", "json") for file in sorted(setup.folder.glob(f"*.{ending}"))]
-        now = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-        kept = self.folder / "inputs.json"
-        before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else now
-        changed = sorted(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
-        if changed:
-            raise UserError(f"--out {self.folder}: {changed[0]} has changed since that run began; name another folder")
-        _replace(kept, now)
-
     def append(self, lines: list[dict[str, Any]], episodes: Sequence[Episode]) -> None:
         """Add all ranks' lines, in the order of the questions, and their pictures."""
         pictures = self.ranks.gather(self.album.new(episodes))
         order = {name: place for place, name in enumerate(self.config.data)}
         lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
         if self.ranks.main:
+            self.check_there()
             self.album.add(pictures)
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             append(self.episodes, [text.encode("utf-8", "replace")])  # JSON may hold lone surrogates
@@ -174,6 +175,7 @@ class Output:
         """Judge, sum up, write results.json and print."""
         if not self.ranks.main:
             return
+        self.check_there()
         lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
         if self.config.judge:
             judge = Judge(self._judge(), self.config.judge_model, self.folder / "judge.jsonl")
@@ -201,8 +203,23 @@ class Output:
         return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)
 
     def _lines(self) -> Iterable[dict[str, Any]]:
-        with open(self.episodes, encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        """Raises UserError for one that is damaged."""
+        with open(self.episodes, "rb") as file:
+            for number, line in enumerate(file, 1):
+                record = _line(line)
+                if record is None:
+                    advice = "remove it, and the same command asks its question again"
+                    raise UserError(f"{self.episodes}: line {number} is damaged ({line[:40]!r}); {advice}")
+                yield record
+
+
+def _line(line: bytes) -> dict[str, Any] | None:
+    """A line of episodes.jsonl; None for one that is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= {*SUMMED_UP, "row"} else None
 
 
 def _replace(path: Path, value: Any) -> None:

@@ -7,7 +7,6 @@ step's questions; `ranks` has what they must know of each other.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -24,13 +23,14 @@ from mmsr import checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.album import Album
 from mmsr.assemble import Setup, assemble, launch, say
-from mmsr.config import CONFIG, Config, in_use
+from mmsr.config import CONFIG, Config
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
-from mmsr.files import append, make_out, write_whole
+from mmsr.files import append, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered
 from mmsr.report import shape_name, write_report
+from mmsr.runfolder import RunFolder
 from mmsr.toy import World
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
@@ -43,10 +43,18 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
     """`world`: a toy world of one's own instead of the one that `config.toy` names."""
     with ranks.alone():
         out = Output(config, ranks)
+    with out:
+        run(config, ranks, world, out)
+
+
+def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
+    """The steps of `train`, in a folder that is held against other runs."""
     setup = assemble(config, ranks, world)
+    with ranks.alone():
+        out.check(setup)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
-    saved = Checkpoints(setup, trainer, sampler)
+    saved = Checkpoints(setup, trainer, sampler, out)
     done = saved.resume()
     with ranks.alone():
         out.begin(done)
@@ -220,8 +228,9 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
 class Checkpoints:
     """When a run saves what: every --save-every steps, after the last, and when it is interrupted."""
 
-    def __init__(self, setup: Setup, trainer: Trainer, sampler: Sampler):
+    def __init__(self, setup: Setup, trainer: Trainer, sampler: Sampler, out: Output):
         self.setup, self.config, self.sampler, self.optimizer = setup, setup.config, sampler, trainer.optimizer
+        self.out = out
         self.root = Path(self.config.out) / "checkpoints"
         self.done = self.saved = 0  # the last step that is finished; that is saved
         self.cursor = 0  # of the sampler when that step was finished
@@ -252,6 +261,7 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
+        self.out.check_there()
         if self.saved == self.done:
             return
         config = dataclasses.asdict(self.config)
@@ -267,23 +277,30 @@ class Checkpoints:
         say(self.ranks, f"Interrupted; {kept}. Go on with --resume.")
 
 
-class Output:
+class Output(RunFolder[Config]):
     """The files of a run, each step's written whole or not at all. A folder in use is refused, or resumed.
 
     Every rank has one and calls it, but the main one alone writes and prints.
     """
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, Path(config.out), ranks
+        self.track = Tracker(config.track if ranks.main else "")
+        super().__init__(config, ranks)
         self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
         self.album = Album(self.folder / "images")
-        self.track = Tracker(config.track if ranks.main else "")
         self.report_due, self.report_failed = 0.0, False
-        used = in_use(self.folder)
-        if used and not config.resume:
+
+    def check_options(self, used: bool) -> None:
+        if used and not self.config.resume:
             raise UserError(f"--out {self.folder} is not empty: name another folder, remove it, or go on with --resume")
-        if used:
-            config.check_resumes(self.folder)
+        super().check_options(used)
+
+    def check(self, setup: Setup) -> None:
+        """Raises UserError where a run that goes on is made of something else than before."""
+        c = self.config
+        asked = {f"--data {c.data}": setup.questions, f"--eval-data {c.eval_data}": setup.eval_questions}
+        files = {name: questions for name, questions in asked.items() if name.split(" ", 1)[1] not in ("", "toy")}
+        self.check_inputs(setup, files, __file__)
 
     def begin(self, done: int) -> None:
         """Make the folder, or take it back to where `done` steps were finished and the evaluation after them was not.
@@ -292,10 +309,11 @@ class Output:
         """
         if not self.ranks.main:
             return
-        make_out(self.folder)
+        self.claim()
         self.track.start(self.folder, dataclasses.asdict(self.config), done)
         if not (self.folder / CONFIG).exists():
             self.config.save(self.folder)
+        self.keep_inputs()
         self.rollouts.mkdir(exist_ok=True)
         kept = {f"step-{step:06d}.jsonl" for step in range(1, done + 1)}
         for file in self.rollouts.iterdir():
@@ -303,7 +321,7 @@ class Output:
                 file.unlink()
         with open(self.metrics, "a+b") as file:
             file.seek(0)
-            file.truncate(sum(len(line) for line in itertools.takewhile(lambda line: _stays(line, done), file)))
+            file.truncate(_kept_bytes(file, done))
 
     def line(self, record: dict | None) -> None:
         """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
@@ -312,6 +330,7 @@ class Output:
         """
         if record is None or not self.ranks.main:
             return
+        self.check_there()
         record = _finite(record)
         append(self.metrics, [json.dumps(record, allow_nan=False).encode() + b"\n"])
         self.track(record)
@@ -325,7 +344,9 @@ class Output:
         pictures = self.ranks.gather(self.album.new(episodes))
         if not self.ranks.main:
             return
+        self.check_there()
         self.album.add(pictures)
+        self.rollouts.mkdir(exist_ok=True)  # somebody may have made room
         # JSON may hold lone surrogates, which UTF-8 cannot: escaped with a backslash they are JSON again.
         encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
         write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
@@ -355,12 +376,13 @@ class Output:
         """The model as it is now, the last report, and a table of the evaluations before and after."""
         weights = gathered(setup.model, setup.ranks, setup.dtype)
         if self.ranks.main:
+            self.check_there()
             modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        evaluations = [record for record in map(json.loads, lines) if "eval" in record]
+        records = map(_record, self.metrics.read_bytes().splitlines())
+        evaluations = [record for record in records if record and "eval" in record]
         names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
         rows = {
             names.get(mode, mode.replace("_", " ")).format(when): row
@@ -373,13 +395,30 @@ class Output:
         print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
 
 
-def _stays(line: bytes, done: int) -> bool:
-    """Whether a line of metrics.jsonl is of the first `done` steps, and not of the evaluation after them."""
+def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
+    """The length of what stays of metrics.jsonl: lines of the first `done` steps, and not of the evaluation after them.
+
+    A damaged line between such lines stays where it is; one at the end was cut short by a crash.
+    """
+    kept = end = 0
+    for line in lines:
+        end += len(line)
+        record = _record(line)
+        if record is None or not line.endswith(b"\n"):
+            continue
+        if record["step"] > done or record["step"] == done and "eval" in record:
+            break
+        kept = end
+    return kept
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that is damaged."""
     try:
         record = json.loads(line)
-    except ValueError:  # cut short by a crash
-        return False
-    return line.endswith(b"\n") and (record["step"] < done or record["step"] == done and "eval" not in record)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _finite(value):

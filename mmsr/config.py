@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
 from urllib.parse import urlsplit
 
 from .episode import UserError
-from .files import write_whole
+from .files import LOCK, write_whole
 from .reward import RewardRule
 
 CONFIG = "config.json"
@@ -317,7 +317,7 @@ class Config(Options):
     track: Literal["", "tensorboard", "wandb"] = ""
     """Send the metrics to a tracker too; its package must be installed."""
     resume: bool = False
-    """Go on from the newest sound checkpoint in --out, or start afresh where there is none."""
+    """Go on from the newest sound checkpoint in --out, with the same data, model and prompts; afresh if none."""
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS,
@@ -449,10 +449,11 @@ def server_address(address: str, given: str, variable: str = "") -> str:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether anything is there already, but for a first config.json that a crash cut short."""
+    """Whether anything is there already, but for a lock and a first config.json that a crash cut short."""
     if not folder.is_dir():
         return folder.exists()
-    return any(not entry.name.startswith(f".{CONFIG}.") for entry in folder.iterdir())
+    names = [entry.name for entry in folder.iterdir()]
+    return any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in names)
 
 
 def add_options(

@@ -16,6 +16,7 @@ import eval as evaluation
 from mmsr import toy
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig, parse
+from mmsr.files import Lock
 from mmsr.rollout import Opening
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -79,12 +80,15 @@ def questions(folder: Path, n: int = 6, category: str = "made") -> Path:
     return folder / "data.jsonl"
 
 
-def refused(capsys, argv, said) -> None:
+def refused(capsys, argv, said, ends=False) -> None:
+    """Exit status 2 and one line; with `ends` of a run that has begun, behind its progress bar."""
     capsys.readouterr()  # what came before
     with pytest.raises(SystemExit) as stop:
         evaluation.main(argv)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("eval.py: ") and err.count("\n") == 1 and said in err, err
+    last = err.rstrip("\n").split("\n")[-1] if ends else err
+    assert stop.value.code == 2 and last.startswith("eval.py: ") and said in last, err
+    assert "Traceback" not in err and (ends or err.count("\n") == 1), err
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +268,43 @@ def test_other_options_do_not_go_on_in_its_folder(miniature, first, tmp_path, ca
     assert {file.name: file.read_bytes() for file in first.iterdir() if file.is_file()} == before
 
 
-def test_data_that_changed_under_its_name_does_not_go_on(miniature, tmp_path, capsys):
-    data = questions(tmp_path / "data", 3)
-    run(miniature, tmp_path / "out", data=data, search="none")
-    data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
-    refused(capsys, arguments(miniature, tmp_path / "out", data=data, search="none"), "data.jsonl has changed")
+def test_data_or_prompts_that_changed_under_their_names_do_not_go_on(miniature, tmp_path, capsys):
+    data, prompts = questions(tmp_path / "data", 3), shutil.copytree(PROMPTS / "toy", tmp_path / "prompts")
+    how = dict(data=data, search="none", prompts=prompts)
+    run(miniature, tmp_path / "out", **how)
+    os.utime(data, (1, 1))
+    run(miniature, tmp_path / "out", **how)
+    whole = data.read_text()
+    data.write_text(whole + whole.splitlines()[0] + "\n")
+    refused(capsys, arguments(miniature, tmp_path / "out", **how), "data.jsonl has changed")
+    data.write_text(whole)
+    (prompts / "direct.txt").write_text("{question} and why ?")
+    refused(capsys, arguments(miniature, tmp_path / "out", **how), "direct.txt has changed")
+
+
+def test_second_evaluation_in_a_folder_joins_the_first(miniature, first, tmp_path, capsys):
+    out = Path(shutil.copytree(first, tmp_path / "out"))
+    before = (out / "episodes.jsonl").read_bytes()[:-9]
+    (out / "episodes.jsonl").write_bytes(before)
+    lock = Lock(out)
+    refused(capsys, arguments(miniature, out, temperature=1), f"--out {out}: another run is at work in it")
+    lock.release()
+    assert (out / "episodes.jsonl").read_bytes() == before
+
+
+def test_folder_removed_under_an_evaluation_ends_in_a_traceback(miniature, tmp_path, monkeypatch, capsys):
+    out, roll_out = tmp_path / "out", evaluation.roll_out
+    monkeypatch.setattr(evaluation, "roll_out", lambda *given: shutil.rmtree(out) or roll_out(*given))
+    refused(capsys, arguments(miniature, out, limit=2), "removed, moved or replaced", ends=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("line", ["7", '{"data": "toy", "row": 3}', '{"data": "to'])
+def test_damaged_line_of_an_evaluation_ends_in_a_traceback(miniature, first, tmp_path, capsys, line):
+    out = Path(shutil.copytree(first, tmp_path / "out"))
+    lines = (out / "episodes.jsonl").read_text().splitlines()
+    (out / "episodes.jsonl").write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
+    refused(capsys, arguments(miniature, out, temperature=1), "episodes.jsonl: line 5 is damaged")
 
 
 @pytest.mark.slow

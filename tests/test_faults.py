@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from test_parallel import ROOT, read
+
+from mmsr.files import Lock
 
 pytestmark = pytest.mark.slow
 RUN = (
@@ -118,6 +121,18 @@ def test_stopped_rank_holds_the_job_for_ever(folder, tmp_path, whole, rank):
     assert not Path(f"/proc/{stopped}").exists(), "a process is left behind"
     again = Torchrun(tmp_path, folder, out, "--resume")
     assert again.ended(200) == 0 and same(out, whole)
+
+
+def test_second_job_in_a_folder_writes_beside_the_first_or_hangs(folder, tmp_path, whole):
+    """A job that is queued again while the old one still saves: the main rank alone holds the folder, all are told."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    lock = Lock(out)
+    second = Torchrun(tmp_path, folder, out, "--resume")
+    assert second.ended(100) != 0
+    said = second.said.read_text()
+    assert said.count("another run is at work in it (process ") == 1 and "Traceback" not in said.split("torch")[0], said
+    lock.release()
+    assert same(out, whole)
 
 
 BROKEN_TOOL = """

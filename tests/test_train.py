@@ -24,8 +24,9 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
 from mmsr.episode import Episode, Example, UserError
+from mmsr.files import Lock
 from mmsr.parallel import SINGLE
-from mmsr.report import count_rollout, counts_of_step
+from mmsr.report import count_rollout, counts_of_step, write_report
 from mmsr.tools import search_tools
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import load_image
@@ -513,6 +514,95 @@ def test_interrupt_before_the_first_step_is_no_traceback(miniature, tmp_path, mo
     except KeyboardInterrupt:  # let through, it would end the whole test run
         pytest.fail("the KeyboardInterrupt came out of train.main")
     assert stop.value.code == 130
+
+
+# ---- one run in a folder, made of what it was made of ---------------------------------------------------------------
+
+
+def ended_with(capsys, argv) -> str:
+    """The last line on standard error of a run that a user has to mend."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err and err.endswith("\n"), err
+    return err.rstrip("\n").split("\n")[-1]
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+def test_second_run_in_a_folder_writes_into_the_files_of_the_first(first, miniature, tmp_path, capsys):
+    out = Path(shutil.copytree(first.out, tmp_path / "out"))
+    lock = Lock(out)
+    before = bytes_of(out)
+    for how in (dict(resume=True), {}, dict(resume=True, lr=0.5)):
+        line = ended_with(capsys, arguments(miniature, out, **how))
+        assert line.startswith(f"train.py: --out {out}: another run is at work in it (process {os.getpid()} on "), line
+    assert write_report(out) == out / "report.html", "who reads is not hindered"
+    lock.release()
+    assert before | bytes_of(out) | {".lock": b""} == before | {
+        ".lock": b"",
+        "report.html": bytes_of(out)["report.html"],
+    }
+
+
+def test_second_run_in_an_empty_folder_overtakes_the_first_before_its_files_are_there(miniature, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    lock = Lock(tmp_path / "out")
+    assert "another run is at work" in ended_with(capsys, arguments(miniature, tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+    lock.release()
+
+
+def test_resumed_run_goes_on_with_other_data_or_prompts(miniature, tmp_path, capsys):
+    prompts = Path(shutil.copytree(PROMPTS / "toy", tmp_path / "prompts"))
+    data, asked = questions(tmp_path / "data"), questions(tmp_path / "asked", 3)
+    how = dict(data=data, eval_data=asked, prompts=prompts, search="none", resume=True, questions=2, mini_batch=2)
+    out = run(miniature, tmp_path / "out", **how, steps=1).out
+    before = bytes_of(out)
+    picture = tmp_path / "data" / "3.png"
+    for file, changed, said in (
+        (data, data.read_bytes().split(b"\n", 1)[1], "data.jsonl has changed (6 questions, now 5 questions)"),
+        (picture, (tmp_path / "data" / "4.png").read_bytes(), "data.jsonl has changed since"),
+        (asked, asked.read_bytes().replace(b"what", b"who"), "asked/data.jsonl has changed since"),
+        (prompts / "user.txt", b"{question} now ?", "prompts/user.txt has changed since"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(changed)
+        assert said in ended_with(capsys, arguments(miniature, out, **how, steps=1))
+        file.write_bytes(whole)
+    assert bytes_of(out) == before
+    train.main(arguments(miniature, out, **how, steps=1))
+
+
+@pytest.mark.parametrize("gone", ["", "rollouts"])
+def test_folder_removed_under_a_run_ends_in_a_traceback(miniature, tmp_path, monkeypatch, capsys, gone):
+    out, roll_out = tmp_path / "out", train.roll_out
+
+    def removed(step, *given):
+        if step == 2:
+            shutil.rmtree(out / gone)
+        return roll_out(step, *given)
+
+    monkeypatch.setattr(train, "roll_out", removed)
+    if gone:  # somebody made room: nothing that the run needs
+        assert len(run(miniature, out).rollouts) == 1
+        return
+    line = ended_with(capsys, arguments(miniature, out))
+    assert line.startswith(f"train.py: --out {out}: removed, moved or replaced while this run was at work in it; ")
+    assert not out.exists(), "half a run is made in its place"
+
+
+def test_a_damaged_line_costs_all_metrics_behind_it(tmp_path):
+    lines = [b'{"step": 0, "eval": {}}\n', b'{"step": 1}\n', b'{"ste\n', b"7\n", b'{"step": 2}\n']
+    later = [b'{"step": 2, "eval": {}}\n', b'{"step": 3}\n', b'{"step": 2}\n']
+    assert train._kept_bytes(lines + later, 2) == sum(map(len, lines))
+    assert train._kept_bytes([*lines[:2], b'{"step": 2'], 2) == sum(map(len, lines[:2]))
+    assert [train._record(line) for line in (b"[1]", b'{"step": "2"}', b"[" * 99999, b'{"step": 2}')] == [None] * 3 + [
+        {"step": 2}
+    ]
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
