@@ -556,25 +556,27 @@ def test_second_run_in_an_empty_folder_overtakes_the_first_before_its_files_are_
     lock.release()
 
 
-def test_resumed_run_goes_on_with_other_data_or_prompts(miniature, tmp_path, capsys):
+def test_resumed_run_goes_on_with_other_data_base_model_or_prompts(miniature, tmp_path, capsys):
+    base = Path(shutil.copytree(miniature, tmp_path / "base"))
     prompts = Path(shutil.copytree(PROMPTS / "toy", tmp_path / "prompts"))
     data, asked = questions(tmp_path / "data"), questions(tmp_path / "asked", 3)
     how = dict(data=data, eval_data=asked, prompts=prompts, search="none", resume=True, questions=2, mini_batch=2)
-    out = run(miniature, tmp_path / "out", **how, steps=1).out
+    out = run(base, tmp_path / "out", **how, steps=1).out
     before = bytes_of(out)
-    picture = tmp_path / "data" / "3.png"
+    picture, weights = tmp_path / "data" / "3.png", base / "model.safetensors"
     for file, changed, said in (
         (data, data.read_bytes().split(b"\n", 1)[1], "data.jsonl has changed (6 questions, now 5 questions)"),
         (picture, (tmp_path / "data" / "4.png").read_bytes(), "data.jsonl has changed since"),
         (asked, asked.read_bytes().replace(b"what", b"who"), "asked/data.jsonl has changed since"),
+        (weights, weights.read_bytes()[:-1] + b"\x07", "base/model.safetensors has changed since"),
         (prompts / "user.txt", b"{question} now ?", "prompts/user.txt has changed since"),
     ):
         whole = file.read_bytes()
         file.write_bytes(changed)
-        assert said in ended_with(capsys, arguments(miniature, out, **how, steps=1))
+        assert said in ended_with(capsys, arguments(base, out, **how, steps=1))
         file.write_bytes(whole)
     assert bytes_of(out) == before
-    train.main(arguments(miniature, out, **how, steps=1))
+    train.main(arguments(base, out, **how, steps=1))
 
 
 @pytest.mark.parametrize("gone", ["", "rollouts"])
