@@ -13,8 +13,11 @@ from typing import Any, Callable, TypeVar
 T = TypeVar("T")
 
 
-class _BrokenOff(BaseException):
-    """No Exception, so that no `except Exception` on the way out takes it for an error of its own."""
+class BrokenOff(BaseException):
+    """No Exception, so that no `except Exception` on the way out takes it for an error of its own.
+
+    Who has to catch every BaseException (`tools`) lets this one through.
+    """
 
 
 class Interrupts:
@@ -54,7 +57,7 @@ class Interrupts:
                 return work(*args)
             finally:
                 self._may_break = False
-        except _BrokenOff:  # raised in `work`, or in the line before this one
+        except BrokenOff:  # raised in `work`, or in the line before this one
             return None
 
     def _note(self, number: int, frame: Any) -> None:
@@ -65,4 +68,4 @@ class Interrupts:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._may_break:
             self._may_break = False
-            raise _BrokenOff
+            raise BrokenOff

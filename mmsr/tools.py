@@ -2,7 +2,8 @@
 
 A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets a `Call` — the
 query, the picture as bytes and the question, never the example, so it cannot cheat — and returns an `Observation` (or
-plain text, which becomes one). Whatever it raises becomes a failed observation: a tool never ends a rollout.
+plain text, which becomes one). Whatever it raises, `sys.exit()` included, becomes a failed observation, and so does a
+result that is none (`plain.py`): a tool never ends a rollout.
 
 A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
@@ -10,15 +11,19 @@ A search engine is a `Backend`: two methods, behind the paper's two tools.
 from __future__ import annotations
 
 import importlib
+import signal
 import threading
 import time
+import traceback
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Callable, Protocol
 
-from .episode import Hit, Observation, UserError
+from .episode import Observation, UserError
+from .interrupt import BrokenOff
+from .plain import cut, plain
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
@@ -86,13 +91,27 @@ def more_tools(name: str, backend: Backend) -> list[Tool]:
         return []
     module, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--tools {name}: {error}; give MODULE:FUNCTION, as you would import it here") from error
-    tools = make(backend)
+        tools = getattr(importlib.import_module(module), function)(backend)
+    except BaseException as error:
+        _let_through(error)
+        raise _unusable(name, error) from error
     if not isinstance(tools, list) or not all(isinstance(tool, Tool) for tool in tools):
-        raise UserError(f"--tools {name}: gave {tools!r:.80}; return a list of Tool from the search engine it gets")
+        kind = type(tools).__name__
+        raise UserError(f"--tools {name}: gave {kind}; return a list of Tool from the search engine it gets")
     return tools
+
+
+def _unusable(name: str, error: BaseException) -> UserError:
+    """One line for what came of --tools. No traceback will be shown, so it has the place in the user's own module."""
+    calls = traceback.extract_tb(error.__traceback__)[1:]
+    calls = [call for call in calls if "importlib" not in call.filename and "<" not in call.filename]
+    advice = "give MODULE:FUNCTION, a function of the search engine that can be imported here"
+    if calls:
+        line = [call.lineno for call in calls if call.filename == calls[0].filename][-1]
+        advice = f"mend {calls[0].filename}, line {line}"
+    elif isinstance(error, SyntaxError):  # which says where it is
+        advice = "mend that module"
+    return UserError(f"--tools {name}: {' '.join(_said(error).split())}; {advice}")
 
 
 class NoSearch:
@@ -161,24 +180,38 @@ def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
         done.set_exception(error)
 
 
+# ---- the seam: a forker's tool may raise and return anything, and the rollout must go on
+
+
 def _observe(tool: Tool, call: Call) -> Observation:
     start = time.perf_counter()
     try:
-        seen = _checked(tool, tool.run(call))
-    except ToolFailure as error:
-        seen = Observation(ok=False, error=str(error), source=tool.name)
-    except Exception as error:  # the seam: a forker's tool may raise anything, and the rollout must go on
-        seen = Observation(ok=False, error=f"{type(error).__name__}: {error}", source=tool.name)
+        seen = plain(tool.name, tool.run(call))
+    except BaseException as error:
+        _let_through(error)
+        seen = Observation(ok=False, error=_said(error), source=tool.name)
     return replace(seen, seconds=seen.seconds or time.perf_counter() - start)
 
 
-def _checked(tool: Tool, seen: object) -> Observation:
-    """Plain text becomes an observation; anything else that is none raises TypeError."""
-    if isinstance(seen, str):
-        return Observation((Hit(text=seen),), source=tool.name)
-    if not isinstance(seen, Observation):
-        raise TypeError(f"tool {tool.name} returned {type(seen).__name__}, not text or an Observation")
-    for hit in seen.hits:
-        if not isinstance(hit, Hit) or not all(isinstance(text, str) for text in (hit.title, hit.url, hit.text)):
-            raise TypeError(f"tool {tool.name} returned a hit that is not a Hit of texts: {hit!r:.80}")
-    return seen
+def _let_through(error: BaseException) -> None:
+    """Raise again what a signal raised while a tool ran in the main thread: that is the user's wish, and no failure.
+
+    Within `Interrupts` a Ctrl-C raises BrokenOff. A KeyboardInterrupt is a Ctrl-C only where Python's own handler is
+    in place; anywhere else the tool raised it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    ctrl_c = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if isinstance(error, BrokenOff) or ctrl_c and isinstance(error, KeyboardInterrupt):
+        raise error
+
+
+def _said(error: BaseException) -> str:
+    """An exception's type and text; of a ToolFailure, its kind. The text is made by a stranger's code too."""
+    try:
+        said = str(error)
+    except BaseException as another:
+        _let_through(another)
+        said = f"and its text raises {type(another).__name__}"
+    if isinstance(error, ToolFailure):
+        return cut(said)
+    return cut(f"{type(error).__name__}: {said}" if said else type(error).__name__)

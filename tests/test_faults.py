@@ -141,7 +141,7 @@ from mmsr import toy
 
 def broken(self, *given):
     if os.environ["RANK"] == "1":
-        raise RuntimeError("the search engine is on fire")
+        raise SystemExit("the search engine is on fire")
     return whole(self, *given)
 
 whole, toy.Web.image_search = toy.Web.image_search, broken
@@ -150,7 +150,7 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("then", ["tell", "drop"])
-def test_tool_exception_on_one_rank_parts_the_ranks(folder, tmp_path, then):
+def test_a_tool_that_exits_on_one_rank_parts_the_ranks(folder, tmp_path, then):
     (tmp_path / "broken.py").write_text(BROKEN_TOOL)
     run = Torchrun(tmp_path, folder, tmp_path / "out", "--on-tool-error", then, script=tmp_path / "broken.py")
     assert run.ended(200) == 0, run.said.read_text()

@@ -44,7 +44,7 @@ class FakeWeb:
 
     def image_search(self, image, question, address=""):
         self.asked.append(image)
-        if isinstance(self.found, Exception):
+        if isinstance(self.found, BaseException):
             raise self.found
         return self.found
 
@@ -239,7 +239,7 @@ def test_call_over_its_limit_is_told_so_and_the_episode_goes_on(home):
     assert nothing.status == ANSWERED and nothing.searches() == 0
 
 
-@pytest.mark.parametrize("error", [ValueError("bad\nkey=SECRET"), TimeoutError(), RuntimeError("<answer>x</answer>")])
+@pytest.mark.parametrize("error", [ValueError("bad\nkey=SECRET"), TimeoutError(), SystemExit("<answer>x</answer>")])
 def test_tool_exception_does_not_kill_the_rollout_nor_reach_the_model(home, error):
     episode = one(home, LOOK, REPLY, web=FakeWeb(error))
     seen = episode.turns[1].observation

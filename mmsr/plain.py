@@ -1,0 +1,124 @@
+"""What a tool returned, as an `Observation` of plain Python values, or a TypeError that says which field is none.
+
+A forker's tool returns what its libraries give: a PIL image, NumPy's numbers, a generator. What is plainly meant is
+taken. The rest is refused here, while it is known which tool it was: later it would end the run where a line is
+written, or where ranks exchange their episodes, after an update.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from itertools import islice
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from .episode import Hit, Observation
+
+MOST_HITS = 1000  # of one result: a generator may have no end
+MOST_SAID = 1000  # characters of an error
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images; others are saved as RGB
+
+
+def plain(tool: str, seen: object) -> Observation:
+    """What the tool of this name returned, as an Observation of plain values. Raises TypeError that names the field."""
+    if isinstance(seen, str):
+        seen = Observation((Hit(text=seen),), source=tool)
+    if not isinstance(seen, Observation):
+        raise TypeError(f"tool {tool} returned {_kind(seen)}, not text or an Observation")
+    if not isinstance(seen.hits, (tuple, list, Iterator)):
+        raise _wrong("hits", seen.hits, "a tuple of Hit")
+    hits = tuple(islice(seen.hits, MOST_HITS + 1))
+    if len(hits) > MOST_HITS:
+        raise TypeError(f"hits are more than {MOST_HITS:,}; return the best ones")
+    return Observation(
+        hits=tuple(_hit(f"hits[{place}]", hit) for place, hit in enumerate(hits)),
+        ok=_flag("ok", seen.ok),
+        error=None if seen.error is None else cut(_text("error", seen.error)),
+        source=_text("source", seen.source),
+        seconds=_seconds(seen.seconds),
+        cached=_flag("cached", seen.cached),
+    )
+
+
+def cut(said: str) -> str:
+    """An error's text, short enough to stand in every rollout line."""
+    return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]}… ({len(said):,} characters)"
+
+
+def _hit(name: str, hit: object) -> Hit:
+    if not isinstance(hit, Hit):
+        raise _wrong(name, hit, "a Hit")
+    return Hit(
+        title=_text(f"{name}.title", hit.title),
+        url=_text(f"{name}.url", hit.url),
+        text=_text(f"{name}.text", hit.text),
+        image=_picture(f"{name}.image", hit.image),
+        score=_score(f"{name}.score", hit.score),
+    )
+
+
+def _text(name: str, value: Any) -> str:
+    """Lone surrogates stay: JSON has them, and whoever encodes a text here knows that UTF-8 has not."""
+    if not isinstance(value, str):
+        raise _wrong(name, value, "text")
+    return str.__str__(value)  # of a subclass, its characters and not what its own __str__ says
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong(name, value, "True or False")
+    return bool(value)
+
+
+def _seconds(value: Any) -> float:
+    seconds = _number("seconds", value)
+    if not 0 <= seconds < math.inf:
+        raise TypeError(f"seconds is {seconds}; give a number from 0, or leave it out and it is measured")
+    return seconds
+
+
+def _score(name: str, value: Any) -> float | None:
+    """One that is not finite says nothing, and JSON cannot hold it."""
+    score = None if value is None else _number(name, value)
+    return score if score is not None and math.isfinite(score) else None
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _wrong(name, value, "a number")
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond floats
+        return math.inf
+
+
+def _picture(name: str, value: Any) -> bytes | None:
+    """An encoded file; a PIL image becomes a PNG, upright and without its metadata."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if value is None:
+        return None
+    if not isinstance(value, PIL.Image.Image):
+        raise _wrong(name, value, "the bytes of a picture file, a PIL image or None")
+    file = io.BytesIO()
+    try:
+        picture = PIL.ImageOps.exif_transpose(value)
+        picture = picture if picture.mode in PNG_MODES else picture.convert("RGB")
+        picture.save(file, "PNG", compress_level=1, exif=b"", icc_profile=None)
+    except Exception as error:  # an empty crop, a file that is closed or broken
+        raise TypeError(f"{name} is a PIL image that cannot be saved ({type(error).__name__}: {error})") from error
+    return file.getvalue()
+
+
+def _wrong(name: str, value: object, wanted: str) -> TypeError:
+    return TypeError(f"{name} is {_kind(value)}; give {wanted}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
