@@ -38,7 +38,7 @@ from mmsr.runfolder import RunFolder
 from mmsr.toy import World
 
 JUDGE_TOKENS = 1024
-SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "seconds")  # of a line
+SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")  # of a line
 
 
 def run(config: EvalConfig, ranks: Ranks) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from mmsr import checkpoint, evaluate, grpo
+from mmsr import alarms, checkpoint, evaluate, grpo
 from mmsr import model as modeling
 from mmsr.album import Album
 from mmsr.assemble import Setup, assemble, launch, say
@@ -35,7 +35,6 @@ from mmsr.toy import World
 from mmsr.track import Tracker
 from mmsr.update import MasterWeights, Trainer, split
 
-ALARM = 0.05  # share of a step's tool calls that may fail without a word
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
 
@@ -58,6 +57,8 @@ def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
     done = saved.resume()
     with ranks.alone():
         out.begin(done)
+        lines = out.steps()
+    lines = ranks.everyone(lines)[0]
     steps = range(done + 1, config.steps + 1)
     bar = tqdm(steps, "train", config.steps, initial=done, unit="step", disable=not ranks.main)
     with Interrupts() as stop, bar:
@@ -75,8 +76,11 @@ def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
             with clock("update"):
                 update = trainer.step(mini_batches(episodes, config), learning_rate(config, step))
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
+            said = raise_alarms(metrics, lines, setup)
             out.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
+            warn(ranks, *(f"step {step}: {sentence}" for sentence in said))
             saved.finished(step)
+            stop_if_stalled(lines, config)
             out.report()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
         else:
@@ -85,6 +89,8 @@ def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
         if status := int(ranks.max(stop.status)):
             saved.leave()
         out.finish(setup, summary=not status)
+    if alarms.never_trained(lines):
+        warn(ranks, f"WARNING: no step trained a token: {out.folder / 'model'} has the weights that the run began with")
     if status:
         raise SystemExit(status)
 
@@ -195,6 +201,31 @@ def step_metrics(
         **({"spent": setup.spending.spent} if setup.spending else {}),
         "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
     }
+
+
+def raise_alarms(metrics: dict, lines: list[dict], setup: Setup) -> list[str]:
+    """Add a step's metrics to the `lines` of those before, with the words of its alarms. Returns what is to be said."""
+    c = setup.config
+    offered = c.max_turns > 1 and any(tool.limit for tool in setup.toolbox.tools.values())
+    found = alarms.alarms([*lines, metrics], str(setup.dtype).removeprefix("torch."), offered and not c.imitates)
+    if found:
+        metrics["alarms"] = list(found)
+    said = alarms.to_say(found, lines)
+    lines.append(metrics)
+    return said
+
+
+def stop_if_stalled(lines: Sequence[dict], config: Config) -> None:
+    """Raises UserError after too many steps that trained nothing: the weights will not change any more."""
+    if (n := alarms.stalled(lines)) >= config.max_skipped:
+        why = alarms.untrained(lines[-1])
+        raise UserError(f"{n} steps in a row trained nothing; in the last, {why}; mend that, or raise --max-skipped")
+
+
+def warn(ranks: Ranks, *sentences: str) -> None:
+    """One line each on standard error, once, above the progress bar."""
+    for sentence in sentences if ranks.main else ():
+        tqdm.write(sentence, file=sys.stderr)
 
 
 def _shape(episode: Episode) -> str:
@@ -323,6 +354,13 @@ class Output(RunFolder[Config]):
             file.seek(0)
             file.truncate(_kept_bytes(file, done))
 
+    def steps(self) -> list[dict]:
+        """The lines of metrics.jsonl about the steps that are done; nothing but on the main rank."""
+        if not self.ranks.main:
+            return []
+        records = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines())
+        return [record for record in records if "eval" not in record]
+
     def line(self, record: dict | None) -> None:
         """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
 
@@ -351,10 +389,6 @@ class Output(RunFolder[Config]):
         encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
         write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
         self.line(metrics)
-        failed, calls = metrics["tool_failures"], metrics["tool_calls"]
-        if failed > ALARM * calls:
-            often = next(iter(metrics["tool_errors"]))
-            tqdm.write(f"step {step}: {failed} of {calls} tool calls failed, most often: {often:.200}", file=sys.stderr)
 
     def report(self, at_once: bool = False) -> None:
         """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""

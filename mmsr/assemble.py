@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, Sequence
 
 import torch
@@ -35,6 +36,8 @@ from .vision import image_tokens
 
 if TYPE_CHECKING:
     from .teacher import Teacher
+
+WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # stands for a picture while the words around it are counted
 
 
 def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Callable[[AnyOptions, Ranks], None]) -> None:
@@ -167,7 +170,8 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
     with ranks.alone():
         questions = _questions(files.data, world, config, ranks)
         evaluation = _eval_questions(files, world, questions, ranks)
-    setup = _open(config, files.search, ranks, world, [questions, evaluation])
+    known = {f"--data {config.data}": questions, f"--eval-data {config.eval_data or config.data}": evaluation}
+    setup = _open(config, files.search, ranks, world, known)
     setup.questions, setup.eval_questions = questions, evaluation
     with ranks.alone():
         if config.demonstrations:
@@ -185,7 +189,7 @@ def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setu
     files = _fetched(config, ranks)
     with ranks.alone():
         sets = {name: _evaluated(file, world, config, ranks) for name, file in zip(config.data, files.data)}
-    return _open(config, files.search, ranks, world, list(sets.values())), sets
+    return _open(config, files.search, ranks, world, {f"--data {name}": part for name, part in sets.items()}), sets
 
 
 def _world(config: Options) -> toy.World | None:
@@ -194,18 +198,20 @@ def _world(config: Options) -> toy.World | None:
 
 
 def _open(
-    config: Options, search: str, ranks: Ranks, world: toy.World | None, known: Sequence[Sequence[Example]]
+    config: Options, search: str, ranks: Ranks, world: toy.World | None, known: Mapping[str, Sequence[Example]]
 ) -> Setup:
-    """What training and evaluation have in common. `known`: all questions, whose pictures a recording may name."""
+    """What training and evaluation have in common. `known`: all questions, by the option that names them."""
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     with ranks.alone():
-        engine, scripts = _search(config, search, world, known, ranks)
+        engine, scripts = _search(config, search, world, list(known.values()), ranks)
     tools = search_tools(engine.backend, config.max_images, config.max_texts) + more_tools(config.tools, engine.backend)
     prompts = prompts_folder(config)  # refused before a base model is made, which takes minutes
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
         chat = Chat(folder, prompts, tools)
+    for option, questions in known.items():
+        _check_room(option, questions, chat, config, ranks)
     if isinstance(config, Config):
         _check_memory(config, modeling.read_config(folder), dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
@@ -221,6 +227,45 @@ def prompts_folder(config: Options) -> Path:
     if not folder.is_dir():
         raise UserError(f"--prompts {config.prompts}: no such folder; give toy, real or a folder with user.txt in it")
     return folder
+
+
+def _check_room(option: str, questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks) -> None:
+    """Say which prompts leave no room for the shortest answer. Raises UserError where all are such.
+
+    Such a rollout ends before its first token, or within its answer: it teaches nothing, and would count as wrong in
+    silence. No picture is decoded: its header tells how many tokens it takes.
+    """
+    answer = len(chat.assistant(f"<{ANSWER}></{ANSWER}>"))
+    if config.turn_tokens < answer:
+        raise UserError(f"--turn-tokens {config.turn_tokens}: the shortest answer takes {answer}; give more")
+    direct = isinstance(config, EvalConfig) and config.mode == "direct"
+    words = cache(lambda question: len(chat.prompt(question, WITHOUT_TOKENS, direct).ids))
+    least, long = config.max_tokens, []
+    with ranks.alone():
+        places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
+        for place in tqdm(places, desc="measuring prompts", unit="prompt", leave=False, disable=hidden):
+            example = questions[place]
+            length = words(example.question) + image_tokens(example.image, config.min_pixels, config.max_pixels)
+            least = min(least, length)
+            if length + answer > config.max_tokens:
+                long.append((place, example.id))
+    shares = ranks.everyone((least, long))
+    long = sorted(chain(*(long for _, long in shares)))
+    if not long:
+        return
+    fit = f"fit --max-tokens {config.max_tokens} with a picture and an answer of {answer} tokens"
+    mend = "raise --max-tokens, lower --max-pixels, or shorten the prompt"
+    if len(long) == len(questions):
+        raise UserError(
+            f"{option}: no prompt can {fit}; the shortest takes {min(least for least, _ in shares)}; {mend}"
+        )
+    if ranks.main:
+        ids = ", ".join(name for _, name in long[:5]) + (", …" if len(long) > 5 else "")
+        some = f"{len(long)} of {len(questions)} prompts do not"
+        print(
+            f"WARNING: {option}: {some} {fit}: they cannot be answered and count as wrong ({ids}); {mend}",
+            file=sys.stderr,
+        )
 
 
 def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:

@@ -52,6 +52,9 @@ def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
         f"{found['turns']:.2f} turns, {found['tokens']:.0f} tokens of which {found['tokens_sampled']:.0f} sampled per "
         f"question; {found['tool_failures']:.0f} tool calls failed"
     )
+    if found["not_asked"] or found["cut"]:
+        unasked, cut = f"{found['not_asked']} questions were not asked", f"{found['cut']} rollouts ran out of tokens"
+        yield f"WARNING: {unasked}, as their prompt does not fit --max-tokens, and {cut}: all of them count as wrong"
     if found["search_precision"] is not None or found["search_recall"] is not None:
         shares = [found[f"search_{what}"] for what in ("precision", "recall")]
         precise, complete = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)

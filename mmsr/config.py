@@ -280,7 +280,7 @@ class Config(Options):
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     max_skipped: int = 5
-    """Stop after so many updates in a row that a value which is not finite made void."""
+    """Stop after so many updates in a row with a value that is not finite, or steps in a row with nothing to train."""
     kl: float = 0.001
     """β of the k3 KL term. 0: no reference model is loaded."""
     clip_low: float = 0.2

@@ -14,7 +14,7 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .episode import Episode
+from .episode import LENGTH, Episode
 from .parallel import SINGLE, Ranks
 from .reward import RewardRule, answer_score
 from .tools import IMAGE_SEARCH, TEXT_SEARCH
@@ -128,9 +128,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def results(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What an evaluation's lines amount to: {"category", "measures", "judged": verdict or None, if there is a judge}.
+    """What an evaluation's lines amount to: {"category", "measures", "status", "judged" if there is a judge}.
 
-    Means over the questions, but `n`, `tool_failures` and `judge_failures` count. `interval`: 95 % intervals.
+    A verdict of None is none. Means over the questions, but `n`, `tool_failures`, `judge_failures`, `not_asked` and
+    `cut` count. What was not asked (its prompt does not fit) and what was cut (it ran out of tokens) is wrong in all
+    means. `interval`: 95 % intervals.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
@@ -147,6 +149,9 @@ def _result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     keys = lines[0]["measures"] if lines else ()
     found: dict[str, Any] = {"n": len(lines), **{key: _mean(_values(lines, key)) for key in keys}}
     found["tool_failures"] = sum(_values(lines, "tool_failures"))
+    out_of_tokens = [line for line in lines if line.get("status") == LENGTH]
+    found["not_asked"] = sum(not line["measures"]["turns"] for line in out_of_tokens)
+    found["cut"] = len(out_of_tokens) - found["not_asked"]
     judged = [line for line in lines if line.get("judged") is not None]
     agreed = [line["judged"] == (line["measures"]["accuracy"] == 1) for line in judged]
     found |= {"accuracy_judge": _mean(_values(judged, "accuracy_judge")), "judge_agreement": _mean(agreed)}

@@ -301,10 +301,16 @@ def _evaluations(lines: list[dict]) -> list[dict]:
 
 def _results(results: dict[str, Any]) -> list[dict]:
     return [
-        {"name": name, "step": None, "by": found.get("by_category") or {}, "all": found}
+        {"name": name + _unanswered(found), "step": None, "by": found.get("by_category") or {}, "all": found}
         for name, found in results.items()
         if isinstance(found, dict)
     ]
+
+
+def _unanswered(found: dict[str, Any]) -> str:
+    """What is in the accuracy of an evaluation without having been a wrong answer."""
+    missed, cut = found.get("not_asked"), found.get("cut")
+    return f" ({missed or 0} not asked, {cut or 0} cut: counted as wrong)" if missed or cut else ""
 
 
 # ---- pictures

@@ -75,5 +75,5 @@ def _flat(record: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, floa
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{name}/")
-        elif value is not None:
+        elif isinstance(value, (int, float)):  # and no list of alarms
             yield path + name, value

@@ -333,6 +333,29 @@ def test_text_that_is_no_unicode_does_not_end_an_evaluation(miniature, tmp_path)
 # ---- the judge ------------------------------------------------------------------------------------------------------
 
 
+def test_a_question_that_was_not_asked_is_a_wrong_answer_in_silence(miniature, tmp_path, capsys, monkeypatch):
+    data = questions(tmp_path / "data")
+    text = data.read_text().splitlines()
+    data.write_text("\n".join([text[0].replace("what is", "what is " * 120), *text[1:]]))
+    script = lambda example, sample: ["what is this ? " * 40] if example.id == "q1" else []  # noqa: E731
+    monkeypatch.setattr(evaluation, "rag_script", lambda *given: script)
+    found = run(miniature, tmp_path / "out", data=data, search="none", mode="rag")
+    (result,) = found.results.values()
+    cut = sum(line["status"] == "length" for line in found.lines) - 1
+    assert (result["n"], result["not_asked"], result["cut"]) == (4, 1, cut) and cut >= 1
+    assert result["by_category"]["made"]["not_asked"] == 1
+    shown = capsys.readouterr()
+    assert f"WARNING: --data {data}: 1 of 4 prompts do not fit --max-tokens 128" in shown.err and "(q0)" in shown.err
+    assert (
+        f"WARNING: 1 questions were not asked, as their prompt does not fit --max-tokens, and {cut} rollouts"
+        in shown.out
+    )
+    assert f"(1 not asked, {cut} cut: counted as wrong)" in (tmp_path / "out" / "report.html").read_text()
+    none = f"--data {data}: no prompt can fit --max-tokens 9"
+    refused(capsys, arguments(miniature, tmp_path / "none", data=data, search="none", max_tokens=9), none)
+    assert not (tmp_path / "none").exists()
+
+
 def test_judge_is_asked_once_and_set_beside_exact_match(miniature, tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -10,7 +10,7 @@ from mmsr import track
 from mmsr.episode import UserError
 from mmsr.track import Tracker
 
-LINE = {"step": 3, "reward": 0.5, "kl": None, "seconds": {"rollout": 1.5}}
+LINE = {"step": 3, "reward": 0.5, "kl": None, "seconds": {"rollout": 1.5}, "alarms": ["tools"]}
 EVALUATION = {"step": 3, "eval": {"familiar": {"n": 2, "accuracy": 1.0}}}
 NAMED = [
     ({"train/reward": 0.5, "train/seconds/rollout": 1.5}, 3),

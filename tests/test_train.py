@@ -18,16 +18,17 @@ from helpers import documented, edit_json, picture_bytes
 from safetensors.torch import load_file, save_file
 
 import train
+from mmsr import assemble as assembling
 from mmsr import model as modeling
 from mmsr import reward, toy, toy_base
-from mmsr.chat import PROMPTS, Chat
+from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
 from mmsr.episode import Episode, Example, UserError
 from mmsr.files import Lock
 from mmsr.parallel import SINGLE
 from mmsr.report import count_rollout, counts_of_step, write_report
-from mmsr.tools import search_tools
+from mmsr.tools import IMAGE_SEARCH, search_tools
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import load_image
 
@@ -307,11 +308,37 @@ def test_sft_imitates_the_right_rollouts_only(miniature, tmp_path, monkeypatch, 
     assert not equal(found.weights, load_file(miniature / "model.safetensors"))
 
 
-def test_sft_with_nothing_right_changes_nothing(miniature, tmp_path, monkeypatch):
+def test_sft_with_nothing_right_changes_nothing_and_says_nothing(miniature, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reward, "answer_score", lambda episode, rule: 0.0)
     found = run(miniature, tmp_path / "out", algorithm="sft")
     assert equal(found.weights, load_file(miniature / "model.safetensors"))
     assert all(line["loss"] == 0 and line["tokens"]["trained"] == 0 for line in found.steps)
+    assert all(line["alarms"] == ["untrained"] for line in found.steps)
+    err = capsys.readouterr().err
+    assert err.count("nothing was trained: none of 16 rollouts is right") == 2
+    assert f"WARNING: no step trained a token: {tmp_path / 'out' / 'model'} has the weights" in err
+
+
+def test_a_run_that_learns_nothing_goes_on_for_ever_and_resumed_it_counts_anew(
+    miniature, tmp_path, monkeypatch, capsys, every_other_right
+):
+    def gone(self, *given):
+        sys.exit("no key")
+
+    monkeypatch.setattr(toy.Web, "image_search", gone)
+    monkeypatch.setattr(Chat, "parse", lambda self, text: Action(IMAGE_SEARCH))  # all rollouts search
+    options = dict(steps=9, save_every=1, eval_size=1, on_tool_error="drop", questions=1, mini_batch=1)
+    for resume, done in ((), 2), (("--resume",), 3):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*arguments(miniature, tmp_path / "out", max_skipped=done, **options), *resume])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and len(Run(tmp_path / "out").steps) == done
+        last = err.rstrip().splitlines()[-1]
+        said = (
+            f"train.py: {done} steps in a row trained nothing; in the last, nothing was trained: 4 of 4 were left out"
+        )
+        assert last.startswith(said) and "raise --max-skipped" in last
+    assert Run(tmp_path / "out").steps[-1]["tool_errors"] == {"SystemExit: no key": 4}
 
 
 def test_failed_tools_are_counted_told_of_and_can_be_left_out(
@@ -705,6 +732,22 @@ def questions(folder: Path, n: int = 6, **changes) -> Path:
         )
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder / "data.jsonl"
+
+
+def test_prompts_that_do_not_fit_train_nothing_in_silence(capsys, miniature, tmp_path):
+    data = questions(tmp_path / "data", question="what is this ? " * 90)
+    argv = arguments(miniature, tmp_path / "out", data=data, search="none", eval_size=9, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:  # no model is needed to know
+        patch.setattr(assembling, "load_model", lambda *given: pytest.fail("prompts are measured too late"))
+        with pytest.raises(pytest.fail.Exception):
+            train.main(argv)
+    err = capsys.readouterr().err.splitlines()
+    one = "1 of 6 prompts do not fit --max-tokens 128 with a picture and an answer of 3 tokens"
+    for option, line in zip(("--data", "--eval-data"), err, strict=True):
+        assert line.startswith(f"WARNING: {option} {data}: {one}: they cannot be answered and count as wrong (row5)")
+    none = "no prompt can fit --max-tokens 20 with a picture and an answer of 3 tokens; the shortest takes 20; raise"
+    refused(capsys, miniature, tmp_path / "out", none, max_tokens=20)
+    refused(capsys, miniature, tmp_path / "out", "--turn-tokens 2: the shortest answer takes 3", turn_tokens=2)
 
 
 def test_data_file_of_ones_own(miniature, tmp_path):
