@@ -44,6 +44,12 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
     if _lasts(lines, lambda line: _number(line, "logp_gap") > gap):
         what = "sampler and trainer disagree on log-probabilities"
         found["gap"] = f"{what}, by more than {gap} on average for {STEPS} steps"
+    if _lasts(lines, lambda line: line["status"].get(LENGTH) == sum(line["status"].values())):
+        found["out-of-tokens"] = f"every rollout has run out of tokens for {STEPS} steps; raise --turn-tokens"
+    if _lasts(lines, lambda line: not line["tokens"]["trained"] and not untrained(line)):
+        found["equal-rewards"] = (
+            f"the rewards of each group have been equal for {STEPS} steps: there is nothing to learn"
+        )
     return {word: said for word, said in found.items() if said}
 
 

@@ -51,6 +51,8 @@ def test_a_sound_run_raises_alarms():
         ("entropy-high", {"entropy": 6.2}, "entropy has been over 3"),
         ("entropy-high", {"entropy": math.inf}, "entropy has been over 3"),
         ("gap", {"logp_gap": 0.01}, "sampler and trainer disagree"),
+        ("out-of-tokens", {"status": {"length": 32}}, "every rollout has run out of tokens"),  # kept for the KL term
+        ("equal-rewards", {**NOTHING, "zero_std_groups": 4}, "the rewards of each group have been equal"),
     ],
 )
 def test_a_collapse_is_not_told_or_told_in_every_step(word, change, said):
