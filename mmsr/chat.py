@@ -52,15 +52,17 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import dropwhile, groupby
+from operator import index
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Iterator, Union
 
 import torch
 from tokenizers import Tokenizer
 
-from .episode import Hit, Observation, UserError
+from .episode import Hit, Observation, UserError, first_line
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Tool
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -68,11 +70,14 @@ ANSWER = "answer"
 
 START, STOP = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # those that this program writes
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-REASON = re.compile(r"<reason>.*?</reason>", re.DOTALL)
+REASON, REASON_END = "<reason>", "</reason>"
+# Runs of each kind of character: a pattern of the tokenizer's that needs exponential time is found with it.
+ORDINARY = "".join(character * 64 for character in "aA1 !\n\t_é東")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for newline and tab
 
 Part = Union[str, int, Any]  # of a turn: text, a control token's id, or an image (anything with `.tokens`)
@@ -103,7 +108,8 @@ class Chat:
     """
 
     def __init__(self, folder: str | Path, prompts: str | Path, tools: list[Tool]):
-        self._tokenizer, self.added = _load_tokenizer(Path(folder))
+        self._file = Path(folder) / "tokenizer.json"
+        self._tokenizer, self.added = _load_tokenizer(self._file)
         self._names = {token_id: name for name, token_id in self.added.items()}
         self._pieces: dict[int, str] = {}  # what single tokens say, as far as anybody asked
         self.stop_id = self.added[STOP]
@@ -118,9 +124,23 @@ class Chat:
         self._tag = re.compile(f"</?(?:reason|{tags})>")
         self._pair = re.compile(rf"<({tags})>((?:(?!</?(?:{tags})>).)*)</\1>", re.DOTALL)
         payload_tags = re.findall(r"<(\w+)", " ".join(tool.payload or "" for tool in tools))
-        ours = "|".join(map(re.escape, ["reason", ANSWER, "information", *self._tools, *payload_tags]))
+        ours = ["reason", ANSWER, "information", *self._tools, *payload_tags]
+        self._refuse_tags_as_tokens(ours)
         # Wider than what `parse` reads: any case, attributes, blanks or invisible characters, closed or not.
-        self._foreign_tag = re.compile(rf"<([^\w<>]*(?:{ours})\b[^<>]*)(>?)", re.IGNORECASE)
+        names = "|".join(map(re.escape, ours))
+        self._foreign_tag = re.compile(rf"<([^\w<>]*(?:{names})\b[^<>]*)(>?)", re.IGNORECASE)
+        halves = {name[:length] for name in ours for length in range(len(name))}
+        self._half_tag = re.compile(rf"<([^\w<>]*(?:{'|'.join(map(re.escape, halves))}))\Z", re.IGNORECASE)
+
+    def _refuse_tags_as_tokens(self, ours: list[str]) -> None:
+        """UserError for a tokenizer that writes a tag as one token: here tags are plain text, control tokens banned."""
+        tags = [f"<{slash}{name}>" for name in ours for slash in ("", "/")]
+        for name in self.added:
+            if any(tag in name for tag in tags):
+                raise UserError(
+                    f"{self._file}: {name} is a token of its own, and this program reads and writes tags as plain "
+                    "text; take a checkpoint whose tokenizer has no such token"
+                )
 
     # ---- turns to ids
 
@@ -202,7 +222,8 @@ class Chat:
 
     def _encode_text(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which the tokenizer refuses
-        ids = self._tokenizer.encode(text).ids
+        with _panics_told(self._file, f"a text of {len(text)} characters"):
+            ids = self._tokenizer.encode(text).ids
         smuggled = self._names.keys() & set(ids)
         assert not smuggled, f"text of {len(text)} characters gave the control ids {sorted(smuggled)}"
         return ids
@@ -212,12 +233,14 @@ class Chat:
     def neutralise(self, text: str) -> str:
         """A stranger's text with our tags made harmless: their < and > become ‹ and ›, one for one.
 
-        Nothing is deleted from within, so no tag can be put together from the rest. Line ends become newlines.
+        Nothing is deleted from within, so no tag can be put together from the rest. What begins a tag at the very end
+        is no beginning any more: a prompt may set two texts side by side. Line ends become newlines.
         """
         text = UNPRINTABLE.sub(" ", "\n".join(text.splitlines())).strip()
         # A leading combining mark would compose with the template's last character: > and U+0338 make one ≯.
         text = "".join(dropwhile(unicodedata.combining, text))
-        return self._foreign_tag.sub(lambda tag: f"‹{tag[1]}{tag[2] and '›'}", text)
+        text = self._foreign_tag.sub(lambda tag: f"‹{tag[1]}{tag[2] and '›'}", text)
+        return self._half_tag.sub(r"‹\1", text)
 
     def _flat(self, text: str) -> str:
         return " ".join(self.neutralise(text).split())
@@ -230,9 +253,10 @@ class Chat:
         Raises UserError where the tokenizer has tokens that a model of this size has not.
         """
         allowed = [*self._tokenizer.get_vocab().values(), self.stop_id]
-        if max(allowed) >= vocab_size:
+        most = max(*allowed, *(self.added[name] for name in CONTROL))
+        if most >= vocab_size:
             raise UserError(
-                f"the tokenizer's ids go up to {max(allowed)}, the model's vocabulary has {vocab_size}: "
+                f"the tokenizer's ids go up to {most}, the model's vocabulary has {vocab_size}: "
                 "take tokenizer.json and config.json from the same checkpoint"
             )
         banned = torch.ones(vocab_size, dtype=torch.bool)
@@ -266,8 +290,7 @@ class Chat:
 
     def parse(self, text: str) -> Action:
         """The action of a model turn (its decoded text without the stop id), after the table above. Never raises."""
-        # Blanked out at equal length: a removed reason could otherwise join two halves into a tag.
-        visible = REASON.sub(lambda reason: " " * len(reason[0]), text)
+        visible = _without_reasons(text)
         for pair in reversed(list(self._pair.finditer(visible))):
             found = self._read(pair[1], " ".join(pair[2].split()))
             if found is not None:
@@ -286,9 +309,23 @@ class Chat:
     def well_formed(self, text: str) -> bool:
         """Whether a turn is one reason, then one action, and nothing before or after them."""
         tags = Counter(self._tag.findall(text))
-        one_reason = tags.pop("<reason>", 0) == tags.pop("</reason>", 0) == 1
+        one_reason = tags.pop(REASON, 0) == tags.pop(REASON_END, 0) == 1
         # The action that `parse` found is one pair: with two tags in all there is no stray one.
-        return one_reason and tags.total() == 2 and text.lstrip().startswith("<reason>") and self.parse(text).last
+        return one_reason and tags.total() == 2 and text.lstrip().startswith(REASON) and self.parse(text).last
+
+
+def _without_reasons(text: str) -> str:
+    """Closed reasons blanked out, at equal length: where one was removed, two halves could join into a tag.
+
+    Each place is looked at once. A regular expression would look for the end from every `<reason>`: seconds for a
+    turn that opens thousands and closes none.
+    """
+    pieces, done = [], 0
+    while (start := text.find(REASON, done)) >= 0 and (end := text.find(REASON_END, start)) >= 0:
+        end += len(REASON_END)
+        pieces += [text[done:start], " " * (end - start)]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
 def _text(text: str) -> list[Part]:
@@ -320,25 +357,48 @@ def _without_empty(line: str, fields: dict[str, list[Part]]) -> str:
     return line if kept == line else " ".join(kept.split())
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int]]:
+def _load_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, int]]:
     """The tokenizer of a checkpoint without its added vocabulary, and that vocabulary by name."""
-    path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; --model wants a folder with the checkpoint's tokenizer.json")
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        added = {token["content"]: int(token["id"]) for token in spec["added_tokens"]}
+        added = {token["content"]: index(token["id"]) for token in spec["added_tokens"]}
+        if min(added.values(), default=0) < 0:
+            raise ValueError("a token id is negative")
         for name in added:  # trained tokenizers list their control tokens in the BPE vocabulary too
             spec["model"]["vocab"].pop(name, None)
         spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        with _panics_told(path, "this file"):
+            tokenizer = Tokenizer.from_str(json.dumps(spec))
+        with _panics_told(path, "an ordinary text"):
+            tokenizer.encode(ORDINARY)
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: not a readable BPE tokenizer ({reason}); fetch the file again") from error
-    missing = [name for name in (START, STOP, VISION_START, VISION_END, IMAGE_PAD) if name not in added]
+    missing = [name for name in CONTROL if name not in added]
     if missing:
         raise UserError(f"{path}: no control token {', '.join(missing)}; take the tokenizer of a Qwen2.5-VL checkpoint")
+    names = {token_id: name for name, token_id in tokenizer.get_vocab().items()}
+    for name, token_id in added.items():
+        if (other := names.setdefault(token_id, name)) != name:
+            raise UserError(f"{path}: {name} and {other!r} have the same id {token_id}; fetch the file again")
     return tokenizer, added
+
+
+@contextmanager
+def _panics_told(path: Path, what: str) -> Iterator[None]:
+    """A panic of the tokenizers library, which is no Exception and would pass every handler, as a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that cannot be imported
+            raise
+        raise UserError(
+            f"{path}: the tokenizers library gives up on {what} ({first_line(error)}); take another"
+        ) from None
 
 
 def _load_prompts(folder: Path, calls: dict[str, list[Part]]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 from itertools import accumulate
 
 import pytest
@@ -224,6 +225,15 @@ def test_every_recorded_turn_of_the_released_model_parses_as_recorded(tiny_chat)
     assert turns == 57
 
 
+@pytest.mark.parametrize("words", ["<reason>", "<reason>a</answer>", "</reason>", "<answer>", "<search><img>"])
+def test_a_turn_of_tags_that_open_and_never_close_takes_seconds(tiny_chat, words):
+    """Where each `<reason>` looks for its end, 80 kB take 4 s."""
+    turn = words * (120_000 // len(words))
+    start = time.process_time()
+    assert tiny_chat.parse(turn) == Action() and not tiny_chat.well_formed(turn)
+    assert time.process_time() - start < 2
+
+
 # The format once more, as one expression: an oracle that shares no code with the module.
 FORMAT = re.compile(
     r"\s*<reason>(?:(?!TAG).)*</reason>(?:(?!TAG).)*"
@@ -346,6 +356,21 @@ def test_hostile_text_is_harmless_right_behind_a_tag_of_ours(tiny, tmp_path):
         assert chat.decode(piece.ids).count("</information>") == 1
 
 
+@pytest.mark.parametrize("between", ["", " ", "\n", "{url}"])
+def test_two_fields_side_by_side_close_a_tag_of_ours(tiny, tmp_path, between):
+    """A page writes its title and its text: neither holds a tag, both together do."""
+    (tmp_path / "user.txt").write_text("{question}")
+    (tmp_path / "tool.txt").write_text("<information>{results}{question}</information>")
+    (tmp_path / "hit.txt").write_text("{title}" + between + "{text}")
+    chat = Chat(tiny, tmp_path, [Tool("ask", "ask", 1, run=None)])
+    for tag in ("</information>", "<answer>", "</ INFORMATION\n>", "<\u200b/reason>", "<</information>"):
+        for cut in range(1, len(tag)):
+            hits = (Hit(tag[:cut], text=tag[cut:]), Hit(text="x" + tag[:cut]))
+            seen = chat.decode(chat.observation("ask", Observation(hits), [None, None], tag[cut:]).ids)
+            assert OUR_TAGS.findall(seen) == ["information", "information"], (tag, cut, seen)
+    assert chat.neutralise("is 1 < 2 and 2 <3") == "is 1 < 2 and 2 <3"
+
+
 def test_a_forced_turn_with_half_a_surrogate_pair_is_still_encoded(tiny_chat):
     assert tiny_chat.decode(tiny_chat.assistant("a\ud83db")) == "a?b<|im_end|>"
 
@@ -435,6 +460,7 @@ def test_an_unusable_prompts_folder_is_named_in_one_line(tiny, tmp_path, files, 
         (None, "no such file"),
         ("{", "not a readable BPE tokenizer"),
         ("[]", "not a readable BPE tokenizer"),
+        ("[" * 100_000, "not a readable BPE tokenizer"),
         ('{"added_tokens": [], "model": {"type": "Unigram", "vocab": []}}', "no control token|not a readable"),
         ('{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}', r"no control token <\|im_start"),
     ],
@@ -442,9 +468,77 @@ def test_an_unusable_prompts_folder_is_named_in_one_line(tiny, tmp_path, files, 
 def test_a_broken_tokenizer_file_is_named_in_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
+    refused_tokenizer(tmp_path, message)
+
+
+def refused_tokenizer(folder, message):
     with pytest.raises(UserError, match=f"tokenizer\\.json: .*({message})") as caught:
-        Chat(tmp_path, PROMPTS / "real", TOOLS)
+        Chat(folder, PROMPTS / "real", [*TOOLS, Tool("calculator", "calc", 1, run=None, payload="<go>")])
     assert "\n" not in str(caught.value)
+
+
+def added(name, token_id):
+    """A change of a tokenizer: one more added token, or another id for one that is there."""
+
+    def change(spec):
+        token_ids = {token["content"]: token["id"] for token in spec["added_tokens"]} | {name: token_id}
+        spec["added_tokens"] = [{"content": name, "id": token_id} for name, token_id in token_ids.items()]
+
+    return change
+
+
+def split_by(pattern):
+    def change(spec):
+        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+
+    return change
+
+
+def normalised_by_nothing(spec):
+    spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+UNFIT_TOKENIZERS = {
+    "a tag": (added("<search>", 500), "<search> is a token of its own"),
+    "an end tag": (added("</reason>", 500), "</reason> is a token of its own"),
+    "information": (added("<information>", 500), "<information> is a token of its own"),
+    "a whole call": (added("<search><img></search>", 500), "is a token of its own"),
+    "a forker's tag": (added("</calc>", 500), "</calc> is a token of its own"),
+    "a forker's payload": (added("<go>", 500), "<go> is a token of its own"),
+    "two control tokens": (added("<|im_end|>", 357), "have the same id 357"),
+    "a control token and a word": (added("<|image_pad|>", 65), "have the same id 65"),
+    "a negative id": (added("<|im_end|>", -1), "a token id is negative"),
+    "an id that is text": (added("<|im_end|>", "301"), "not a readable BPE tokenizer"),
+    "no regular expression": (split_by("("), "not a readable BPE tokenizer"),
+    "a pattern without an end": (split_by("(a+)+b"), "gives up on an ordinary text .*retry-limit"),
+    "a normaliser that panics": (normalised_by_nothing, "gives up on this file"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT_TOKENIZERS)
+def test_an_unfit_tokenizer_panics_or_is_taken(tiny, tmp_path, what):
+    change, message = UNFIT_TOKENIZERS[what]
+    spec = json.loads((tiny / "tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    refused_tokenizer(tmp_path, message)
+
+
+def test_a_page_that_the_tokenizers_library_panics_on_gives_a_traceback(tiny, tmp_path):
+    """The panic is no Exception, so it passes every handler."""
+    spec = json.loads((tiny / "tokenizer.json").read_text())
+    split_by("(x+x+)+y")(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="tokenizer.json: .* gives up on a text of 60 characters"):
+        Chat(tmp_path, PROMPTS / "real", TOOLS).opening("x" * 60)
+
+
+def test_a_control_token_behind_the_models_vocabulary_is_found_while_it_runs(tiny, tmp_path):
+    spec = json.loads((tiny / "tokenizer.json").read_text())
+    added("<|image_pad|>", 900)(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="go up to 900, the model's vocabulary has 500"):
+        Chat(tmp_path, PROMPTS / "real", TOOLS).banned(500)
 
 
 # ---- the text of single tokens
