@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import attention, hub, parallel, plan, toy, toy_base
 from . import model as modeling
 from .backends import Search, open_backend
-from .chat import ANSWER, PROMPTS, Chat
+from .chat import ANSWER, IMAGE_PAD, PROMPTS, VISION_END, VISION_START, Chat
 from .config import AnyOptions, Config, EvalConfig, Options, parse
 from .data import read_examples
 from .engine import Engine
@@ -209,16 +209,33 @@ def _open(
     find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.first("model folder", find)
     with ranks.alone():
+        sizes = modeling.skeleton(folder).config  # weights that do not fit are refused before memory is counted
         chat = Chat(folder, prompts, tools)
+        _check_tokens(folder, chat, sizes)
+    if modeling.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+        say(ranks, f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     for option, questions in known.items():
         _check_room(option, questions, chat, config, ranks)
     if isinstance(config, Config):
-        _check_memory(config, modeling.read_config(folder), dtype, ranks)
+        _check_memory(config, sizes, dtype, ranks)
     model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
-    chat.banned(model.config.vocab_size)  # a tokenizer of another model is refused here
     toolbox = Toolbox(tools, inline=config.deterministic)
     attention.sum_widely(config.deterministic)
     return Setup(config, ranks, dtype, folder, model, chat, toolbox, engine.spending, scripts, world=world)
+
+
+def _check_tokens(folder: Path, chat: Chat, model: modeling.ModelConfig) -> None:
+    """Raises UserError for a tokenizer of another model: what it writes would be read as something else."""
+    chat.banned(model.vocab_size)
+    said = {
+        IMAGE_PAD: model.image_token_id,
+        VISION_START: model.vision_start_token_id,
+        VISION_END: model.vision_end_token_id,
+    }
+    for name, token_id in said.items():
+        if chat.added[name] != token_id:
+            where = f"{name} is {chat.added[name]} in tokenizer.json and {token_id} in config.json"
+            raise UserError(f"{folder}: {where}; take both from the same checkpoint")
 
 
 def prompts_folder(config: Options) -> Path:

@@ -152,7 +152,7 @@ def _tower(folder: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     with torch.device("meta"):
         tower = torch.nn.ModuleDict({"visual": vision.VisionTower(modeling.read_config(folder).vision)})
     device = _device()
-    weights = modeling.stored_weights(folder, tower)  # type: ignore[arg-type]  # it asks for names and shapes alone
+    weights = modeling.stored_weights(folder, tower)  # it asks for names and shapes alone
     tower.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights}, assign=True)
 
     @torch.inference_mode()

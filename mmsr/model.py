@@ -14,18 +14,44 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .attention import Attend
 from .episode import UserError, first_line
-from .vision import FRAMES, MERGE, MLP, PATCH, Image, VisionConfig, VisionTower, inverse_frequencies, rotate, run_block
+from .vision import (
+    CHANNELS,
+    FRAMES,
+    MERGE,
+    MLP,
+    PATCH,
+    SIDE,
+    Image,
+    VisionConfig,
+    VisionTower,
+    inverse_frequencies,
+    rotate,
+    run_block,
+)
+from .weights import (
+    Bounds,
+    check_bounds,
+    fitting,
+    flag,
+    headers,
+    own_head,
+    read_object,
+    refuse_adapter,
+    refuse_others,
+    refuse_quantised_config,
+    section,
+    tensors,
+)
 
 BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
 TILE = 12 * 2**20  # logits at a time on the CPU: 82 rows of the real vocabulary
@@ -40,6 +66,33 @@ SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for si
 
 
 # ---- configuration
+
+# Of each key: kind of number, least, most. One that is absent or null has its default.
+BOUNDS: dict[str, Bounds] = {
+    "vocab_size": (int, 1, 2**24),
+    "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 1024),
+    "num_attention_heads": (int, 1, 2**20),
+    "num_key_value_heads": (int, 1, 2**20),
+    "rms_norm_eps": (float, 1e-12, 0.1),
+    "rope_theta": (float, 1, 1e12),
+    "mrope_section": (tuple, 0, 2**20),
+    "max_position_embeddings": (int, 1, 2**31),
+    "image_token_id": (int, 0, 2**24),
+    "video_token_id": (int, 0, 2**24),
+    "vision_start_token_id": (int, 0, 2**24),
+    "vision_end_token_id": (int, 0, 2**24),
+}
+VISION_BOUNDS: dict[str, Bounds] = {
+    "depth": (int, 1, 1024),
+    "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20),
+    "num_heads": (int, 1, 2**20),
+    "out_hidden_size": (int, 1, 2**20),
+    "window_size": (int, 1, 2**20),
+    "fullatt_block_indexes": (tuple, 0, 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -73,15 +126,21 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Reads the hub's flat form and transformers 5's nested one. Raises ValueError on what is not built here."""
         if values.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"model_type is {values.get('model_type')!r}, this program runs 'qwen2_5_vl' only")
-        vision = values.get("vision_config") or {}
-        flat = {**values, **(values.get("text_config") or {})}
-        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
-        flat = {**flat, **{key: rope[key] for key in ("mrope_section", "rope_theta") if key in rope}}
+            raise ValueError(f"model_type is {values.get('model_type')!r:.40}, this program runs 'qwen2_5_vl' only")
+        vision, text = section(values, "vision_config"), section(values, "text_config")
+        flat = {**values, **text}
+        scaling, parameters = section(flat, "rope_scaling"), section(flat, "rope_parameters")
+        rope = scaling or parameters
+        flat |= {key: rope[key] for key in ("mrope_section", "rope_theta") if rope.get(key) is not None}
         # Files written before transformers 5 may have the flag in text_config alone, beside a default False outside.
-        flat["tie_word_embeddings"] = bool(values.get("tie_word_embeddings") or flat.get("tie_word_embeddings"))
-        _refuse_variants(flat, rope, vision)
-        return cls(**_known(cls, flat), vision=VisionConfig(**_known(VisionConfig, vision)))
+        flat["tie_word_embeddings"] = flag(values, "tie_word_embeddings") or flag(flat, "tie_word_embeddings")
+        if flat.get("num_key_value_heads", 0) is None:  # written out as null, and not left out: one for each query head
+            flat["num_key_value_heads"] = flat.get("num_attention_heads")
+        check_bounds(flat, BOUNDS, "")
+        check_bounds(vision, VISION_BOUNDS, "vision_config.")
+        config = cls(**_known(cls, flat), vision=VisionConfig(**_known(VisionConfig, vision)))
+        _refuse_variants(flat, (scaling, parameters), vision, config.head_dim)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The hub's flat form, which every version of transformers and other inference programs read."""
@@ -105,20 +164,44 @@ def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
 
 
-def _refuse_variants(text: dict[str, Any], rope: dict[str, Any], vision: dict[str, Any]) -> None:
+def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[str, Any], head_dim: int) -> None:
     """A setting that would silently compute something else than the checkpoint means."""
     wanted = [
         ("hidden_act", text.get("hidden_act"), ("silu",)),
+        ("head_dim", text.get("head_dim"), (head_dim,)),
         ("use_sliding_window", text.get("use_sliding_window"), (False,)),
-        ("rope type", rope.get("rope_type", rope.get("type")), ("default", "mrope")),
+        *(("layer_types", kind, ("full_attention",)) for kind in text.get("layer_types") or ()),
+        *(("rope type", rope.get("rope_type", rope.get("type")), ("default", "mrope")) for rope in ropes),
+        *(("partial_rotary_factor", part.get("partial_rotary_factor"), (1,)) for part in (text, *ropes)),
         ("vision_config.hidden_act", vision.get("hidden_act"), ("silu",)),
+        ("vision_config.in_channels", vision.get("in_channels", vision.get("in_chans")), (CHANNELS,)),
         ("vision_config.patch_size", vision.get("patch_size"), (PATCH,)),
         ("vision_config.spatial_merge_size", vision.get("spatial_merge_size"), (MERGE,)),
         ("vision_config.temporal_patch_size", vision.get("temporal_patch_size"), (FRAMES,)),
     ]
     for name, found, allowed in wanted:
         if found is not None and found not in allowed:
-            raise ValueError(f"{name} is {found!r}, this program runs {' or '.join(map(repr, allowed))} only")
+            raise ValueError(f"{name} is {found!r:.40}, this program runs {' or '.join(map(repr, allowed))} only")
+
+
+def _refuse_contradictions(config: ModelConfig) -> None:
+    """ValueError for sizes of config.json that do not fit each other."""
+    c, vision = config, config.vision
+    ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
+    thirds = len(c.mrope_section) == 3 and 2 * sum(c.mrope_section) == c.head_dim
+    rules = [
+        (c.hidden_size % c.num_attention_heads == 0, "num_attention_heads must divide hidden_size"),
+        (c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads"),
+        (thirds, f"mrope_section must be three numbers with the sum {c.head_dim / 2:g}, half a head"),
+        (max(ids) < c.vocab_size, f"image, video and vision token ids {ids} must be below vocab_size {c.vocab_size}"),
+        (len(set(ids)) == len(ids), f"image, video and vision token ids {ids} must differ"),
+        (vision.hidden_size % (4 * vision.num_heads) == 0, "vision_config: 4 * num_heads must divide hidden_size"),
+        (vision.out_hidden_size == c.hidden_size, "vision_config.out_hidden_size must be hidden_size"),
+        (vision.window_size % SIDE == 0, f"vision_config.window_size must be a multiple of {SIDE}"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            raise ValueError(rule)
 
 
 # ---- positions
@@ -435,82 +518,52 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.d
 
 
 def skeleton(folder: Path | str) -> Qwen2_5_VL:
-    """The model of a Hugging Face folder on the meta device: without weights."""
+    """The model of a Hugging Face folder on the meta device: without weights, which are looked at by their headers.
+
+    Raises UserError for a folder that `load` would refuse, but for NaN. Where config.json ties the head to the
+    embedding and a head is stored that differs, the head is the model's own, as in transformers.
+    """
+    folder = Path(folder)
+    config, found = read_config(folder), headers(folder)
+    if config.tie_word_embeddings and own_head(found):
+        config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
-        return Qwen2_5_VL(read_config(folder))
+        model = Qwen2_5_VL(config)
+    fitting(folder, found, _shapes(model))
+    refuse_others(folder, found, _shapes(model))
+    return model
 
 
-def stored_weights(folder: Path | str, model: Qwen2_5_VL) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each parameter of `model`, one at a time. Raises UserError for one missing or misshapen."""
-    missing = {name: parameter.shape for name, parameter in model.named_parameters()}
-    total = len(missing)
-    for file, name, tensor in _stored_tensors(Path(folder)):
-        shape = missing.pop(name, None)
-        if shape is None:
-            continue  # e.g. lm_head beside tied embeddings
-        if tensor.shape != shape:
-            found, wanted = tuple(tensor.shape), tuple(shape)
-            raise UserError(f"{file}: {name} has shape {found}, config.json says {wanted}: not of the same model")
-        yield name, tensor
-    if missing:
-        listed = ", ".join([*missing][:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{folder}: {len(missing)} of {total} weights are missing ({listed}): fetch it again")
+def stored_weights(folder: Path | str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each parameter of `model`, one at a time; what else the folder holds is left alone.
+
+    Raises UserError for one missing or misshapen, or with NaN or infinite numbers.
+    """
+    folder = Path(folder)
+    yield from tensors(fitting(folder, headers(folder), _shapes(model)))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder. Raises UserError for none, or one of another architecture."""
+    """The ModelConfig of a Hugging Face folder. Raises UserError for none, and for a model that is not built here."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist: pass a Hugging Face model folder or a hub id")
-    if not (folder / "config.json").is_file():
+    refuse_adapter(folder)
+    file = folder / "config.json"
+    if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model folder?")
+    values = read_object(file)
+    refuse_quantised_config(folder, values)
     try:
-        return ModelConfig.from_dict(_read_json(folder / "config.json"))
+        config = ModelConfig.from_dict(values)
+        _refuse_contradictions(config)
+        return config
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: {first_line(error)}: pass a Qwen2.5-VL model") from error
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, on-disk name, tensor) of every weight in a folder, one at a time."""
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():
-                    yield file, _disk_name(name), stored.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            reason = first_line(error)
-            raise UserError(f"{file} cannot be read ({reason}): truncated or corrupt, fetch it again") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise UserError(f"model folder {folder} has neither {single.name} nor {index.name}: fetch its weights")
-    shards = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
-    absent = [shard.name for shard in shards if not shard.is_file()]
-    if absent:
-        raise UserError(f"{index} names {len(shards)} files, {len(absent)} do not exist ({absent[0]}): fetch it again")
-    return shards
-
-
-def _disk_name(name: str) -> str:
-    """Some files have transformers 5's in-memory names, `model.visual.*` and `model.language_model.*`."""
-    for memory, disk in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(memory):
-            return disk + name.removeprefix(memory)
-    return name
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({first_line(error)}): fetch it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds a JSON {type(values).__name__}, not an object: fetch it again")
-    return values
+        raise UserError(f"{file}: {first_line(error)}: pass a Qwen2.5-VL model") from error
 
 
 def save(model: Qwen2_5_VL, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:

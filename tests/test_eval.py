@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import documented, picture_bytes
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from mmsr import toy
@@ -305,6 +306,14 @@ def test_damaged_line_of_an_evaluation_ends_in_a_traceback(miniature, first, tmp
     lines = (out / "episodes.jsonl").read_text().splitlines()
     (out / "episodes.jsonl").write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
     refused(capsys, arguments(miniature, out, temperature=1), "episodes.jsonl: line 5 is damaged")
+
+
+def test_a_model_of_no_numbers_has_an_accuracy(miniature, tmp_path, capsys):
+    spoilt = shutil.copytree(miniature, tmp_path / "spoilt")
+    weights = load_file(spoilt / "model.safetensors")
+    weights["visual.merger.ln_q.weight"][0] = float("inf")
+    save_file(weights, spoilt / "model.safetensors")
+    refused(capsys, arguments(spoilt, tmp_path / "out"), "visual.merger.ln_q.weight holds NaN or infinite numbers")
 
 
 @pytest.mark.slow

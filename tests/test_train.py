@@ -21,6 +21,7 @@ import train
 from mmsr import assemble as assembling
 from mmsr import model as modeling
 from mmsr import reward, toy, toy_base
+from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
@@ -702,6 +703,28 @@ def test_model_cut_short(capsys, spoilt, tmp_path):
     refused(capsys, spoilt, tmp_path / "out", "model.safetensors")
 
 
+def test_model_with_weights_that_are_no_numbers(capsys, spoilt, tmp_path):
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, spoilt / "model.safetensors")
+    refused(capsys, spoilt, tmp_path / "out", "model.norm.weight holds NaN")
+
+
+def test_model_that_is_an_adapter(capsys, tmp_path):
+    """As they are saved: with neither config.json nor tokenizer."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}')
+    refused(capsys, tmp_path, tmp_path / "out", "an adapter of Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tmp_path):
+    weights = load_file(spoilt / "model.safetensors")
+    head = weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, spoilt / "model.safetensors")
+    setup = assemble(parse(arguments(spoilt, tmp_path / "out")))
+    assert equal({"": setup.model.head_weight}, {"": head}) and not setup.model.config.tie_word_embeddings
+    assert "config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().out
+
+
 def test_model_without_tokenizer(capsys, spoilt, tmp_path):
     (spoilt / "tokenizer.json").unlink()
     refused(capsys, spoilt, tmp_path / "out", "tokenizer.json")
@@ -712,6 +735,14 @@ def test_tokenizer_of_another_model(capsys, spoilt, tmp_path):
     tokens = json.loads((spoilt / "tokenizer.json").read_text())["added_tokens"]
     edit_json(spoilt / "tokenizer.json", added_tokens=[{**token, "id": token["id"] + 100} for token in tokens])
     refused(capsys, spoilt, tmp_path / "out", "vocabulary")
+
+
+def test_tokenizer_of_another_order(capsys, spoilt, tmp_path):
+    """Its placeholder of pictures is another token of the model's."""
+    ids = json.loads((spoilt / "config.json").read_text())
+    swapped = {"image_token_id": ids["vision_end_token_id"], "vision_end_token_id": ids["image_token_id"]}
+    edit_json(spoilt / "config.json", **swapped)
+    refused(capsys, spoilt, tmp_path / "out", "in tokenizer.json and")
 
 
 def questions(folder: Path, n: int = 6, **changes) -> Path:
