@@ -313,7 +313,9 @@ def load_model(
     """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
     if ranks.size == 1:
         return modeling.load(folder, stored, ranks.device)
-    model = parallel.shard(modeling.skeleton(folder).to(stored), ranks, compute, across)
+    with ranks.alone():
+        model = modeling.skeleton(folder)
+    model = parallel.shard(model.to(stored), ranks, compute, across)
     return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
 
 

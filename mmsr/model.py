@@ -170,7 +170,7 @@ def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[s
         ("hidden_act", text.get("hidden_act"), ("silu",)),
         ("head_dim", text.get("head_dim"), (head_dim,)),
         ("use_sliding_window", text.get("use_sliding_window"), (False,)),
-        *(("layer_types", kind, ("full_attention",)) for kind in text.get("layer_types") or ()),
+        *(("layer_types", kind, ("full_attention",)) for kind in _items(text.get("layer_types"))),
         *(("rope type", rope.get("rope_type", rope.get("type")), ("default", "mrope")) for rope in ropes),
         *(("partial_rotary_factor", part.get("partial_rotary_factor"), (1,)) for part in (text, *ropes)),
         ("vision_config.hidden_act", vision.get("hidden_act"), ("silu",)),
@@ -182,6 +182,11 @@ def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[s
     for name, found, allowed in wanted:
         if found is not None and found not in allowed:
             raise ValueError(f"{name} is {found!r:.40}, this program runs {' or '.join(map(repr, allowed))} only")
+
+
+def _items(value: Any) -> list[Any]:
+    """A list, or what stands in place of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _refuse_contradictions(config: ModelConfig) -> None:

@@ -248,8 +248,8 @@ def refuse_adapter(folder: Path) -> None:
 def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
     """UserError where the folder's config.json, or a file beside it, says that the weights are quantised."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        found = part.get("quantization_config") if isinstance(part, dict) else None
-        if found:
+        part = part if isinstance(part, dict) else {}
+        if found := part.get("quantization_config") or part.get("compression_config"):
             method = found.get("quant_method") if isinstance(found, dict) else None
             said = _listed([method if isinstance(method, str) else "quantization_config"])
             raise UserError(f"{folder / 'config.json'}: the weights are quantised ({said}): {FULL}")

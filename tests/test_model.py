@@ -508,6 +508,7 @@ ANOTHER = [
     (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     (dict(use_sliding_window=True), "use_sliding_window is True"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is 'sliding_attention'"),
+    (dict(layer_types=3), "layer_types is 3"),
     (dict(head_dim=32), "head_dim is 32, this program runs 16 only"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (dict(rope_scaling=YARN), "rope type is 'yarn'"),

@@ -120,6 +120,7 @@ QUANTISED_FOLDERS = {
     "compressed-tensors": holds(WEIGHT, weight_packed=torch.ones(96, 8, **I32), weight_scale=torch.ones(96, 1)),
     "config.json's word": edits(quantization_config={"quant_method": "fp8"}),
     "config.json's word in text_config": edits(text_config={"quantization_config": {"load_in_4bit": True}}),
+    "an earlier word for it": edits(compression_config={"format": "pack-quantized"}),
     "AWQ's own file": writes("quant_config.json", "{}"),
     "a GGUF file": only("model-Q4_K_M.gguf"),
 }
