@@ -4,8 +4,9 @@ A pickle is a program for a stack machine, and Python's own machine has instruct
 one has none: it builds dictionaries, lists, tuples, strings, numbers and bytes. An object of Pillow's becomes an
 `Inert`, which keeps the state that the object had and is nothing else; any other class or function is refused by name.
 
-Python's reader with all classes forbidden would not do: it also allocates what an instruction merely claims, and it
-hashes tuples nested so deeply that the process dies.
+Python's reader with all classes forbidden would not do: it allocates what an instruction merely claims, hashes whatever
+stands for a key, be it a tuple nested so deeply that the process dies, and cannot be told to stop. What is here never
+walks a value: one that holds another twice, which holds another twice, and so on, is small and takes for ever to print.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MOST_DEPTH = 64  # of containers under way
 VALUES = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE".split())
 VALUES |= set("BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-KEYS = (str, bytes, int, float, type(None))
+MOST_KEY = 1000  # characters: of equal keys each look-up compares all
+SMALL = range(1 << 16)  # numbers that are keys: larger ones can be chosen so that all of them have the same hash
 
 
 class Inert:
@@ -99,8 +101,10 @@ class _Machine:
                 stack.append(self.memo[value])
             case "GLOBAL" | "STACK_GLOBAL":
                 module, kind = value.split(" ", 1) if value else self.take(2)
-                if not str(module).startswith("PIL."):
-                    raise _Refused(f"wants {module}.{kind}"[:200])
+                if not isinstance(module, str) or not isinstance(kind, str):
+                    raise _Refused("has a name that is no text")
+                if not module.startswith("PIL."):
+                    raise _Refused(f"wants {module[:100]}.{kind[:100]}")
                 stack.append(Inert)
             case "NEWOBJ" | "REDUCE" if self.take(2)[0] is Inert:
                 stack.append(Inert())
@@ -122,6 +126,8 @@ class _Machine:
 
 
 def _key(value: Any) -> Any:
-    if not isinstance(value, KEYS):
-        raise _Refused(f"has a {type(value).__name__} for a key")
-    return value
+    """`value` if it can be a key at little cost. Text and bytes can: no stranger knows the hash that they get here."""
+    kind = type(value)
+    if kind is int and value in SMALL or kind in (str, bytes) and len(value) <= MOST_KEY:
+        return value
+    raise _Refused(f"has a {kind.__name__} for a key, or a long one")

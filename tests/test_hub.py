@@ -83,6 +83,25 @@ def test_a_forged_picture_costs_memory_or_its_title(tmp_path, size, pixels):
     assert hit == Hit("t")
 
 
+def test_a_picture_is_made_anew_for_every_reference(tmp_path, monkeypatch):
+    """2000 references to one picture, and 2000 pictures that claim the same pixels."""
+    one, made = Image.new("RGB", (64, 64)), []
+    same = [{}, "RGB", (64, 64), None, bytes(64 * 64 * 3)]
+    claim = type("Image", (Image.Image,), {"__module__": "PIL.Image", "__qualname__": "Image"})
+    claim.__reduce_ex__ = lambda self, protocol: (Image.Image, (), [*same])
+    path = written(tmp_path, {"a": entry(["t"], [one] * 2000), "b": entry([], [claim() for _ in range(2000)])})
+    monkeypatch.setattr(hub, "_jpeg", lambda *picture: made.append(picture) or b"jpeg")
+    found = hub.search_results(path)
+    assert len(made) == 2 and all(hit.image == b"jpeg" for seen in found.values() for hit in seen.hits)
+
+
+def test_one_list_of_titles_is_everybodys(tmp_path):
+    titles = ["t"] * 2000
+    path = written(tmp_path, {str(number): entry(titles, []) for number in range(2000)})
+    with pytest.raises(UserError, match="over 1,000,000 results"):
+        hub.search_results(path)
+
+
 @pytest.mark.parametrize("value", [[], {"a": 3}, {"a": {}}, {"a": entry([3], [None])}, {"a": entry("t", 5)}, None])
 def test_a_pickle_of_something_else(tmp_path, value):
     with pytest.raises(UserError, match="results.pkl: not FVQA's image-search results"):
@@ -109,6 +128,8 @@ def test_results_are_joined_by_id_with_the_pictures(tmp_path):
         ("data/questions.jsonl", None),
         ("data/questions.parquet", None),
         ("questions.jsonl", None),
+        ("data/questions.pq", None),
+        ("data/questions.json", None),
         ("./lmms-lab/FVQA", None),
         ("/data/FVQA", None),
         ("a/b/c", None),

@@ -125,6 +125,7 @@ def test_a_function_under_pillows_name_is_called(tmp_path):
         (b"]}b.", "beyond plain values"),
         (b"\x80\x02]\x85}\x81.", "beyond plain values"),
         (b"}]K\x01s.", "list for a key"),
+        (b"}NK\x01s.", "NoneType for a key"),
         (b"}cPIL.Image\nImage\nK\x01s.", "type for a key"),
     ],
 )
@@ -175,9 +176,27 @@ def test_endless_instructions(tmp_path, monkeypatch):
 
 
 def test_doubling_is_walked(tmp_path):
-    """2^200 leaves, in 200 lists that hold the one before twice."""
+    """2^200 leaves, in 200 lists that hold the one before twice; and in tuples that stand for a name."""
     program = b"\x80\x02]q\x00" + b"".join(b"](h\x00h\x00eq\x00" for _ in range(200)) + b"."
     assert len(read_plain(written(tmp_path, program))) == 2
+    doubled = b"\x80\x04)" + b"q\x00h\x00\x86" * 60
+    for module, kind in ((doubled, b"\x8c\x01x"), (b"\x8c\x02os", doubled[2:]), (b"\x8c\x05PIL.x", doubled[2:])):
+        refused(written(tmp_path, module + kind + b"\x93."), "a name that is no text")
+
+
+MERSENNE = 2**61 - 1  # what Python takes numbers modulo, for a hash
+
+
+@pytest.mark.parametrize("scale", [MERSENNE, 2**32, 2.0**100], ids=["numbers", "low bits", "floats"])
+def test_keys_of_equal_hash_are_looked_up(tmp_path, scale):
+    keys = [scale * number for number in range(1, 300)]
+    refused(written(tmp_path, pickle.dumps(dict.fromkeys(keys))), "for a key")
+
+
+def test_an_equal_long_key_is_compared_again_and_again(tmp_path):
+    long = b"X" + struct.pack("<I", 2**20) + b"k" * 2**20
+    program = b"\x80\x02}" + long + b"K\x01s" + long + b"q\x01" + b"K\x01s" + b"h\x01K\x01s" * 40_000
+    refused(written(tmp_path, program + b"."), "or a long one")
 
 
 # ---- damage
