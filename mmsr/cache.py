@@ -22,7 +22,20 @@ from typing import Literal
 from . import bm25
 from .episode import Example, Hit, Observation, UserError
 from .files import beside, lines
-from .store import Key, Record, Store, demand, image_key, observation, plain, refuse_pickle, sha256, storable, text_key
+from .store import (
+    Key,
+    Record,
+    Store,
+    demand,
+    demand_number,
+    image_key,
+    observation,
+    plain,
+    refuse_pickle,
+    sha256,
+    storable,
+    text_key,
+)
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
 NEAREST = 5  # pages
@@ -196,7 +209,8 @@ def _exported(path: Path) -> Iterator[Record]:
             found = json.loads(line)
             key = Key(*(found[name] for name in Key._fields))
             demand(str, *key)
-            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), float(found["time"])
+            when = demand_number(found["time"])
+            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), when
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: row {row}: no exported result ({what:.100}); mend the line") from None

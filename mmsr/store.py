@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import tempfile
@@ -170,10 +171,12 @@ class Store:
 
     def _sound(self, row: tuple) -> Observation | None:
         """A row's result; an unsound row is set aside."""
-        number, tool, *_, payload, _, checksum = row
+        number, tool, *_, payload, when, checksum = row
         try:
             if checksum != _checksum(row[1:-1]):
                 raise ValueError("checksum")
+            demand(str, *row[1:5])
+            demand_number(when)
             return observation(json.loads(payload), lambda name: self._thumbnail(name, tool))
         except (ValueError, TypeError, KeyError, RecursionError):
             self.count("damaged_rows", str(tool))
@@ -347,8 +350,12 @@ class Store:
             self._write(lambda db: [db.execute(statement) for statement in (*TABLES, *header)])
         if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(" ".join(found.split()))
-        if not {*TABLES} <= {sql for (sql,) in db.execute("SELECT sql FROM sqlite_master")}:
+        made = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        if not {*TABLES} <= {sql for *_, sql in made}:
             raise sqlite3.DatabaseError("a table is not as it was made")
+        for kind, name, sql in made:  # a trigger, say, may undo what was just written
+            if sql not in TABLES and (kind in ("trigger", "view") or not str(name).startswith("sqlite_")):
+                raise sqlite3.DatabaseError(f"the {kind} {name!r:.60} is none of ours")
 
     def _start_anew(self, error: Exception) -> None:
         """Move a damaged file aside, and take over what can be read of it."""
@@ -437,10 +444,11 @@ def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation
         hit = Hit(given["title"], given["url"], given["text"], given["image"], given["score"])
         demand(str, hit.title, hit.url, hit.text)
         demand((str, type(None)), hit.image)
-        demand((int, float, type(None)), hit.score)
+        if hit.score is not None:
+            demand_number(hit.score, finite=False)
         hits.append(hit if hit.image is None else replace(hit, image=image(given["image"])))
     demand(str, found["source"])
-    demand((int, float), found["seconds"])
+    demand_number(found["seconds"])
     return Observation(tuple(hits), source=found["source"], seconds=found["seconds"], cached=True)
 
 
@@ -449,6 +457,14 @@ def demand(kind: Any, *values: object) -> None:
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{value!r:.60} is of the wrong type")
+
+
+def demand_number(value: Any, finite: bool = True) -> float:
+    """The number as a float. TypeError for anything else, and for one that a float cannot hold: 400 digits, say."""
+    demand((int, float), value)
+    if isinstance(value, int) and value.bit_length() > 1000 or finite and not math.isfinite(value):
+        raise TypeError("the number is out of bounds")
+    return float(value)
 
 
 def sha256(data: bytes) -> str:
@@ -484,7 +500,10 @@ def _salvage(db: sqlite3.Connection, damaged: Path) -> int:
     kept: Counter[str] = Counter()
     with suppress(*DAMAGE), closing(_opened(damaged, "mode=ro")) as old:
         old.execute("PRAGMA writable_schema=ON")  # a table whose definition is damaged must not hide the others
+        tables = {name for (name,) in old.execute("SELECT name FROM sqlite_master WHERE type='table'")}  # no views
         for table, order in product(("spend", "results", "thumbnails"), ("ASC", "DESC")):
+            if table not in tables:
+                continue
             with suppress(*DAMAGE):
                 for row in old.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
                     values = ",".join("?" * len(row))
@@ -495,5 +514,6 @@ def _salvage(db: sqlite3.Connection, damaged: Path) -> int:
 def _opened(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?{mode}"
     db = sqlite3.connect(uri, BUSY, isolation_level=None, check_same_thread=False, uri=True)
+    db.execute("PRAGMA trusted_schema=OFF")  # what a stranger wrote into it calls no function
     db.text_factory = lambda raw: raw.decode(errors="backslashreplace")  # what is damaged fails its checksum later
     return db

@@ -433,6 +433,8 @@ POISON = [
     json.dumps({"hits": 3, "source": "", "seconds": 0}),
     json.dumps({"hits": [], "source": None, "seconds": 0}),
     json.dumps({"hits": [], "source": "", "seconds": True}),
+    json.dumps({"hits": [], "source": "", "seconds": 10**400}),
+    json.dumps({"hits": [HIT | {"score": -(10**400)}], "source": "", "seconds": 0}),
 ]  # fmt: skip
 
 
@@ -510,6 +512,42 @@ def test_a_damaged_file_is_moved_aside_and_what_it_holds_is_kept(tmp_path):
     store.close()
     with closing(Store(path, readonly=True)) as store:
         assert len(list(store.records())) == kept + 1
+
+
+FOREIGN = {
+    "trigger": "CREATE TRIGGER free AFTER INSERT ON spend BEGIN DELETE FROM spend; END",
+    "view": "CREATE VIEW seen AS SELECT query FROM results",
+    "table": "CREATE TABLE notes (text)",
+    "index": "CREATE UNIQUE INDEX one_a_run ON spend (run)",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_ledger_with_a_foreign_object_in_it_is_believed(tmp_path, kind):
+    path = filled(tmp_path / "s.sqlite", 3)
+    with closing(Store(path)) as store:
+        Budget(store, "run", 2).spend("serpapi")
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(FOREIGN[kind])
+    refused(lambda: Store(path, readonly=True), str(path), f"the {kind} '", "none of ours")
+    with pytest.warns(RuntimeWarning, match=f"the {kind} '.*none of ours.* moved to .*, 3 results kept"):
+        store = Store(path)
+    with closing(store):
+        Budget(store, "run", 2).spend("serper")
+        with pytest.raises(ToolFailure, match="all 2 paid calls"):
+            Budget(store, "run", 2).spend("serper")
+        assert store.spent("run") == {"serpapi": 1, "serper": 1}
+
+
+def test_a_view_in_a_tables_place_never_ends(tmp_path):
+    """A damaged file is copied row by row: a view may have rows without end."""
+    path = filled(tmp_path / "s.sqlite", 3)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP TABLE spend")
+        endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, 1, 'a', 1 FROM n"
+        db.execute(f"CREATE VIEW spend AS {endless}")
+    with pytest.warns(RuntimeWarning, match="3 results kept"), closing(Store(path)) as store:
+        assert store.spent("1") == {}
 
 
 @pytest.mark.parametrize(
