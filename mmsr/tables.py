@@ -3,28 +3,39 @@
 Of a Parquet file the columns of text stay in memory and the pictures' column is read a row group at a time; of a JSON
 lines file only the lines' offsets stay. A JSON array stays whole: the published ones hold text and the names of picture
 files. Rows count from 0, in errors too.
+
+A trap: a Parquet file of a few kilobytes can stand for terabytes, because a value that many rows have is stored once,
+and runs and pages are packed. So such values stay shared here, and what a column would take is summed up before it is
+read, and what a row would take before it is made.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .episode import UserError
 from .files import json_file, json_object, lines, missing, opened
 
 GROUPS_KEPT = 4  # row groups of pictures in memory
-GROUP_BYTES = 128 << 20  # a larger row group is cut up first
+GROUP_BYTES = 128 << 20  # a pictures' column with a larger row group is cut up first
 ROWS_PER_CUT = 16
+MOST_COLUMN = 1 << 30  # bytes of a column of text, or of a row group of pictures, with all that is shared written out
+MOST_CELL = 256 << 20  # bytes of a row's pictures
+MOST_PACKED = 8  # times: pictures are packed already, so what shrinks further in a file is no pictures
+DEEPEST = 8  # names within names
+DELTA = "DELTA_BYTE_ARRAY"  # texts without what they begin with like the one before; they cannot stay shared
 DAMAGE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises on a broken file (ValueError: bad UTF-8)
 
 
@@ -32,7 +43,7 @@ class Table(Protocol):
     """What a data set reads from."""
 
     names: list[str]  # of the columns; of a JSON file, of its first row
-    fields: set[str]  # the same, and fields of structs as `column.field`
+    fields: set[str]  # the same, and what is inside of them, as `column.field.field`
 
     def __len__(self) -> int: ...
 
@@ -48,10 +59,55 @@ class Table(Protocol):
 
 def open_table(path: Path) -> Table:
     """Raises UserError for a file that is missing, of another kind, or not what its name says."""
-    kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".jsonl": JsonLines, ".json": JsonArray}
-    if path.suffix not in kinds:
+    kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".pq": Parquet}
+    kinds |= {".jsonl": _json_table, ".ndjson": _json_table, ".json": _json_table}
+    if path.suffix.lower() not in kinds:
         raise UserError(f"{path}: cannot tell the data's kind; give --data a file named .parquet, .jsonl or .json")
-    return kinds[path.suffix](path)
+    return kinds[path.suffix.lower()](path)
+
+
+# ---- names within names
+
+
+def inside(value: Any, name: str) -> Any:
+    """What `name` means in a row: a column, or `column.field.field`; None where there is nothing of the name.
+
+    A column may have dots in its name, as tables do that were flattened, and an object may be written as JSON text.
+    """
+    value = _object(value)
+    if name in value:
+        return value[name]
+    for end, letter in enumerate(name):
+        if letter == "." and name[:end] in value:
+            found = inside(value[name[:end]], name[end + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def column_of(name: str, columns: Container[str]) -> str:
+    """The column that `column.field.field` is in."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in columns), parts[0])
+
+
+def names_in(value: Any, prefix: str = "") -> Iterator[str]:
+    """All names that `inside` knows in a row."""
+    for name, inner in _object(value).items():
+        yield f"{prefix}{name}"
+        if prefix.count(".") < DEEPEST:
+            yield from names_in(inner, f"{prefix}{name}.")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An object that may be written as JSON text; an empty one for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
 
 
 # ---- Parquet
@@ -62,72 +118,167 @@ class Parquet:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = self._open(path)
-        self.names = self.file.schema_arrow.names
-        self.fields = set(self.names).union(*map(_struct_fields, self.file.schema_arrow))
-        if any(group.total_byte_size > GROUP_BYTES for group in self._groups()):
-            self.file = self._cut_up()
-        self.starts = [0, *accumulate(group.num_rows for group in self._groups())]
-        self.pictures = lru_cache(GROUPS_KEPT)(lambda group, column: self._read([group], [column])[column])
+        self.plain = self._open(path)
+        self.file = self._shared(path, self.plain)
+        self.names = self.plain.schema_arrow.names
+        self.fields = set(self.names).union(*map(_fields, self.plain.schema_arrow), self._fields_in_text())
+        self.sources: dict[str, tuple[pq.ParquetFile, list[int]]] = {}
+        self.pictures = lru_cache(GROUPS_KEPT)(self._group)
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return self.file.metadata.num_rows
 
     def keep(self, columns: Iterable[str]) -> None:
-        self.columns = self._read(range(self.file.num_row_groups), list(columns)).combine_chunks()
+        names, groups = list(columns), range(self.file.num_row_groups)
+        for name in names:
+            self._bound(name, sum(self._weight(self.file, name, group) for group in groups))
+        empty = pa.table({name: [] for name in names})
+        self.columns = self._read(self.file, groups, names) if groups else empty
+        for name in names:
+            self._bound(name, _written_out(self.columns[name]))
 
     def text(self, row: int) -> dict[str, Any]:
         return {name: self.columns[name][row].as_py() for name in self.columns.column_names}
 
     def picture(self, row: int, column: str) -> Any:
-        group = bisect_right(self.starts, row) - 1
-        return self.pictures(group, column)[row - self.starts[group]].as_py()
+        if column not in self.sources:
+            file = self._in_small_groups(column)
+            sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+            self.sources[column] = file, [0, *accumulate(sizes)]
+        starts = self.sources[column][1]
+        group = bisect_right(starts, row) - 1
+        cell = self.pictures(group, column).slice(row - starts[group], 1)
+        if (size := _written_out(cell)) > MOST_CELL:
+            complaint = f"{size >> 20:,} MiB of pictures, more than {MOST_CELL >> 20}; give smaller ones"
+            raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
+        return cell[0].as_py()
 
-    def _open(self, source: Path | BinaryIO) -> pq.ParquetFile:
+    def _group(self, group: int, column: str) -> pa.ChunkedArray:
+        file, _ = self.sources[column]
+        self._bound(column, self._weight(file, column, group))
+        return self._read(file, [group], [column])[column]
+
+    def _open(self, source: Path | BinaryIO, **more: Any) -> pq.ParquetFile:
         try:  # without pre-buffering and with a small buffer, batches of a huge row group need little memory
-            return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
+            return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, **more)
         except FileNotFoundError:
             raise missing(self.path) from None
         except DAMAGE as error:
             raise self._unreadable(error) from error
 
-    def _groups(self) -> list[pq.RowGroupMetaData]:
-        return [self.file.metadata.row_group(group) for group in range(self.file.num_row_groups)]
+    def _shared(self, source: Path | BinaryIO, plain: pq.ParquetFile) -> pq.ParquetFile:
+        """The same file, opened so that a text or picture that many rows have stands in memory once."""
+        groups = [plain.metadata.row_group(group) for group in range(plain.num_row_groups)]
+        chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
+        texts = {chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"}
+        deltas = {chunk.path_in_schema for chunk in chunks if DELTA in chunk.encodings}
+        return self._open(source, metadata=plain.metadata, read_dictionary=list(texts - deltas))
 
-    def _read(self, groups: Iterable[int], columns: list[str]) -> pa.Table:
+    def _fields_in_text(self) -> set[str]:
+        """Names in the columns that hold objects as JSON text, as the first row has them."""
+        texts = [field.name for field in self.plain.schema_arrow if pa.types.is_string(field.type)]
         try:
-            table = self.file.read_row_groups(list(groups), columns=columns)
+            first = next(self.plain.iter_batches(1, columns=texts)).to_pylist() if texts and len(self) else []
+        except DAMAGE as error:
+            raise self._unreadable(error) from error
+        return set(names_in(first[0])) if first else set()
+
+    def _read(self, file: pq.ParquetFile, groups: Iterable[int], columns: list[str]) -> pa.Table:
+        try:
+            # one by one: each has dictionaries of its own, which pyarrow does not join inside of lists and structs
+            table = pa.concat_tables([self._read_group(file, group, columns) for group in groups])
             table.validate(full=True)  # most writers store no checksums
             return table
         except DAMAGE as error:
             raise self._unreadable(error) from error
 
+    def _read_group(self, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        chunks = [chunk for column in columns for chunk in self._chunks(file, column, group)]
+        if not any(DELTA in chunk.encodings for chunk in chunks):
+            return file.read_row_groups([group], columns=columns)
+        batches, size = [], 0
+        for batch in file.iter_batches(ROWS_PER_CUT, [group], columns):
+            batches.append(batch)
+            size += batch.nbytes
+            self._bound(", ".join(columns), size)
+        return pa.Table.from_batches(batches)
+
     def _unreadable(self, error: Exception) -> UserError:
         why = str(error).partition("\n")[0][:100]
         return UserError(f"{self.path}: not a Parquet file, or cut short or damaged ({why}); get it again")
 
-    def _cut_up(self) -> pq.ParquetFile:
-        """A copy with small row groups in an unnamed temporary file: some writers put all rows into one group."""
+    def _chunks(self, file: pq.ParquetFile, column: str, group: int) -> list[pq.ColumnChunkMetaData]:
+        found = file.metadata.row_group(group)
+        chunks = (found.column(place) for place in range(found.num_columns))
+        return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+
+    def _weight(self, file: pq.ParquetFile, column: str, group: int) -> int:
+        """Bytes that a row group of a column takes when it is read: its pages, unpacked, and 8 for each value."""
+        return sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in self._chunks(file, column, group))
+
+    def _bound(self, column: str, size: int) -> None:
+        if size > MOST_COLUMN:
+            complaint = f"unpacks to {size / 1e9:.1f} GB, more than {MOST_COLUMN / 1e9:.1f}; cut the file up"
+            raise UserError(f"{self.path}: column {column}: {complaint}")
+
+    def _in_small_groups(self, column: str) -> pq.ParquetFile:
+        """The file; or, where all rows are in one group, the column's copy in small ones, in an unnamed temporary file.
+
+        UserError where what is to be copied is no pictures.
+        """
+        groups = [self._chunks(self.plain, column, group) for group in range(self.plain.num_row_groups)]
+        unpacked = [sum(chunk.total_uncompressed_size for chunk in chunks) for chunks in groups]
+        if max(unpacked, default=0) <= GROUP_BYTES:
+            return self.file
+        if sum(unpacked) > MOST_PACKED * sum(chunk.total_compressed_size for chunks in groups for chunk in chunks):
+            complaint = (
+                f"unpacks to {sum(unpacked) / 1e9:.1f} GB, over {MOST_PACKED} times of what it takes in the file"
+            )
+            raise UserError(f"{self.path}: column {column}: {complaint}: no pictures do; get it again")
         try:
             copy = tempfile.TemporaryFile()
-            with pq.ParquetWriter(copy, self.file.schema_arrow) as writer:
-                for batch in self.file.iter_batches(ROWS_PER_CUT):
+            with pq.ParquetWriter(copy, pa.schema([self.plain.schema_arrow.field(column)])) as writer:
+                for batch in self.plain.iter_batches(ROWS_PER_CUT, columns=[column]):
                     writer.write_batch(batch)
         except DAMAGE as error:
             folder, why = tempfile.gettempdir(), str(error).partition("\n")[0][:100]
             complaint = f"cannot cut up its large row groups in {folder} ({why}); free space there or set TMPDIR"
             raise UserError(f"{self.path}: {complaint}") from error
-        return self._open(copy)
+        return self._shared(copy, self._open(copy))
 
 
-def _struct_fields(column: pa.Field) -> set[str]:
-    kind = column.type
-    return (
-        {f"{column.name}.{kind.field(i).name}" for i in range(kind.num_fields)} if pa.types.is_struct(kind) else set()
-    )
+def _fields(column: pa.Field, prefix: str = "") -> set[str]:
+    """The names of a struct's fields, and of structs within."""
+    kind, name = column.type, f"{prefix}{column.name}"
+    inner = [kind.field(place) for place in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+    return {name}.union(*(_fields(field, f"{name}.") for field in inner))
+
+
+def _written_out(array: pa.Array | pa.ChunkedArray) -> int:
+    """Bytes that an array would take without anything shared."""
+    kind = array.type
+    if isinstance(array, pa.ChunkedArray):
+        return sum(map(_written_out, array.chunks))
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary)
+        return pc.sum(lengths.take(array.indices)).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(map(_written_out, array.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return 8 * len(array) + _written_out(array.flatten())
+    return array.nbytes
 
 
 # ---- JSON
+
+
+def _json_table(path: Path) -> Table:
+    """Told by how it begins, not by its name: many a `.json` holds an object a line."""
+    first = [line.removeprefix(b"\xef\xbb\xbf").lstrip() for _, line in islice(lines(path), 2)]
+    array = bool(first) and first[0].startswith(b"[")
+    if path.suffix.lower() == ".json" and not array:
+        array = len(first) < 2 or not _object(first[0].decode("utf-8", "replace"))
+    return JsonArray(path) if array else JsonLines(path)
 
 
 class JsonLines:
@@ -137,7 +288,7 @@ class JsonLines:
         self.path = path
         self.offsets = array("Q", (offset for offset, _ in lines(path)))
         self.names = list(self.text(0)) if self.offsets else []
-        self.fields = _object_fields(self.text(0)) if self.offsets else set()
+        self.fields = set(names_in(self.text(0))) if self.offsets else set()
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -160,13 +311,15 @@ class JsonArray:
     def __init__(self, path: Path):
         self.path = path
         self.rows = json_file(path)
+        if isinstance(self.rows, dict) and len(self.rows) > 2:  # a question, an answer and a picture: a single row
+            self.rows = [self.rows]
         if not isinstance(self.rows, list):
             raise UserError(f"{path}: not an array of rows; write [{{…}}, …], or a .jsonl file with one row a line")
         for row, found in enumerate(self.rows):
             if not isinstance(found, dict):
                 raise UserError(f"{path}: row {row}: {found!r:.60} is not a JSON object; write one for each question")
         self.names = list(self.rows[0]) if self.rows else []
-        self.fields = _object_fields(self.rows[0]) if self.rows else set()
+        self.fields = set(names_in(self.rows[0])) if self.rows else set()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,8 +332,3 @@ class JsonArray:
 
     def picture(self, row: int, column: str) -> Any:
         return self.rows[row].get(column)
-
-
-def _object_fields(row: dict[str, Any]) -> set[str]:
-    inner = {f"{name}.{field}" for name, value in row.items() if isinstance(value, dict) for field in value}
-    return {*row, *inner}
