@@ -344,6 +344,8 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
     if questions.left_out:
         some = f"{questions.left_out} of {len(questions.table)} questions"
         say(ranks, f"{name}: {some} have no picture and are left out.")
+    for note in questions.notes:
+        say(ranks, f"{name}: {note}.")
     if isinstance(config, EvalConfig) and config.limit:
         questions.keep(range(min(config.limit, len(questions))))
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True

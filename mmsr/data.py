@@ -1,16 +1,15 @@
 """Questions from files: the benchmarks' published layouts, one's own JSON lines, and the order they are drawn in.
 
 A layout is an entry of `FORMATS`: which columns hold what. It is told by the columns, or named; `--columns` renames
-what differs. A cell is read by its shape: a question is text or chat messages, answers are one value or a list, a
-picture is bytes, {bytes, path}, base64 text, or a file's name. A data set's text is checked when it is opened, a row's
-picture when the row is used; both errors name file, row and column, and rows count from 0.
+what differs. What a cell holds is told by its shape (`cells.py`). A file without a column of ids has its rows' numbers
+for ids. A data set's text is checked when it is opened, a row's picture when the row is used; both errors name file,
+row and column, and rows count from 0.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,19 +17,24 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
-from . import pictures
+from . import cells, pictures
 from .episode import Example, UserError
 from .files import json_file
-from .tables import Table, open_table
+from .tables import Parquet, Table, column_of, inside, open_table
 
 ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "data:image/")  # how the four formats begin in base64
+ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 
 @dataclass(frozen=True)
 class Format:
-    """Which columns hold what an `Example` needs; a struct's field is `column.field`."""
+    """Which columns hold what an `Example` needs.
+
+    `a|b` is a, or b where a row has nothing in a; `column.field.field` is inside of a column.
+    """
 
     id: str
     question: str
@@ -38,33 +42,44 @@ class Format:
     image: str
     category: str = ""  # may be missing in the file
     address: str = "image_url"  # of the picture; may be missing, too
-    listed: tuple[str, ...] = ()  # of the answers' columns, those where text is no answer but a JSON list of them
+    aliases: str = ""  # more accepted answers; may be missing, too
+    listed: tuple[str, ...] = ()  # of the answers' columns, those where text is no answer but a list of them
+    needs_id: bool = False  # without its id it is not told from others
     some_pictureless: bool = False  # rows without a picture are part of the benchmark, but not ours
     details: str = ""  # a JSON file beside the data with the category of each id
 
 
+TRUTH, CANDIDATES = "reward_model.ground_truth", "reward_model.candidate_answers"
+
 # Told in this order: a layout comes before those that ask for fewer columns.
 FORMATS = {
-    "fvqa": Format(
-        "data_id", "prompt", ("reward_model.ground_truth", "reward_model.candidate_answers"), "images", "category",
-        listed=("reward_model.candidate_answers",),
-    ),
+    "fvqa": Format("data_id", "prompt", (TRUTH, CANDIDATES), "images", "category", listed=(CANDIDATES,)),
     "infoseek": Format("data_id", "question", ("answer", "answer_eval"), "image_id", "data_split"),
     "mmsearch": Format(
         "sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area", some_pictureless=True
     ),
     "livevqa": Format("sample_id", "query", ("gt_answer",), "query_image", "topic", details="qa_detailed.json"),
-    "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category"),
-    "plain": Format("id", "question", ("answers",), "image", "category", listed=("answers",)),
-    "civqa": Format("id", "question", ("answer",), "image", "category"),  # gated: its columns are for --columns to say
+    "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category", needs_id=True),
+    "verl": Format(
+        "extra_info.index|id|index", "extra_info.question|question|prompt", (TRUTH,), "images|image", "data_source",
+        aliases=CANDIDATES, listed=(CANDIDATES,),
+    ),
+    "plain": Format(
+        "id|data_id|question_id|sample_id", "question|query", ("answers|answer|solution|ground_truth",),
+        "image|images|query_image", "category", listed=("answers",),
+    ),
+    "trl": Format("id", "prompt|problem", ("solution|answer|ground_truth|completion",), "image|images|prompt"),
+    "openai": Format("id", "messages", ("answers|answer|solution|messages",), "image|images|messages"),
+    "sharegpt": Format("id", "conversations", ("answers|answer|conversations",), "image|images|conversations"),
+    "civqa": Format("id", "question", ("answer",), "image", "category", needs_id=True),  # gated: for --columns to say
 }  # fmt: skip
 
 
 def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
     """The data set in a .parquet, .jsonl or .json file.
 
-    `format` names its layout (empty: told by the columns), `columns` renames some ("question=q,answers=a"), `images` is
-    the folder of picture files that it names (empty: its own). Raises UserError for a file that is missing or not in
+    `format` names its layout (empty: told by the columns), `columns` renames some ("question=q,answers=a.b"), `images`
+    is the folder of picture files that it names (empty: its own). Raises UserError for a file that is missing or not in
     its format, lacks columns, or has a row with unusable text, and for unknown names.
     """
     path = Path(path)
@@ -72,15 +87,27 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
         raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
     table = open_table(path)
     names = [format] if format else ["plain", *FORMATS] if columns else FORMATS  # any layout fits if all is renamed
-    layouts = {name: _renamed(FORMATS[name], columns) for name in names}
-    usual = "fvqa" if path.suffix == ".parquet" and not format else format or "plain"
-    name = next((name for name, layout in layouts.items() if not _lacking(layout, table)), usual)
-    if len(table) and _lacking(layouts[name], table):
-        name = min(layouts, key=lambda name: (_share_lacking(layouts[name], table), name != usual))
-        wanted, found = ", ".join(_lacking(layouts[name], table)), ", ".join(table.names)
-        what = f"row 0, column {wanted}: missing (found {found}; it looks most like {name})"
+    layouts = {name: FORMATS[name] for name in names}
+    if format:
+        layouts[format] = replace(layouts[format], needs_id=False)
+    layouts = {name: _renamed(layout, columns) for name, layout in layouts.items()}
+    name = _told(layouts, table)
+    if not name:
+        usual = "fvqa" if isinstance(table, Parquet) and not format else format or "plain"
+        name = usual if not len(table) else min(layouts, key=lambda name: (_share(layouts[name], table), name != usual))
+    if len(table) and (lacking := _lacking(layouts[name], table)):
+        what = (
+            f"row 0, column {', '.join(lacking)}: missing (found {', '.join(table.names)}; it looks most like {name})"
+        )
         raise UserError(f"{path}: {what}; add it, or say what stands for it: --columns question=…,answers=…")
     return Dataset(path, table, name, layouts[name], Path(images) if images else path.parent)
+
+
+def _told(layouts: dict[str, Format], table: Table) -> str:
+    """The first layout that the table's columns fit, one with its id before one without."""
+    fitting = [name for name, layout in layouts.items() if not _lacking(layout, table)]
+    whole = [name for name in fitting if _there(layouts[name].id, table)]
+    return next(iter(whole or fitting), "")
 
 
 def _renamed(layout: Format, columns: str) -> Format:
@@ -94,29 +121,41 @@ def _renamed(layout: Format, columns: str) -> Format:
             raise UserError(f"--columns {part}: give PLACE=COLUMN, where PLACE is {', '.join(names)}")
         changes[place] = column
     if "answers" in changes:
-        changes |= {"answers": (changes["answers"],), "listed": ()}
-    return replace(layout, **changes)
+        changes |= {"answers": (changes["answers"],), "aliases": "", "listed": ()}
+    return replace(layout, **changes, needs_id=layout.needs_id or "id" in changes)
+
+
+def _there(names: str, table: Table) -> bool:
+    return any(name in table.fields for name in names.split("|"))
 
 
 def _lacking(layout: Format, table: Table) -> list[str]:
-    return [name for name in (layout.id, layout.question, *layout.answers, layout.image) if name not in table.fields]
+    needed = [layout.id] * layout.needs_id + [layout.question, *layout.answers, layout.image]
+    return [names.partition("|")[0] for names in needed if not _there(names, table)]
 
 
-def _share_lacking(layout: Format, table: Table) -> float:
-    return len(_lacking(layout, table)) / (3 + len(layout.answers))
+def _share(layout: Format, table: Table) -> float:
+    """Of the columns that a layout needs, those that the table lacks."""
+    return len(_lacking(layout, table)) / (2 + layout.needs_id + len(layout.answers))
 
 
 class Dataset(Sequence):
     """Examples on disk, each read when asked for: `len(data)`, `data[place]`, iteration.
 
-    Places are rows, but for those left out (`rows[place]` is the file's row). `data[place]` raises UserError where the
-    row's picture is missing or no JPEG, PNG, WEBP or GIF.
+    Places are rows, but for those left out (`rows[place]` is the file's row). `notes` are lines about what was read
+    otherwise than it may have been meant. `data[place]` raises UserError where the row's picture is missing or no JPEG,
+    PNG, WEBP or GIF.
     """
 
     def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
-        columns = [layout.id, layout.question, *layout.answers, layout.category, layout.address]
-        self.table.keep(dict.fromkeys(name.partition(".")[0] for name in columns if name in table.fields))
+        self.notes: dict[str, None] = {}  # a set that keeps its order
+        self.numbered = len(table) > 0 and not _there(layout.id, table)
+        if self.numbered:
+            self.notes["there is no column of ids, so its rows' numbers are the ids"] = None
+        columns = [layout.id, layout.question, *layout.answers, layout.aliases, layout.category, layout.address]
+        names = [name for column in columns for name in column.split("|") if name in table.fields]
+        self.table.keep(dict.fromkeys(column_of(name, table.names) for name in names))
         self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
         self.left_out = len(table) - len(self.rows)
         for row in self.rows:
@@ -138,61 +177,52 @@ class Dataset(Sequence):
 
     def text(self, row: int) -> tuple[str, str, tuple[str, ...], str, str]:
         """The row's id, question, answers, category and picture's address."""
-        cells, layout = self.table.text(row), self.layout
-        example_id = self._cell(cells, row, layout.id)
-        if not isinstance(example_id, str | int) or example_id == "":
-            self._refuse(row, layout.id, f"there is no id, but {example_id!r:.60}; give text or a whole number")
-        question = self._question(row, self._cell(cells, row, layout.question))
-        category = _inside(cells, layout.category)
-        category = category or self.details.get(str(example_id), "")
-        address = _inside(cells, layout.address)
-        return str(example_id), question, self._answers(row, cells), str(category or ""), str(address or "")
+        there, layout = self.table.text(row), self.layout
+        example_id = str(row) if self.numbered else self._id(row, there)
+        question = self._question(row, there)
+        category = inside(there, layout.category) or self.details.get(example_id, "")
+        address = inside(there, layout.address)
+        return example_id, question, self._answers(row, there), str(category or ""), str(address or "")
 
-    def _cell(self, cells: dict[str, Any], row: int, name: str) -> Any:
-        column = name.partition(".")[0]
-        if column not in cells:
-            self._refuse(row, column, f"missing (found {', '.join(cells)}); add it")
-        return _inside(cells, name)
+    def _cell(self, row: int, there: dict[str, Any], names: str) -> tuple[str, Any]:
+        """The first of the names `a|b` that has something in this row, and what it has."""
+        known = [name for name in names.split("|") if column_of(name, there) in there]
+        if not known:
+            column = column_of(names.partition("|")[0], self.table.names)
+            self._refuse(row, column, f"missing (found {', '.join(there)}); add it")
+        found = [(name, inside(there, name)) for name in known]
+        return next((pair for pair in found if pair[1] is not None), found[0])
 
-    def _question(self, row: int, value: Any) -> str:
-        """Text, or the last user message of a conversation; the marker that some exports put for the picture goes."""
-        if isinstance(value, list):
-            asked = [message.get("content") for message in value if _says(message, "user")]
-            value = asked[-1] if asked else None
-        question = value.replace("<image>", "").strip() if isinstance(value, str) else ""
-        return question or self._refuse(row, self.layout.question, "the question is empty; fill it in or drop the row")
+    def _id(self, row: int, there: dict[str, Any]) -> str:
+        name, value = self._cell(row, there, self.layout.id)
+        if isinstance(value, float) and value.is_integer():  # whole numbers, some of which were missing
+            value = int(value)
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+            self._refuse(row, name, f"there is no id, but {value!r:.60}; give text or a whole number")
+        return str(value)
 
-    def _answers(self, row: int, cells: dict[str, Any]) -> tuple[str, ...]:
+    def _question(self, row: int, there: dict[str, Any]) -> str:
+        name, value = self._cell(row, there, self.layout.question)
+        try:
+            if cells.instructs(value):
+                self.notes[f"column {name}: system messages are left out; --prompts says what the model is told"] = None
+            return cells.question(value)
+        except cells.Unclear as error:
+            self._refuse(row, name, str(error))
+
+    def _answers(self, row: int, there: dict[str, Any]) -> tuple[str, ...]:
         """All accepted answers, each once, without blank ones (a blank alias would be matched by an empty answer)."""
         found: list[str] = []
-        for name in self.layout.answers:
-            value = self._cell(cells, row, name)
-            if name in self.layout.listed and isinstance(value, str):
-                value = self._list_in(row, name, value)
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            texts = [self._answer(row, name, each) for each in values]
-            found += [text for text in texts if text.strip()]
+        more = [self.layout.aliases] if _there(self.layout.aliases, self.table) else []
+        for names in [*self.layout.answers, *more]:
+            name, value = self._cell(row, there, names)
+            try:
+                found += cells.answers(value, listed=name in self.layout.listed)
+            except cells.Unclear as error:
+                self._refuse(row, name, str(error))
             if not found:  # aliases of no ground truth are a damaged row
                 self._refuse(row, name, "there is no answer; give one or drop the row")
         return tuple(dict.fromkeys(found))
-
-    def _answer(self, row: int, column: str, value: Any) -> str:
-        if isinstance(value, dict) and "wikidata" in value:  # InfoSeek's numbers: {"wikidata": 12.0, "range": [11, 13]}
-            value = value["wikidata"]
-        if isinstance(value, float):
-            return "" if value != value else str(int(value)) if value.is_integer() else str(value)
-        if not isinstance(value, str | int):
-            self._refuse(row, column, f"{value!r:.60} is neither text nor a list of texts; write it as one")
-        return str(value)
-
-    def _list_in(self, row: int, column: str, text: str) -> list[Any]:
-        try:
-            found = json.loads(text or "[]")
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, list):
-            self._refuse(row, column, f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
-        return found
 
     @cached_property
     def details(self) -> dict[str, str]:
@@ -210,38 +240,48 @@ class Dataset(Sequence):
 
     def picture(self, row: int) -> bytes:
         """The row's encoded picture, checked."""
-        picture = self._bytes(row, self.table.picture(row, self.layout.image))
+        name, value = self._picture_cell(row)
+        picture = value if isinstance(value, bytes) else self._fetched(row, name, value)
         try:
             pictures.verify(picture)
         except ValueError as error:
             complaint = f"{len(picture)} bytes cannot be decoded; give a JPEG, PNG, WEBP or GIF picture ({error})"
-            self._refuse(row, self.layout.image, complaint)
+            self._refuse(row, name, complaint)
         return picture
 
-    def _bytes(self, row: int, value: Any) -> bytes:
-        if isinstance(value, list):
-            if len(value) > 1:
-                self._refuse(row, self.layout.image, f"{len(value)} pictures; a question has one, drop the others")
-            value = value[0] if value else None
-        embedded = isinstance(value, dict)
-        if embedded:
-            value = value.get("bytes")
-        if isinstance(value, str) and value.startswith(BASE64_STARTS):
-            return self._decoded(row, value)
-        if isinstance(value, str) and value.strip() and not embedded:
-            return self._file(row, value)
-        if not value or not isinstance(value, bytes):
-            complaint = "no image bytes; embed the picture itself (paths and URLs are not followed)"
-            self._refuse(row, self.layout.image, complaint)
-        return value
+    def _picture_cell(self, row: int) -> tuple[str, bytes | str | None]:
+        """The first of the pictures' columns that has one in this row, and what it has."""
+        names, asked = self.layout.image.split("|"), self.layout.question.split("|")
+        for name in names:
+            column = column_of(name, self.table.names)
+            value = inside({column: self.table.picture(row, column)}, name)
+            if name in asked and cells.conversation(value) is None:
+                continue  # a question's text names no picture, its messages may hold one
+            try:
+                found = cells.picture(value)
+            except cells.Unclear as error:
+                self._refuse(row, name, str(error))
+            if found is not None:
+                return name, found
+        return next((name for name in names if name in self.table.fields), names[0]), None
 
-    def _decoded(self, row: int, text: str) -> bytes:
+    def _fetched(self, row: int, column: str, text: str | None) -> bytes:
+        """The picture that a text stands for."""
+        if not text:
+            self._refuse(row, column, "no image bytes; embed the picture itself, or name its file")
+        if text.startswith(BASE64_STARTS):
+            return self._decoded(row, column, text)
+        if text.lower().startswith(ADDRESSES):
+            self._refuse(row, column, f"{text!r:.100} is an address, which is not followed; embed the picture itself")
+        return self._file(row, column, unquote(text[7:]) if text.startswith("file://") else text)
+
+    def _decoded(self, row: int, column: str, text: str) -> bytes:
         try:
-            return base64.b64decode(text.rpartition("base64,")[2])
+            return base64.b64decode(text.rpartition("base64,")[2].translate({ord("-"): "+", ord("_"): "/"}))
         except (binascii.Error, ValueError):
-            self._refuse(row, self.layout.image, f"base64 text of {len(text)} characters is cut short; get it again")
+            self._refuse(row, column, f"base64 text of {len(text)} characters is cut short; get it again")
 
-    def _file(self, row: int, name: str) -> bytes:
+    def _file(self, row: int, column: str, name: str) -> bytes:
         """A file of the picture folder, or of a folder right in it; the name may lack its ending."""
         try:
             for folder in self._folders():
@@ -252,7 +292,7 @@ class Dataset(Sequence):
         except (OSError, ValueError):
             pass
         complaint = f"no readable file {name!r:.200} in {self.folder}; correct it, or name the folder with --images"
-        self._refuse(row, self.layout.image, complaint)
+        self._refuse(row, column, complaint)
 
     def _folders(self) -> Iterator[Path]:
         yield self.folder
@@ -264,22 +304,10 @@ class Dataset(Sequence):
 
     def _pictured(self) -> list[int]:
         """The rows that have a picture at all."""
-        values = (self.table.picture(row, self.layout.image) for row in range(len(self.table)))
-        return [row for row, value in enumerate(values) if (value.get("bytes") if isinstance(value, dict) else value)]
+        return [row for row in range(len(self.table)) if self._picture_cell(row)[1] is not None]
 
     def _refuse(self, row: int, column: str, complaint: str) -> NoReturn:
         raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
-
-
-def _inside(cells: dict[str, Any], name: str) -> Any:
-    """The value of a column, or of a struct's field."""
-    column, _, field = name.partition(".")
-    value = cells.get(column)
-    return value.get(field) if field and isinstance(value, dict) else None if field else value
-
-
-def _says(message: Any, role: str) -> bool:
-    return isinstance(message, dict) and message.get("role") == role
 
 
 class Sampler:

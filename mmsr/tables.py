@@ -54,7 +54,7 @@ class Table(Protocol):
         """The kept columns of a row at least."""
 
     def picture(self, row: int, column: str) -> Any:
-        """What stands in the column of pictures."""
+        """What stands in the column of pictures; None where there is no such column."""
 
 
 def open_table(path: Path) -> Table:
@@ -141,6 +141,8 @@ class Parquet:
         return {name: self.columns[name][row].as_py() for name in self.columns.column_names}
 
     def picture(self, row: int, column: str) -> Any:
+        if column not in self.names:
+            return None
         if column not in self.sources:
             file = self._in_small_groups(column)
             sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))

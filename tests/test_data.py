@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -327,7 +329,269 @@ def test_pictures_may_be_bytes_or_structs_in_any_layout(tmp_path):
         assert read_examples(path)[0].image == picture()
 
 
+# Layouts of others: verl, TRL, OpenAI's messages, ShareGPT, tables that were flattened.
+
+
+PNG = picture()
+DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+ASKED = [{"role": "user", "content": "<image>Which river?"}]
+
+
+def told(folder, rows, name="some.parquet"):
+    """The data set of these rows: a table, or objects a line."""
+    path = folder / name
+    if path.suffix in (".parquet", ".pq"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_examples(path)
+
+
+def test_infoseek_as_mmsearch_r1_publishes_it_is_refused(tmp_path):
+    """FVQA's columns without `data_id` and `category`, in a file that ends in .pq."""
+    rows = [{key: value for key, value in row(n).items() if key not in ("data_id", "category")} for n in range(3)]
+    data = told(tmp_path, rows, "mini_data.pq")
+    assert data.format == "fvqa" and [example.id for example in data] == ["0", "1", "2"]
+    assert data[2] == Example("2", picture(2), "What is this, number 2?", ("Tagus", "Tejo"), "")
+    assert list(data.notes) == ["there is no column of ids, so its rows' numbers are the ids"]
+
+
+VERL = {
+    "data_source": "rivers", "prompt": ASKED, "images": [{"bytes": PNG, "path": None}], "ability": "vqa",
+    "reward_model": {"style": "rule", "ground_truth": "Tagus"}, "extra_info": {"split": "train", "index": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "truth, answers",
+    [
+        ("Tagus", ("Tagus",)),
+        (["Tagus", "Tejo", None], ("Tagus", "Tejo")),
+        ({"target": ["Tagus", "Tejo"]}, ("Tagus", "Tejo")),
+        ('{"target": ["Tagus", "Tejo"]}', ("Tagus", "Tejo")),
+        ("['Tagus', 'Tejo']", ("Tagus", "Tejo")),
+        ("[1, 2]", ("[1, 2]",)),
+        (1953, ("1953",)),
+    ],
+)
+def test_verls_layout_is_refused(tmp_path, truth, answers):
+    data = told(tmp_path, [VERL | {"reward_model": {"style": "rule", "ground_truth": truth}}])
+    assert (data.format, data[0]) == ("verl", Example("7", PNG, "Which river?", answers, "rivers"))
+
+
+def test_verls_prompt_is_taken_for_its_question(tmp_path):
+    """The prompt goes on with how to answer, as our own prompts do; the bare question stands beside it."""
+    prompt = [{"role": "user", "content": "<image>Which river? Put the answer in a box."}]
+    known = VERL | {"prompt": prompt, "extra_info": {"index": 7, "question": "<image>Which river?"}}
+    beside = VERL | {"prompt": prompt, "extra_info": {"index": 8, "question": None}}
+    assert [example.question for example in told(tmp_path, [known, beside])] == [
+        "Which river?", "Which river? Put the answer in a box."
+    ]  # fmt: skip
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "Which river?"}]
+EMBEDDED = [{"type": "text", "text": "Which river?"}, {"type": "image_url", "image_url": {"url": DATA_URL}}]
+INPUT = [{"type": "input_text", "text": "Which river?"}, {"type": "input_image", "image_url": DATA_URL}]
+TURNS = [{"from": "human", "value": "<image>\nWhich river?"}, {"from": "gpt", "value": "Tagus"}]
+SAID = {"role": "assistant", "content": "<reason>A bridge.</reason><answer>Tagus</answer>"}
+OTHERS = {
+    "trl": {"prompt": [{"role": "user", "content": PARTS}], "image": PNG, "solution": "<answer> Tagus </answer>"},
+    "trl, problems": {"problem": "<image>Which river?", "images": [PNG], "answer": "Tagus"},
+    "trl, in the prompt": {"prompt": [{"role": "user", "content": EMBEDDED}], "answer": "Tagus"},
+    "openai": {
+        "messages": [
+            {"role": "user", "content": EMBEDDED},
+            {"role": "assistant", "content": [{"type": "text", "text": "<answer>Tagus</answer>"}]},
+        ]
+    },
+    "openai, beside": {"messages": [*ASKED, SAID], "images": ["0.png"]},
+    "openai, input": {"messages": [{"role": "user", "content": INPUT}], "answers": ["Tagus"]},
+    "sharegpt": {"conversations": TURNS, "image": "0.png"},
+    "sharegpt, as text": {"conversations": json.dumps(TURNS), "images": ["0.png"]},
+    "sharegpt, searches": {
+        "conversations": [
+            TURNS[0],
+            {"from": "function_call", "value": "{}"},
+            {"from": "observation", "value": "A bridge."},
+            TURNS[1],
+        ],
+        "images": [{"path": "0.png"}],
+    },
+    "fvqa, flattened": {
+        "prompt": json.dumps(ASKED), "images": [{"bytes": PNG, "path": None}],
+        "reward_model.ground_truth": "Tagus", "reward_model.candidate_answers": "[]",
+    },
+    "verl, in JSON": VERL | {"prompt": str(ASKED), "reward_model": '{"ground_truth": "Tagus"}', "extra_info": "{}"},
+    "plain": {"question": "Which river?", "answer": "Tagus", "image": DATA_URL},
+    "simplevqa": {"data_id": 0, "question": "Which river?", "answer": "Tagus", "image": {"bytes": DATA_URL}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["some.parquet", "some.jsonl", "some.json"])
+@pytest.mark.parametrize("layout", OTHERS)
+def test_layouts_of_others_are_refused(tmp_path, layout, name):
+    (tmp_path / "0.png").write_bytes(PNG)
+    row = OTHERS[layout]
+    if not name.endswith("parquet"):  # where bytes are written as base64
+        row = json.loads(json.dumps(row, default=lambda picture: base64.b64encode(picture).decode()))
+    data = told(tmp_path, [row, row], name)
+    assert data.format == layout.partition(",")[0]
+    assert [(e.question, e.answers[0], e.image) for e in data] == [("Which river?", "Tagus", PNG)] * 2
+
+
+def test_rows_of_one_file_name_their_pictures_otherwise(tmp_path):
+    plain = {"question": "Which river?", "answer": "Tagus"}
+    data = told(tmp_path, [plain | {"image": DATA_URL}, plain | {"images": [DATA_URL]}, plain], "some.jsonl")
+    assert data[0].image == data[1].image == PNG
+    refused(lambda: data[2], "row 2, column image: no image bytes")
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"prompt": [*ASKED, SAID, *ASKED]}, "column prompt: 2 messages of the user"),
+        ({"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, "column prompt: a part of the type 'audio'"),
+        ({"prompt": [{"role": "user", "content": [*PARTS, *PARTS]}]}, "column prompt: 2 places for pictures"),
+        ({"prompt": "<image> and <image>: same?"}, "column prompt: 2 places for pictures"),
+        ({"prompt": "<image 1> and <image 2>: same?"}, "column prompt: 2 places for pictures"),
+        ({"prompt": "<video>What happens?"}, "column prompt: <video> in the question"),
+        ({"prompt": {"text": "Which river?"}}, "column prompt: {'text': 'Which river?'} is neither text nor chat"),
+        ({"solution": {"a": 1}}, "column solution: {'a': 1} is neither text nor a list of texts"),
+        ({"solution": [None, "", float("nan")]}, "column solution: there is no answer"),
+        ({"solution": float("inf")}, "column solution: inf is neither text"),
+        ({"id": True}, "column id: there is no id, but True"),
+    ],
+)  # fmt: skip
+def test_what_is_not_plainly_one_question_is_read_in_silence(tmp_path, change, complaint):
+    row = {"id": 1, "prompt": ASKED, "image": DATA_URL, "solution": "Tagus"}
+    refused(lambda: told(tmp_path, [row, row | change], "some.jsonl"), "some.jsonl: row 1", complaint)
+
+
+def test_a_system_prompt_is_dropped_in_silence(tmp_path):
+    data = told(tmp_path, [VERL | {"prompt": [{"role": "system", "content": "Be brief."}, *ASKED]}])
+    assert data[0].question == "Which river?"
+    assert list(data.notes) == ["column prompt: system messages are left out; --prompts says what the model is told"]
+
+
+@pytest.mark.parametrize(
+    "value, texts",
+    [
+        (pa.scalar(1.7, pa.float32()), ("1.7",)),
+        (pa.scalar(12.0, pa.float64()), ("12",)),
+        (pa.scalar(0.00001), ("0.00001",)),
+        (pa.scalar(True), ("yes", "true")),
+        (pa.scalar(Decimal("1.70"), pa.decimal128(5, 2)), ("1.7",)),
+        (pa.scalar(date(1953, 5, 29)), ("1953-05-29",)),
+        (pa.scalar(datetime(1953, 5, 29), pa.timestamp("us")), ("1953-05-29",)),
+        (pa.scalar(datetime(1953, 5, 29, 11, 30), pa.timestamp("us")), ("1953-05-29 11:30:00",)),
+        (pa.scalar(b"Tejo"), ("Tejo",)),
+        (pa.scalar(2**60), (str(2**60),)),
+    ],
+)
+def test_an_answer_that_is_no_text_is_written_as_no_one_says_it(tmp_path, value, texts):
+    table = pa.Table.from_pylist([{"question": "?!", "image": PNG}])
+    pq.write_table(table.append_column("answer", pa.array([value.as_py()], value.type)), tmp_path / "some.parquet")
+    assert read_examples(tmp_path / "some.parquet")[0].answers == texts
+
+
+@pytest.mark.parametrize(
+    "text, answers",
+    [
+        ("['Tejo', \"O'Neill\"]", ("Tejo", "O'Neill")),
+        ("['Tejo' 'Rio Tejo']", ("Tejo", "Rio Tejo")),
+        ("array(['Tejo', 'Rio Tejo'], dtype=object)", ("Tejo", "Rio Tejo")),
+        ("('Tejo',)", ("Tejo",)),
+        ("[None, 1953, 1.5, 'a\\'b']", ("1953", "1.5", "a'b")),
+        ('[null, "Tejo"]', ("Tejo",)),
+        ("[]", ()),
+        ("", ()),
+    ],
+)
+def test_candidates_as_python_or_numpy_print_them(tmp_path, text, answers):
+    data = told(tmp_path, [row(reward_model=truth(text))])
+    assert data[0].answers == ("Tagus", *answers)
+
+
+@pytest.mark.parametrize("text", ["['Tejo''Rio']", "['Tejo', Rio]", "['Tejo', ['Rio']]", "['Tejo", "[" + "'a' " * 9999])
+def test_candidates_that_are_no_list_are_guessed(tmp_path, text):
+    refused(lambda: told(tmp_path, [row(reward_model=truth(text))]), "candidate_answers", "is not a JSON list")
+
+
+def test_names_deeper_than_one_are_not_found(tmp_path):
+    rows = [{"q": {"en": "Which river?"}, "a": {"b": {"c": ["Tagus"]}}, "i": {"p": {"bytes": PNG}}}]
+    columns = "question=q.en,answers=a.b.c,image=i.p"
+    told_by = {".parquet": rows, ".jsonl": json.loads(json.dumps(rows, default=lambda _: DATA_URL))}
+    for ending, content in told_by.items():
+        path = tmp_path / f"deep{ending}"
+        if ending == ".parquet":
+            pq.write_table(pa.Table.from_pylist(content), path)
+        else:
+            path.write_text(json.dumps(content[0]))
+        assert read_examples(path, columns=columns)[0] == Example("0", PNG, "Which river?", ("Tagus",))
+
+
+def test_a_json_files_name_is_believed(tmp_path):
+    row = {"question": "Which river?", "answer": "Tagus", "image": DATA_URL}
+    texts = ["\n" + json.dumps(row) + "\n\n" + json.dumps(row), "\ufeff" + json.dumps([row, row], indent=1)]
+    for name in ("a.json", "a.jsonl", "a.JSON", "a.ndjson"):
+        for text in texts:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+            assert len(read_examples(tmp_path / name)) == 2
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+    assert len(read_examples(tmp_path / "one.json")) == 1
+
+
 # Memory.
+
+
+def shared(value, rows, each=None):
+    """A column in which all rows have the same value, or a list of `each` of it: a few bytes in a file."""
+    array = pa.DictionaryArray.from_arrays(pa.array([0] * rows * (each or 1), pa.int32()), pa.array([value]))
+    return (
+        array if each is None else pa.ListArray.from_arrays(pa.array(range(0, len(array) + 1, each), pa.int32()), array)
+    )
+
+
+BOMBS = {
+    "a text that all rows have": ({"question": shared("?" * 500_000, 300)}, {}, "column question: unpacks to 0.1 GB"),
+    "answers of a row": ({"answers": shared("a" * 500_000, 300, 1)}, {}, "column answers: unpacks to 0.2 GB"),
+    "runs": ({"answers": shared("a", 300, 50_000)}, {}, "column answers: unpacks to 0.1 GB"),
+    "pages of zeros": (
+        {"image": pa.array([PNG + bytes(10_000_000)] * 3 + [PNG] * 297)},
+        {"compression": "zstd", "use_dictionary": False},
+        "column image: unpacks to 0.0 GB, over 8 times of what it takes in the file",
+    ),
+    "what a text begins with": (
+        {"question": pa.array(["?" * 500_000 + str(row) for row in range(300)])},
+        {"use_dictionary": False, "column_encoding": dict.fromkeys(("question", "image"), "DELTA_BYTE_ARRAY")},
+        "column question, answers: unpacks to 0.1 GB",
+    ),
+    "pictures of a row": ({"image": shared(PNG + bytes(100_000), 300, 300)}, {}, "row 0, column image: 28 MiB"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_parquet_file_takes_gigabytes(tmp_path, monkeypatch, bomb):
+    """With bounds, and bombs, of a tenth of their size."""
+    for name, bytes_ in {"MOST_COLUMN": 100 << 20, "MOST_CELL": 20 << 20, "GROUP_BYTES": 12 << 20}.items():
+        monkeypatch.setattr(tables, name, bytes_)
+    changes, options, complaint = BOMBS[bomb]
+    sound = {"question": shared("Which?", 300), "answers": shared("a", 300, 1), "image": shared(PNG, 300)}
+    path = tmp_path / "some.parquet"
+    pq.write_table(pa.table(sound | changes), path, **options)
+    assert path.stat().st_size < 200_000
+    before = pa.default_memory_pool().max_memory()
+    refused(lambda: read_examples(path)[0], str(path), complaint)
+    assert pa.default_memory_pool().max_memory() - before < 120 << 20
+
+
+def test_one_picture_for_many_questions_is_kept_once(tmp_path):
+    image = PNG + bytes(300_000)
+    sound = {"question": shared("Which?", 2000), "answers": shared("a", 2000, 1), "image": shared(image, 2000)}
+    pq.write_table(pa.table(sound), tmp_path / "some.parquet")
+    before = pa.total_allocated_bytes()
+    data = read_examples(tmp_path / "some.parquet")
+    assert data[1999].image == image and pa.total_allocated_bytes() - before < 30_000_000
 
 
 def test_pictures_are_read_a_row_group_at_a_time(tmp_path, monkeypatch):
@@ -441,7 +705,8 @@ BAD_PICTURES = [
     (None, "no image bytes"),
     ([], "no image bytes"),
     ([None], "no image bytes"),
-    ([{"bytes": None, "path": "/etc/hostname"}], "no image bytes"),
+    ([{"bytes": None, "path": "absent.png"}], "no readable file 'absent.png'"),
+    ([{"bytes": None, "path": "https://example.invalid/1.png"}], "is an address, which is not followed"),
     ([{"bytes": b"", "path": None}], "no image bytes"),
     ([{"bytes": b"GIF89a, or so it says", "path": None}], "cannot be decoded; give a JPEG, PNG, WEBP or GIF"),
     ([{"bytes": picture()[:-30], "path": None}], "cannot be decoded"),
@@ -464,7 +729,7 @@ def test_nulls_name_file_row_and_column(tmp_path, column):
     refused(lambda: list(read_examples(path)), str(path), "row 1", f"column {column}")
 
 
-@pytest.mark.parametrize("column", ["prompt", "images", "reward_model", "data_id"])
+@pytest.mark.parametrize("column", ["prompt", "images", "reward_model"])
 def test_a_column_that_is_not_there_is_named(tmp_path, column):
     path = tmp_path / "some.parquet"
     pq.write_table(pa.Table.from_pylist([row(0)], schema=FVQA_SCHEMA).drop([column]), path)
@@ -483,10 +748,11 @@ def test_a_column_of_another_type_is_named(tmp_path, column, value):
 
 def test_missing_columns_are_named_with_what_was_found(tmp_path):
     path = tmp_path / "other.parquet"
-    rows = [{"prompt": "What?", "images": [{"path": "x.png"}], "answer": "Tagus", "category": ""}]
+    rows = [{"prompt": "What?", "images": [{"path": "x.png"}], "label": "Tagus", "category": ""}]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    missing = "column data_id, reward_model.ground_truth, reward_model.candidate_answers: missing"
-    refused(lambda: read_examples(path), str(path), missing, "found prompt, images, answer, category", "like fvqa")
+    missing = "column reward_model.ground_truth: missing"
+    refused(lambda: read_examples(path), str(path), missing, "found prompt, images, label, category", "like verl")
+    refused(lambda: read_examples(path, columns="id=uid,answers=label"), "column uid: missing", "--columns")
 
 
 @pytest.mark.parametrize("name", ["absent.parquet", "absent.jsonl"])

@@ -1,0 +1,257 @@
+"""What a cell of a data file holds, told by its shape: a question, accepted answers, a picture.
+
+Data sets say the same thing in many ways; each reader here knows the ways of all of them, and raises `Unclear`, a line
+without place, for what is not plainly one question, one list of answers or one picture.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import json
+import re
+import warnings
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import numpy as np
+
+USER, MODEL, SYSTEM = ("user", "human"), ("assistant", "gpt", "model", "bot"), ("system", "developer")
+TEXT_PARTS = ("text", "input_text", "output_text")
+PICTURE_PARTS = ("image", "image_url", "input_image")
+PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path")  # the first that is filled counts
+ANSWER_KEYS = ("target", "wikidata", "answer", "text")  # Search-R1's, InfoSeek's numbers, VQAv2's, SQuAD's
+# What some exports leave in the text where the picture goes.
+MARKER = re.compile(r"<image(?:[ _]?\d+)?>|(?:<\|vision_start\|>)?(?:<\|image_pad\|>)++(?:<\|vision_end\|>)?")
+OTHER_MARKER = re.compile(r"<(?:video|audio)>")
+WHOLE_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+NUMPY = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
+# An item of a list as Python or NumPy prints it, and what follows it: a comma, or blanks alone.
+ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[^\s,'"]++)(?:\s*+,|\s++|$)""", re.DOTALL)
+
+
+class Unclear(ValueError):
+    """One line about a cell: what is wrong with it, and how to mend it."""
+
+
+class Turn(NamedTuple):
+    role: str
+    content: Any
+
+
+# ---- conversations
+
+
+def conversation(value: Any) -> list[Turn] | None:
+    """The turns of chat messages, {role, content} or ShareGPT's {from, value}; None where the value is no chat."""
+    value = _parsed(value)
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        return None
+    turns = []
+    for message in filter(None, messages):
+        if not isinstance(message, dict) or not {"role", "from"} & {*message}:
+            return None
+        content = message.get("content") if "content" in message else message.get("value")
+        turns.append(Turn(str(message.get("role") or message.get("from")).lower(), content))
+    return turns
+
+
+def _parsed(value: Any) -> Any:
+    """A list or object that is written as text, in JSON or as Python prints it; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return _literal(value.strip())
+    except ValueError:
+        return value
+
+
+def _literal(text: str) -> Any:
+    """A value as Python prints it. ValueError for anything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that Python would not have printed
+            return ast.literal_eval(text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _parts(content: Any) -> tuple[list[str], list[Any]]:
+    """The texts of a message's content, and its pictures: None for one that stands elsewhere."""
+    texts, pictures = [], []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict):
+            kind = part.get("type") or ("text" if part.get("text") else "image")
+            if kind in TEXT_PARTS:
+                texts.append(str(part.get("text") or part.get("content") or ""))
+            elif kind in PICTURE_PARTS:
+                pictures.append(next((part[key] for key in PICTURE_KEYS if part.get(key)), None))
+            else:
+                raise Unclear(f"a part of the type {kind!r:.40}; a question is text about one picture, drop the row")
+        elif part is not None:
+            raise Unclear(f"{part!r:.60} is no part of a message; write text")
+    return texts, pictures
+
+
+# ---- questions
+
+
+def question(value: Any) -> str:
+    """The question in a text, or in the one user message of a conversation, without the mark for its picture."""
+    turns = conversation(value)
+    if turns is None:
+        if not isinstance(value, str | None):
+            raise Unclear(f"{value!r:.60} is neither text nor chat messages; write the question")
+        texts, pictures = [value or ""], []
+    else:
+        asked = [turn.content for turn in turns if turn.role in USER]
+        if len(asked) > 1:
+            raise Unclear(f"{len(asked)} messages of the user; give one question a row, without what went before")
+        texts, pictures = _parts(asked[0] if asked else None)
+    text = "\n".join(filter(None, map(str.strip, texts)))
+    if other := OTHER_MARKER.search(text):
+        raise Unclear(f"{other[0]} in the question; a question is text about one picture, drop the row")
+    if (places := max(len(MARKER.findall(text)), len(pictures))) > 1:
+        raise Unclear(f"{places} places for pictures; a question has one picture, drop the row")
+    text = MARKER.sub("", text).strip()
+    if not text:
+        raise Unclear("the question is empty; fill it in or drop the row")
+    return text
+
+
+def instructs(value: Any) -> bool:
+    """Whether a conversation has a system message."""
+    return any(turn.role in SYSTEM and turn.content for turn in conversation(value) or ())
+
+
+# ---- answers
+
+
+def answers(value: Any, listed: bool = False) -> list[str]:
+    """The accepted answers, without empty ones: of a value, of a list, or what a model said last in a conversation.
+
+    Text is one answer, unless it is a list of quoted texts or an object with a `target`; where it is `listed`, it has
+    to be a list.
+    """
+    if (turns := conversation(value)) is not None:
+        said = [turn.content for turn in turns if turn.role in MODEL]
+        value = "\n".join(_parts(said[-1])[0]) if said else None
+    if isinstance(value, str):
+        value = _listed(value) if listed else _meant(value)
+    value = _unwrapped(value)
+    found: list[str] = []
+    for each in value if isinstance(value, list) else [value]:
+        found += _texts(_unwrapped(each))
+    return [text for text in found if text.strip()]
+
+
+def _listed(text: str) -> list[Any]:
+    found = _list_in(text or "[]")
+    if found is None:
+        raise Unclear(f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
+    return found
+
+
+def _meant(text: str) -> Any:
+    """The list or object that a text plainly stands for, or the text: "[1, 2]" may well be the answer itself."""
+    found = _list_in(text)
+    if found and all(isinstance(each, str | None) for each in found):
+        return found
+    value = _parsed(text)
+    return value if isinstance(value, dict) and any(key in value for key in ANSWER_KEYS) else text
+
+
+def _list_in(text: str) -> list[Any] | None:
+    """The list that a text is: in JSON, or of texts and numbers as Python or NumPy prints it; None where it is none."""
+    try:
+        found = json.loads(text)
+        return found if isinstance(found, list) else None
+    except (ValueError, RecursionError):
+        pass
+    array = NUMPY.fullmatch(text.strip())
+    text = array[1] if array else text.strip()
+    if text[:1] + text[-1:] not in ("[]", "()"):
+        return None
+    inside, items, place = text[1:-1].rstrip(), [], 0
+    while place < len(inside):
+        item = ITEM.match(inside, place)
+        if item is None:
+            return None
+        try:
+            items.append(_literal("None" if item[1] == "nan" else item[1]))
+        except ValueError:
+            return None
+        place = item.end()
+    return items
+
+
+def _unwrapped(value: Any) -> Any:
+    """What an object says the answer is."""
+    key = next((key for key in ANSWER_KEYS if key in value), None) if isinstance(value, dict) else None
+    return value if key is None else value[key]
+
+
+def _texts(value: Any) -> list[str]:
+    """An answer as text. To a question the answer is "yes", and "true" will do, where the data has True."""
+    match value:
+        case None:
+            return []
+        case bool():
+            return ["yes", "true"] if value else ["no", "false"]
+        case str():
+            whole = WHOLE_ANSWER.findall(value)
+            return [whole[0].strip() if len(whole) == 1 else value]
+        case int():
+            return [str(value)]
+        case float() | Decimal() if value != value:
+            return []
+        case float() if value.is_integer():
+            return [str(int(value))]
+        case float() if abs(value) != float("inf"):
+            with np.errstate(over="ignore", under="ignore"):
+                half = np.float32(value)  # 1.7000000476837158 is what is left of 1.7 in 32 bits
+            return [np.format_float_positional(half if float(half) == value else value, trim="-")]
+        case Decimal() if value.is_finite():
+            text = f"{value:f}"
+            return [text.rstrip("0").rstrip(".") if "." in text else text]
+        case datetime.datetime() if value.time() == datetime.time():
+            return [value.date().isoformat()]
+        case datetime.datetime():
+            return [value.isoformat(" ")]
+        case datetime.date() | datetime.time():
+            return [value.isoformat()]
+        case bytes():
+            return [value.decode("utf-8", "replace")]
+    raise Unclear(f"{value!r:.60} is neither text nor a list of texts; write it as one")
+
+
+# ---- pictures
+
+
+def picture(value: Any) -> bytes | str | None:
+    """A picture's bytes, or the text that stands for it: base64, a file's name, an address; None for no picture."""
+    for _ in range(6):  # a list of an object of an object, each with one thing inside
+        turns = conversation(value) if isinstance(value, list | str) else None
+        if turns is not None:
+            value = [each for turn in turns if turn.role in USER for each in _parts(turn.content)[1]]
+        if isinstance(value, str):
+            value = _list_in(value) or value.strip() if value.startswith("[") else value.strip()
+        if isinstance(value, list):
+            filled = [each for each in value if each]
+            if len(filled) > 1:
+                raise Unclear(f"{len(filled)} pictures; a question has one, drop the others")
+            value = filled[0] if filled else None
+        elif isinstance(value, dict):
+            value = next((value[key] for key in PICTURE_KEYS if value.get(key)), None)
+        else:
+            break
+    if value and not isinstance(value, bytes | str):
+        raise Unclear("no image bytes; embed the picture itself, or name its file")
+    return value or None
