@@ -257,8 +257,11 @@ def test_a_file_that_shows_nothing_is_refused(capsys, miniature, tmp_path):
         (dict(teacher="http://127.0.0.1", teacher_model="m", group_size=1), "--teacher is what --algorithm sft"),
         (dict(algorithm="sft", teacher="http://127.0.0.1"), "--teacher-model go together"),
         (dict(algorithm="sft", teacher_model="m"), "--teacher-model go together"),
-        (dict(algorithm="sft", teacher="u", teacher_model="m", demonstrations=("a",)), "imitate one of them"),
-        (dict(algorithm="sft", teacher="u", teacher_model="m", group_size=4), "a teacher answers a question once"),
+        (dict(algorithm="sft", teacher="http://u", teacher_model="m", demonstrations=("a",)), "imitate one of them"),
+        (
+            dict(algorithm="sft", teacher="http://u", teacher_model="m", group_size=4),
+            "a teacher answers a question once",
+        ),
         (dict(algorithm="sft", demonstrations=("a",), force_searches=True), "no --force-searches"),
     ],
 )
@@ -271,7 +274,7 @@ def test_one_demonstration_a_question_is_the_default():
     argv = ["--algorithm", "sft", "--demonstrations", "a.jsonl", "b.jsonl"]
     assert parse(argv).group_size == 1 and parse([*argv, "--group-size", "3"]).group_size == 3
     assert parse(argv).demonstrations == ("a.jsonl", "b.jsonl") and parse(["--algorithm", "sft"]).group_size == 8
-    assert parse(["--algorithm", "sft", "--teacher", "u", "--teacher-model", "m"]).group_size == 1
+    assert parse(["--algorithm", "sft", "--teacher", "http://u", "--teacher-model", "m"]).group_size == 1
 
 
 @pytest.mark.slow
