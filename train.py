@@ -358,8 +358,8 @@ class Output(RunFolder[Config]):
         """The lines of metrics.jsonl about the steps that are done; nothing but on the main rank."""
         if not self.ranks.main:
             return []
-        records = map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines())
-        return [record for record in records if "eval" not in record]
+        records = map(_record, self.metrics.read_bytes().splitlines())
+        return [record for record in records if record and alarms.NEEDED <= record.keys()]
 
     def line(self, record: dict | None) -> None:
         """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.

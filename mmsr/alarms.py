@@ -17,10 +17,10 @@ Line = Mapping[str, Any]  # of metrics.jsonl, about a step
 TOOLS = 0.05  # share of a step's tool calls that may fail without a word
 STEPS = 5  # in a row: what a single step shows may be chance
 ENTROPY = (0.005, 3.0)  # nats a token, as e^3 = 20 words that are alike; runs of the toy world go from .24 down to .02
-GAP = {
-    "float32": 1e-3,
-    "bfloat16": 0.1,
-}  # mean |sampler - trainer| of log-probabilities; fp32 has 1e-8 in the toy world
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # mean |sampler - trainer| of log-probabilities; 1e-8 in the toy world
+# What a line must have to be one of the steps before.
+NEEDED = {"search_ratio", "entropy", "logp_gap", "status", "tokens"}
+NEEDED |= {"skipped_updates", "response_tokens", "zero_std_groups"}
 EVERY_STEP = ("tools", "untrained")  # said each time; the others when they begin
 
 

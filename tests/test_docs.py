@@ -180,3 +180,12 @@ def test_a_module_of_the_core_is_not_in_the_readmes_reading_path_or_one_has_no_t
     tested = {file.stem.removeprefix("test_") for file in (ROOT / "tests").glob("test_*.py")}
     elsewhere = set(re.findall(r"`(\w+)`", read("CONTRIBUTING.md").split("tested beside")[1].split(". What")[0]))
     assert set.union(*layers()) == (tested & set.union(*layers())) | elsewhere and not tested & elsewhere
+
+
+def test_a_fault_is_promised_by_a_test_that_is_not_there():
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    rows = [row for row in read("docs/faults.md").splitlines() if row.startswith("| ") and "| test |" not in row]
+    assert len(rows) > 50
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split(" | ")[2])
+        assert named and all(f"def {name}(" in tests for name in named), row

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import train
 from mmsr import assemble as assembling
 from mmsr import model as modeling
 from mmsr import reward, toy, toy_base
+from mmsr.alarms import NEEDED
 from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
@@ -630,6 +632,10 @@ def test_a_damaged_line_costs_all_metrics_behind_it(tmp_path):
     later = [b'{"step": 2, "eval": {}}\n', b'{"step": 3}\n', b'{"step": 2}\n']
     assert train._kept_bytes(lines + later, 2) == sum(map(len, lines))
     assert train._kept_bytes([*lines[:2], b'{"step": 2'], 2) == sum(map(len, lines[:2]))
+    whole = json.dumps(dict.fromkeys(NEEDED, 0) | {"step": 3}).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines, whole]))
+    resumed = SimpleNamespace(ranks=SINGLE, metrics=tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in train.Output.steps(resumed)] == [3]
     assert [train._record(line) for line in (b"[1]", b'{"step": "2"}', b"[" * 99999, b'{"step": 2}')] == [None] * 3 + [
         {"step": 2}
     ]
