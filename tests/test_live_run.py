@@ -4,12 +4,12 @@ import json
 import logging
 
 import pytest
-from fake_web import KEYS, FakeWeb, drip, raw, reset, status
+from fake_web import KEYS, FakeWeb, raw, reset, status
 from test_train import every_other_right, run  # noqa: F401 - a fixture
 
 FAULTS = {  # service: what its calls meet, again and again
     "serpapi.image": [status(503, {"error": KEYS["serpapi"]}), reset()],
-    "serpapi.lens": [raw(b'{"visual_matches": '), status(429, {"error": "slow down"}, **{"Retry-After": "0"}), drip()],
+    "serpapi.lens": [raw(b'{"visual_matches": '), status(429, {"error": "slow down"}, **{"Retry-After": "0"})],
     "jina": [status(422, {"message": KEYS["jina"]}), raw(b"<html>")],
     "openai": [status(500, {"error": {"message": f"key {KEYS['openai']}"}})],
 }

@@ -532,7 +532,7 @@ def train(size: int, out: Path, folder: Path, *options: str, script: str = "trai
         "--out",
         out,
         "--steps",
-        2,
+        4,
         "--eval-size",
         2,
     ]
@@ -556,22 +556,29 @@ def read(out: Path) -> tuple[list[dict], list[dict]]:
     return metrics, rollouts
 
 
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """Four steps of two ranks, uninterrupted."""
+    out = tmp_path_factory.mktemp("two") / "whole"
+    said = [(process.communicate(timeout=100), process.returncode) for process in train(2, out, folder)]
+    assert [status for _, status in said] == [0, 0], said
+    assert not said[1][0][0], "only the main rank prints"
+    return out
+
+
 @pytest.mark.slow
-def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path):
-    runs = {1: train(1, tmp_path / "1", folder), 2: train(2, tmp_path / "2", folder)}
-    for processes in runs.values():
-        said = [process.communicate(timeout=100) for process in processes]
-        assert [process.returncode for process in processes] == [0] * len(processes), said
-    assert not said[1][0], "only the main rank prints"
-    (metrics, rollouts), (metrics_2, rollouts_2) = read(tmp_path / "1"), read(tmp_path / "2")
+def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path, whole):
+    (alone,) = train(1, tmp_path / "alone", folder)
+    assert alone.wait(100) == 0, alone.stderr.read()
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(tmp_path / "alone"), read(whole)
     assert any(line.get("grad_norm") for line in metrics), "somebody should have learnt something"
     for one, two in zip(metrics, metrics_2, strict=True):
         numbers = {key for key, value in one.items() if isinstance(value, float)}
         assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
         assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
-    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 48
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 96
     assert [(r["group"], r["sample"]) for r in rollouts_2] == [(r["group"], r["sample"]) for r in rollouts]
-    weights = [modeling.load(tmp_path / name / "model").state_dict() for name in "12"]
+    weights = [modeling.load(out / "model").state_dict() for out in (tmp_path / "alone", whole)]
     assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
 
 
@@ -610,24 +617,21 @@ def test_exception_on_one_rank_ends_all_and_is_told_once(folder, tmp_path, place
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder, tmp_path):
+def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder, tmp_path, whole):
     """One rank alone gets the signal, as from a person with `kill`; the other learns of it where they meet."""
-    whole = train(2, tmp_path / "whole", folder, "--steps", "4")
-    assert all(process.wait(100) == 0 for process in whole)
-    for which, status in [(1, -signal.SIGTERM), (0, -signal.SIGINT)]:
-        out = tmp_path / f"cut {which}"
-        cut = train(2, out, folder, "--steps", "4")
-        while not (out / "rollouts/step-000001.jsonl").is_file() and cut[0].poll() is None:
+    out, resume = tmp_path / "out", []
+    for step, which, status in [(1, 1, signal.SIGTERM), (2, 0, signal.SIGINT)]:
+        cut = train(2, out, folder, *resume)
+        while not (out / f"rollouts/step-{step:06d}.jsonl").is_file() and cut[0].poll() is None:
             time.sleep(0.05)
-        cut[which].send_signal(-status)
+        cut[which].send_signal(status)
         said = [process.communicate(timeout=100) for process in cut]
-        assert [process.returncode for process in cut] == [128 - status] * 2, said
+        assert [process.returncode for process in cut] == [128 + status] * 2, said
         assert "Go on with --resume" in said[0][0] and not said[1][0]
-        again = train(2, out, folder, "--steps", "4", "--resume")
-        said = [process.communicate(timeout=100) for process in again]
-        assert [process.returncode for process in again] == [0, 0], said
-        assert "Resumed after step" in said[0][0]
-        assert (out / "model/model.safetensors").read_bytes() == (
-            tmp_path / "whole/model/model.safetensors"
-        ).read_bytes()
-        assert read(out) == read(tmp_path / "whole")
+        resume = ["--resume"]
+    again = train(2, out, folder, *resume)
+    said = [process.communicate(timeout=100) for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    assert "Resumed after step" in said[0][0]
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert read(out) == read(whole)
