@@ -19,19 +19,23 @@ from .kept import Kept, key_of
 
 PROMPT = Path(__file__).parent / "prompts" / "judge.txt"
 AT_ONCE = 16
+LAST = 8_000  # characters of a reply that are read: its verdict is at the end
 
 WORD = r"\b(in|not\s+)?correct\b"
 NO = r"\b(?:in|not\s+)correct\b"
-OR = r"(?:\W*\bor\b\W*(?:verdict\W*)?|[^\w.]+)"
-# Both words as the choices that there are: "Verdict (CORRECT/INCORRECT): INCORRECT", or the prompt's end said again.
-CHOICES = re.compile(rf"\bcorrect\b{OR}{NO}|{NO}{OR}\bcorrect\b", re.IGNORECASE)
+OR = r"(?:\W*\bor\b\W*(?:verdict\W*)?|[^\w.?]+)"
+# Both words as the choices that there are: "Verdict (CORRECT/INCORRECT): INCORRECT", or the prompt's end said again;
+# not "INCORRECT" and, in the next line, "Correct answer: Tagus".
+CHOICES = re.compile(rf"\bcorrect\b{OR}{NO}(?! +\w)|{NO}{OR}\bcorrect\b(?! +\w|\W?:(?!\W*{WORD}))", re.IGNORECASE)
+MARKUP = re.compile(r"[*_` \t]+|\\[a-z]+\{|</?(?!verdict)\w+>")  # **, \boxed{, <answer>
 HEADING = re.compile(r"(\bverdict[^\w\n]*)\n\s*", re.IGNORECASE)
 LABELLED = re.compile(r".*\bverdict\b(?=\W*[:=]|.*correct)(.*)", re.IGNORECASE)
+SUBJECT = r"(?:(?:the|this|that|it|given|model|student|candidate|predicted|answer|response|is|s)\b\W*)*"
 SAID = re.compile(  # "CORRECT", "The answer is not correct.", "INCORRECT as …"; not "correct: no", "correct name"
-    rf"\W*(?:is\W+)?(?:(?:the|this) answer is |it is )?{WORD}(?!\s*[:=?]|\s+(?!because|since|as\b)\w)(.*)",
+    rf"\W*{SUBJECT}{WORD}(?!\s*[:=?]|\s+(?!because|since|as\b|answer\W*$)\w|\W*(?:part|ish\b))(.*)",
     re.IGNORECASE,
 )
-AGAIN = re.compile(rf"{WORD}(?!\s+\w)", re.IGNORECASE)
+AGAIN = re.compile(rf"{WORD}(?!\s+\w|\W?:)", re.IGNORECASE)
 
 Complete = Callable[[list[dict[str, Any]]], str]
 
@@ -84,7 +88,7 @@ def _right(reply: str) -> bool:
 
     Raises ValueError where there is no such line, or it does not say one thing.
     """
-    text = HEADING.sub(r"\1 ", CHOICES.sub("", re.sub(r"[*_` \t]+", " ", reply)))
+    text = HEADING.sub(r"\1 ", CHOICES.sub("", MARKUP.sub(" ", reply[-LAST:])))
     lines = [line for line in text.splitlines() if line.strip()]
     alone = SAID.fullmatch(lines[-1]) if lines else None
     if alone and not re.search(r"\w", alone[2]):

@@ -62,16 +62,24 @@ ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason
 BEFORE_NFKC = {  # a mark at each of these places, where NFKC would glue digits together
     "^": re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u207f])"),  # 10² is not 102
     " ": re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2080-\u208e\u2150-\u215f\u2189])"),  # nor 5½ 51/2
+    "-": re.compile(r"(?<=\d)\uff5e(?=\d)"),  # 1990～1995
+    "'": re.compile(r"\u00b4"),  # which would be a blank and an accent
     ",": re.compile(r"(?<=\d)['\u2019\u066c\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))"),  # thousands: 1'000
 }
-FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 SAME_MARK = str.maketrans(
     dict.fromkeys("\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796\u301c", "-")
     | {"\u2044": "/", "\u2215": "/", "\u2236": ":", "\u066a": "%", "\u066b": ".", "\u066c": ",", "\u266f": "#"}
+    | dict.fromkeys("`\u02bb\u02bc", "'")  # O'Brien, Hawai'i
 )
-BLANKS = re.compile(r"(?<=\d) (?=[%\u2030\u00b0]|[-/] \d)|(?<=\d [-/]) (?=\d)")  # 5 %, 1990 - 1995
-THOUSANDS = re.compile(  # 1,000 and 10,00,000 and 1.000.000
-    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?:,\d\d)+,\d{3}(?!,?\d)|(?:\.\d{3}){2,}(?!\.?\d))"
+CURRENCY = "[$\u00a2-\u00a5\u20a0-\u20cf]"
+BLANKS = re.compile(  # 5 %, 5 €, 1990 - 1995, 3 : 1, $ 5, 40° N
+    rf"(?<=\d) (?=[%\u2030\u00b0]|{CURRENCY}|[-/:] \d)|(?<=\d [-/:]) (?=\d)|(?<={CURRENCY}) (?=\d)"
+    r"|(?:(?<=\u00b0)|(?<=[\d\u2032]['\"\u2032])) (?=[nsewcf]\b)"
+)
+THOUSANDS = re.compile(  # 1,000 and 10,00,000 and 1.000.000 and 1.000,50
+    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?:,\d\d)+,\d{3}(?!,?\d)|(?:\.\d{3}){2,}(?!\.?\d)"
+    r"|\.\d{3}(?=,\d\d?(?![\d.,])))"
 )
 DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d+(?=,\d\d?(?!\d))),(?=\d+(?![.,]?\d))")  # 3,14; not May 26,2003
 BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
@@ -198,8 +206,8 @@ def strict_match(prediction: str, answers: Iterable[str]) -> bool:
     - before a number: -5, -$5, whatever hyphen, dash or minus is written;
     - behind one: 50%; and behind a single letter: C#, O- (a minus also behind two: Cl-).
 
-    Separators of thousands go (1,000 and 1'000 are 1000; 1.000.000 is 1000000, but 1.000 is not 1000), a decimal comma
-    is a point, and other marks between digits leave a blank (1,2,3). Then numbers are compared as they are written:
+    Digits of any script are ours. Separators of thousands go (1,000 and 1'000 are 1000; 1.000.000 is 1000000, but 1.000
+    is not 1000), a decimal comma is a point, and other marks between digits leave a blank (1,2,3). Then numbers are compared as they are written:
     1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
     """
     given = _normalise_strictly(prediction)
@@ -225,6 +233,7 @@ def _visible(text: str) -> str:
         text = places.sub(mark, text)
     text = FILLERS.sub("", unicodedata.normalize("NFKC", text))
     text = "".join(char for char in text if char.isspace() or unicodedata.category(char) not in ("Cf", "Cc"))
+    text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
     return _collapse(unicodedata.normalize("NFKC", text.casefold()).translate(SAME_MARK))
 
 

@@ -62,7 +62,7 @@ NO_VERDICT = [
     "Either\nVerdict: CORRECT\nor\nVerdict: INCORRECT", "- CORRECT\n- INCORRECT", '{"verdict": "CORRECT|INCORRECT"}',
     "Verdict: CORRECT. No, wait: INCORRECT.", "Verdict: CORRECT, not INCORRECT", "Verdict: INCORRECT, or correct.",
     "Verdict: CORRECT\nAfter all my verdict has to be INCORRECT.", "Verdict: CORRECT\nVerdict: unsure",
-    "Verdict: correct answer not given", "Verdict: correct: no", "Verdict: correct? No.", "Verdict: partially correct",
+    "Verdict: correct answer not given", "Verdict: correct: no", "Verdict: correct? No.", "Verdict: partially correct", "Verdict: CORRECT (partially)",
     "Verdict: not the correct river", "Verdict: not incorrect", "The correct answer is Tagus.", "correct: no",
 ]  # fmt: skip
 
@@ -107,6 +107,16 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(tmp_path, reply)
         ('```json\n{\n  "reason": "not incorrect",\n  "final_verdict": "CORRECT"\n}\n```', True),
         ("<verdict>INCORRECT</verdict>", False),
         ("\\boxed{Verdict: INCORRECT}", False),
+        ("Hm.\n$\\boxed{\\text{INCORRECT}}$", False),
+        ("<answer>CORRECT</answer>", True),
+        ("Verdict: INCORRECT\nCorrect answer: Tagus", False),
+        ("Verdict: INCORRECT; correct: Tagus", False),
+        ("Verdict: CORRECT\nIncorrect would be the Douro.", True),
+        ("Is the answer correct?\nINCORRECT", False),
+        ('{"verdict": "INCORRECT", "is_correct": false, "correct": false}', False),
+        ("Verdict: The given answer is INCORRECT.", False),
+        ("Verdict: The model's answer is correct", True),
+        ("It's correct.", True),
     ],
 )
 def test_verdicts_in_the_shapes_that_models_give_them(tmp_path, reply, verdict):
