@@ -23,12 +23,12 @@ K1, B = 1.5, 0.75  # how soon repetition stops counting, how much length is held
 QUERY_WORDS = 64
 COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
 
-# Kana without ・ and ゠, ideographs; Thai, Lao, Burmese, Khmer.
+# Kana without ・ and ゠, ideographs; Thai, Lao, Burmese, Khmer; emoji.
 UNSPACED = (
     "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
     "\u0e01-\u0e2f\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf"
-    "\u1000-\u102a\u103f\u1050-\u1055\u1780-\u17b3\u17d7"
+    "\u1000-\u102a\u103f\u1050-\u1055\u1780-\u17b3\u17d7\u2600-\u27bf\U0001f1e6-\U0001faff"
 )
 HANGUL = "\u1100-\u11ff\uac00-\ud7a3"
 # Accents, points, and what is not seen; not the marks without which a word of their script is another one.
@@ -39,7 +39,11 @@ DROPPED = re.compile(
 )
 KEPT = chain(range(0x07A6, 0x1AB0), range(0x1B00, 0x1D00), range(0xA800, 0xAC00))
 MARKS = "".join(chr(code) for code in KEPT if unicodedata.category(chr(code))[0] == "M")
-PLAIN_LETTERS = str.maketrans({"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"})
+PLAIN_LETTERS = str.maketrans(
+    {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
+    | {"ی": "ي", "ى": "ي", "ک": "ك"}  # Persian's letters and Arabic's
+    | {chr(code): str(int(chr(code))) for code in range(0x660, 0x1E960) if chr(code).isdecimal()}
+)
 CHARACTER = re.compile(rf"[{UNSPACED}{HANGUL}][{MARKS}]*")
 BLANKLESS = re.compile(f"[{UNSPACED}]")
 LETTER = rf"[^\W_{UNSPACED}{HANGUL}]"

@@ -43,6 +43,8 @@ def test_equals_keep_their_order_and_a_repeated_query_word_counts_once():
     ("กรุงเทพ", ["ก", "รุ", "ง", "เ", "ท", "พ"]),
     ("हिन्दी कि की", ["हिन्दी", "कि", "की"]),
     ("العَرَبِيَّة أحمد شَـــعر", ["العربية", "احمد", "شعر"]),
+    ("کتاب ۲۰۲۴ یک", ["كتاب", "2024", "يك"]),
+    ("२०२४ 👨\u200d👩 ☕\ufe0f", ["2024", "👨", "👩", "☕"]),
     ("co\u00adop \u200bParis\ufeff 1\ufe0f\u20e3", ["coop", "paris", "1"]),
 ])  # fmt: skip
 def test_words_of_any_script(text, expected):
