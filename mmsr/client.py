@@ -35,8 +35,12 @@ BACKOFF = 16.0  # seconds: the longest pause of our own
 BREAKER_FAILURES, BREAKER_SECONDS = 8, 30.0
 FATAL = ("auth", "credits")  # no call of this provider can succeed any more
 CREDITS = re.compile(
-    r"run out of searches|not enough credits|insufficient.{0,3}(quota|balance|funds)|current quota", re.IGNORECASE
+    r"(run )?out of (searches|credits)|current quota|billing details|in good standing|budget has been exceeded|"
+    r"(insufficient|not enough).{0,3}(quota|balance|funds|credits?)|"
+    r"balance.{0,9}(insufficient|not enough|too low|exhausted)|\u6b20\u8d39|\u4f59\u989d\u4e0d\u8db3",  # in Chinese
+    re.IGNORECASE,
 )
+SOON = re.compile(r"retry (in|after) \d|per.?minute", re.IGNORECASE)  # what is spent will be there again
 BAD_KEY = re.compile(r"api.?key|unauthori[sz]ed|invalid.{0,9}token", re.IGNORECASE)  # of a 403
 KEY_REFUSED = re.compile(  # of anything else
     r"(invalid|incorrect|missing|expired|\bno) api.?key|api.?key.{0,30}(invalid|incorrect|missing|expired|not valid)|"
@@ -53,8 +57,10 @@ TOLD = [
 ]
 CODES = ("code", "status", "status_code", "statusCode")  # under which a body repeats its status
 MESSAGES = ("error", "message", "detail", "msg", "error_msg", "status_msg", "base_resp")  # under which errors are told
+ADDRESS = re.compile(r"https?://[^\s\"]+", re.IGNORECASE)
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
+THOUGHT = re.compile(r"[<◁](think(?:ing)?)[>▷].*?([<◁]/\1[>▷]|$)", re.DOTALL)
+THOUGHT_ENDS = re.compile(r"[<◁]/think(?:ing)?[>▷]")
 
 StatusOf = Callable[[dict[str, Any]], int]  # the status that a reply stands for, whatever it was sent with
 
@@ -257,7 +263,7 @@ def _verdict(
     if isinstance(answer, ToolFailure):
         return answer, answer.kind in ("timeout", "network")
     status = answer.status
-    if status < 300 and status_of and isinstance(reply := _json(answer.body), dict):
+    if status < 300 and status_of and isinstance(reply := json_of(answer.body), dict):
         status = status_of(reply)
     if status < 300:
         return None, False
@@ -278,8 +284,12 @@ def _advice(answer: Answer) -> str:
 
 
 def kind_of(status: int, complaint: str) -> str:
-    """A failure's kind. What a provider means by a status is in its text: 400 and 429 may be an empty account."""
-    if status == 402 or status < 500 and CREDITS.search(complaint):
+    """A failure's kind. What a provider means by a status is in its text: 400 and 429 may be an empty account.
+
+    Addresses in it are none of its words: a reader names the page that it could not read.
+    """
+    complaint = ADDRESS.sub("", complaint)
+    if status == 402 or status < 500 and CREDITS.search(complaint) and not SOON.search(complaint):
         return "credits"
     if status == 403 and BAD_KEY.search(complaint) or status == 400 and KEY_REFUSED.search(complaint):
         return "auth"
@@ -299,7 +309,7 @@ def told_status(reply: dict[str, Any]) -> int:
             for code in codes:
                 if re.fullmatch("[45][0-9][0-9]", code):
                     return int(code)
-    text = json.dumps(errors, ensure_ascii=False)
+    text = ADDRESS.sub("", json.dumps(errors, ensure_ascii=False))
     return next((status for status, words in TOLD if re.search(words, text, re.IGNORECASE)), 200)
 
 
@@ -313,7 +323,7 @@ def _errors(reply: dict[str, Any]) -> Iterator[Any]:
 
 def complaint_of(body: bytes) -> str:
     """An error's text: nested under `error`, flat, in a list, or whatever the body begins with."""
-    return _words(_json(body), 4) or body[:200].decode(errors="replace")
+    return _words(json_of(body), 4) or body[:200].decode(errors="replace")
 
 
 def _words(value: Any, depth: int) -> str:
@@ -330,7 +340,8 @@ def _words(value: Any, depth: int) -> str:
     return ""
 
 
-def _json(body: bytes) -> Any:
+def json_of(body: bytes) -> Any:
+    """The value in a body; None where that is no JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -360,8 +371,11 @@ FOREIGN = (
     r"un(supported|recogni[sz]ed|known|expected)|not? (longer )?(supported|permitted|allowed)|extra|deprecated|instead"
 )
 SIZE = r"too (large|long|big|high|many)|context|maximum|at most|exceed|less than|between|must be"
-WITHHELD = re.compile("content.?filter|sensitive|safety|prohibited|blocklist|recitation|refusal", re.IGNORECASE)
-BROKEN_OFF = ("error", "network_error", "insufficient_system_resource")  # reasons to finish that may pass
+WITHHELD = re.compile(
+    "content.?(filter|policy)|sensitive|safety|prohibited|blocklist|recitation|refusal|guardrail", re.IGNORECASE
+)
+CUT_OFF = ("length", "max_tokens", "model_length")
+BROKEN_OFF = ("error", "network_error", "insufficient_system_resource", "abort")  # reasons to finish that may pass
 
 
 def picture_part(data: bytes) -> dict[str, Any]:
@@ -436,10 +450,10 @@ class ChatServer:
     def _answer(self, reply: dict[str, Any], max_tokens: int) -> str:
         message, finish = _choice(reply)
         text, who = _text(message.get("content")), f"{self.provider}: {self.model}"
-        if WITHHELD.match(finish) or not text and message.get("refusal"):
+        if WITHHELD.search(finish) or not text and message.get("refusal"):
             raise failure("blocked", f"{who} withheld its answer: {message.get('refusal') or finish}")
-        answer = THOUGHT.sub("", text or "").rpartition("</think>")[2].strip()  # a template may have opened the thought
-        if finish == "length" and (self.whole or not answer):
+        answer = THOUGHT_ENDS.split(THOUGHT.sub("", text or ""))[-1].strip()  # a template may have opened the thought
+        if finish.lower() in CUT_OFF and (self.whole or not answer):
             raise failure("format", f"{who} gave no {'whole ' * bool(answer)}answer in {max_tokens} tokens")
         if answer:
             return answer
@@ -476,7 +490,8 @@ def _refused_fields(refused: Refusal, sent: dict[str, Any]) -> set[str]:
     """The optional fields of a request that its refusal names, and that it may do without."""
     if refused.kind != "status":
         return set()
-    text = json.dumps(_json(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
+    text = json.dumps(json_of(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
+    text = text.replace("enable_thinking", "chat_template_kwargs")  # which holds nothing else
     named = {name for name in OPTIONAL if name in sent and re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
     if re.search(SIZE, text, re.IGNORECASE) and not re.search(FOREIGN, text, re.IGNORECASE):
         named -= {"max_tokens", RENAMED}

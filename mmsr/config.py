@@ -440,7 +440,8 @@ def server_address(address: str, given: str, variable: str = "") -> str:
     refuse_credentials(given.rstrip(" :="), address, variable)
     try:
         parts = urlsplit(address)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = re.fullmatch(r"[\w.:%-]+", parts.hostname or "")
+        sound = parts.scheme in ("http", "https") and host and parts.port != 0
     except ValueError:  # of a port, or of brackets
         sound = False
     if not sound or " " in address or not address.isprintable():

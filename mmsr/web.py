@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from . import bm25
-from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, told_status, web_address
+from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, json_of, told_status, web_address
 from .config import server_address
 from .episode import Hit, Observation, UserError
 from .pictures import decode, jpeg, thumbnail, without_metadata
@@ -56,7 +56,15 @@ LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMAR
 WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
 REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
-LISTS = ("result", "results", "documents")  # under which such a server gives what it found
+LISTS = (
+    "result",
+    "results",
+    "documents",
+    "docs",
+    "passages",
+    "hits",
+    "data",
+)  # under which such a server gives what it found
 DOCUMENTS = (
     "contents",
     "content",
@@ -65,10 +73,14 @@ DOCUMENTS = (
     "page_content",
     "snippet",
     "body",
+    "chunk",
+    "paragraph",
 )  # under which a document's text
 MATCHES = ("title", "link", "text", "thumbnail")  # of a picture, what may be there
 FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
-NOTHING = re.compile(r"(n't|not) (return|match)(ed)? any|no results|fully empty", re.IGNORECASE)  # was found, in words
+NOTHING = re.compile(
+    r"(n't|not) (return|match|find|found)(ed)? any|no results|fully empty", re.IGNORECASE
+)  # was found, in words
 ERROR_PAGE = re.compile(r"returned error|captcha", re.IGNORECASE)  # in the reader's warning about a page
 
 
@@ -396,11 +408,14 @@ class Remote:
     def _ask(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The reply, and the list in it."""
         content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": told_status}
-        reply = self.client.request(self.name, "POST", below(self.url, path), **content).json()
+        answer = self.client.request(self.name, "POST", below(self.url, path), **content)
+        alone = json_of(answer.body)
+        reply = {"result": alone} if isinstance(alone, list) else answer.json()
         listed = next((reply[name] for name in LISTS if isinstance(reply.get(name), list)), None)
         if listed is None:
             self._check_error(reply)
-            raise failure("format", f"{self.name}{path}: no list of results in the reply; {_shape(reply)}")
+            said = _text(reply.get("message")) or _text(reply.get("msg"))
+            raise failure("format", f"{self.name}{path}: no list of results in the reply; {_shape(reply)} {said}")
         return reply, listed
 
     def _seen(self, reply: dict[str, Any], entries: list[Any], read: Callable[[Any], Hit | None]) -> Observation:
@@ -414,7 +429,7 @@ class Remote:
         return Observation(hits, source=self.name)
 
     def _check_error(self, reply: dict[str, Any]) -> None:
-        if error := reply.get("error") or reply.get("detail"):
+        if error := reply.get("error") or reply.get("errors") or reply.get("detail"):
             raise failure("format", f"{self.name}: {complaint_of(json.dumps({'error': error}).encode())}")
 
 

@@ -159,7 +159,25 @@ FATAL = [
     (402, {"data": None, "code": 402, "status": 40203, "message": "Account balance"}, "credits"),
     (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota"}}, "credits"),
     (400, [{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "auth"),
+    (400, {"error": {"message": "Your credit balance is too low to access the API."}}, "credits"),
+    (400, {"error": {"code": "Arrearage", "message": "please make sure your account is in good standing"}}, "credits"),
+    (429, {"error": {"code": "1113", "message": "您的账户已欠费，请充值后重试"}}, "credits"),
+    (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}, "credits"),
 ]
+
+
+@pytest.mark.parametrize(
+    "code, message, expected",
+    [
+        (429, "You exceeded your current quota, please check your plan and billing details. Please retry in 20s.", "rate"),
+        (422, "Failed to goto https://films.example/insufficient-funds", "status"),
+        (403, "https://a.example/no-api-key blocks us", "forbidden"),
+    ],
+)  # fmt: skip
+def test_what_will_pass_or_the_name_of_a_page_stops_a_provider_for_good(web, time_, code, message, expected):
+    web.always("file", status(code, {"error": {"message": message}}))
+    assert kind(get, time_.client(), web) == expected
+    assert guarded.told_status({"error": "could not open https://a.example/insufficient-balance"}) == 200
 
 
 @pytest.mark.parametrize("code, body, expected", FATAL)
@@ -612,6 +630,7 @@ TOLD = [  # what came with a 200, the kind of failure that it is, and how often 
     ({"choices": [{"message": {"content": None}, "error": {"code": 502, "message": "sorry"}}]}, "status", 3),
     ({"choices": [{"message": {"content": "half"}, "finish_reason": "error"}]}, "status", 3),
     ({"choices": [{"message": {"content": "half"}, "finish_reason": "network_error"}]}, "status", 3),
+    ({"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}, "status", 3),
     ({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, "rate", 3),
     ({"error": {"type": "overloaded_error", "message": "Overloaded"}}, "status", 3),
     ({"error_code": 18, "error_msg": "Open api qps request limit reached"}, "rate", 3),
@@ -998,6 +1017,8 @@ USER = [{"role": "user", "content": "hi"}]
         ("Lisbon", "Lisbon"),
         ("<think>\nLisbon? No.\n</think>\n\nPorto", "Porto"),
         ("Lisbon? No.</think> Porto", "Porto"),
+        ("◁think▷Lisbon?◁/think▷Porto", "Porto"),
+        ("<thinking>Lisbon?</thinking>Porto", "Porto"),
         ("<think></think>Porto <think>sure?</think>", "Porto"),
         (
             [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "Porto"}],
@@ -1032,6 +1053,9 @@ def test_wrongly_typed_chat_reply_is_a_format_failure(web, reply):
         ({"finish_reason": "content_filter", "message": {"content": "Lis"}}, "blocked", "withheld .*: content_filter"),
         ({"finish_reason": "content_filter: SAFETY", "message": {"content": ""}}, "blocked", "SAFETY"),
         ({"finish_reason": "sensitive"}, "blocked", "sensitive"),
+        ({"finish_reason": "IMAGE_SAFETY", "message": {"content": ""}}, "blocked", "IMAGE_SAFETY"),
+        ({"finish_reason": "guardrail_intervened", "message": {"content": "No."}}, "blocked", "guardrail"),
+        ({"finish_reason": "MAX_TOKENS", "message": {"content": ""}}, "format", "no answer in 50 tokens"),
         ({"message": {"content": None, "refusal": "I cannot help"}}, "blocked", "withheld its answer: I cannot help"),
         ({"message": {"content": None, "reasoning_content": "Lisbon?"}}, "format", "thoughts and no answer"),
         ({"message": {"content": "", "reasoning": "Lisbon?"}}, "format", "thoughts and no answer"),
@@ -1164,6 +1188,11 @@ def test_a_field_is_left_out_in_whatever_words_it_is_refused(web, words, field):
 
 
 GOOD = {"choices": [{"message": {"content": "yes"}}]}
+
+
+def test_a_field_is_kept_that_is_refused_by_what_it_holds(web):
+    web.then("openai", status(400, {"error": {"message": "enable_thinking is not supported by this model"}}))
+    assert chat(web).complete(USER, 5) and "chat_template_kwargs" not in web.seen[-1].json()
 
 
 def test_fields_are_refused_all_at_once_in_a_list_and_within_a_200(web):

@@ -204,7 +204,7 @@ def test_evaluation_refuses_what_makes_no_sense(argv, said):
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "127.0.0.1", "ftp://h", "http://", "http://h:x", "http://a b/",
-                                     "http://h/\nx", "file:///etc/x", "//h", "h/v1"])  # fmt: skip
+                                     "http://h/\nx", "file:///etc/x", "//h", "h/v1", "http://h,"])  # fmt: skip
 def test_address_that_is_none_is_refused_before_the_work_and_not_after_it(address):
     options = {
         "--judge ": lambda: evaluation("--judge", address, "--judge-model", "m"),

@@ -628,6 +628,8 @@ def test_documents_of_foreign_servers_are_read_in_any_form(web, document, hit):
         ({"detail": [{"loc": ["body", "topk"], "msg": "field required"}]}, "field required"),
         ({"result": [[]], "error": {"message": "no such corpus"}}, "no such corpus"),
         ({"error": "boom", "result": None}, "boom"),
+        ({"success": False, "message": "no such corpus"}, "no such corpus"),
+        ({"errors": ["no such corpus"], "data": None}, "no such corpus"),
     ],
 )
 def test_a_remote_reply_that_is_not_understood_has_not_found_nothing(web, reply, words):
@@ -651,6 +653,9 @@ def test_remote_documents_may_come_without_a_list_for_each_query(web):
     two = (Hit("", "", "a"), Hit("", "", "b"))
     for listed in (["a", "b"], [{"text": "a"}, {"content": "b"}]):
         web.always("remote.text", status(200, {"results": listed}))
+        assert Remote(web.url).text_search("q").hits == two
+    for reply in ([["a", "b"]], ["a", "b"], {"hits": [["a", "b"]]}, {"data": [{"chunk": "a"}, {"paragraph": "b"}]}):
+        web.always("remote.text", status(200, reply))
         assert Remote(web.url).text_search("q").hits == two
     web.always("remote.text", status(200, {"documents": [["a", 0.5], ["b", 0.25]]}))
     assert [hit.score for hit in Remote(web.url).text_search("q").hits] == [0.5, 0.25]
