@@ -207,8 +207,8 @@ def strict_match(prediction: str, answers: Iterable[str]) -> bool:
     - behind one: 50%; and behind a single letter: C#, O- (a minus also behind two: Cl-).
 
     Digits of any script are ours. Separators of thousands go (1,000 and 1'000 are 1000; 1.000.000 is 1000000, but 1.000
-    is not 1000), a decimal comma is a point, and other marks between digits leave a blank (1,2,3). Then numbers are compared as they are written:
-    1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
+    is not 1000), a decimal comma is a point, and other marks between digits leave a blank (1,2,3). Then numbers are
+    compared as they are written: 1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
     """
     given = _normalise_strictly(prediction)
     return bool(given) and any(given == _normalise_strictly(answer) for answer in answers)

@@ -56,31 +56,14 @@ LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMAR
 WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
 REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
-LISTS = (
-    "result",
-    "results",
-    "documents",
-    "docs",
-    "passages",
-    "hits",
-    "data",
-)  # under which such a server gives what it found
-DOCUMENTS = (
-    "contents",
-    "content",
-    "text",
-    "passage",
-    "page_content",
-    "snippet",
-    "body",
-    "chunk",
-    "paragraph",
-)  # under which a document's text
+# Under which such a server gives what it found, and a document's text.
+LISTS = tuple("result results documents docs passages hits data".split())
+DOCUMENTS = tuple("contents content text passage page_content snippet body chunk paragraph".split())
 MATCHES = ("title", "link", "text", "thumbnail")  # of a picture, what may be there
 FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
-NOTHING = re.compile(
+NOTHING = re.compile(  # was found, in words
     r"(n't|not) (return|match|find|found)(ed)? any|no results|fully empty", re.IGNORECASE
-)  # was found, in words
+)
 ERROR_PAGE = re.compile(r"returned error|captcha", re.IGNORECASE)  # in the reader's warning about a page
 
 
@@ -466,7 +449,7 @@ def _remote_document(entry: Any) -> Hit | None:
     head, parted, body = text.partition("\n")
     if parted and (name == "contents" or re.fullmatch(r'\s*".*"\s*', head)):
         title, text = head.strip().strip('"') or title, body
-    url = web_address(entry.get("url")) or web_address(entry.get("id"))
+    url = next(filter(None, (web_address(entry.get(name)) for name in ("url", "link", "id"))), "")
     return Hit(title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(score))
 
 

@@ -169,7 +169,7 @@ FATAL = [
 @pytest.mark.parametrize(
     "code, message, expected",
     [
-        (429, "You exceeded your current quota, please check your plan and billing details. Please retry in 20s.", "rate"),
+        (429, "You exceeded your current quota, please check your billing details. Please retry in 20s.", "rate"),
         (422, "Failed to goto https://films.example/insufficient-funds", "status"),
         (403, "https://a.example/no-api-key blocks us", "forbidden"),
     ],

@@ -62,7 +62,8 @@ NO_VERDICT = [
     "Either\nVerdict: CORRECT\nor\nVerdict: INCORRECT", "- CORRECT\n- INCORRECT", '{"verdict": "CORRECT|INCORRECT"}',
     "Verdict: CORRECT. No, wait: INCORRECT.", "Verdict: CORRECT, not INCORRECT", "Verdict: INCORRECT, or correct.",
     "Verdict: CORRECT\nAfter all my verdict has to be INCORRECT.", "Verdict: CORRECT\nVerdict: unsure",
-    "Verdict: correct answer not given", "Verdict: correct: no", "Verdict: correct? No.", "Verdict: partially correct", "Verdict: CORRECT (partially)",
+    "Verdict: correct answer not given", "Verdict: correct: no", "Verdict: correct? No.", "Verdict: partially correct",
+    "Verdict: CORRECT (partially)",
     "Verdict: not the correct river", "Verdict: not incorrect", "The correct answer is Tagus.", "correct: no",
 ]  # fmt: skip
 

@@ -609,6 +609,7 @@ def test_remote_image_search_sends_other_bytes_than_a_plain_picture_has(web):
         (["a text", 0.5], Hit("", "", "a text", score=0.5)),
         ({"page_content": "x", "metadata": {}}, Hit("", "", "x")),
         ({"title": "T"}, Hit("T")),
+        ({"title": "T", "link": "https://a.example/", "snippet": "x"}, Hit("T", "https://a.example/", "x")),
         ({"contents": "", "content": None, "text": "x"}, Hit("", "", "x")),
     ],
 )  # fmt: skip
