@@ -20,10 +20,15 @@ USER, MODEL, SYSTEM = ("user", "human"), ("assistant", "gpt", "model", "bot"), (
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
 PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path")  # the first that is filled counts
-ANSWER_KEYS = ("target", "wikidata", "answer", "text")  # Search-R1's, InfoSeek's numbers, VQAv2's, SQuAD's
-# What some exports leave in the text where the picture goes.
-MARKER = re.compile(r"<image(?:[ _]?\d+)?>|(?:<\|vision_start\|>)?(?:<\|image_pad\|>)++(?:<\|vision_end\|>)?")
-OTHER_MARKER = re.compile(r"<(?:video|audio)>")
+# Search-R1's, InfoSeek's numbers, VQAv2's, SQuAD's, TriviaQA's
+ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")
+# What some exports leave in the text where the picture goes: <image>, <Image 1>, <|image_1|>, <image-placeholder>.
+MARKER = re.compile(
+    r"<\|?image(?:[ _-]?(?:\d+|placeholder|here))?\|?>"
+    r"|(?:<\|vision_start\|>)?(?:<\|image_pad\|>)++(?:<\|vision_end\|>)?",
+    re.IGNORECASE,
+)
+OTHER_MARKER = re.compile(r"<\|?(?:video|audio)(?:_pad|[ _-]?\d+)?\|?>", re.IGNORECASE)
 WHOLE_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 NUMPY = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
 # An item of a list as Python or NumPy prints it, and what follows it: a comma, or blanks alone.
@@ -44,7 +49,7 @@ class Turn(NamedTuple):
 
 def conversation(value: Any) -> list[Turn] | None:
     """The turns of chat messages, {role, content} or ShareGPT's {from, value}; None where the value is no chat."""
-    value = _parsed(value)
+    value = parsed(value)
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         return None
@@ -57,7 +62,7 @@ def conversation(value: Any) -> list[Turn] | None:
     return turns
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """A list or object that is written as text, in JSON or as Python prints it; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
@@ -164,7 +169,7 @@ def _meant(text: str) -> Any:
     found = _list_in(text)
     if found and all(isinstance(each, str | None) for each in found):
         return found
-    value = _parsed(text)
+    value = parsed(text)
     return value if isinstance(value, dict) and any(key in value for key in ANSWER_KEYS) else text
 
 
@@ -195,7 +200,10 @@ def _list_in(text: str) -> list[Any] | None:
 def _unwrapped(value: Any) -> Any:
     """What an object says the answer is."""
     key = next((key for key in ANSWER_KEYS if key in value), None) if isinstance(value, dict) else None
-    return value if key is None else value[key]
+    if key is None:
+        return value
+    aliases = value.get("aliases")  # TriviaQA's
+    return [value[key], *aliases] if isinstance(aliases, list) and not isinstance(value[key], list) else value[key]
 
 
 def _texts(value: Any) -> list[str]:
@@ -206,7 +214,7 @@ def _texts(value: Any) -> list[str]:
         case bool():
             return ["yes", "true"] if value else ["no", "false"]
         case str():
-            whole = WHOLE_ANSWER.findall(value)
+            whole = WHOLE_ANSWER.findall("".join(value.rpartition("</answer>")[:2]))  # in linear time
             return [whole[0].strip() if len(whole) == 1 else value]
         case int():
             return [str(value)]
@@ -243,6 +251,8 @@ def picture(value: Any) -> bytes | str | None:
             value = [each for turn in turns if turn.role in USER for each in _parts(turn.content)[1]]
         if isinstance(value, str):
             value = _list_in(value) or value.strip() if value.startswith("[") else value.strip()
+        if isinstance(value, list) and value and _are_bytes(value):
+            value = bytes(value)
         if isinstance(value, list):
             filled = [each for each in value if each]
             if len(filled) > 1:
@@ -255,3 +265,8 @@ def picture(value: Any) -> bytes | str | None:
     if value and not isinstance(value, bytes | str):
         raise Unclear("no image bytes; embed the picture itself, or name its file")
     return value or None
+
+
+def _are_bytes(values: list[Any]) -> bool:
+    """Whether a list is a file, a number for each byte, as JSON and pandas write bytes."""
+    return all(type(each) is int and 0 <= each < 256 for each in values)

@@ -25,7 +25,7 @@ from .files import json_file
 from .tables import Parquet, Table, column_of, inside, open_table
 
 ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own
-BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "data:image/")  # how the four formats begin in base64
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how the four formats begin in base64
 ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 
@@ -66,7 +66,7 @@ FORMATS = {
     ),
     "plain": Format(
         "id|data_id|question_id|sample_id", "question|query", ("answers|answer|solution|ground_truth",),
-        "image|images|query_image", "category", listed=("answers",),
+        "image|images|query_image|image_path|file_name", "category", listed=("answers",),
     ),
     "trl": Format("id", "prompt|problem", ("solution|answer|ground_truth|completion",), "image|images|prompt"),
     "openai": Format("id", "messages", ("answers|answer|solution|messages",), "image|images|messages"),
@@ -94,7 +94,11 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
     name = _told(layouts, table)
     if not name:
         usual = "fvqa" if isinstance(table, Parquet) and not format else format or "plain"
-        name = usual if not len(table) else min(layouts, key=lambda name: (_share(layouts[name], table), name != usual))
+        name = (
+            usual
+            if not len(table)
+            else min(layouts, key=lambda name: (_share(layouts[name], table), name not in (usual, "plain")))
+        )
     if len(table) and (lacking := _lacking(layouts[name], table)):
         what = (
             f"row 0, column {', '.join(lacking)}: missing (found {', '.join(table.names)}; it looks most like {name})"
@@ -117,8 +121,8 @@ def _renamed(layout: Format, columns: str) -> Format:
     for part in filter(None, columns.split(",")):
         place, _, column = (side.strip() for side in part.partition("="))
         place = "answers" if place == "answer" else place
-        if place not in names or not column:
-            raise UserError(f"--columns {part}: give PLACE=COLUMN, where PLACE is {', '.join(names)}")
+        if place not in names or not column or place in changes:
+            raise UserError(f"--columns {part}: give PLACE=COLUMN, each once, where PLACE is {', '.join(names)}")
         changes[place] = column
     if "answers" in changes:
         changes |= {"answers": (changes["answers"],), "aliases": "", "listed": ()}
@@ -126,7 +130,7 @@ def _renamed(layout: Format, columns: str) -> Format:
 
 
 def _there(names: str, table: Table) -> bool:
-    return any(name in table.fields for name in names.split("|"))
+    return any(name and name in table.fields for name in names.split("|"))
 
 
 def _lacking(layout: Format, table: Table) -> list[str]:
@@ -135,8 +139,8 @@ def _lacking(layout: Format, table: Table) -> list[str]:
 
 
 def _share(layout: Format, table: Table) -> float:
-    """Of the columns that a layout needs, those that the table lacks."""
-    return len(_lacking(layout, table)) / (2 + layout.needs_id + len(layout.answers))
+    """Of the columns that a layout needs beside ids, those that the table lacks."""
+    return len(_lacking(replace(layout, needs_id=False), table)) / (2 + len(layout.answers))
 
 
 class Dataset(Sequence):
@@ -150,12 +154,13 @@ class Dataset(Sequence):
     def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
         self.notes: dict[str, None] = {}  # a set that keeps its order
-        self.numbered = len(table) > 0 and not _there(layout.id, table)
-        if self.numbered:
-            self.notes["there is no column of ids, so its rows' numbers are the ids"] = None
         columns = [layout.id, layout.question, *layout.answers, layout.aliases, layout.category, layout.address]
         names = [name for column in columns for name in column.split("|") if name in table.fields]
         self.table.keep(dict.fromkeys(column_of(name, table.names) for name in names))
+        self.numbered = len(table) > 0 and not self._has_ids()
+        if self.numbered:
+            what = "the column of ids is empty" if _there(layout.id, table) else "there is no column of ids"
+            self.notes[f"{what}, so its rows' numbers are the ids"] = None
         self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
         self.left_out = len(table) - len(self.rows)
         for row in self.rows:
@@ -172,6 +177,12 @@ class Dataset(Sequence):
     def keep(self, places: Iterable[int]) -> None:
         """Forget all but these, which then have places in this order."""
         self.rows = array("Q", [self.rows[place] for place in places])
+
+    def _has_ids(self) -> bool:
+        """Whether any row has an id. Where --columns names its column, every row must have one."""
+        names = [name for name in self.layout.id.split("|") if name in self.table.fields]
+        rows = (self.table.text(row) for row in range(len(self.table)) if names)
+        return self.layout.needs_id or any(inside(there, name) is not None for there in rows for name in names)
 
     # ---- text
 
@@ -269,7 +280,7 @@ class Dataset(Sequence):
         """The picture that a text stands for."""
         if not text:
             self._refuse(row, column, "no image bytes; embed the picture itself, or name its file")
-        if text.startswith(BASE64_STARTS):
+        if text.startswith(BASE64_STARTS) or text[:5].lower() == "data:":
             return self._decoded(row, column, text)
         if text.lower().startswith(ADDRESSES):
             self._refuse(row, column, f"{text!r:.100} is an address, which is not followed; embed the picture itself")
@@ -286,7 +297,8 @@ class Dataset(Sequence):
         try:
             for folder in self._folders():
                 for ending in ENDINGS:
-                    for file in (folder / f"{name}{ending}", folder / f"{name.lstrip('/')}{ending}"):
+                    for spelled in dict.fromkeys((name, name.lstrip("/"), name.replace("\\", "/"))):
+                        file = folder / f"{spelled}{ending}"
                         if file.is_file():
                             return file.read_bytes()
         except (OSError, ValueError):

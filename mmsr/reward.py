@@ -168,7 +168,7 @@ def answer_score(episode: Episode, rule: RewardRule) -> float:
 
 def official_answer(episode: Episode) -> str | None:
     """Inside of the last closed `<answer>` of the last assistant turn, wherever it stands; None if there is none."""
-    found = ANSWER.findall(_last_text(episode))
+    found = ANSWER.findall(_closed(_last_text(episode)))
     return found[-1].strip() if found else None
 
 
@@ -178,6 +178,11 @@ def strict_answer(episode: Episode) -> str | None:
     if episode.status != ANSWERED or not ONE_ANSWER.fullmatch("".join(TAGS.findall(text))):
         return None
     return ANSWER.search(text).group(1).strip()
+
+
+def _closed(text: str) -> str:
+    """Up to the last `</answer>`: behind it, ANSWER would look for an end from every `<answer>`, in quadratic time."""
+    return "".join(text.rpartition("</answer>")[:2])
 
 
 def _last_text(episode: Episode) -> str:

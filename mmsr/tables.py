@@ -11,10 +11,10 @@ read, and what a row would take before it is made.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .cells import parsed
 from .episode import UserError
 from .files import json_file, json_object, lines, missing, opened
 
@@ -35,7 +36,11 @@ MOST_COLUMN = 1 << 30  # bytes of a column of text, or of a row group of picture
 MOST_CELL = 256 << 20  # bytes of a row's pictures
 MOST_PACKED = 8  # times: pictures are packed already, so what shrinks further in a file is no pictures
 DEEPEST = 8  # names within names
-DELTA = "DELTA_BYTE_ARRAY"  # texts without what they begin with like the one before; they cannot stay shared
+# Texts without what they begin with like the one before, and texts behind all their lengths: neither can stay shared.
+DELTAS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
+PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz")
+POINTER = b"version https://git-lfs."
+WRAPPERS = ("data", "rows", "examples", "questions", "annotations")  # a JSON object's names for its rows
 DAMAGE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises on a broken file (ValueError: bad UTF-8)
 
 
@@ -60,10 +65,27 @@ class Table(Protocol):
 def open_table(path: Path) -> Table:
     """Raises UserError for a file that is missing, of another kind, or not what its name says."""
     kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".pq": Parquet}
-    kinds |= {".jsonl": _json_table, ".ndjson": _json_table, ".json": _json_table}
-    if path.suffix.lower() not in kinds:
-        raise UserError(f"{path}: cannot tell the data's kind; give --data a file named .parquet, .jsonl or .json")
-    return kinds[path.suffix.lower()](path)
+    kinds |= dict.fromkeys([".jsonl", ".jsonlines", ".ndjson", ".json"], _json_table)
+    ending = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be read: a folder; name the .parquet, .jsonl or .json file in it")
+    if ending in PACKED:
+        raise UserError(f"{path}: a packed file; unpack it, and give the .parquet, .jsonl or .json file that is in it")
+    if ending not in kinds:
+        complaint = f"{ending or 'a name without an ending'} tells no kind of data that is read here"
+        raise UserError(
+            f"{path}: {complaint}; give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
+        )
+    if _begins(path, POINTER):
+        kind = "JSON" if kinds[ending] is _json_table else "Parquet"
+        complaint = f"not a {kind} file, or cut short: Git LFS's pointer to one; fetch it with: git lfs pull"
+        raise UserError(f"{path}: {complaint}")
+    return kinds[ending](path)
+
+
+def _begins(path: Path, with_these: bytes) -> bool:
+    with opened(path) as file:
+        return file.read(len(with_these)) == with_these
 
 
 # ---- names within names
@@ -75,6 +97,8 @@ def inside(value: Any, name: str) -> Any:
     A column may have dots in its name, as tables do that were flattened, and an object may be written as JSON text.
     """
     value = _object(value)
+    if not name:  # a column without a name, such as R's of row numbers, is nobody's
+        return None
     if name in value:
         return value[name]
     for end, letter in enumerate(name):
@@ -101,12 +125,8 @@ def names_in(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """An object that may be written as JSON text; an empty one for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return {}
+    """An object that may be written as text, in JSON or as Python prints it; an empty one for anything else."""
+    value = parsed(value)
     return value if isinstance(value, dict) else {}
 
 
@@ -121,6 +141,7 @@ class Parquet:
         self.plain = self._open(path)
         self.file = self._shared(path, self.plain)
         self.names = self.plain.schema_arrow.names
+        self.doubled = {name for name, times in Counter(self.names).items() if times > 1}
         self.fields = set(self.names).union(*map(_fields, self.plain.schema_arrow), self._fields_in_text())
         self.sources: dict[str, tuple[pq.ParquetFile, list[int]]] = {}
         self.pictures = lru_cache(GROUPS_KEPT)(self._group)
@@ -131,6 +152,7 @@ class Parquet:
     def keep(self, columns: Iterable[str]) -> None:
         names, groups = list(columns), range(self.file.num_row_groups)
         for name in names:
+            self._once(name)
             self._bound(name, sum(self._weight(self.file, name, group) for group in groups))
         empty = pa.table({name: [] for name in names})
         self.columns = self._read(self.file, groups, names) if groups else empty
@@ -138,12 +160,13 @@ class Parquet:
             self._bound(name, _written_out(self.columns[name]))
 
     def text(self, row: int) -> dict[str, Any]:
-        return {name: self.columns[name][row].as_py() for name in self.columns.column_names}
+        return {name: self._value(row, name, self.columns[name][row]) for name in self.columns.column_names}
 
     def picture(self, row: int, column: str) -> Any:
         if column not in self.names:
             return None
         if column not in self.sources:
+            self._once(column)
             file = self._in_small_groups(column)
             sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
             self.sources[column] = file, [0, *accumulate(sizes)]
@@ -154,6 +177,19 @@ class Parquet:
             complaint = f"{size >> 20:,} MiB of pictures, more than {MOST_CELL >> 20}; give smaller ones"
             raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
         return cell[0].as_py()
+
+    def _once(self, column: str) -> None:
+        if column in self.doubled:
+            raise UserError(
+                f"{self.path}: {self.names.count(column)} columns named {column}; rename or drop all but one"
+            )
+
+    def _value(self, row: int, column: str, cell: pa.Scalar) -> Any:
+        try:
+            return cell.as_py()
+        except (ValueError, OverflowError) as error:  # a time in nanoseconds, or beyond the year 9999
+            why = str(error).partition("\n")[0][:100]
+            raise UserError(f"{self.path}: row {row}, column {column}: not a value of Python's ({why})") from None
 
     def _group(self, group: int, column: str) -> pa.ChunkedArray:
         file, _ = self.sources[column]
@@ -173,7 +209,7 @@ class Parquet:
         groups = [plain.metadata.row_group(group) for group in range(plain.num_row_groups)]
         chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
         texts = {chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"}
-        deltas = {chunk.path_in_schema for chunk in chunks if DELTA in chunk.encodings}
+        deltas = {chunk.path_in_schema for chunk in chunks if DELTAS & {*chunk.encodings}}
         return self._open(source, metadata=plain.metadata, read_dictionary=list(texts - deltas))
 
     def _fields_in_text(self) -> set[str]:
@@ -196,7 +232,7 @@ class Parquet:
 
     def _read_group(self, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
         chunks = [chunk for column in columns for chunk in self._chunks(file, column, group)]
-        if not any(DELTA in chunk.encodings for chunk in chunks):
+        if not any(DELTAS & {*chunk.encodings} for chunk in chunks):
             return file.read_row_groups([group], columns=columns)
         batches, size = [], 0
         for batch in file.iter_batches(ROWS_PER_CUT, [group], columns):
@@ -313,6 +349,9 @@ class JsonArray:
     def __init__(self, path: Path):
         self.path = path
         self.rows = json_file(path)
+        if isinstance(self.rows, dict):
+            lists = [self.rows[name] for name in WRAPPERS if isinstance(self.rows.get(name), list)]
+            self.rows = next((rows for rows in lists if rows and isinstance(rows[0], dict)), self.rows)
         if isinstance(self.rows, dict) and len(self.rows) > 2:  # a question, an answer and a picture: a single row
             self.rows = [self.rows]
         if not isinstance(self.rows, list):

@@ -12,8 +12,10 @@ from chat_helpers import CHAT_TEMPLATE, CONTROL, REAL_TOKENIZER, TRANSCRIPTS, Pi
 from tokenizers import Tokenizer
 
 import mmsr.chat
+from mmsr.cells import answers
 from mmsr.chat import PROMPTS, Action, Chat
-from mmsr.episode import Hit, Observation, UserError
+from mmsr.episode import Episode, Example, Hit, Observation, Turn, UserError
+from mmsr.reward import official_answer
 from mmsr.tools import NoSearch, Tool, search_tools
 
 TOOLS = search_tools(NoSearch(), max_images=1, max_texts=2)
@@ -227,10 +229,12 @@ def test_every_recorded_turn_of_the_released_model_parses_as_recorded(tiny_chat)
 
 @pytest.mark.parametrize("words", ["<reason>", "<reason>a</answer>", "</reason>", "<answer>", "<search><img>"])
 def test_a_turn_of_tags_that_open_and_never_close_takes_seconds(tiny_chat, words):
-    """Where each `<reason>` looks for its end, 80 kB take 4 s."""
+    """Where each `<reason>` looks for its end, 80 kB take 4 s; the same for `<answer>` in rewards and data files."""
     turn = words * (120_000 // len(words))
     start = time.process_time()
     assert tiny_chat.parse(turn) == Action() and not tiny_chat.well_formed(turn)
+    spoken = Episode(Example("a", b"", "", ("Tagus",)), 0, 0, turns=[Turn("assistant", turn, 0, 0)])
+    assert official_answer(spoken) is None and answers(turn) == [turn]
     assert time.process_time() - start < 2
 
 

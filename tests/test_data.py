@@ -144,6 +144,25 @@ def test_recurring_ids_are_fine(tmp_path):
     assert [example.id for example in read_examples(parquet(tmp_path, [row(1), row(1)]))] == ["made_1", "made_1"]
 
 
+def test_good_parquet_is_called_damaged_or_escapes_as_another_error(tmp_path):
+    table = pa.Table.from_pylist([{"id": None, "question": "Which river?", "answer": "Tagus", "image": PNG}] * 40)
+    table = table.append_column("", pa.array(range(40)))  # R's numbers of rows: nothing that this program reads
+    encodings = {"question": "DELTA_LENGTH_BYTE_ARRAY", "answer": "DELTA_BYTE_ARRAY"}
+    path = tmp_path / "some.parquet"
+    pq.write_table(table, path, data_page_version="2.0", use_dictionary=False, column_encoding=encodings)
+    data = read_examples(path)
+    assert data[39] == Example("39", PNG, "Which river?", ("Tagus",))
+    assert list(data.notes) == ["the column of ids is empty, so its rows' numbers are the ids"]
+    for column, value in (("answer", "Tejo"), ("image", PNG)):
+        pq.write_table(table.append_column(column, pa.array([value] * 40)), path)
+        refused(
+            lambda: list(read_examples(path)), f"some.parquet: 2 columns named {column}; rename or drop all but one"
+        )
+    times = pa.array([1577934245000000001] * 40, pa.timestamp("ns", "UTC"))
+    pq.write_table(table.drop(["answer"]).append_column("answer", times), path)
+    refused(lambda: read_examples(path), "some.parquet: row 0, column answer: not a value of Python's")
+
+
 def test_an_empty_parquet_file_has_no_examples(tmp_path):
     assert list(read_examples(parquet(tmp_path, []))) == []
 
@@ -394,6 +413,7 @@ EMBEDDED = [{"type": "text", "text": "Which river?"}, {"type": "image_url", "ima
 INPUT = [{"type": "input_text", "text": "Which river?"}, {"type": "input_image", "image_url": DATA_URL}]
 TURNS = [{"from": "human", "value": "<image>\nWhich river?"}, {"from": "gpt", "value": "Tagus"}]
 SAID = {"role": "assistant", "content": "<reason>A bridge.</reason><answer>Tagus</answer>"}
+BARE = {"question": "Which river?", "answer": "Tagus"}
 OTHERS = {
     "trl": {"prompt": [{"role": "user", "content": PARTS}], "image": PNG, "solution": "<answer> Tagus </answer>"},
     "trl, problems": {"problem": "<image>Which river?", "images": [PNG], "answer": "Tagus"},
@@ -422,7 +442,13 @@ OTHERS = {
         "reward_model.ground_truth": "Tagus", "reward_model.candidate_answers": "[]",
     },
     "verl, in JSON": VERL | {"prompt": str(ASKED), "reward_model": '{"ground_truth": "Tagus"}', "extra_info": "{}"},
+    "verl, as Python prints it": VERL | {"prompt": str(ASKED), "reward_model": "{'ground_truth': ['Tagus']}"},
     "plain": {"question": "Which river?", "answer": "Tagus", "image": DATA_URL},
+    "plain, a folder of pictures": BARE | {"file_name": ".\\0.png"},
+    "plain, bytes as numbers": BARE | {"image": {"bytes": [*PNG]}},
+    "plain, aliases": BARE | {"answer": {"value": "Tagus", "aliases": ["Tejo"]}, "image": DATA_URL},
+    "plain, other marks": BARE | {"question": "<ImageHere> Which river?", "image": "DATA:;" + DATA_URL.split(";")[1]},
+    "plain, Phi's mark": BARE | {"question": "<|image_1|>\nWhich river?", "image_path": "0.png"},
     "simplevqa": {"data_id": 0, "question": "Which river?", "answer": "Tagus", "image": {"bytes": DATA_URL}},
 }  # fmt: skip
 
@@ -485,6 +511,7 @@ def test_a_system_prompt_is_dropped_in_silence(tmp_path):
         (pa.scalar(datetime(1953, 5, 29), pa.timestamp("us")), ("1953-05-29",)),
         (pa.scalar(datetime(1953, 5, 29, 11, 30), pa.timestamp("us")), ("1953-05-29 11:30:00",)),
         (pa.scalar(b"Tejo"), ("Tejo",)),
+        (pa.scalar({"value": "Tagus", "aliases": ["Tejo"]}), ("Tagus", "Tejo")),
         (pa.scalar(2**60), (str(2**60),)),
     ],
 )
@@ -537,6 +564,9 @@ def test_a_json_files_name_is_believed(tmp_path):
         for text in texts:
             (tmp_path / name).write_text(text, encoding="utf-8")
             assert len(read_examples(tmp_path / name)) == 2
+    for name in ("data", "annotations"):
+        (tmp_path / "a.json").write_text(json.dumps({"version": 1, "license": "none", name: [row, row]}))
+        assert len(read_examples(tmp_path / "a.json")) == 2
     (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
     assert len(read_examples(tmp_path / "one.json")) == 1
 
@@ -753,6 +783,7 @@ def test_missing_columns_are_named_with_what_was_found(tmp_path):
     missing = "column reward_model.ground_truth: missing"
     refused(lambda: read_examples(path), str(path), missing, "found prompt, images, label, category", "like verl")
     refused(lambda: read_examples(path, columns="id=uid,answers=label"), "column uid: missing", "--columns")
+    refused(lambda: read_examples(path, columns="image=a,image=b"), "--columns image=b: give PLACE=COLUMN, each once")
 
 
 @pytest.mark.parametrize("name", ["absent.parquet", "absent.jsonl"])
@@ -763,7 +794,10 @@ def test_a_missing_file(tmp_path, name):
 def test_a_file_of_another_kind(tmp_path):
     refused(lambda: read_examples(tmp_path / "prompts.pkl"), "prompts.pkl", ".parquet, .jsonl or .json")
     (tmp_path / "folder.jsonl").mkdir()
-    refused(lambda: read_examples(tmp_path / "folder.jsonl"), "folder.jsonl", "cannot be read")
+    refused(lambda: read_examples(tmp_path / "folder.jsonl"), "folder.jsonl", "cannot be read: a folder; name the")
+    refused(lambda: read_examples(tmp_path / "a.jsonl.gz"), "a.jsonl.gz: a packed file; unpack it")
+    (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    refused(lambda: read_examples(tmp_path / "pointer.jsonl"), "Git LFS's pointer to one; fetch it with: git lfs pull")
 
 
 def test_a_file_that_is_no_parquet_or_cut_short_at_any_place(tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 import threading
+import time
 
 import pytest
 
 from mmsr.episode import UserError
-from mmsr.judge import PROMPT, Judge
+from mmsr.judge import PROMPT, Judge, _right
 
 LINES = [
     {"question": "Which river?", "answers": ["Tagus", "Tejo"], "answer": "the river Tagus"},
@@ -122,6 +123,13 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(tmp_path, reply)
 )
 def test_verdicts_in_the_shapes_that_models_give_them(tmp_path, reply, verdict):
     assert Judge(Fake(reply), "fake", tmp_path / "judge.jsonl")(LINES[:1]) == [verdict]
+
+
+def test_thousands_of_verdicts_take_seconds():
+    start = time.process_time()
+    with pytest.raises(ValueError, match="no verdict"):
+        _right("Verdict\n" * 15_000)
+    assert time.process_time() - start < 1
 
 
 def test_a_refused_key_ends_the_judging_with_its_own_words(tmp_path):
