@@ -19,7 +19,16 @@ import numpy as np
 USER, MODEL, SYSTEM = ("user", "human"), ("assistant", "gpt", "model", "bot"), ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
-PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path")  # the first that is filled counts
+PICTURE_KEYS = (
+    "bytes",
+    "image",
+    "image_url",
+    "url",
+    "data",
+    "base64",
+    "path",
+    "source",
+)  # the first that is filled counts
 # Search-R1's, InfoSeek's numbers, VQAv2's, SQuAD's, TriviaQA's
 ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")
 # What some exports leave in the text where the picture goes: <image>, <Image 1>, <|image_1|>, <image-placeholder>.

@@ -65,7 +65,8 @@ FORMATS = {
         aliases=CANDIDATES, listed=(CANDIDATES,),
     ),
     "plain": Format(
-        "id|data_id|question_id|sample_id", "question|query", ("answers|answer|solution|ground_truth",),
+        "id|data_id|question_id|sample_id", "question|query",
+        ("answers|answer|golden_answers|direct_answers|solution|ground_truth",),
         "image|images|query_image|image_path|file_name", "category", listed=("answers",),
     ),
     "trl": Format("id", "prompt|problem", ("solution|answer|ground_truth|completion",), "image|images|prompt"),

@@ -13,6 +13,7 @@ from PIL import Image
 from .episode import Hit, Observation, UserError
 from .model import fetched
 from .pickles import Inert, read_plain
+from .pictures import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"
 TITLES, THUMBNAILS = "tool_returned_web_title_list", "tool_returned_images_urls"
@@ -86,7 +87,7 @@ def _jpeg(mode: str, size: tuple[int, int], palette: Any, pixels: bytes) -> byte
         if type(palette) is list and 0 < len(palette) <= 4 * 256 and mode in ("L", "LA", "P", "PA"):
             picture.putpalette(palette)
         file = BytesIO()
-        picture.convert("RGB").save(file, "JPEG", quality=90)
+        to_rgb(picture).save(file, "JPEG", quality=90)
         return file.getvalue()
     except Exception:  # Pillow's, about anything at all that a stranger wrote there
         return None

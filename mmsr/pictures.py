@@ -55,7 +55,7 @@ def decode(
     """
     picture, container = _open(data, max_bytes, max_pixels)
     try:
-        picture = _to_rgb(picture)
+        picture = to_rgb(picture)
     except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
         raise _unreadable(data, error) from error
     picture.info = {}
@@ -113,7 +113,8 @@ def check_aspect(width: int, height: int) -> None:
         raise ValueError(f"picture of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT}")
 
 
-def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Transparency is laid on white; 16-bit grey is scaled to 8 bits."""
     if picture.mode.startswith("I"):
         picture = _eight_bits(picture)
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
@@ -124,8 +125,8 @@ def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
     """16-bit grey as 8-bit: the upper byte, which Pillow takes of 16-bit colours. Of grey it, and with it the published
-    processor, cuts off all that is over 255, and a photograph turns white."""
-    values = np.asarray(picture)
+    processor, cuts off all that is over 255, and a photograph turns white. The mode I holds 16 bits, too."""
+    values = np.asarray(picture).clip(0, 65535)
     grey = PIL.Image.fromarray((values >> 8).astype(np.uint8))
     clear = picture.info.get("transparency")
     if clear is not None:

@@ -19,6 +19,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from .episode import Hit, Observation
+from .pictures import to_rgb
 
 MOST_HITS = 1000  # of one result: a generator may have no end
 MOST_SAID = 1000  # characters of an error
@@ -109,11 +110,22 @@ def _picture(name: str, value: Any) -> bytes | None:
     file = io.BytesIO()
     try:
         picture = PIL.ImageOps.exif_transpose(value)
-        picture = picture if picture.mode in PNG_MODES else picture.convert("RGB")
+        picture = picture if picture.mode in PNG_MODES else _rgb(picture)
         picture.save(file, "PNG", compress_level=1, exif=b"", icc_profile=None)
     except Exception as error:  # an empty crop, a file that is closed or broken
         raise TypeError(f"{name} is a PIL image that cannot be saved ({type(error).__name__}: {error})") from error
     return file.getvalue()
+
+
+def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """16 bits and fractions of 1 are scaled: Pillow would cut off all that is over 255, and take 0.9 for 0."""
+    if picture.mode[0] in "IF":
+        top = np.asarray(picture).max()
+        if picture.mode == "F" and top <= 1:
+            picture = picture.point(lambda value: value * 255 + 0)
+        elif picture.mode != "F" and top > 255:
+            return to_rgb(picture)
+    return picture.convert("RGB")
 
 
 def _wrong(name: str, value: object, wanted: str) -> TypeError:

@@ -73,14 +73,24 @@ def _demonstration(path: Path, row: int, record: dict[str, Any]) -> tuple[str, l
 def _recorded_turn(turn: dict[str, Any]) -> RecordedTurn:
     result = turn.get("tool_result")
     observation = None if result is None else Observation(_recorded_hits(result), source="replay", cached=True)
-    return RecordedTurn(turn["response"], turn.get("action"), turn.get("query"), observation)
+    query = turn.get("query")
+    return RecordedTurn(_text(turn["response"]), turn.get("action"), query and _text(query), observation)
 
 
 def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
     if "titles" in result:
-        return tuple(Hit(title or "") for title in result["titles"])
+        if not isinstance(result["titles"], list):
+            raise TypeError(f"titles are {result['titles']!r:.40}, no list")
+        return tuple(Hit(_text(title)) for title in result["titles"])
     summaries = {page["rank"]: page.get("summary") for page in result["summaries"]}
     return tuple(
-        Hit(page.get("title") or "", page.get("url") or "", summaries.get(page["rank"]) or page.get("snippet") or "")
+        Hit(_text(page.get("title")), _text(page.get("url")), _text(summaries.get(page["rank"]) or page.get("snippet")))
         for page in result["documents"]
     )
+
+
+def _text(value: Any) -> str:
+    """TypeError for what is neither text nor missing."""
+    if not isinstance(value, str | None):
+        raise TypeError(f"{value!r:.40} is no text")
+    return value or ""

@@ -411,6 +411,7 @@ def test_verls_prompt_is_taken_for_its_question(tmp_path):
 PARTS = [{"type": "image"}, {"type": "text", "text": "Which river?"}]
 EMBEDDED = [{"type": "text", "text": "Which river?"}, {"type": "image_url", "image_url": {"url": DATA_URL}}]
 INPUT = [{"type": "input_text", "text": "Which river?"}, {"type": "input_image", "image_url": DATA_URL}]
+SOURCE = [{"type": "image", "source": {"type": "base64", "data": DATA_URL.split(",")[1]}}, PARTS[1]]
 TURNS = [{"from": "human", "value": "<image>\nWhich river?"}, {"from": "gpt", "value": "Tagus"}]
 SAID = {"role": "assistant", "content": "<reason>A bridge.</reason><answer>Tagus</answer>"}
 BARE = {"question": "Which river?", "answer": "Tagus"}
@@ -425,6 +426,7 @@ OTHERS = {
         ]
     },
     "openai, beside": {"messages": [*ASKED, SAID], "images": ["0.png"]},
+    "openai, Anthropic's": {"messages": [{"role": "user", "content": SOURCE}], "answer": "Tagus"},
     "openai, input": {"messages": [{"role": "user", "content": INPUT}], "answers": ["Tagus"]},
     "sharegpt": {"conversations": TURNS, "image": "0.png"},
     "sharegpt, as text": {"conversations": json.dumps(TURNS), "images": ["0.png"]},
@@ -446,6 +448,7 @@ OTHERS = {
     "plain": {"question": "Which river?", "answer": "Tagus", "image": DATA_URL},
     "plain, a folder of pictures": BARE | {"file_name": ".\\0.png"},
     "plain, bytes as numbers": BARE | {"image": {"bytes": [*PNG]}},
+    "plain, FlashRAG's": {"id": 0, "question": "Which river?", "golden_answers": ["Tagus"], "image": DATA_URL},
     "plain, aliases": BARE | {"answer": {"value": "Tagus", "aliases": ["Tejo"]}, "image": DATA_URL},
     "plain, other marks": BARE | {"question": "<ImageHere> Which river?", "image": "DATA:;" + DATA_URL.split(";")[1]},
     "plain, Phi's mark": BARE | {"question": "<|image_1|>\nWhich river?", "image_path": "0.png"},

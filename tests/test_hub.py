@@ -73,6 +73,12 @@ def test_pictures_of_every_mode(tmp_path, mode):
     assert Image.open(io.BytesIO(hit.image)).size == (20, 12)
 
 
+def test_16_bit_grey_of_a_pickle_is_white(tmp_path):
+    grey = Image.new("I;16", (20, 12), 128 << 8)
+    (hit,) = hub.search_results(written(tmp_path, {"a": entry(["t"], [grey])}))["a"].hits
+    assert Image.open(io.BytesIO(hit.image)).getpixel((0, 0)) == (128, 128, 128)
+
+
 @pytest.mark.parametrize("size, pixels", [((60_000, 60_000), b"x" * 99), ((-1, 5), b""), ((4, 4), b"x"), ((0, 0), b"")])
 def test_a_forged_picture_costs_memory_or_its_title(tmp_path, size, pixels):
     forged = Image.new("RGB", (1, 1))

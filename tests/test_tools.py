@@ -185,6 +185,18 @@ def test_a_pil_image_is_no_picture(mode):
     assert seen.ok and (shown.size, shown.mode) == ((8, 6), "RGB")
 
 
+@pytest.mark.parametrize(
+    "mode, full", [("I;16", 65535), ("I;16B", 65535), ("I", 65535), ("I", 255), ("F", 1), ("F", 255)]
+)
+def test_a_pil_image_of_16_bits_or_fractions_is_white_or_black(mode, full):
+    grey, kind = PIL.Image.new(mode.replace("16B", "16"), (2, 1), full), {"I;16B": ">u2"}.get(mode)
+    grey.putpixel((0, 0), full / 2 if mode == "F" else full // 2)
+    if kind:
+        grey = PIL.Image.frombytes(mode, (2, 1), np.asarray(grey).astype(kind).tobytes())
+    shown = decode(call(lambda call: found(image=grey)).hits[1].image)
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(127,) * 3, (255,) * 3]
+
+
 def test_a_pil_image_takes_its_private_words_along_or_lies_on_its_side():
     exif, file = PIL.Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "SECRET"
