@@ -224,17 +224,23 @@ class Parquet:
     def _read(self, file: pq.ParquetFile, groups: Iterable[int], columns: list[str]) -> pa.Table:
         try:
             # one by one: each has dictionaries of its own, which pyarrow does not join inside of lists and structs
-            table = pa.concat_tables([self._read_group(file, group, columns) for group in groups])
+            tables, size = [], 0
+            for group in groups:
+                tables.append(self._read_group(file, group, columns, size))
+                size += tables[-1].nbytes
+            table = pa.concat_tables(tables)
             table.validate(full=True)  # most writers store no checksums
             return table
         except DAMAGE as error:
             raise self._unreadable(error) from error
 
-    def _read_group(self, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+    def _read_group(self, file: pq.ParquetFile, group: int, columns: list[str], size: int) -> pa.Table:
+        """`size`: bytes of the groups before it. What does not stay shared is read little by little, and bounded."""
         chunks = [chunk for column in columns for chunk in self._chunks(file, column, group)]
-        if not any(DELTAS & {*chunk.encodings} for chunk in chunks):
+        extended = any("extension<" in str(self.plain.schema_arrow.field(column).type) for column in columns)
+        if not extended and not any(DELTAS & {*chunk.encodings} for chunk in chunks):
             return file.read_row_groups([group], columns=columns)
-        batches, size = [], 0
+        batches = []
         for batch in file.iter_batches(ROWS_PER_CUT, [group], columns):
             batches.append(batch)
             size += batch.nbytes
@@ -251,8 +257,14 @@ class Parquet:
         return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
 
     def _weight(self, file: pq.ParquetFile, column: str, group: int) -> int:
-        """Bytes that a row group of a column takes when it is read: its pages, unpacked, and 8 for each value."""
-        return sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in self._chunks(file, column, group))
+        """Bytes that a row group of a column takes when it is read: its pages, unpacked, and 8 for each value.
+
+        Values of a fixed length take that, as they do not stay shared.
+        """
+        schema = file.metadata.schema
+        lengths = {leaf.path: max(8, leaf.length or 0) for leaf in map(schema.column, range(len(schema)))}
+        chunks = self._chunks(file, column, group)
+        return sum(chunk.total_uncompressed_size + lengths[chunk.path_in_schema] * chunk.num_values for chunk in chunks)
 
     def _bound(self, column: str, size: int) -> None:
         if size > MOST_COLUMN:
@@ -302,7 +314,10 @@ def _written_out(array: pa.Array | pa.ChunkedArray) -> int:
         return pc.sum(lengths.take(array.indices)).as_py() or 0
     if pa.types.is_struct(kind):
         return sum(map(_written_out, array.flatten()))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_map(kind):
+        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_written_out(inner.slice(first, last - first)) for inner in (array.keys, array.items))
+    if hasattr(array, "flatten"):  # lists of all kinds
         return 8 * len(array) + _written_out(array.flatten())
     return array.nbytes
 

@@ -603,6 +603,32 @@ BOMBS = {
 }
 
 
+EACH = pa.array(range(301), pa.int32())
+ARROW_BOMBS = {  # of types that the file's Arrow schema alone tells; whether they stay shared when they are read
+    "lists of a fixed length": (lambda big: pa.FixedSizeListArray.from_arrays(big, 1), True),
+    "maps": (lambda big: pa.MapArray.from_arrays(EACH, pa.array(["target"] * 300), big), True),
+    "bytes of a fixed length": (lambda big: big.cast(pa.binary()).cast(pa.binary(300_000)), False),
+    "texts that are JSON": (lambda big: pa.ExtensionArray.from_storage(pa.json_(), big), False),
+    "lists of JSON": (
+        lambda big: pa.ListArray.from_arrays(EACH, pa.ExtensionArray.from_storage(pa.json_(), big)), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", ARROW_BOMBS)
+def test_arrows_types_take_gigabytes(tmp_path, monkeypatch, bomb):
+    make, stays_shared = ARROW_BOMBS[bomb]
+    answer, path = make(pa.array(["a" * 300_000] * 300)), tmp_path / "some.parquet"
+    sound = {"question": shared("Which?", 300), "image": shared(PNG, 300)}
+    pq.write_table(pa.table(sound | {"answer": answer}), path, row_group_size=150)
+    monkeypatch.setattr(tables, "MOST_COLUMN", 50 << 20)
+    if not stays_shared:
+        monkeypatch.setattr(
+            pq.ParquetFile, "read_row_groups", lambda *_, **__: pytest.fail("read before it is bounded")
+        )
+    refused(lambda: read_examples(path), str(path), "answer: unpacks to 0.1 GB")
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_small_parquet_file_takes_gigabytes(tmp_path, monkeypatch, bomb):
     """With bounds, and bombs, of a tenth of their size."""
