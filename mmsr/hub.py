@@ -17,7 +17,14 @@ from .pictures import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"
 TITLES, THUMBNAILS = "tool_returned_web_title_list", "tool_returned_images_urls"
-DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".json")  # a name with one is a path, be it there or not
+DATA_ENDINGS = (
+    ".parquet",
+    ".pq",
+    ".jsonl",
+    ".jsonlines",
+    ".ndjson",
+    ".json",
+)  # a name with one is a path, be it there or not
 MOST_PIXELS = 4096 * 4096  # of a thumbnail
 MOST_HITS = 1_000_000  # of all searches; published are 25,000
 

@@ -136,6 +136,7 @@ def test_results_are_joined_by_id_with_the_pictures(tmp_path):
         ("questions.jsonl", None),
         ("data/questions.pq", None),
         ("data/questions.json", None),
+        ("data/questions.ndjson", None),
         ("./lmms-lab/FVQA", None),
         ("/data/FVQA", None),
         ("a/b/c", None),
