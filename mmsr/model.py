@@ -171,7 +171,7 @@ def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[s
         ("head_dim", text.get("head_dim"), (head_dim,)),
         ("use_sliding_window", text.get("use_sliding_window"), (False,)),
         *(("layer_types", kind, ("full_attention",)) for kind in _items(text.get("layer_types"))),
-        *(("rope type", rope.get("rope_type", rope.get("type")), ("default", "mrope")) for rope in ropes),
+        *(("rope type", rope.get(key), ("default", "mrope")) for rope in ropes for key in ("type", "rope_type")),
         *(("partial_rotary_factor", part.get("partial_rotary_factor"), (1,)) for part in (text, *ropes)),
         ("vision_config.hidden_act", vision.get("hidden_act"), ("silu",)),
         ("vision_config.in_channels", vision.get("in_channels", vision.get("in_chans")), (CHANNELS,)),

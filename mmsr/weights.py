@@ -27,8 +27,13 @@ FULL = "give the full-precision checkpoint that it was made from"
 QUANTISED = re.compile(
     "scale|zero|absmax|quant|packed|qweight|qdata|codebook|[.](SCB|g_idx|codes|W_q)$|_data$|_(blocks|codes)$"
 )
+PICKLED = ("pytorch_model*", "*.pth", "*.pt", "*.ckpt", "*.distcp")
+LFS = b"version https://git-lfs"  # what git leaves in place of a large file
 QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-LORA = re.compile(r"\blora_|^base_model\.")
+# What PEFT (LoRA and DoRA, IA3, LoHa, LoKr, VeRA, OFT) calls what it adds, and the weights that it wraps.
+ADAPTERS = re.compile(
+    r"^base_model\.|\b(lora|ia3|hada|lokr|vera|b?oft)_|\b(base_layer|modules_to_save|original_module)\b"
+)
 BUFFERS = re.compile(r"\binv_freq$")  # rotary frequencies, which old versions of transformers stored: worked out here
 
 
@@ -67,11 +72,15 @@ def fitting(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tupl
         found = {EMBEDDING if name == HEAD else name: header for name, header in found.items()}
     for name, header in found.items():
         if (wanted := shapes.get(name, header.shape)) != header.shape:
+            if header.shape == (0,):  # what DeepSpeed leaves of a weight that is shared out over processes
+                raise UserError(f"{header.file}: {name} is empty: save it again with the weights gathered (ZeRO-3)")
             what = f"{name} has shape {header.shape}, config.json says {wanted}"
             raise UserError(f"{header.file}: {what}: not of the same model")
     missing = [name for name in shapes if name not in found]
     if missing:
         some = f"{len(missing)} of {len(shapes)} weights are missing ({_listed(missing)})"
+        if others := [name for name in found if name not in shapes and name != HEAD]:
+            some += f", and there is no place for others ({_listed(others)})"  # a wrapper's names, another program's
         raise UserError(f"{folder}: {some}: fetch it again, or take config.json and weights of one checkpoint")
     return {name: header for name, header in found.items() if name in shapes}
 
@@ -85,15 +94,24 @@ def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Mapping[str
 
 
 def tensors(found: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time: views of the files. Raises UserError for a NaN or an infinity among the numbers."""
+    """(name, tensor) one at a time: views of the files. Raises UserError for numbers that no sound checkpoint holds."""
     for file, group in groupby(found.items(), lambda item: item[1].file):
         with _opened(file) as stored:
             for name, header in group:
                 tensor = stored.get_tensor(header.name)
-                low, high = tensor.aminmax()  # one pass without a copy, which hands NaN on
+                low, high = (end.float() for end in tensor.aminmax())  # one pass without a copy, which hands NaN on
                 if not (low.isfinite() and high.isfinite()):
                     raise UserError(f"{file}: {name} holds NaN or infinite numbers: take an earlier checkpoint")
+                if low == high == 0 and _is_never_zero(name, tensor):
+                    raise UserError(
+                        f"{file}: {name} holds zeros only: not written or not fetched whole, fetch it again"
+                    )
                 yield name, tensor
+
+
+def _is_never_zero(name: str, tensor: Tensor) -> bool:
+    """Norms and embeddings. Biases may be zero, and so may a matrix that somebody switched off."""
+    return name in (EMBEDDING, HEAD) or tensor.ndim == 1 and name.endswith(".weight")
 
 
 def own_head(found: Mapping[str, Header]) -> bool:
@@ -108,7 +126,7 @@ def own_head(found: Mapping[str, Header]) -> bool:
 
 def _refuse_quantised(found: Mapping[str, Header]) -> None:
     for name, header in found.items():
-        if LORA.search(name):
+        if ADAPTERS.search(name):
             advice = "merge it into its base model and give that folder"
             raise UserError(f"{header.file}: {_listed([name])} is an adapter's: {advice}")
         if header.dtype not in FLOATS or QUANTISED.search(name):
@@ -143,7 +161,7 @@ def _explain_absence(folder: Path) -> None:
     """UserError where a folder without safetensors holds weights of another form."""
     if [*folder.glob("*.gguf")]:
         raise UserError(f"model folder {folder} holds a GGUF file, which is quantised or of another program: {FULL}")
-    if [*folder.glob("pytorch_model*"), *folder.glob("*.pth")]:
+    if any([*folder.glob(pattern)] for pattern in PICKLED):
         advice = "save it again with transformers, which writes safetensors"
         raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")
 
@@ -180,7 +198,17 @@ def _opened(file: Path) -> Iterator[Any]:
             yield stored
     except (SafetensorError, OSError) as error:
         reason = first_line(error)
+        if _begins_with(file, LFS):
+            raise UserError(f"{file} is not the file but Git LFS's note of it: run `git lfs pull` there") from error
         raise UserError(f"{file} cannot be read ({reason}): truncated or corrupt, fetch it again") from error
+
+
+def _begins_with(file: Path, head: bytes) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(head)) == head
+    except OSError:
+        return False
 
 
 # ---- what config.json says

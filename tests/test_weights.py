@@ -96,6 +96,26 @@ def one_more(name: str):
     return lambda folder: rewrite(folder, lambda weights: weights.update({name: torch.ones(64)}))
 
 
+def renamed(old: str, new: str):
+    def change(weights):
+        for name in [name for name in weights if old in name]:
+            weights[name.replace(old, new, 1)] = weights.pop(name)
+
+    return lambda folder: rewrite(folder, change)
+
+
+def rewrites(name: str, value: torch.Tensor):
+    return lambda folder: rewrite(folder, lambda weights: weights.update({name: value}))
+
+
+def cut_off_but_as_long(folder: Path):
+    """A download that was broken off, by a program that makes the file as long as it will be."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little") + 1000  # the header, and some of the numbers
+    file.write_bytes(whole[:begin].ljust(len(whole), b"\0"))
+
+
 def adapter(base: dict):
     def spoil(folder: Path):
         for file in folder.iterdir():
@@ -149,6 +169,27 @@ UNFIT = {
     "an adapter": (adapter({"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B"}), "an adapter of Qwen/Qwen2.5-VL-7B, not"),
     "an adapter of nothing": (adapter({}), "an adapter of another model, not a model: merge"),
     "an adapter's weights": (one_more("base_model.model.q_proj.lora_A.weight"), "is an adapter's: merge it"),
+    "what LoRA wrapped": (renamed("q_proj.weight", "q_proj.base_layer.weight"), "is an adapter's: merge it"),
+    "a head that PEFT kept": (renamed("lm_head", "lm_head.modules_to_save.default"), "is an adapter's: merge it"),
+    "DoRA": (one_more("model.norm.lora_magnitude_vector"), "is an adapter's: merge it"),
+    "IA3": (one_more("model.norm.ia3_l"), "is an adapter's: merge it"),
+    "names of a compiled model": (
+        renamed("", "_orig_mod."),
+        r"69 of 69 weights are missing \(.*and there is no place for others \(_orig_mod\.lm_head\.weight, ",
+    ),
+    "a head elsewhere": (
+        renamed("lm_head", "model.lm_head"),
+        r"1 of 69 .* no place for others \(model\.lm_head\.weight\)",
+    ),
+    "weights left on other processes": (holds(weight=torch.empty(0)), f"{WEIGHT} is empty: .*gathered"),
+    "a shared-out checkpoint": (only("model_world_size_8_rank_0.pt"), "pickled weights"),
+    "Git LFS's note": (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "a file whose end never came": (cut_off_but_as_long, "zeros only: .*not fetched whole"),
+    "a norm of zeros": (rewrites("model.norm.weight", torch.zeros(64)), "model.norm.weight holds zeros only"),
+    "a number beyond floats": (
+        rewrites(WEIGHT, torch.full((96, 64), 1e300, dtype=torch.float64)),
+        f"{WEIGHT} holds NaN or infinite",
+    ),
     "another size": (
         edits(intermediate_size=128),
         r"down_proj.weight has shape \(64, 96\), config.json says \(64, 128\)",
