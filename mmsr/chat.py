@@ -73,11 +73,13 @@ VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|i
 CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # those that this program writes
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
+OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 REASON, REASON_END = "<reason>", "</reason>"
-# Runs of each kind of character: a pattern of the tokenizer's that needs exponential time is found with it.
-ORDINARY = "".join(character * 64 for character in "aA1 !\n\t_é東")
+# Runs of each kind of character: a pattern of the tokenizer's that needs exponential time is found with it, and so is
+# a vocabulary that lacks some of them, or a tokenizer that changes what it reads.
+ORDINARY = "".join(character * 64 for character in "aA1 !\n\t_éй東한🙂")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for newline and tab
 
 Part = Union[str, int, Any]  # of a turn: text, a control token's id, or an image (anything with `.tokens`)
@@ -113,6 +115,7 @@ class Chat:
         self._names = {token_id: name for name, token_id in self.added.items()}
         self._pieces: dict[int, str] = {}  # what single tokens say, as far as anybody asked
         self.stop_id = self.added[STOP]
+        _refuse_mistakable(tools)
         self._tools = {tool.tag: tool for tool in tools}
         self._calls: dict[str, list[Part]] = {IMAGE_SEARCH: [], TEXT_SEARCH: []}
         for tool in tools:
@@ -314,6 +317,15 @@ class Chat:
         return one_reason and tags.total() == 2 and text.lstrip().startswith(REASON) and self.parse(text).last
 
 
+def _refuse_mistakable(tools: list[Tool]) -> None:
+    """UserError for a tool that would be taken for another, or for a word of the markup or of the prompts folder."""
+    tags, names = {tag: "" for tag in (ANSWER, "reason", "information")}, {name: "" for name in OWN_NAMES}
+    for tool in tools:  # one with the name and the tag of an earlier one replaces it
+        for what, known, word, other in ("tag", tags, tool.tag, tool.name), ("name", names, tool.name, tool.tag):
+            if known.setdefault(word, other) != other:
+                raise UserError(f"tool {tool.name}: its {what} {word!r} is taken; give it another")
+
+
 def _without_reasons(text: str) -> str:
     """Closed reasons blanked out, at equal length: where one was removed, two halves could join into a tag.
 
@@ -369,18 +381,21 @@ def _load_tokenizer(path: Path) -> tuple[Tokenizer, dict[str, int]]:
         for name in added:  # trained tokenizers list their control tokens in the BPE vocabulary too
             spec["model"]["vocab"].pop(name, None)
         spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        spec["model"]["dropout"] = None  # of BPE merges, while a tokenizer is trained: equal texts must have equal ids
         with _panics_told(path, "this file"):
             tokenizer = Tokenizer.from_str(json.dumps(spec))
         with _panics_told(path, "an ordinary text"):
-            tokenizer.encode(ORDINARY)
+            back = tokenizer.decode(tokenizer.encode(ORDINARY).ids)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: not a readable BPE tokenizer ({reason}); fetch the file again") from error
-    missing = [name for name in CONTROL if name not in added]
+    missing, advice = [name for name in CONTROL if name not in added], "take the tokenizer of a Qwen2.5-VL checkpoint"
     if missing:
-        raise UserError(f"{path}: no control token {', '.join(missing)}; take the tokenizer of a Qwen2.5-VL checkpoint")
+        raise UserError(f"{path}: no control token {', '.join(missing)}; {advice}")
+    if back != ORDINARY:
+        raise UserError(f"{path}: an ordinary text does not come back from this tokenizer as it was; {advice}")
     names = {token_id: name for name, token_id in tokenizer.get_vocab().items()}
     for name, token_id in added.items():
         if (other := names.setdefault(token_id, name)) != name:

@@ -16,7 +16,7 @@ from mmsr.cells import answers
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.episode import Episode, Example, Hit, Observation, Turn, UserError
 from mmsr.reward import official_answer
-from mmsr.tools import NoSearch, Tool, search_tools
+from mmsr.tools import IMAGE_SEARCH, NoSearch, Tool, search_tools
 
 TOOLS = search_tools(NoSearch(), max_images=1, max_texts=2)
 FOUND = Observation(
@@ -502,6 +502,16 @@ def normalised_by_nothing(spec):
     spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
 
 
+def without(letter):
+    """No token has this letter, which stands for a byte."""
+
+    def change(spec):
+        spec["model"]["vocab"] = {word: i for word, i in spec["model"]["vocab"].items() if letter not in word}
+        spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if letter not in "".join(pair)]
+
+    return change
+
+
 UNFIT_TOKENIZERS = {
     "a tag": (added("<search>", 500), "<search> is a token of its own"),
     "an end tag": (added("</reason>", 500), "</reason> is a token of its own"),
@@ -516,6 +526,9 @@ UNFIT_TOKENIZERS = {
     "no regular expression": (split_by("("), "not a readable BPE tokenizer"),
     "a pattern without an end": (split_by("(a+)+b"), "gives up on an ordinary text .*retry-limit"),
     "a normaliser that panics": (normalised_by_nothing, "gives up on this file"),
+    "a byte without a token": (without("æ"), "does not come back"),
+    "small letters only": (lambda spec: spec.update(normalizer={"type": "Lowercase"}), "does not come back"),
+    "nothing joins its tokens": (lambda spec: spec.update(decoder=None), "does not come back"),
 }
 
 
@@ -526,6 +539,31 @@ def test_an_unfit_tokenizer_panics_or_is_taken(tiny, tmp_path, what):
     change(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     refused_tokenizer(tmp_path, message)
+
+
+def test_equal_texts_get_other_ids_while_merges_are_dropped(tiny, tmp_path):
+    spec = json.loads((tiny / "tokenizer.json").read_text())
+    spec["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    text = "information " * 50
+    assert Chat(tmp_path, PROMPTS / "real", TOOLS).opening(text) == Chat(tiny, PROMPTS / "real", TOOLS).opening(text)
+
+
+TAKEN = {
+    "the answer's tag": [Tool("zoom", "answer", 1, run=None)],
+    "the results' tag": [Tool("zoom", "information", 1, run=None)],
+    "the image search's tag": [Tool("zoom", "search", 1, run=None)],
+    "the image search's name": [Tool(IMAGE_SEARCH, "zoom", 1, run=None)],
+    "a placeholder's name": [Tool("question", "zoom", 1, run=None)],
+    "a prompt file's name": [Tool("failed", "zoom", 1, run=None)],
+    "one tag for two": [Tool("zoom", "zoom", 1, run=None), Tool("crop", "zoom", 1, run=None)],
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_tool_is_taken_for_another_or_for_a_word_of_the_markup(tiny, what):
+    with pytest.raises(UserError, match="^tool (zoom|crop|image_search|question|failed): its (tag|name) .* is taken"):
+        Chat(tiny, PROMPTS / "real", [*TOOLS, *TAKEN[what]])
 
 
 def test_a_page_that_the_tokenizers_library_panics_on_gives_a_traceback(tiny, tmp_path):
