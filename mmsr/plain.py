@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import islice
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -22,6 +22,7 @@ from .episode import Hit, Observation
 from .pictures import to_rgb
 
 MOST_HITS = 1000  # of one result: a generator may have no end
+MOST_TEXT = 1_000_000  # characters of a field: no model's context holds as much, and it stands in every rollout line
 MOST_SAID = 1000  # characters of an error
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images; others are saved as RGB
 
@@ -56,9 +57,9 @@ def _hit(name: str, hit: object) -> Hit:
     if not isinstance(hit, Hit):
         raise _wrong(name, hit, "a Hit")
     return Hit(
-        title=_text(f"{name}.title", hit.title),
-        url=_text(f"{name}.url", hit.url),
-        text=_text(f"{name}.text", hit.text),
+        title=_words(f"{name}.title", hit.title),
+        url=_words(f"{name}.url", hit.url),
+        text=_words(f"{name}.text", hit.text),
         image=_picture(f"{name}.image", hit.image),
         score=_score(f"{name}.score", hit.score),
     )
@@ -71,10 +72,19 @@ def _text(name: str, value: Any) -> str:
     return str.__str__(value)  # of a subclass, its characters and not what its own __str__ says
 
 
+def _words(name: str, value: Any) -> str:
+    """A text of a hit."""
+    words = _text(name, value)
+    if len(words) > MOST_TEXT:
+        raise TypeError(f"{name} has {len(words):,} characters, more than {MOST_TEXT:,}; return the part that matters")
+    return words
+
+
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
+    value = _single(value)
+    if not isinstance(value, bool):
         raise _wrong(name, value, "True or False")
-    return bool(value)
+    return value
 
 
 def _seconds(value: Any) -> float:
@@ -91,12 +101,20 @@ def _score(name: str, value: Any) -> float | None:
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    value = _single(value)
+    if not isinstance(value, Real | Decimal) or isinstance(value, bool):
         raise _wrong(name, value, "a number")
     try:
         return float(value)
     except OverflowError:  # a whole number beyond floats
         return math.inf
+    except ValueError:  # a Decimal's signalling NaN
+        return math.nan
+
+
+def _single(value: Any) -> Any:
+    """The Python value of a NumPy number, and of an array or tensor that holds one; any other value as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _picture(name: str, value: Any) -> bytes | None:

@@ -11,6 +11,8 @@ A search engine is a `Backend`: two methods, behind the paper's two tools.
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import signal
 import threading
 import time
@@ -98,7 +100,24 @@ def more_tools(name: str, backend: Backend) -> list[Tool]:
     if not isinstance(tools, list) or not all(isinstance(tool, Tool) for tool in tools):
         kind = type(tools).__name__
         raise UserError(f"--tools {name}: gave {kind}; return a list of Tool from the search engine it gets")
+    for tool in tools:
+        if wrong := _wrongly_made(tool):
+            raise UserError(f"--tools {name}: tool {str(tool.name)[:40]!r}: {wrong}")
     return tools
+
+
+def _wrongly_made(tool: Tool) -> str:
+    """What would fail, or be ignored, only when the model calls the tool; empty where all is well."""
+    for field, value in (("name", tool.name), ("tag", tool.tag)):
+        if not isinstance(value, str) or not re.fullmatch(r"[\w-]+", value):
+            return f"{field} is {value!r:.40}; give a word of letters, digits, _ and -"
+    if not isinstance(tool.limit, int | float) or not tool.limit >= 0:
+        return f"limit is {tool.limit!r:.40}; give a number from 0"
+    if not callable(tool.run) or inspect.iscoroutinefunction(tool.run):
+        return f"run is {tool.run!r:.40}; give a plain function of a Call"
+    if tool.payload is not None and not (isinstance(tool.payload, str) and tool.payload.strip()):
+        return f"payload is {tool.payload!r:.40}; give text, or None where the model writes a query"
+    return ""
 
 
 def _unusable(name: str, error: BaseException) -> UserError:
@@ -211,7 +230,7 @@ def _said(error: BaseException) -> str:
         said = str(error)
     except BaseException as another:
         _let_through(another)
-        said = f"and its text raises {type(another).__name__}"
+        return cut(f"{type(error).__name__}: and its text raises {type(another).__name__}")
     if isinstance(error, ToolFailure):
         return cut(said)
     return cut(f"{type(error).__name__}: {said}" if said else type(error).__name__)

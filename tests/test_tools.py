@@ -3,21 +3,26 @@
 import io
 import itertools
 import math
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.interrupt import Interrupts
 from mmsr.pictures import decode
+from mmsr.plain import MOST_TEXT
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, NoSearch, Tool, Toolbox, ToolFailure, more_tools, search_tools
 
 SECONDS = 30
@@ -158,6 +163,9 @@ PLAINLY_MEANT = {
     "NumPy seconds": (Observation(seconds=np.float32(0.5)), "seconds", 0.5),
     "NumPy whole seconds": (Observation(seconds=np.int64(3)), "seconds", 3.0),
     "fraction of a second": (Observation(seconds=Fraction(1, 4)), "seconds", 0.25),
+    "decimal seconds": (Observation(seconds=Decimal("0.5")), "seconds", 0.5),
+    "tensor of a score": (found(score=torch.tensor(0.5, requires_grad=True)), "score", 0.5),
+    "array of a flag": (Observation(cached=np.array(True)), "cached", True),
     "NumPy flag": (Observation(ok=np.True_, cached=np.False_), "ok", True),
     "subclass of text": (Observation(source=Words("mine")), "source", "mine"),
     "NumPy text": (Observation(ok=False, error=np.str_("down")), "error", "down"),
@@ -239,6 +247,10 @@ REFUSED = {
     "endless seconds": (Observation(seconds=np.float32("inf")), "seconds is inf"),
     "too many seconds": (Observation(seconds=10**400), "seconds is inf"),
     "seconds before": (Observation(seconds=-1), "seconds is -1"),
+    "NaN of decimals": (Observation(seconds=Decimal("sNaN")), "seconds is nan"),
+    "NumPy duration": (Observation(seconds=np.timedelta64(1, "s")), "seconds is timedelta"),
+    "two scores": (found(score=torch.ones(2)), "hits[1].score is Tensor"),
+    "more text than a model reads": (found(text="x" * (MOST_TEXT + 1)), "hits[1].text has 1,000,001 characters"),
     "complex seconds": (Observation(seconds=1j), "seconds is complex"),
 }
 
@@ -345,6 +357,39 @@ def test_a_module_of_tools_that_breaks_ends_in_silence_or_in_a_traceback(tmp_pat
     monkeypatch.delitem(sys.modules, "broken", raising=False)
     with pytest.raises(UserError, match=f"^--tools broken:tools: {said}"):
         more_tools("broken:tools", NoSearch())
+
+
+WRONGLY_MADE = {
+    "name is None": dict(name=None),
+    "name is 'zoom in'": dict(name="zoom in"),
+    "name is '../zoom'": dict(name="../zoom"),
+    "tag is '<zoom>'": dict(tag="<zoom>"),
+    "tag is ''": dict(tag=""),
+    "limit is '1'": dict(limit="1"),
+    "limit is None": dict(limit=None),
+    "limit is -1": dict(limit=-1),
+    "limit is nan": dict(limit=math.nan),
+    "run is None": dict(run=None),
+    "payload is 3": dict(payload=3),
+    "payload is ' '": dict(payload=" "),
+}
+
+
+async def later(call):
+    return "found"
+
+
+def test_a_tool_that_is_wrongly_made_fails_when_the_model_calls_it(monkeypatch):
+    whole = dict(name="zoom", tag="zoom-in", limit=math.inf, run=lambda call: "found", payload=None)
+    mine = ModuleType("mine")
+    monkeypatch.setitem(sys.modules, "mine", mine)
+    for said, change in {"": {}, **WRONGLY_MADE, "run is <function later": dict(run=later)}.items():
+        mine.tools = lambda backend, change=change: [Tool(**whole | change)]
+        if not change:
+            assert more_tools("mine:tools", NoSearch())[0].limit == math.inf
+            continue
+        with pytest.raises(UserError, match=f"^--tools mine:tools: tool .*: {re.escape(said)}.*; give "):
+            more_tools("mine:tools", NoSearch())
 
 
 def test_a_program_that_is_done_waits_for_a_tool_that_hangs():
