@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,6 +93,7 @@ class Lock:
         except OSError as error:
             complaint = f"this file system has no locks ({error.strerror})"
             print(f"warning: --out {folder}: {complaint}: make sure that no other run uses it", file=sys.stderr)
+        os.register_at_fork(after_in_child=self.file.close)  # a child that outlives this process would keep the lock
         with _written(folder / LOCK):
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -108,9 +109,12 @@ class Lock:
             raise UserError(f"--out {self.folder}: {complaint}; put it back and go on, or name another folder")
 
     def release(self) -> None:
-        if not self.file.closed:
+        if self.file.closed:
+            return
+        with suppress(OSError):  # the folder may be gone, and with it what there was to release
             self.file.truncate(0)
-            self.file.close()
+            fcntl.flock(self.file, fcntl.LOCK_UN)  # a child that was forked a moment ago may still have it open
+        self.file.close()
 
     def _holder(self) -> str:
         self.file.seek(0)

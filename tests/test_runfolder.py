@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,33 @@ def test_two_processes_work_in_one_folder_or_a_dead_one_keeps_it(tmp_path, elsew
     elsewhere.wait()
     Lock(tmp_path).release()
     assert (tmp_path / LOCK).read_bytes() == b"", "a holder that is gone is named"
+
+
+def test_a_forked_child_keeps_the_folder_of_a_run_that_is_over(tmp_path):
+    """Of one that ends, and of one that is killed."""
+    script = """
+import os, sys, time, mmsr.files as f
+lock = f.Lock(f.Path(sys.argv[1]))
+(up, begun), (never, _) = os.pipe(), os.pipe()
+if os.fork() == 0:
+    os.close(1)
+    os.write(begun, b"1")
+    os.read(never, 1)
+lock.release() if sys.argv[2] == "ends" else os.read(up, 1)
+print("done", flush=True)
+os.read(never, 1)
+"""
+    for how in ("ends", "killed"):
+        line = [sys.executable, "-c", script, str(tmp_path), how]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True) as process:
+            assert process.stdout.readline() == b"done\n"
+            try:
+                if how == "killed":
+                    process.kill()
+                    process.wait()
+                Lock(tmp_path).release()
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_lock_alone_makes_a_folder_one_in_use(tmp_path):
