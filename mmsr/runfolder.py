@@ -30,7 +30,12 @@ from .parallel import Ranks
 
 INPUTS = "inputs.json"
 GIVEN, MAY_CHANGE = "given", "may change"
-MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors")  # those that the program reads
+MODEL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+)  # those that the program reads
 MOST_NAMED = 3  # changed things in one message
 
 # Modules that decide nothing of what a run computes: they show it, keep it, or belong to other programs.
@@ -120,7 +125,8 @@ class RunFolder(Generic[AnyOptions]):
             found = json_file(self.folder / INPUTS)
         except UserError:
             return None
-        known = isinstance(found, dict) and all(isinstance(found.get(kind), dict) for kind in (GIVEN, MAY_CHANGE))
+        parts = [found.get(kind) for kind in (GIVEN, MAY_CHANGE)] if isinstance(found, dict) else [None]
+        known = all(isinstance(part, dict) and all(isinstance(said, str) for said in part.values()) for part in parts)
         return found if known else None
 
     def check_there(self) -> None:
@@ -151,9 +157,18 @@ def _recording(config: Options) -> Digests:
 
 
 def _sources(config: Options, program: str) -> Digests:
-    module = sys.modules.get(config.tools.partition(":")[0]) if config.tools else None
-    files = [Path(file) for file in (program, getattr(module, "__file__", None)) if file and file.endswith(".py")]
-    return _own_sources() | {file.name: code_digest(file) for file in files}
+    files = {Path(program).name: Path(program)} | _tool_files(config.tools)
+    return _own_sources() | {name: code_digest(file) for name, file in files.items()}
+
+
+def _tool_files(tools: str) -> dict[str, Path]:
+    """The module that --tools names, and of its package what else is loaded."""
+    package = tools.partition(":")[0].partition(".")[0]
+    if package in ("", "mmsr"):
+        return {}
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == package}
+    files = {name: getattr(module, "__file__", None) or "" for name, module in modules.items()}
+    return {f"{name.replace('.', '/')}.py": Path(file) for name, file in files.items() if file.endswith(".py")}
 
 
 @lru_cache  # they are what this process has loaded

@@ -159,6 +159,7 @@ CHANGED = {
     "an answer": ([*QUESTIONS[:2], replace(QUESTIONS[2], answers=("2", "two"))], "--data q.jsonl has changed since"),
     "a category": ([*QUESTIONS[:2], replace(QUESTIONS[2], category="")], "--data q.jsonl has changed since"),
     "weights": ("model/model.safetensors", "/model/model.safetensors has changed since"),
+    "which shards are read": ("model/model.safetensors.index.json", "model.safetensors.index.json has changed (was"),
     "a shard": ("model/model-2.safetensors", "/model/model-2.safetensors has changed (was not there) since"),
     "the model's settings": ("model/config.json", "/model/config.json has changed since"),
     "the tokenizer": ("model/tokenizer.json", "/model/tokenizer.json has changed since"),
@@ -227,20 +228,26 @@ def test_a_recording_that_grew_ends_training_or_is_joined_in_an_evaluation(tmp_p
 
 def test_a_changed_reward_or_tool_goes_unsaid_or_ends_the_run(tmp_path, capsys, monkeypatch):
     write(tmp_path, "mine.py", "LIMIT = 1\n")
-    module = ModuleType("mine")
-    module.__file__ = str(tmp_path / "mine.py")
-    monkeypatch.setitem(sys.modules, "mine", module)
+    write(tmp_path, "parts.py", "MOST = 1\n")
+    for name, file in ("mine", "mine.py"), ("mine.parts", "parts.py"), ("mines", "mines.py"):
+        module = ModuleType(name)
+        module.__file__ = str(tmp_path / file)
+        monkeypatch.setitem(sys.modules, name, module)
     given = dict(tools="mine:tools")
     begin(config(tmp_path, **given), setup(tmp_path, **given))
     write(tmp_path, "mine.py", '"""A tool."""\n\nLIMIT = 1  # a query\n')
     begin(config(tmp_path, **given), setup(tmp_path, **given))
     assert not capsys.readouterr().err
     write(tmp_path, "mine.py", "LIMIT = 2\n")
+    write(tmp_path, "parts.py", "MOST = 2\n")
     mended = runfolder._own_sources() | {"mmsr/reward.py": "mended"}
     monkeypatch.setattr(runfolder, "_own_sources", lambda: mended)
     begin(config(tmp_path, **given), setup(tmp_path, **given))
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "mine.py has changed, mmsr/reward.py has changed since the run in it began" in said
+    assert (
+        said.count("\n") == 1
+        and "mine.py has changed, mine/parts.py has changed, mmsr/reward.py has changed since the run" in said
+    )
 
 
 def test_every_module_that_decides_is_among_the_sources():
@@ -251,7 +258,9 @@ def test_every_module_that_decides_is_among_the_sources():
     assert {f"{name}.py" for name in runfolder.ASIDE} <= {file.name for file in (ROOT / "mmsr").glob("*.py")}
 
 
-@pytest.mark.parametrize("old", [None, '{"/data/q.jsonl": [123, 456]}', '{"given": {', "[]"])
+@pytest.mark.parametrize(
+    "old", [None, '{"/data/q.jsonl": [123, 456]}', '{"given": {', "[]", '{"given": {"a": 1}, "may change": {}}']
+)
 def test_a_run_of_an_older_version_is_refused_or_goes_on_in_silence(tmp_path, capsys, old):
     begin(config(tmp_path), setup(tmp_path))
     (tmp_path / "out" / "inputs.json").unlink()
