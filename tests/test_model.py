@@ -514,6 +514,7 @@ ANOTHER = [
     (dict(rope_scaling=YARN), "rope type is 'yarn'"),
     (dict(rope_scaling=None, rope_parameters=YARN), "rope type is 'yarn'"),
     (dict(rope_parameters=YARN), "rope type is 'yarn'"),
+    (dict(rope_scaling={**YARN, "rope_type": "default"}), "rope type is 'yarn'"),
     (dict(text_config={"rope_parameters": {"rope_type": "linear", "factor": 2.0}}), "rope type is 'linear'"),
     (dict(rope_scaling={"type": "mrope", "partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
     (dict(vision_config={"patch_size": 16}), "patch_size is 16"),
