@@ -31,6 +31,8 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
     """
     last, (low, high), gap = lines[-1], ENTROPY, GAP[dtype]
     found = {"tools": _tools(last), "untrained": untrained(last)}
+    if last["skipped_updates"] and last["tokens"]["trained"]:  # where nothing was trained, the reason is said there
+        found["skipped"] = f"{last['skipped_updates']} updates were skipped: they met a value that is not finite"
     if may_search and _lasts(lines, lambda line: line["search_ratio"] == 0):
         found["never-searches"] = f"no rollout has searched for {STEPS} steps"
     if may_search and _lasts(lines, lambda line: line["search_ratio"] == 1):
@@ -49,6 +51,11 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
     if _lasts(lines, lambda line: not line["tokens"]["trained"] and not untrained(line)):
         found["equal-rewards"] = (
             f"the rewards of each group have been equal for {STEPS} steps: there is nothing to learn"
+        )
+    if _lasts(lines, lambda line: line["tokens"]["trained"] and line.get("grad_norm", math.inf) == 0):
+        # Groups of equal rewards that are kept (--zero-std keep) are trained, and their advantages are 0.
+        found["no-gradient"] = (
+            f"the gradient has been 0 for {STEPS} steps, as if all rewards were equal: nothing is learnt"
         )
     return {word: said for word, said in found.items() if said}
 

@@ -50,6 +50,7 @@ def test_a_sound_run_raises_alarms():
         ("entropy-low", {"entropy": 1e-4}, "entropy has been under 0.005"),
         ("entropy-high", {"entropy": 6.2}, "entropy has been over 3"),
         ("entropy-high", {"entropy": math.inf}, "entropy has been over 3"),
+        ("no-gradient", {"grad_norm": 0.0, "zero_std_groups": 4}, "the gradient has been 0"),
         ("gap", {"logp_gap": 0.01}, "sampler and trainer disagree"),
         ("out-of-tokens", {"status": {"length": 32}}, "every rollout has run out of tokens"),  # kept for the KL term
         ("equal-rewards", {**NOTHING, "zero_std_groups": 4}, "the rewards of each group have been equal"),
@@ -65,6 +66,12 @@ def test_a_model_that_cannot_search_is_blamed_for_it_and_bf16_for_its_rounding()
     assert run(*[{"search_ratio": 0.0}] * 9, may_search=False)[1] == []
     assert run(*[{"logp_gap": 0.02}] * 9, dtype="bfloat16")[1] == []
     assert run(*[{"logp_gap": 0.2}] * 5, dtype="bfloat16")[0][-1] == ["gap"]
+
+
+def test_updates_are_skipped_in_silence_where_others_are_not():
+    words, said = run({"skipped_updates": 1}, {"skipped_updates": 1}, {}, {"skipped_updates": 3})
+    assert words == [["skipped"], ["skipped"], [], ["skipped"]]
+    assert [sentence[:22] for sentence in said] == ["1 updates were skipped", "3 updates were skipped"]
 
 
 def test_failed_tools_are_told_once_or_over_several_lines():
