@@ -15,6 +15,7 @@ from itertools import islice
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
