@@ -270,6 +270,7 @@ def _verdict(
     complaint = complaint_of(answer.body)
     kind = kind_of(status, complaint)
     said = f"HTTP {status}" if status == answer.status else f"error {status} in a reply of HTTP {answer.status}"
+    said += f", through the proxy {answer.proxy}" if answer.proxy else ""
     refused = failure(kind, f"{provider or host_of(answer.url)}: {said}: {_advice(answer)}{complaint}", Refusal)
     cast(Refusal, refused).body = answer.body
     return refused, kind == "rate" or status == 408 or status >= 500

@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .episode import UserError
 from .files import LOCK, write_whole
@@ -61,12 +61,14 @@ RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
 # Those that say how a search engine is opened: search.py has them too.
 SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
 
-# Of addresses: user name and password before the host (a password may hold a slash), and parameters named as keys are.
+# Of addresses: user name and password before the host (a password may hold a slash), parameters named as keys are, and
+# what begins as keys of well-known services do.
 CREDENTIALS = re.compile(
     r"(?<=://)[^/?#\s]*(?=@)"
     r"|(?<=://)[^/\s:\[]*:(?!\d*(?:[/?#\s]|$))\S*(?=@)"
-    r"|(?<=[?&;#])(?:[\w.-]*(?:key|token|secret|password|passwd|signature|credential)|sig|pwd|pass|auth|code|jwt|sas)"
-    r"=[^&;#\s]+",
+    r"|(?<=[?&;#])(?:[\w.-]*(?:key|token|secret|password|passwd|passphrase|signature|credentials?|authorization)"
+    r"|sig|pwd|pass|auth|bearer|code|jwt|sas|sk|ak)=[^&;#\s]+"
+    r"|\b(?:sk-|hf_|gh[opsu]_|github_pat_|xox[bp]-|AIza|jina_|tvly-)[\w-]{16,}",
     re.IGNORECASE,
 )
 # Where the keys for what an option names belong instead.
@@ -82,7 +84,9 @@ def hidden(text: str) -> str:
 
 def refuse_credentials(where: str, address: str, variable: str = "") -> None:
     """Raises UserError where an address holds a password or key; it may be in the environment's `variable` instead."""
-    if CREDENTIALS.search(address if "://" in address else f"http://{address.lstrip('/')}"):
+    address = "".join(address.split())  # a password may hold a blank
+    address = address if "://" in address else f"http://{address.lstrip('/')}"
+    if CREDENTIALS.search(address) or CREDENTIALS.search(unquote(address)):
         advice = f"leave it out and export {variable}" if variable else "leave it out"
         raise UserError(f"{where}: the address holds a password or a key, and would be saved with the run: {advice}")
 

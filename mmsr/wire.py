@@ -30,6 +30,7 @@ import zlib
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import Any, Callable, Mapping
 from urllib.parse import quote, quote_plus, unquote, urlsplit
@@ -162,7 +163,7 @@ def _proxy_variable(url: str) -> tuple[str, str]:
 
 
 def _is_direct(host: str, port: int) -> bool:
-    """Whether a host is this machine, or excepted by NO_PROXY: names (of domains, too), networks, host:port, or *."""
+    """Whether a host is this machine, or excepted by NO_PROXY: names (of domains, too), networks, host:port, or 10.*"""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -171,7 +172,7 @@ def _is_direct(host: str, port: int) -> bool:
     if named or address and (address.is_loopback or address.is_unspecified):
         return True
     excepted = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
-    return any(_excepts(entry, host, address, port) for entry in re.split(r"[\s,]+", excepted.lower()) if entry)
+    return any(_excepts(entry, host, address, port) for entry in re.split(r"[\s,;|]+", excepted.lower()) if entry)
 
 
 def _excepts(entry: str, host: str, address: Any, port: int) -> bool:
@@ -181,9 +182,11 @@ def _excepts(entry: str, host: str, address: Any, port: int) -> bool:
         network = ipaddress.ip_network(entry.strip("[]"), strict=False)
         return address is not None and address in network
     with suppress(ValueError):
-        parts = urlsplit(f"//{entry}")
-        name = (parts.hostname or "").strip("*.")
-        return parts.port in (None, port) and bool(name) and (host == name or host.endswith(f".{name}"))
+        parts = urlsplit(entry if "://" in entry else f"//{entry}")
+        pattern = parts.hostname or ""
+        name = pattern.strip("*.")
+        named = bool(name) and (host == name or host.endswith(f".{name}"))
+        return parts.port in (None, port) and (named or fnmatchcase(host, pattern))  # 10.0.0.*
     return False
 
 
@@ -198,6 +201,7 @@ class Answer:
     headers: Mapping[str, str]  # names in lower case
     body: bytes  # decoded
     url: str
+    proxy: str = ""  # host and port of the one that was asked, who may have answered itself
 
     def json(self) -> dict[str, Any]:
         """The JSON object in the body. Raises ToolFailure("format")."""
@@ -306,7 +310,7 @@ def public_authorities() -> ssl.SSLContext:
 @cache  # reading them takes longer than many a call
 def _trusting(named: str, path: str) -> ssl.SSLContext:
     try:
-        folder = os.path.isdir(path)
+        folder = all(map(os.path.isdir, path.split(os.pathsep)))  # SSL_CERT_DIR may name several
         return ssl.create_default_context(cafile=None if folder else path, capath=path if folder else None)
     except OSError as error:
         raise UserError(
@@ -420,7 +424,7 @@ def exchange(
             return failure("auth", f"{where}: {UNKNOWN_TO_PROXY}", Unsent)
         if not wire.expired:  # a body of unknown length seems to end where the wire was cut
             headers = {name.lower(): redact(value) for name, value in reply.headers.items()}
-            return Answer(reply.status, headers, _redacted(body), redact(sent.url))
+            return Answer(reply.status, headers, _redacted(body), redact(sent.url), str(proxy or ""))
         kind, why = "timeout", ""
     except ToolFailure as failed:
         return failed
@@ -434,6 +438,8 @@ def exchange(
     if refused and "failed: 407" in why:
         kind, why = "auth", UNKNOWN_TO_PROXY
     why = why or f"no whole reply within {seconds:.1f} s"
+    if "CERTIFICATE_VERIFY_FAILED" in why and not check:
+        why += " (REQUESTS_CA_BUNDLE names a file of certificates that are to be trusted)"
     if check and kind in ("timeout", "network") and (variable := _proxy_variable(url)[0]):
         why += f" (addresses that others gave are not asked through the proxy of {variable})"
     return failure(kind, f"{where}: {why}", Unsent if refused or not wire.guards else ToolFailure)

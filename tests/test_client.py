@@ -510,7 +510,8 @@ EXCEPTED = [
     ("*", True), ("service.example", True), (".service.example", True), ("*.service.example", True), ("example", True),
     ("a.example, SERVICE.EXAMPLE.", True), ("a.example,SERVICE.example", True), ("a b service.example", True),
     ("ervice.example", False), ("deep.service.example", False), ("service.example:80", True), ("", False),
-    ("service.example:81", False), ("10.0.0.0/8", False), ("http://service.example", False), (",,", False),
+    ("service.example:81", False), ("10.0.0.0/8", False), ("http://service.example", True), (",,", False),
+    ("a.example;service.example", True), ("a.example|service.example", True), ("*.*", True), ("serv*", True),
 ]  # fmt: skip
 
 
@@ -521,10 +522,12 @@ def test_exception_from_the_proxy_is_read_otherwise(behind, listed, direct):
 
 
 def test_network_or_loopback_is_not_excepted(behind, monkeypatch):
-    behind("https_proxy", HTTP_PROXY="http://127.0.0.1:9", no_proxy="10.0.0.0/8 192.168.1.7,fd00::/8,[2001:db8::7]:443")
+    excepted = "10.0.0.0/8 192.168.1.7,172.16.*,fd00::/8,[2001:db8::7]:443"
+    behind("https_proxy", HTTP_PROXY="http://127.0.0.1:9", no_proxy=excepted)
     for host in (
         "10.1.2.3",
         "192.168.1.7",
+        "172.16.3.4",
         "[fd00::1]",
         "[2001:db8::7]",
         "127.0.0.1:8000",
@@ -602,6 +605,12 @@ def test_what_the_proxy_does_not_pass_on_is_paid_for(web, behind):
     with pytest.raises(ToolFailure, match="service.example, through the proxy 127.0.0.1:.*502"):
         client.request("probe", "GET", "https://service.example/x", spend=spent.append)
     assert spent == ["probe"] and len(web.seen) == 4
+
+
+def test_a_proxys_own_answer_seems_to_be_the_services(web, behind):
+    client = behind("HTTP_PROXY")  # nothing is at /x, as the proxy itself says
+    with pytest.raises(ToolFailure, match="probe: HTTP 404, through the proxy 127.0.0.1:[0-9]+: nothing at /x"):
+        client.request("probe", "GET", "http://service.example/x")
 
 
 @pytest.mark.parametrize(
@@ -872,12 +881,14 @@ def test_certificates_that_the_environment_names_are_not_read(web, certificate, 
         client = Client(resolve=lambda *args, **options: address)
         return client.request("p", "GET", f"https://right.example:{port}/", tries=1)
 
-    assert kind(ask) == "network"
+    with pytest.raises(ToolFailure, match="network: .*VERIFY_FAILED.* REQUESTS_CA_BUNDLE names"):
+        ask()
     monkeypatch.setenv(variable, str(certificate[0]))
     with pytest.raises(ToolFailure, match="HTTP 404"):
         ask()
-    monkeypatch.setenv(variable, str(tmp_path))  # a folder of them, without any
-    assert kind(ask) == "network"
+    for folders in (f"{tmp_path}", f"{tmp_path}:{tmp_path}"):  # of certificates, without any
+        monkeypatch.setenv(variable, folders)
+        assert kind(ask) == "network"
     (tmp_path / "empty.pem").touch()
     for wrong in ("empty.pem", "absent.pem"):
         monkeypatch.setenv(variable, str(tmp_path / wrong))

@@ -253,11 +253,14 @@ WITH_A_KEY = [
     f"https://user:pa/{CANARY}@model.example", f"https://user:pa@{CANARY}@model.example", f"HTTPS://u:{CANARY}@x:8000",
     f"https://model.example/v1?key={CANARY}", f"https://model.example/?api-version=1&api_key={CANARY}",
     f"https://model.example/v1?X-Amz-Signature={CANARY}", f"https://model.example/#access_token={CANARY}",
-    f"https://model.example/?sig={CANARY}&x=1",
+    f"https://model.example/?sig={CANARY}&x=1", f"https://model.example/v1?authorization=Bearer%20{CANARY}",
+    f"https://model.example/sk-proj-{CANARY}/v1", f"https://model.example/?x=1&ak=1&sk={CANARY}",
 ]  # fmt: skip
+WITHOUT_SCHEME = [f"user:{CANARY}@model.example/v1", f"//user:{CANARY}@model.example"]
+ODD = [f"https://user:pa {CANARY}@model.example", f"https://model.example/?api%5Fkey={CANARY}"]
 
 
-@pytest.mark.parametrize("address", [*WITH_A_KEY, f"user:{CANARY}@model.example/v1", f"//user:{CANARY}@model.example"])
+@pytest.mark.parametrize("address", WITHOUT_SCHEME + WITH_A_KEY + ODD)
 def test_password_or_key_in_an_address_stands_in_the_files_of_a_run(address):
     given = {
         "--teacher": (Config, ["--algorithm", "sft", "--teacher-model", "x"], "export OPENAI_API_KEY"),
