@@ -22,7 +22,7 @@ from .episode import UserError
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A path to write to: what stands there in the end takes the place of `path`. UserError where that cannot be."""
-    side = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    side = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
         with _written(path):
             yield side

@@ -23,6 +23,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -78,6 +79,11 @@ class Damage:
     def __init__(self):
         self.places: list[tuple[Path, int]] = []  # file, and the offset of the line; -1: the whole file
 
+    def add(self, file: Path, offset: int = -1, line: bytes = b"?") -> None:
+        """A line that is blank is no damage."""
+        if line.strip():
+            self.places.append((file, offset))
+
     def __str__(self) -> str:
         file, offset = self.places[0]
         name = str(file) if offset < 0 else f"{file}, line {_count_lines(file, offset) + 1}"
@@ -108,10 +114,12 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
     """Everything that the page shows of one run, but the pictures."""
     lines = _metrics(folder / "metrics.jsonl", damage)
     steps = {line["step"]: line for line in lines if "reward" in line}
-    files = _rollout_files(folder)
+    files = _rollout_files(folder, damage)
     results = _object(folder / "results.json", damage)
     if not (lines or files or results):
-        raise UserError(f"{folder}: no metrics.jsonl, rollouts/, results.json or episodes.jsonl; name a run's folder")
+        empty = "there is nothing of a run in metrics.jsonl, rollouts/, results.json or episodes.jsonl"
+        more = f" (it leaves out {damage})" if damage.places else ""
+        raise UserError(f"{folder}: {empty}{more}; name a run's folder")
     told = {step: counts for step, line in steps.items() if (counts := counts_of_step(line))}
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
     kept, seen = _rollouts(files, total, most_rollouts, most_bytes, damage)
@@ -125,14 +133,13 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
     }
 
 
-def _rollout_files(folder: Path) -> dict[int, Path]:
+def _rollout_files(folder: Path, damage: Damage) -> dict[int, Path]:
     """By step; an evaluation's episodes are of no step and stand under 0."""
-    files = {
-        int(file.stem[5:]): file for file in sorted(folder.glob("rollouts/step-*.jsonl")) if file.stem[5:].isdigit()
-    }
-    if (folder / "episodes.jsonl").is_file():
-        files[0] = folder / "episodes.jsonl"
-    return files
+    files = {0: folder / "episodes.jsonl"}
+    for file in sorted(folder.glob("rollouts/step-*.jsonl")):
+        if re.fullmatch("[0-9]+", file.stem[5:]):
+            files[int(file.stem[5:])] = file
+    return {step: file for step, file in files.items() if _is_there(file, damage)}
 
 
 def _how_many(line: dict[str, Any], file: Path) -> int:
@@ -161,7 +168,7 @@ def _rollouts(
         for line in lines:
             rollout = _sound(line, _check_rollout)
             if rollout is None:
-                damage.places.append((files[step], offset))
+                damage.add(files[step], offset, line)
             else:
                 count_rollout(counts[step], rollout)
                 kept.append({"step": step, "shape": shape(rollout), **rollout})
@@ -174,6 +181,16 @@ def _check_rollout(rollout: dict[str, Any]) -> None:
     count_rollout(Counter(), rollout)
     if not all(isinstance(name, str) for name in _named([rollout])):
         raise TypeError("a picture is named by text")
+    if not isinstance(rollout.get("answers"), list | None) or not all(map(_can_be_shown, rollout.get("turns", ()))):
+        raise TypeError("the page cannot show it")
+
+
+def _can_be_shown(turn: dict[str, Any]) -> bool:
+    seen, pieces = turn.get("observation") or {}, turn.get("pieces")
+    lists = [pieces, *(seen.get(name) for name in ("titles", "urls", "thumbnails"))]
+    if not isinstance(turn.get("text"), str | None) or not all(isinstance(each, list | None) for each in lists):
+        return False
+    return all(isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], str) for piece in pieces or ())
 
 
 def _spread(
@@ -187,6 +204,8 @@ def _spread(
     sizes = {step: file.stat().st_size for step, file in files.items()}
     size, begin, rollouts, taken = sum(sizes.values()), 0, 0, 0
     fits = total <= most and size <= most_bytes
+    if not most:
+        return
     for step, file in files.items():
         with open(file, "rb") as data:
             groups = _Groups(data)
@@ -285,6 +304,9 @@ def _shape_labels(counts: dict[int, Counter]) -> dict[str, str]:
 
 
 def _rounded(value: Any) -> Any:
+    """Raises TypeError for what is no number."""
+    if not isinstance(value, int | float | None):
+        raise TypeError("a curve is drawn of numbers")
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
@@ -292,7 +314,11 @@ def _evaluations(lines: list[dict]) -> list[dict]:
     """Rows of the table: the first and the last evaluation, every mode they have."""
     picked = [("before", lines[0]), ("after", lines[-1])] if len(lines) > 1 else [("before", line) for line in lines]
     return [
-        {"name": f"{when}, {MODES.get(mode, mode.replace('_', ' '))}", "step": line.get("step"), "by": found}
+        {
+            "name": f"{when}, {MODES.get(mode, mode.replace('_', ' '))}",
+            "step": line.get("step"),
+            "by": _by_category(found),
+        }
         for mode in dict.fromkeys(mode for _, line in picked for mode in line if mode != "step")
         for when, line in picked
         if isinstance(found := line.get(mode), dict)
@@ -301,10 +327,15 @@ def _evaluations(lines: list[dict]) -> list[dict]:
 
 def _results(results: dict[str, Any]) -> list[dict]:
     return [
-        {"name": name + _unanswered(found), "step": None, "by": found.get("by_category") or {}, "all": found}
+        {"name": name + _unanswered(found), "step": None, "by": _by_category(found.get("by_category")), "all": found}
         for name, found in results.items()
         if isinstance(found, dict)
     ]
+
+
+def _by_category(found: Any) -> dict[str, Any]:
+    """Without what is damaged."""
+    return {name: part for name, part in found.items() if isinstance(part, dict)} if isinstance(found, dict) else {}
 
 
 def _unanswered(found: dict[str, Any]) -> str:
@@ -342,14 +373,23 @@ def _named(rollouts: list[dict]) -> Iterator[str]:
 # ---- files that a run may be writing
 
 
+def _is_there(file: Path, damage: Damage) -> bool:
+    """Whether it can be read; a folder or a link to nothing in its place, or a file that may not be, is damage."""
+    if file.is_file() and os.access(file, os.R_OK):
+        return True
+    if file.exists() or file.is_symlink():
+        damage.add(file)
+    return False
+
+
 def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
     """The sound lines of metrics.jsonl."""
     lines, offset = [], 0
-    with open(file, "rb") if file.is_file() else nullcontext(()) as data:
+    with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as data:
         for line in data:
             record = _sound(line, _check_metrics)
             if record is None:
-                damage.places.append((file, offset))
+                damage.add(file, offset, line)
             else:
                 lines.append(record)
             offset += len(line)
@@ -380,7 +420,7 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The objects of these lines, without those that are none. JSON has no infinity: such a number becomes null."""
     for line in lines:
         try:
-            text = line.decode("utf-8", "replace")
+            text = line.decode("utf-8", "replace").removeprefix("\ufeff")  # which some editors put first
             record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
         except (ValueError, RecursionError):
             continue
@@ -395,11 +435,11 @@ def _finite(text: str) -> float | None:
 
 def _object(file: Path, damage: Damage) -> dict[str, Any]:
     """The object of a whole file; empty where that is missing, or damaged."""
-    if not file.is_file():
+    if not _is_there(file, damage):
         return {}
     for found in _parsed([file.read_bytes()]):
         return found
-    damage.places.append((file, -1))
+    damage.add(file)
     return {}
 
 
@@ -428,6 +468,8 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     out = given.out or (given.runs[0] / REPORT if len(given.runs) == 1 else Path(REPORT))
     try:
+        if given.rollouts < 0:
+            raise UserError(f"--rollouts {given.rollouts}: give a number from 0")
         print(_write(given.runs, out, given.rollouts))
     except (UserError, OSError) as error:
         print(f"mmsr.report: {error}", file=sys.stderr)

@@ -238,6 +238,10 @@ NO_ROLLOUTS = [
     json.dumps(rollout(turns=[{"role": "tool", "observation": {"thumbnails": [7]}}])),
     json.dumps(rollout(turns=[{"role": "assistant", "action": 3}])),
     json.dumps(rollout(category=["new"])),
+    json.dumps(rollout(answers=7)),
+    json.dumps(rollout(turns=[{"role": "assistant", "text": 7}])),
+    *(json.dumps(rollout(turns=[{"role": "assistant", "pieces": pieces}])) for pieces in (7, ["so"], [["so", 1]])),
+    json.dumps(rollout(turns=[{"role": "tool", "observation": {"titles": "found"}}])),
 ]
 NO_METRICS = [
     *(
@@ -249,6 +253,7 @@ NO_METRICS = [
     ),
     *(json.dumps(step(3, status={"answered": "all"})), json.dumps(step(3, shapes=["answer"]))),
     json.dumps(step(3, by_category={"new": 4})),
+    *(json.dumps(step(3, reward=value)) for value in ("high", [1], {"a": 1})),
 ]
 
 
@@ -287,6 +292,37 @@ def test_the_line_of_damage_is_counted_from_where_a_thinned_report_reads(tmp_pat
     assert 200 < number < 215
 
 
+def test_a_file_as_editors_leave_it_is_damaged(tmp_path, capsys):
+    folder = a_run(tmp_path / "run", {1: [rollout(), rollout(0, 1)]})
+    for file in (folder / "metrics.jsonl", folder / "rollouts/step-000001.jsonl"):
+        file.write_text("\ufeff" + file.read_text().replace("\n", "\r\n\r\n") + "  \r\n")
+    (run,) = embedded(write_report(folder))["runs"]
+    assert run["columns"]["step"] == [1] and len(run["rollouts"]) == 2 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [lambda file: file.mkdir(), lambda file: file.symlink_to("nowhere")])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts/step-000002.jsonl", "config.json", "episodes.jsonl"])
+def test_a_folder_or_a_broken_link_in_place_of_a_file_ends_in_a_traceback(tmp_path, capsys, name, make):
+    folder = a_run(tmp_path / "run", {1: [rollout()]})
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    (run,) = embedded(write_report(folder))["runs"]
+    assert len(run["rollouts"]) == 1
+    assert f"damaged: {folder / name}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, said", [(["--rollouts", "-1"], "--rollouts -1: give"), (["--out", ""], "cannot be wr")])
+def test_a_wrong_option_ends_in_a_traceback(tmp_path, capsys, argv, said):
+    folder = a_run(tmp_path / "run", {1: [rollout()]})
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(folder), *argv])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and said in told and told.count("\n") == 1
+    report.main([str(folder), "--rollouts", "0"])
+    (run,) = embedded(folder / "report.html")["runs"]
+    assert not run["rollouts"] and run["total"] == 1
+
+
 def test_several_runs_stand_in_one_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_run(tmp_path / "a", {1: [rollout()]}), a_run(tmp_path / "b", {1: [rollout()], 2: [rollout()]})
@@ -309,6 +345,9 @@ def test_folder_of_no_run_is_refused_in_one_line(tmp_path, capsys):
         report.main([str(tmp_path)])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(step(1)).encode("utf-16"))
+    with pytest.raises(UserError, match="metrics.jsonl, line 1"):
+        write_report(tmp_path)
 
 
 # ---- hostile data
