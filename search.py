@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from contextlib import closing
+from pathlib import Path
 from typing import Sequence
 
 from mmsr.backends import KNOWN, import_searches, open_backend
@@ -73,6 +74,10 @@ def cache(args: argparse.Namespace) -> int:
         raise UserError(f"cache {' '.join(args.words)}: give cache FILE, cache import SRC or cache export FILE")
     if bool(verb) != bool(args.out):
         raise UserError("--out names the file that import and export write: give it with these, and with nothing else")
+    if verb and not Path(file).is_file():
+        raise UserError(f"{file}: {'a folder; name a file' if Path(file).is_dir() else 'no such file; check the path'}")
+    if verb and Path(args.out).exists() and Path(args.out).samefile(file):
+        raise UserError(f"--out {args.out}: is the file to be read; name another")
     if verb == ["import"]:
         with closing(Store(args.out)) as store:
             print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")

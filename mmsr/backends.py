@@ -141,5 +141,5 @@ def _exported(file: str | Path) -> bool:
     try:
         with open(file, "rb") as lines:
             return "tool" in json.loads(lines.readline())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

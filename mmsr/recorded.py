@@ -73,14 +73,14 @@ def _demonstration(path: Path, row: int, record: dict[str, Any]) -> tuple[str, l
 def _recorded_turn(turn: dict[str, Any]) -> RecordedTurn:
     result = turn.get("tool_result")
     observation = None if result is None else Observation(_recorded_hits(result), source="replay", cached=True)
-    query = turn.get("query")
-    return RecordedTurn(_text(turn["response"]), turn.get("action"), query and _text(query), observation)
+    action, query = (None if turn.get(name) is None else _text(turn[name]) for name in ("action", "query"))
+    return RecordedTurn(_text(turn["response"]), action, query, observation)
 
 
 def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
     if "titles" in result:
         if not isinstance(result["titles"], list):
-            raise TypeError(f"titles are {result['titles']!r:.40}, no list")
+            raise TypeError("titles is no list")
         return tuple(Hit(_text(title)) for title in result["titles"])
     summaries = {page["rank"]: page.get("summary") for page in result["summaries"]}
     return tuple(
@@ -90,7 +90,7 @@ def _recorded_hits(result: dict[str, Any]) -> tuple[Hit, ...]:
 
 
 def _text(value: Any) -> str:
-    """TypeError for what is neither text nor missing."""
+    """Text; "" for None. TypeError for anything else."""
     if not isinstance(value, str | None):
         raise TypeError(f"{value!r:.40} is no text")
     return value or ""

@@ -309,7 +309,8 @@ class Store:
 
     def _open_to_replay(self) -> None:
         if not self.path.is_file():
-            raise UserError(f"{self.path}: no such file; check the path")
+            what = "a folder; name a file" if self.path.is_dir() else "no such file; check the path"
+            raise UserError(f"{self.path}: {what}")
         try:
             self._prepare()
         except sqlite3.OperationalError as error:
@@ -440,6 +441,7 @@ def plain(seen: Observation, image: Callable[[bytes], str]) -> dict[str, Any]:
 def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation:
     """`plain` reversed. TypeError or KeyError where anything is missing or not of its type."""
     hits = []
+    demand(list, found["hits"])
     for given in found["hits"]:
         hit = Hit(given["title"], given["url"], given["text"], given["image"], given["score"])
         demand(str, hit.title, hit.url, hit.text)
@@ -448,7 +450,8 @@ def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation
             demand_number(hit.score, finite=False)
         hits.append(hit if hit.image is None else replace(hit, image=image(given["image"])))
     demand(str, found["source"])
-    demand_number(found["seconds"])
+    if demand_number(found["seconds"]) < 0:
+        raise TypeError("the number is out of bounds")
     return Observation(tuple(hits), source=found["source"], seconds=found["seconds"], cached=True)
 
 

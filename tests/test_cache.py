@@ -363,10 +363,10 @@ def test_image_results_of_another_reader(store):
     "change",
     [
         {"query": None}, {"form": 3}, {"hits": [{"title": "t"}]}, {"hits": "x"}, {"time": "noon"}, {"source": []},
-        {"time": 10**400}, {"seconds": 10**400}, {"time": float("nan")}, {"time": True},
+        {"time": 10**400}, {"seconds": 10**400}, {"time": float("nan")}, {"time": True}, {"seconds": -1}, {"hits": ""},
         {"hits": [{"title": "", "url": "", "text": "", "image": "no base64!", "score": None}]},
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 def test_an_ill_formed_export_is_refused_by_its_row_and_nothing_of_it_recorded(tmp_path, store, change):
     store.put(text_key("q"), page(1))

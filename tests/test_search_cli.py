@@ -322,6 +322,27 @@ def test_import_and_export_lose_a_search(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["results"][0]["title"] == "Tagus"
 
 
+def test_recorded_searches_are_written_over_by_their_own_export_or_made_of_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with closing(Store("a.sqlite")) as made:
+        made.put(text_key("which river?"), Observation((Hit("Tagus"),), source="serpapi"))
+    (tmp_path / "link").symlink_to("a.sqlite")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for verb, file, out, said in (
+        *(("export", "a.sqlite", name, "the file to be read") for name in ("a.sqlite", "link")),
+        *(("import", "a.sqlite", name, "the file to be read") for name in ("a.sqlite", "link")),
+        *((verb, "absent", "b", "no such file") for verb in ("import", "export")),
+        ("import", ".", "b", "a folder"),
+        ("export", "a.sqlite", ".", "cannot be written"),
+        ("import", "deep.jsonl", "c", "row 0"),
+    ):
+        assert search.main(["cache", verb, file, "--out", out]) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1 and not (tmp_path / "b").exists()
+    with closing(Store("a.sqlite", readonly=True)) as kept:
+        assert len(list(kept.records())) == 1
+
+
 @pytest.mark.parametrize("words", [["import"], ["a", "b"], ["import", "a"], ["export", "a"], ["a", "--out", "b"]])
 def test_cache_words_that_make_no_sense(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
