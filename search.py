@@ -80,6 +80,7 @@ def cache(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: is the file to be read; name another")
     if verb == ["import"]:
         with closing(Store(args.out)) as store:
+            store.require_writable()
             print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")
         return 0
     with closing(Store(file, readonly=True)) as store:
@@ -234,7 +235,11 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    from mmsr.store import StoreWarning
+
     warnings.simplefilter("ignore")  # Pillow's, of pictures that are refused anyhow
+    warnings.simplefilter("always", StoreWarning)
+    warnings.showwarning = lambda message, *about: print(f"warning: {message}", file=sys.stderr)
     try:
         args = _parser().parse_args(argv)
         return args.run(args)

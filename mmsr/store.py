@@ -57,6 +57,10 @@ UNWRITTEN = 500  # counts that a kill may lose
 BATCH = 200  # rows in one transaction
 
 
+class StoreWarning(RuntimeWarning):
+    """A file of recorded searches is not what it should be; the run goes on."""
+
+
 class Key(NamedTuple):
     """What a result is known by."""
 
@@ -82,7 +86,7 @@ class Store:
     """The file. Without a path, a private one that goes with the process; with `readonly`, one to replay from.
 
     One that is no database or damaged is moved aside, and what can be read of it is kept. One that cannot be written is
-    told of once, as a RuntimeWarning, and everything but a `Budget` goes on without. Raises UserError for a file of
+    told of once, as a StoreWarning, and everything but a `Budget` goes on without. Raises UserError for a file of
     another kind and, with `readonly`, for one that is missing or damaged. Any thread may use any method.
     """
 
@@ -114,6 +118,13 @@ class Store:
             self._locks.close()
         if self._folder:
             self._folder.cleanup()
+
+    def require_writable(self) -> None:
+        """Raises UserError where nothing can be recorded."""
+        try:
+            self._write(lambda db: None)
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); name another file") from None
 
     # ---- results
 
@@ -267,7 +278,9 @@ class Store:
         for tool, name, n in self._db.execute(f"SELECT tool, {source}, COUNT(*) FROM results GROUP BY 1, 2"):
             tables["results"].setdefault(str(tool), {})[str(name)] = n
         counts = self.counts.copy()
-        counts.update({(name, tool): n for name, tool, n in self._db.execute("SELECT * FROM counters")})
+        sound = "typeof(name) = 'text' AND typeof(tool) = 'text' AND typeof(n) = 'integer'"
+        kept = self._db.execute(f"SELECT name, tool, n FROM counters WHERE {sound}")
+        counts.update({(name, tool): n for name, tool, n in kept})
         for (name, tool), n in sorted(counts.items()):
             tables["counts"].setdefault(name, {})[tool] = n
         runs = [run for (run,) in self._db.execute("SELECT DISTINCT run FROM spend ORDER BY 1")]
@@ -369,7 +382,7 @@ class Store:
                 file.rename(aside + suffix)
         self._prepare()
         complaint = f"damaged ({error}): moved to {aside}, {self._write(_salvage, Path(aside))} results kept"
-        warnings.warn(f"{self.path}: {complaint}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"{self.path}: {complaint}", StoreWarning, stacklevel=5)
 
     def _files(self) -> list[Path]:
         return [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
@@ -377,7 +390,7 @@ class Store:
     def _warn(self, what: str, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self.path}: {what} ({error}); the run goes on", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{self.path}: {what} ({error}); the run goes on", StoreWarning, stacklevel=3)
 
 
 class Budget:
@@ -421,6 +434,8 @@ class Budget:
     def _reserve(self, db: sqlite3.Connection, provider: str) -> None:
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"
         spent, in_step = db.execute(sums, [self.step, self.run]).fetchone()
+        if db.execute("SELECT 1 FROM spend WHERE run=? AND (typeof(n) != 'integer' OR n < 0)", [self.run]).fetchone():
+            raise ToolFailure("budget", f"a count of paid calls of run {self.run} is damaged; remove its row from the table spend")
         if spent >= self.total:
             raise ToolFailure("budget", f"all {self.total} paid calls of run {self.run} are spent")
         if self.per_step and in_step >= self.per_step:
@@ -508,8 +523,9 @@ def _salvage(db: sqlite3.Connection, damaged: Path) -> int:
             if table not in tables:
                 continue
             with suppress(*DAMAGE):
-                for row in old.execute(f"SELECT * FROM {table} ORDER BY rowid {order}"):
-                    values = ",".join("?" * len(row))
+                columns = [name for (_, name, *_) in db.execute(f"PRAGMA table_info({table})")]  # others are left out
+                values = ",".join("?" * len(columns))
+                for row in old.execute(f"SELECT {','.join(columns)} FROM {table} ORDER BY rowid {order}"):
                     kept[table] += db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({values})", row).rowcount
     return kept["results"]
 

@@ -539,6 +539,29 @@ def test_a_ledger_with_a_foreign_object_in_it_is_believed(tmp_path, kind):
         assert store.spent("run") == {"serpapi": 1, "serper": 1}
 
 
+def test_a_column_that_somebody_added_forgets_what_was_paid(tmp_path):
+    path = filled(tmp_path / "s.sqlite", 3)
+    with closing(Store(path)) as store:
+        Budget(store, "run", 2).spend("serpapi")
+    with closing(sqlite3.connect(path)) as db, db:
+        for table in ("spend", "results"):
+            db.execute(f"ALTER TABLE {table} ADD COLUMN note")
+    with pytest.warns(RuntimeWarning, match="not as it was made.*3 results kept"), closing(Store(path)) as store:
+        assert store.spent("run") == {"serpapi": 1}
+
+
+@pytest.mark.parametrize("count", ["NULL", "-100", "'many'", "1e300", "1.5", "x'00'"])
+def test_a_damaged_count_of_paid_calls_counts_as_none(tmp_path, count):
+    with closing(Store(tmp_path / "s.sqlite")) as store:
+        Budget(store, "run", 9).spend("serpapi")
+        store._db.execute(f"UPDATE spend SET n={count}")
+        store._db.execute("INSERT INTO counters VALUES (NULL, 3, 'x'), ('hits', 'text_search', 2)")
+        with pytest.raises(ToolFailure, match="budget: a count .* is damaged"):
+            Budget(store, "run", 9).spend("serpapi")
+        Budget(store, "another", 9).spend("serpapi")
+        assert store.stats()["counts"] == {"hits": {"text_search": 2}}
+
+
 def test_a_view_in_a_tables_place_never_ends(tmp_path):
     """A damaged file is copied row by row: a view may have rows without end."""
     path = filled(tmp_path / "s.sqlite", 3)
