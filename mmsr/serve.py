@@ -33,7 +33,9 @@ MAX_QUERIES = 1024  # in a request
 MAX_RUNNING, MAX_OPENED = 32, 2  # requests at a time, and those among them whose bodies are being opened
 SECONDS_TO_SEND = 10.0  # for a whole request, however it drips
 ROUTES = {("POST", "/retrieve"): "retrieve", ("POST", "/image_search"): "image_search", ("GET", "/health"): "health"}
-YES, NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none", "")  # as Search-R1's server reads texts
+# How truth is written, as Search-R1's server reads it.
+YES, NO = ("true", "t", "1", "1.0", "yes", "y", "on"), ("false", "f", "0", "0.0", "no", "n", "off", "none", "")
+DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)  # in a Host header
 
@@ -133,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._check_origin()
             method = "GET" if self.command == "HEAD" else self.command
-            route = ROUTES.get((method, self.path.partition("?")[0]))
+            route = ROUTES.get((method, self.path.partition("?")[0].rstrip("/")))
             if route is None:
                 raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
             self._reply(200, getattr(self, route)())
@@ -203,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, '"image" must be base64 text, and "question", if given, text')
         try:
             with self.server.opening:
-                image = base64.b64decode(encoded, validate=True)
+                image = _decoded(encoded)
                 decode(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
@@ -244,6 +246,13 @@ def _flag(body: dict[str, Any], name: str) -> bool:
     if said not in (*YES, *NO):
         raise Refused(400, f'"{name}" must be true or false')
     return said in YES
+
+
+def _decoded(encoded: str) -> bytes:
+    """The bytes behind base64, which may be wrapped into lines or stand in a data URL. ValueError where it is none."""
+    prefix = DATA_URL.match(encoded)
+    text = encoded[prefix.end() :] if prefix else encoded
+    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
 
 
 def _document(hit: Hit, scored: bool) -> dict:

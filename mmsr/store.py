@@ -435,7 +435,9 @@ class Budget:
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"
         spent, in_step = db.execute(sums, [self.step, self.run]).fetchone()
         if db.execute("SELECT 1 FROM spend WHERE run=? AND (typeof(n) != 'integer' OR n < 0)", [self.run]).fetchone():
-            raise ToolFailure("budget", f"a count of paid calls of run {self.run} is damaged; remove its row from the table spend")
+            raise ToolFailure(
+                "budget", f"a count of paid calls of run {self.run} is damaged; remove its row from the table spend"
+            )
         if spent >= self.total:
             raise ToolFailure("budget", f"all {self.total} paid calls of run {self.run} are spent")
         if self.per_step and in_step >= self.per_step:

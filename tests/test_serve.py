@@ -106,6 +106,8 @@ def test_a_search_r1_client_does_not_understand(server):
         (1, [scored]),
         ("false", [documents]),
         (0, [documents]),
+        (1.0, [scored]),
+        ("n", [documents]),
     ]:
         assert post(server, "/retrieve", {"query": "one", "topk": 2, "return_scores": said}).json()["result"] == meant
     assert len(post(server, "/retrieve", {"query": "one"}).json()["result"][0]) == 3
@@ -119,7 +121,9 @@ def test_an_image_search_loses_a_field(server):
         {"title": "title who?", "link": "http://a.example", "score": 0.5, "thumbnail": thumbnail, "text": ""},
         {"title": "bare", "link": "", "score": None, "thumbnail": None, "text": ""},
     ]
-    assert len(post(server, "/image_search", {"image": PICTURE, "topk": 1}).json()["results"]) == 1
+    wrapped = base64.encodebytes(base64.b64decode(PICTURE)).decode()
+    for encoded in (PICTURE, wrapped, wrapped.replace("\n", "\r\n"), f"data:image/png;base64,{PICTURE}"):
+        assert len(post(server, "/image_search/", {"image": encoded, "topk": 1}).json()["results"]) == 1
 
 
 @pytest.mark.parametrize(
