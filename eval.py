@@ -144,6 +144,7 @@ class Output(RunFolder[EvalConfig]):
         """
         if not self.ranks.main:
             return set()
+        self._judge()  # a key or a proxy that is of no use is refused now, and not after the last question
         files = {f"--data {name}": questions for name, questions in sets.items() if name != "toy"}
         self.check_inputs(setup, files, __file__)
         self.claim()
@@ -177,8 +178,8 @@ class Output(RunFolder[EvalConfig]):
             return
         self.check_there()
         lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
-        if self.config.judge:
-            judge = Judge(self._judge(), self.config.judge_model, self.folder / "judge.jsonl")
+        if complete := self._judge():
+            judge = Judge(complete, self.config.judge_model, self.folder / "judge.jsonl")
             for line, verdict in zip(lines, judge(lines)):
                 line["judged"] = verdict
             if judge.failure:
@@ -197,7 +198,10 @@ class Output(RunFolder[EvalConfig]):
             print(f"report.html: {type(error).__name__}: {error}")
         print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
 
-    def _judge(self):
+    def _judge(self) -> Callable[[list[dict]], str] | None:
+        """Asks the judge, where there is one. Raises UserError where that cannot be."""
+        if not self.config.judge:
+            return None
         from mmsr.client import open_server
 
         return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)

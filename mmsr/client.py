@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 import re
 import socket
@@ -26,7 +25,17 @@ from .config import hidden, refuse_credentials
 from .kept import key_of
 from .pictures import media_type, without_metadata
 from .tools import ToolFailure
-from .wire import Answer, Unsent, exchange, failure, keep_secret, proxy_for, public_authorities, require_public
+from .wire import (
+    Answer,
+    Unsent,
+    environment_key,
+    exchange,
+    failure,
+    keep_secret,
+    proxy_for,
+    public_authorities,
+    require_public,
+)
 
 BODY_BYTES = 8 * 2**20  # decoded, by default
 HOPS = 5  # redirects followed
@@ -389,7 +398,7 @@ def picture_part(data: bytes) -> dict[str, Any]:
 def open_server(address: str, model: str) -> ChatServer:
     """A server named on the command line, with OPENAI_API_KEY where that is set; its answers are not counted, and one
     that is cut off is a failure: half a turn is none, and half a judgement may say anything."""
-    return ChatServer(address, model, os.environ.get("OPENAI_API_KEY", ""), Client(), whole=True)
+    return ChatServer(address, model, environment_key("OPENAI_API_KEY"), Client(), whole=True)
 
 
 def chat_address(address: str) -> str:

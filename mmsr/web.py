@@ -36,7 +36,7 @@ from .config import server_address
 from .episode import Hit, Observation, UserError
 from .pictures import decode, jpeg, thumbnail, without_metadata
 from .tools import ToolFailure
-from .wire import failure, keep_secret, proxy_for
+from .wire import environment_key, failure, proxy_for
 
 PROMPTS = Path(__file__).parent / "prompts" / "search"
 SERVICES = {
@@ -77,9 +77,7 @@ class Service:
     def from_environment(name: str, environ: Mapping[str, str]) -> Service:
         """As NAME_API_KEY and NAME_BASE_URL say. Raises UserError for what can be neither."""
         variable = name.upper()
-        key = keep_secret(environ.get(f"{variable}_API_KEY", ""))
-        if not re.fullmatch("[!-~]*", key):
-            raise UserError(f"{variable}_API_KEY: has blanks or characters that no key has; copy the key again")
+        key = environment_key(f"{variable}_API_KEY", environ)
         given = environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name]
         url = server_address(given, f"{variable}_BASE_URL=", f"{variable}_API_KEY")
         proxy_for(url)  # refused now, and not at the first search

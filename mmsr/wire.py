@@ -76,6 +76,17 @@ def keep_secret(key: str) -> str:
     return key
 
 
+def environment_key(variable: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The key that a variable holds, "" for none, which `redact` knows from now on.
+
+    Raises UserError for one that no header can carry: the complaint about the header would quote it.
+    """
+    key = keep_secret(environ.get(variable, ""))
+    if not re.fullmatch("[!-~]*", key):
+        raise UserError(f"{variable}: has blanks or characters that no key has; copy the key again")
+    return key
+
+
 def redact(text: str) -> str:
     for secret in _secrets:
         text = text.replace(secret, "[key]")

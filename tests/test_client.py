@@ -624,6 +624,7 @@ def test_proxy_that_cannot_be_used_is_told_at_the_first_search(behind, value):
         lambda: ChatServer("http://service.example", "m", "", Client()),
         lambda: Remote("http://service.example"),
         lambda: Service.from_environment("serpapi", environ),
+        lambda: open_server("http://service.example", "m"),
     ):
         with pytest.raises(UserError, match="^ALL_PROXY: .*NO_PROXY") as caught:
             opened()

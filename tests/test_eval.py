@@ -416,6 +416,13 @@ def test_wrong_option_is_one_line_and_no_folder(capsys, miniature, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
+def test_a_judges_bad_key_is_told_after_the_last_question(capsys, miniature, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    argv = arguments(miniature, tmp_path / "out", judge="http://127.0.0.1:1", judge_model="fake")
+    refused(capsys, argv, "OPENAI_API_KEY")
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_picture_is_named_before_anything_is_written(capsys, miniature, tmp_path):
     data = questions(tmp_path / "data")
     (tmp_path / "data" / "4.png").write_bytes(b"no picture")

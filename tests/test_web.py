@@ -13,7 +13,7 @@ from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset
 from picture_files import SECRET, exif, private, turned
 
 from mmsr.cache import Cached
-from mmsr.client import ChatServer, Client
+from mmsr.client import ChatServer, Client, open_server
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.store import Budget, Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
@@ -536,6 +536,13 @@ def test_senseless_variable_is_named_and_a_key_not_shown(web, variable, value):
         Live.from_environment(environ=web.environ() | {variable: value})
     assert str(caught.value).startswith(variable) and "\n" not in str(caught.value)
     assert "BASE_URL" in variable or value not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-0123\n456789", "sk-0123–456789", "Bearer sk-0123456789", "\ufeffsk-0123456789"])
+def test_a_key_that_no_header_can_carry_is_quoted_by_the_complaint_about_it(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="^OPENAI_API_KEY: has blanks or char.*copy the key again$"):
+        open_server("http://127.0.0.1:1", "m")
 
 
 def test_summarizer_without_a_key_is_a_server_of_ones_own(web):
