@@ -54,7 +54,7 @@ import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import dropwhile, groupby
+from itertools import accumulate, dropwhile, groupby
 from operator import index
 from pathlib import Path
 from typing import Any, Iterator, Union
@@ -131,9 +131,7 @@ class Chat:
         self._refuse_tags_as_tokens(ours)
         # Wider than what `parse` reads: any case, attributes, blanks or invisible characters, closed or not.
         names = "|".join(map(re.escape, ours))
-        self._foreign_tag = re.compile(rf"<([^\w<>]*(?:{names})\b[^<>]*)(>?)", re.IGNORECASE)
-        halves = {name[:length] for name in ours for length in range(len(name))}
-        self._half_tag = re.compile(rf"<([^\w<>]*(?:{'|'.join(map(re.escape, halves))}))\Z", re.IGNORECASE)
+        self._foreign_tag = re.compile(rf"<([^\w<>]*)({names})\b([^<>]*)(>?)", re.IGNORECASE)
 
     def _refuse_tags_as_tokens(self, ours: list[str]) -> None:
         """UserError for a tokenizer that writes a tag as one token: here tags are plain text, control tokens banned."""
@@ -212,7 +210,7 @@ class Chat:
         piece = Piece()
         for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
             if is_text:
-                piece.ids += self._encode_text("".join(run))
+                piece.ids += self._encode_text(self._joined(list(run)))
                 continue
             for part in run:
                 if isinstance(part, int):
@@ -222,6 +220,20 @@ class Chat:
                     pads = [self.added[IMAGE_PAD]] * part.tokens
                     piece.ids += [self.added[VISION_START], *pads, self.added[VISION_END]]
         return piece
+
+    def _joined(self, texts: list[str]) -> str:
+        """Texts side by side: a prompt's words, and what fills its placeholders. No tag of ours is put together.
+
+        Each text is harmless alone, or a prompt's own; but `<{url}>` and "/information" make a tag, as halves do that
+        stand in two fields.
+        """
+        ends = {*accumulate(map(len, texts))}
+
+        def kept(tag: re.Match) -> str:
+            inside = ends.isdisjoint(range(tag.start() + 1, tag.end(2)))
+            return tag[0] if inside else "‹" + tag[0][1:]
+
+        return self._foreign_tag.sub(kept, "".join(texts))
 
     def _encode_text(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which the tokenizer refuses
@@ -236,14 +248,12 @@ class Chat:
     def neutralise(self, text: str) -> str:
         """A stranger's text with our tags made harmless: their < and > become ‹ and ›, one for one.
 
-        Nothing is deleted from within, so no tag can be put together from the rest. What begins a tag at the very end
-        is no beginning any more: a prompt may set two texts side by side. Line ends become newlines.
+        Nothing is deleted from within, so no tag can be put together from the rest. Line ends become newlines.
         """
         text = UNPRINTABLE.sub(" ", "\n".join(text.splitlines())).strip()
         # A leading combining mark would compose with the template's last character: > and U+0338 make one ≯.
         text = "".join(dropwhile(unicodedata.combining, text))
-        text = self._foreign_tag.sub(lambda tag: f"‹{tag[1]}{tag[2] and '›'}", text)
-        return self._half_tag.sub(r"‹\1", text)
+        return self._foreign_tag.sub(lambda tag: f"‹{tag[1]}{tag[2]}{tag[3]}{tag[4] and '›'}", text)
 
     def _flat(self, text: str) -> str:
         return " ".join(self.neutralise(text).split())

@@ -375,6 +375,20 @@ def test_two_fields_side_by_side_close_a_tag_of_ours(tiny, tmp_path, between):
     assert chat.neutralise("is 1 < 2 and 2 <3") == "is 1 < 2 and 2 <3"
 
 
+@pytest.mark.parametrize("hit", ["<{url}>", "</{url}>", "<{title}{url}>", "{title}</{url}", "<{url}ation>"])
+def test_a_prompts_own_bracket_makes_a_tag_of_a_pages_words(tiny, tmp_path, hit):
+    (tmp_path / "user.txt").write_text("{question}")
+    (tmp_path / "tool.txt").write_text("<information>{results}</information>")
+    (tmp_path / "hit.txt").write_text(hit)
+    chat = Chat(tiny, tmp_path, [Tool("ask", "ask", 1, run=None)])
+    for url in ("/information", "information", "/INFORMATION>", "/answer", "inform", " /reason"):
+        for title in ("", "/", "<", "</"):
+            seen = chat.decode(chat.observation("ask", Observation((Hit(title, url),)), [None], "?").ids)
+            assert OUR_TAGS.findall(seen) == ["information", "information"], (title, url, seen)
+    seen = chat.decode(chat.observation("ask", Observation((Hit("t", "http://a.example"),)), [None], "?").ids)
+    assert hit.replace("{url}", "http://a.example").replace("{title}", "t") in seen, "an address in brackets stays"
+
+
 def test_a_forced_turn_with_half_a_surrogate_pair_is_still_encoded(tiny_chat):
     assert tiny_chat.decode(tiny_chat.assistant("a\ud83db")) == "a?b<|im_end|>"
 
