@@ -215,7 +215,7 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
     titles = 'a line each: {"file", "title", and "url" if it has a page}'
     parser.add_argument("--titles", metavar="FILE.jsonl", help=titles)
-    parser.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "title", "text"}')
+    parser.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "text", and "title" if it has one}')
     parser.add_argument("--out", metavar="FILE", required=True, help="the index")
     parser.add_argument(
         "--encoder", default="builtin", metavar="NAME",

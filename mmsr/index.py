@@ -63,14 +63,14 @@ def build(
     file: str | Path, encoder: str, images: str | Path | None, titles: str | Path | None, pages: str | Path | None
 ) -> Counter:
     """Add to the index `file`, made where there is none: pictures of the folder `images` as the lines of `titles` name
-    them ({"file", "title", "url": optional}), and `pages` ({"url", "title", "text"}).
+    them ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}).
 
     Counts what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read (`broken`,
     each reported on the way). Raises UserError for a wrong line, an index of another encoder, or nothing to add.
     """
     file, counts = Path(file), Counter()
-    listed = _Records(titles, ("file", "title"), "picture")
-    texts = _Records(pages, ("url", "title", "text"), "page")
+    listed = _Records(titles, ("file", "title"), "url", "picture")
+    texts = _Records(pages, ("url", "text"), "title", "page")
     if titles and not (images and Path(images).is_dir()):
         raise UserError(f"--images {images}: no such folder; give the one that the files in {titles} lie in")
     fresh = not file.exists()
@@ -93,18 +93,18 @@ def build(
 
 
 class _Records:
-    """The objects of a JSONL file, all checked before the first is used. No path: none. Pictures need no `url`."""
+    """The objects of a JSONL file, all checked before the first is used. No path: none. `optional` may be null."""
 
-    def __init__(self, path: str | Path | None, fields: tuple[str, ...], unit: str):
-        self.path, self.fields, self.unit = Path(path) if path else None, fields, unit
+    def __init__(self, path: str | Path | None, fields: tuple[str, ...], optional: str, unit: str):
+        self.path, self.fields, self.optional, self.unit = Path(path) if path else None, fields, optional, unit
         self.total = sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        names = {*self.fields, "url"}
+        names = {*self.fields, self.optional}
         for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
             found = json_object(self.path, row, line)
-            if found.get("url") is None and "url" not in self.fields:  # left out, or null
-                found["url"] = ""
+            if found.get(self.optional) is None:  # left out, or null
+                found[self.optional] = ""
             if wrong := sorted(name for name in names if not isinstance(found.get(name), str)):
                 listed = ", ".join(self.fields)
                 raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")

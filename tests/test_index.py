@@ -269,6 +269,13 @@ def test_a_wrong_line_leaves_half_an_index(tmp_path):
         assert "\n" not in str(caught.value) and not (tmp_path / "i").exists()
 
 
+def test_a_page_without_a_title_is_refused(tmp_path):
+    pages = [{"url": "http://a.example", "title": None, "text": "the Tagus"}, {"url": "http://b.example", "text": "so"}]
+    counts = build(tmp_path / "i", "builtin", None, None, write_lines(tmp_path / "p.jsonl", pages))
+    assert counts["pages"] == 2
+    assert [hit.title for hit in Local(tmp_path / "i", k=5).text_search("Tagus").hits] == [""]
+
+
 def test_a_user_mistake_is_a_traceback_or_leaves_a_file(tmp_path):
     folder, titles, new = tmp_path / "photos", corpus(tmp_path / "photos", 1), tmp_path / "new"
     bad = write_lines(tmp_path / "bad.jsonl", [{"file": "nowhere.jpg", "title": "x"}])
