@@ -1,8 +1,8 @@
-"""What goes wrong with a training run, told from its lines of metrics.jsonl: pure functions of them.
+"""What goes wrong with a training run, as its lines of metrics.jsonl show it. Every function depends on them alone.
 
 So a resumed run says what the uninterrupted one would have said. An alarm is a word, which stands in the step's line
-under `alarms`, and a sentence for whoever watches. Bands are wide: a sound run never leaves them, and one that does is
-worth a look, but goes on. It is stopped (`stalled`) only where several steps in a row had nothing to train.
+under `alarms`, and a sentence for whoever watches. Bands are wide: a healthy run never leaves them, and one that does
+is worth a look, but goes on. It is stopped (`stalled`) only where several steps in a row had nothing to train.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .episode import LENGTH, TOOL_ERROR
 Line = Mapping[str, Any]  # of metrics.jsonl, about a step
 
 TOOLS = 0.05  # share of a step's tool calls that may fail without a word
-STEPS = 5  # in a row: what a single step shows may be chance
+STEPS = 5  # in a row: a single step may be chance
 ENTROPY = (0.005, 3.0)  # nats a token, as e^3 = 20 words that are alike; runs of the toy world go from .24 down to .02
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # mean |sampler - trainer| of log-probabilities; 1e-8 in the toy world
 # What a line must have to be one of the steps before.
@@ -29,7 +29,8 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
 
     `dtype`: of the computation. `may_search`: whether the model can search, and decides on it.
     """
-    last, (low, high), gap = lines[-1], ENTROPY, GAP[dtype]
+    last, gap = lines[-1], GAP[dtype]
+    low, high = ENTROPY
     found = {"tools": _tools(last), "untrained": untrained(last)}
     if last["skipped_updates"] and last["tokens"]["trained"]:  # where nothing was trained, the reason is said there
         found["skipped"] = f"{last['skipped_updates']} updates were skipped: they met a value that is not finite"
@@ -42,7 +43,7 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
             f"entropy has been under {low} for {STEPS} steps: all rollouts of a question are the same"
         )
     if _lasts(lines, lambda line: _number(line, "entropy") > high):
-        found["entropy-high"] = f"entropy has been over {high} for {STEPS} steps: words are drawn at random"
+        found["entropy-high"] = f"entropy has been over {high} for {STEPS} steps: tokens are drawn at random"
     if _lasts(lines, lambda line: _number(line, "logp_gap") > gap):
         what = "sampler and trainer disagree on log-probabilities"
         found["gap"] = f"{what}, by more than {gap} on average for {STEPS} steps"
@@ -61,7 +62,7 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
 
 
 def to_say(found: Mapping[str, str], before: Sequence[Line]) -> list[str]:
-    """The sentences of those alarms that are said each time, or that the step before did not have."""
+    """The sentences of the alarms to print: those of EVERY_STEP, and those that the step before did not have."""
     known = before[-1].get("alarms", ()) if before else ()
     return [said for word, said in found.items() if word in EVERY_STEP or word not in known]
 

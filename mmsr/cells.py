@@ -1,7 +1,7 @@
-"""What a cell of a data file holds, told by its shape: a question, accepted answers, a picture.
+"""Reads a cell of a data file by its shape: a question, accepted answers, or a picture.
 
-Data sets say the same thing in many ways; each reader here knows the ways of all of them, and raises `Unclear`, a line
-without place, for what is not plainly one question, one list of answers or one picture.
+Data sets write the same thing in many forms. Each reader here understands all of them, and raises `Unclear` (one line,
+to which the caller adds file, row and column) for what is not plainly one question, one list of answers or one picture.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MARKER = re.compile(
 OTHER_MARKER = re.compile(r"<\|?(?:video|audio)(?:_pad|[ _-]?\d+)?\|?>", re.IGNORECASE)
 WHOLE_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 NUMPY = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
-# An item of a list as Python or NumPy prints it, and what follows it: a comma, or blanks alone.
+# An item of a list as Python or NumPy prints it, and what follows it: a comma, or only blanks.
 ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[^\s,'"]++)(?:\s*+,|\s++|$)""", re.DOTALL)
 
 
@@ -96,7 +96,7 @@ def _literal(text: str) -> Any:
 
 
 def _parts(content: Any) -> tuple[list[str], list[Any]]:
-    """The texts of a message's content, and its pictures: None for one that stands elsewhere."""
+    """The texts of a message's content, and its pictures: None for one that is stored elsewhere."""
     texts, pictures = [], []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
@@ -118,7 +118,7 @@ def _parts(content: Any) -> tuple[list[str], list[Any]]:
 
 
 def question(value: Any) -> str:
-    """The question in a text, or in the one user message of a conversation, without the mark for its picture."""
+    """The question in a text, or in the one user message of a conversation, without the marker for its picture."""
     turns = conversation(value)
     if turns is None:
         if not isinstance(value, str | None):
@@ -174,7 +174,7 @@ def _listed(text: str) -> list[Any]:
 
 
 def _meant(text: str) -> Any:
-    """The list or object that a text plainly stands for, or the text: "[1, 2]" may well be the answer itself."""
+    """The list or object that a text plainly represents, or the text itself: "[1, 2]" may be the answer."""
     found = _list_in(text)
     if found and all(isinstance(each, str | None) for each in found):
         return found
@@ -216,7 +216,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
-    """An answer as text. To a question the answer is "yes", and "true" will do, where the data has True."""
+    """The texts of an answer. True in the data means that "yes" and "true" are both right."""
     match value:
         case None:
             return []
@@ -253,7 +253,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def picture(value: Any) -> bytes | str | None:
-    """A picture's bytes, or the text that stands for it: base64, a file's name, an address; None for no picture."""
+    """A picture's bytes, or the text that represents it: base64, a file's name, an address; None for no picture."""
     for _ in range(6):  # a list of an object of an object, each with one thing inside
         turns = conversation(value) if isinstance(value, list | str) else None
         if turns is not None:

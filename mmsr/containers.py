@@ -1,8 +1,8 @@
-"""What the pixels of a picture file are made of, taken out of everything else that the file holds.
+"""Reduces a picture file to the parts that make its pixels.
 
-A picture file is a container: beside the pixels stand comments, EXIF, XMP, colour profiles, previews, text, further
+A picture file is a container: beside the pixels it holds comments, EXIF, XMP, colour profiles, previews, text, further
 frames and pictures. `read` copies the parts that make the first frame and drops the rest, without decoding anything.
-What is left may be sent to a stranger, and is safer to decode: Pillow joins the blocks of a GIF's comment in quadratic
+The result may be sent to a stranger, and is safer to decode: Pillow joins the blocks of a GIF's comment in quadratic
 time, walks thousands of empty segments in Python, and keeps a copy of the data for each entry of an EXIF directory.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 MOST_PARTS = 150_000  # of a file: a GIF of 32 MiB has 131,000 blocks of 255 bytes
 GIF_PIXELS = 2**26  # of the canvas, which grows where the first frame reaches beyond it
 
-# JPEG: all markers that begin a segment or end the file; neither a stuffed zero nor a restart inside a scan.
+# JPEG: all markers that begin a segment or end the file, but no stuffed zero and no restart marker inside a scan.
 MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
 SCAN, END, JFIF, EXIF, ADOBE = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
 JPEG_PIXELS = {*range(0xC0, 0xD0), SCAN, 0xDB, 0xDC, 0xDD}  # frame headers, tables, scans
@@ -49,13 +49,14 @@ def kind(data: bytes) -> str:
 def read(data: bytes) -> Container:
     """The first frame of a picture file. Raises ValueError for another format, and for more than MOST_PARTS parts.
 
-    Of a file that is cut short or damaged inside it is what there is; decoding that fails.
+    Of a file that is cut short or damaged it keeps what there is, and decoding that fails.
     """
     return {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif}[kind(data)](data)
 
 
 def _jpeg(data: bytes) -> Container:
-    kept, exif, scans, at, marker = [data[:2]], b"", 0, 2, 0
+    kept, exif = [data[:2]], b""
+    scans, at, marker = 0, 2, 0
     for _ in range(MOST_PARTS):
         found = MARKER.search(data, at)
         start = found.start() if found else len(data)
@@ -101,7 +102,8 @@ def _webp(data: bytes) -> Container:
 
 def _webp_chunks(data: bytes) -> tuple[list[bytes], bytes]:
     """The chunks that make the first frame, and EXIF's data."""
-    kept, exif, framed, at = [], b"", False, 0
+    kept, exif = [], b""
+    framed, at = False, 0
     for _ in range(MOST_PARTS):
         name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         body, end = data[at + 8 : at + 8 + size], at + 8 + size + size % 2
@@ -136,7 +138,7 @@ def _gif(data: bytes) -> Container:
             frame = data[at : _gif_blocks(data, at + 11 + _gif_table(data, at + 9))]
             return Container("GIF", b"".join([*kept, control, frame, b";"]))
         else:
-            at += 1  # what stands between blocks is skipped, as decoders do
+            at += 1  # bytes between blocks are skipped, as decoders do
         if at >= len(data):
             return Container("GIF", b"".join(kept))
     raise _too_many()
@@ -147,13 +149,13 @@ def _short(data: bytes, at: int) -> int:
 
 
 def _gif_table(data: bytes, at: int) -> int:
-    """Bytes of the colour table that the flags at `at` announce."""
+    """The size in bytes of the colour table that the flags at `at` announce."""
     flags = data[at] if at < len(data) else 0
     return 3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0
 
 
 def _gif_blocks(data: bytes, at: int) -> int:
-    """Where blocks that begin at `at` end, behind the empty one."""
+    """The offset behind a chain of blocks that begins at `at`; an empty block ends it."""
     for _ in range(MOST_PARTS):
         if at >= len(data) or data[at] == 0:
             return at + 1

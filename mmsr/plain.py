@@ -1,8 +1,8 @@
-"""What a tool returned, as an `Observation` of plain Python values, or a TypeError that says which field is none.
+"""What a tool returned, as an `Observation` of plain Python values, or a TypeError that names the wrong field.
 
-A forker's tool returns what its libraries give: a PIL image, NumPy's numbers, a generator. What is plainly meant is
-taken. The rest is refused here, while it is known which tool it was: later it would end the run where a line is
-written, or where ranks exchange their episodes, after an update.
+A forker's tool returns what its libraries give: a PIL image, NumPy's numbers, a generator. Where the meaning is plain
+it is accepted. The rest is refused here, while it is known which tool it was: later it would end the run where a line
+is written, or where ranks exchange their episodes, after an update.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _seconds(value: Any) -> float:
 
 
 def _score(name: str, value: Any) -> float | None:
-    """One that is not finite says nothing, and JSON cannot hold it."""
+    """None for one that is not finite: it says nothing, and JSON cannot hold it."""
     score = None if value is None else _number(name, value)
     return score if score is not None and math.isfinite(score) else None
 

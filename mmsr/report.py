@@ -445,6 +445,8 @@ def _object(file: Path, damage: Damage) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """An option's value; older runs' addresses may hold a password."""
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
     return hidden(value) if isinstance(value, str) else value
 
 

@@ -1,10 +1,10 @@
-"""The folder of a run: one process writes in it, and a run that goes on there is made of what it was made of before.
+"""The folder of a run: one process at a time writes in it, and a resumed run must have the inputs that it began with.
 
-`OUT/inputs.json` says what the run began with: a digest of its questions with their pictures, of the model's files, of
-the prompts, of recorded conversations; and of the sources that decide what is computed. What is given must be the same
-when the run goes on: one row less moves every later question, and another base model is another KL reference. A source
-may have been mended meanwhile, so that is a warning. Searches may find more than they did, so a recording that training
-replays is a warning too; an evaluation refuses it, since its numbers are joined.
+`OUT/inputs.json` records these inputs by their digests: the questions with their pictures, the model's files, the
+prompts and recorded conversations; and the source files that decide what is computed. A changed input ends a resumed
+run: one row less moves every later question, and another base model is another KL reference. A changed source file is a
+warning, for a bug may have been fixed. So is a changed recording of searches that training replays, which may have
+grown; an evaluation refuses that, since its numbers are averaged over both parts.
 
 Whole files are hashed, and not a sample of them, in four threads: a second per gigabyte on two busy cores, so a quarter
 of a minute for a model of 16 GB, which is then in the system's cache. The questions are read once more, one at a time.
@@ -30,15 +30,11 @@ from .parallel import Ranks
 
 INPUTS = "inputs.json"
 GIVEN, MAY_CHANGE = "given", "may change"
-MODEL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-)  # those that the program reads
+# All that the program reads of a model.
+MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
 MOST_NAMED = 3  # changed things in one message
 
-# Modules that decide nothing of what a run computes: they show it, keep it, or belong to other programs.
+# Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
 ASIDE = {
     *("album", "checkpoint", "compare", "config", "files", "interrupt", "judge", "plan", "report", "runfolder"),
     *("track", "author", "construct", "construct_demo", "curate", "factory", "finders", "likeness", "serve"),
@@ -80,7 +76,7 @@ class RunFolder(Generic[AnyOptions]):
             self.lock.release()
 
     def check_inputs(self, setup: Setup, data: Mapping[str, Sequence[Example]], program: str) -> None:
-        """Note what the run is made of, for `keep_inputs`. Raises UserError where that has changed since it began.
+        """Work out the digests of the inputs, for `keep_inputs`. Raises UserError where an input has changed.
 
         `data`: questions by the option and name that gave them. `program`: the file of train.py or eval.py.
         """
@@ -115,7 +111,7 @@ class RunFolder(Generic[AnyOptions]):
                 raise UserError(f"--out {self.folder}: another run has begun in it meanwhile; name another folder")
 
     def keep_inputs(self) -> None:
-        """Write inputs.json, unless it is there: it tells of the run's beginning."""
+        """Write inputs.json, unless it is there: it describes how the run began."""
         if self.inputs and not self.noted:
             write_whole(self.folder / INPUTS, [json.dumps(self.inputs, indent=2).encode() + b"\n"])
 
@@ -183,7 +179,7 @@ def _files(files: Mapping[str, Path]) -> Digests:
 
 
 def _questions(examples: Sequence[Example]) -> str:
-    """Of everything that a run sees of them, in their order."""
+    """How many they are, and a digest of everything that a run sees of them, in order."""
     digest = hashlib.sha256()
     for example in examples:
         said = [example.id, example.question, example.answers, example.category, example.address]
@@ -198,7 +194,7 @@ def _changed(before: Digests, now: Digests) -> list[str]:
 
 
 def _how(before: str | None, now: str | None) -> str:
-    """What more can be told of a change: a file came or went, questions are fewer or more."""
+    """What else is known about a change: a file is new or gone, questions are fewer or more."""
     if before is None or now is None:
         return " (was not there)" if before is None else " (is gone)"
     old, new = (digest.rpartition(", ")[0] for digest in (before, now))

@@ -22,6 +22,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from .config import hidden
 from .episode import Hit, UserError
 from .pictures import decode
 from .tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
@@ -227,6 +228,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A client may have put a key into its address."""
+        super().log_message("%s", hidden(format % args))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Thousands of good requests say nothing."""

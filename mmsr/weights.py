@@ -1,8 +1,8 @@
-"""A Hugging Face folder before it is trusted: what its weight files hold by their headers, and values of config.json.
+"""Checks a Hugging Face folder before it is loaded: the headers of its weight files, and the values of config.json.
 
-A quantised checkpoint has the usual names, and whole numbers or 8-bit floats under them, with the scales in tensors
-beside: cast to the model's type it loads, and computes noise. So every name and every type of number is looked at
-before a weight is read, and what this program does not understand is refused.
+A quantised checkpoint has the usual names, but they hold whole numbers or 8-bit floats, with the scales in tensors of
+their own: cast to the model's type it loads without an error, and computes noise. So every name and every type of
+number is checked before a weight is read, and what this program does not understand is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .episode import UserError, first_line
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 FULL = "give the full-precision checkpoint that it was made from"
-# What quantisers (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao, HQQ, AQLM, quanto) call what they add.
+# What the tensors that quantisers add are called, by bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao, HQQ,
+# AQLM and quanto.
 QUANTISED = re.compile(
     "scale|zero|absmax|quant|packed|qweight|qdata|codebook|[.](SCB|g_idx|codes|W_q)$|_data$|_(blocks|codes)$"
 )
@@ -34,7 +35,7 @@ QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_confi
 ADAPTERS = re.compile(
     r"^base_model\.|\b(lora|ia3|hada|lokr|vera|b?oft)_|\b(base_layer|modules_to_save|original_module)\b"
 )
-BUFFERS = re.compile(r"\binv_freq$")  # rotary frequencies, which old versions of transformers stored: worked out here
+BUFFERS = re.compile(r"\binv_freq$")  # rotary frequencies, which old versions of transformers stored; computed here
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def headers(folder: Path) -> dict[str, Header]:
 
 
 def fitting(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Header]:
-    """The headers of the weights that a model wants, by the model's names, in the order of the files.
+    """The headers of the weights that a model needs, by the model's names, in the order of the files.
 
     Raises UserError for one missing or misshapen. A tied embedding may be stored as the head.
     """
@@ -86,7 +87,7 @@ def fitting(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tupl
 
 
 def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError for weights that the model of config.json does not have. A tied head must have been judged before."""
+    """UserError for weights that the model of config.json does not have. A tied head must have been checked before."""
     others = [name for name in found if name not in shapes and name != HEAD and not BUFFERS.search(name)]
     if others:
         some = f"{len(others)} weights have no place in the model of config.json ({_listed(others)})"
@@ -153,14 +154,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether it names a file in the very folder."""
+    """Whether it names a file directly in the folder."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII))
 
 
 def _explain_absence(folder: Path) -> None:
     """UserError where a folder without safetensors holds weights of another form."""
     if [*folder.glob("*.gguf")]:
-        raise UserError(f"model folder {folder} holds a GGUF file, which is quantised or of another program: {FULL}")
+        raise UserError(
+            f"model folder {folder} holds a GGUF file, which is quantised or made for another program: {FULL}"
+        )
     if any([*folder.glob(pattern)] for pattern in PICKLED):
         advice = "save it again with transformers, which writes safetensors"
         raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")

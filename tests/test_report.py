@@ -72,11 +72,15 @@ def test_rare_turn_shapes_get_colours_that_others_have(tmp_path):
 
 def test_password_of_an_older_runs_teacher_stands_in_the_page(tmp_path):
     folder = a_run(tmp_path / "run", {1: [rollout()]})
-    options = {"teacher": "https://me:canary-0123@m.example/v1?key=canary-4567", "steps": 3, "data": ["a"]}
+    options = {"teacher": "https://me:canary-0123@m.example/v1?key=canary-4567", "steps": 3}
+    options |= {"data": ["a", "https://me:canary-89@m.example"]}
     (folder / "config.json").write_text(json.dumps(options))
     page = write_report(folder)
     assert "canary" not in page.read_text(encoding="utf-8")
-    assert embedded(page)["runs"][0]["config"] == options | {"teacher": "https://[key]@m.example/v1?[key]"}
+    assert embedded(page)["runs"][0]["config"] == options | {
+        "teacher": "https://[key]@m.example/v1?[key]",
+        "data": ["a", "https://[key]@m.example"],
+    }
 
 
 def test_curves_tables_and_rollouts_are_those_of_the_files(tmp_path):

@@ -147,6 +147,12 @@ def test_queries_of_a_request_wait_for_each_other(server):
     assert len(replies[0]["result"]) == 8
 
 
+def test_a_clients_key_is_logged(server, capsys):
+    assert raw(server, b"GET /search?api_key=canary-0123456789 HTTP/1.0\r\n\r\n").split()[1] == b"404"
+    told = capsys.readouterr().err
+    assert "/search?[key]" in told and "canary" not in told
+
+
 def test_a_probe_by_head_is_answered_with_a_body_or_an_error(server):
     for path, status in [("/health", 200), ("/nothing", 404)]:
         answer = raw(server, f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
