@@ -28,7 +28,8 @@ def beside(path: Path) -> Iterator[Path]:
             yield side
             side.replace(path)
     finally:
-        side.unlink(missing_ok=True)
+        with suppress(OSError):
+            side.unlink()
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
@@ -139,14 +140,16 @@ def file_digest(path: Path) -> str:
 def code_digest(path: Path) -> str:
     """SHA-256 of what a Python file does: comments, docstrings and layout do not count. UserError if it is no Python.
 
-    It is that of the syntax tree, spelled so that versions of Python agree, which `ast.dump` does not do.
+    It is that of the syntax tree, spelled so that versions of Python agree, which `ast.dump` does not do. Of a file
+    that is nested too deeply for that, it is that of its bytes.
     """
+    spelled: list[str] = []
     try:
-        tree = ast.parse(path.read_bytes())
+        _spell(ast.parse(path.read_bytes()), spelled)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as Python ({error}); mend it") from None
-    spelled: list[str] = []
-    _spell(tree, spelled)
+    except RecursionError:
+        return file_digest(path)
     return hashlib.sha256("".join(spelled).encode("utf-8", "backslashreplace")).hexdigest()
 
 

@@ -17,7 +17,7 @@ import pytest
 from mmsr import runfolder
 from mmsr.config import Config, EvalConfig, in_use
 from mmsr.episode import Example, UserError
-from mmsr.files import LOCK, Lock, code_digest
+from mmsr.files import LOCK, Lock, code_digest, file_digest, write_whole
 from mmsr.parallel import SINGLE
 from mmsr.runfolder import RunFolder
 
@@ -278,3 +278,10 @@ def test_a_file_that_is_no_python_is_hashed_into_a_traceback(tmp_path):
         write(tmp_path, "no.py", wrong)
         with pytest.raises(UserError, match="no.py: cannot be read as Python"):
             code_digest(tmp_path / "no.py")
+
+
+def test_a_long_sum_or_a_long_name_ends_in_a_traceback(tmp_path):
+    (tmp_path / "sum.py").write_text("total = " + " + ".join(["1"] * 5000))
+    assert code_digest(tmp_path / "sum.py") == file_digest(tmp_path / "sum.py")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_whole(tmp_path / ("x" * 250), [b"a"])
