@@ -138,10 +138,9 @@ class Chat:
         tags = [f"<{slash}{name}>" for name in ours for slash in ("", "/")]
         for name in self.added:
             if any(tag in name for tag in tags):
-                raise UserError(
-                    f"{self._file}: {name} is a token of its own, and this program reads and writes tags as plain "
-                    "text; take a checkpoint whose tokenizer has no such token"
-                )
+                why = "is a token of its own, and this program reads and writes tags as plain text"
+                advice = "take a checkpoint whose tokenizer has no such token"
+                raise UserError(f"{self._file}: {' '.join(name.split())} {why}; {advice}")
 
     # ---- turns to ids
 

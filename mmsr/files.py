@@ -68,6 +68,14 @@ def make_out(folder: Path) -> None:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
+def check_out(folder: Path) -> None:
+    """UserError where `make_out` would certainly fail, told before minutes are spent; nothing is made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written in" if there.is_dir() else "is no folder"
+        raise UserError(f"--out {folder}: cannot be made ({there} {why}); name another folder")
+
+
 LOCK = ".lock"
 
 

@@ -25,7 +25,7 @@ from .assemble import Setup, prompts_folder
 from .chat import PROMPTS
 from .config import CONFIG, AnyOptions, Config, Options, in_use
 from .episode import Example, UserError
-from .files import Lock, code_digest, file_digest, json_file, make_out, write_whole
+from .files import Lock, check_out, code_digest, file_digest, json_file, make_out, write_whole
 from .parallel import Ranks
 
 INPUTS = "inputs.json"
@@ -52,6 +52,8 @@ class RunFolder(Generic[AnyOptions]):
         self.config, self.folder, self.ranks = config, Path(config.out), ranks
         self.inputs: dict[str, Digests] = {}
         self.noted = False  # whether inputs.json is there
+        if ranks.main:
+            check_out(self.folder)
         begun = (self.folder / CONFIG).exists()
         self.lock = Lock(self.folder) if begun and ranks.main else None
         try:

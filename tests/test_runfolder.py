@@ -17,7 +17,7 @@ import pytest
 from mmsr import runfolder
 from mmsr.config import Config, EvalConfig, in_use
 from mmsr.episode import Example, UserError
-from mmsr.files import LOCK, Lock, code_digest, file_digest, write_whole
+from mmsr.files import LOCK, Lock, check_out, code_digest, file_digest, write_whole
 from mmsr.parallel import SINGLE
 from mmsr.runfolder import RunFolder
 
@@ -285,3 +285,13 @@ def test_a_long_sum_or_a_long_name_ends_in_a_traceback(tmp_path):
     assert code_digest(tmp_path / "sum.py") == file_digest(tmp_path / "sum.py")
     with pytest.raises(UserError, match="cannot be written"):
         write_whole(tmp_path / ("x" * 250), [b"a"])
+
+
+def test_a_folder_that_cannot_be_made_is_told_after_the_model_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to("no/where")
+    for out in ("file", "file/a/b", "broken", "broken/a"):
+        with pytest.raises(UserError, match=f"--out .*{out}: cannot be made .* is no folder"):
+            check_out(tmp_path / out)
+    check_out(tmp_path / "a" / "b"), check_out(tmp_path)
+    assert not (tmp_path / "a").exists()
