@@ -433,6 +433,7 @@ def sound(folder, tmp_path_factory):
 BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_positions", "ban_nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bend", BENDS)
 def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path, monkeypatch):
     for place, name in (

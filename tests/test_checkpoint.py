@@ -475,7 +475,7 @@ def newest(out: Path) -> int:
     return max(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("step", [1, 2, faults.STEPS])
+@pytest.mark.parametrize("step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, faults.STEPS))])
 def test_resumed_run_equals_the_uninterrupted_one(base, whole, tmp_path, step):
     """Weights, optimizer, metrics, rollouts and evaluations, from before, at and after an evaluation."""
     out = shutil.copytree(whole, tmp_path / "run")
@@ -547,12 +547,12 @@ def raise_at_call(monkeypatch, owner, name: str, call: int, number: int) -> None
 @pytest.mark.parametrize(
     "moment, number, done",
     [
-        ((train, "roll_out", 3), signal.SIGTERM, 2),
+        pytest.param((train, "roll_out", 3), signal.SIGTERM, 2, marks=pytest.mark.slow),
         ((Trainer, "step", 3), signal.SIGTERM, 3),
-        ((train.Output, "step", 3), signal.SIGINT, 3),
-        ((train, "evaluation", 2), signal.SIGINT, 2),
-        ((checkpoint, "_publish", 2), signal.SIGTERM, 2),
-        ((train, "evaluation", 4), signal.SIGTERM, faults.STEPS),
+        pytest.param((train.Output, "step", 3), signal.SIGINT, 3, marks=pytest.mark.slow),
+        pytest.param((train, "evaluation", 2), signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param((checkpoint, "_publish", 2), signal.SIGTERM, 2, marks=pytest.mark.slow),
+        pytest.param((train, "evaluation", 4), signal.SIGTERM, faults.STEPS, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value[1]}-{value[2]}" if isinstance(value, tuple) else str(value),
 )

@@ -122,6 +122,7 @@ def test_a_function_is_compiled_again_for_every_call(monkeypatch):
     assert made == [dict(dynamic=True)]
 
 
+@pytest.mark.slow
 def test_rotation_is_compiled_for_every_batch_until_the_compiler_gives_up():
     """The tower's and the decoder's, sampling and training, heads and key heads, one token and many."""
     torch._dynamo.reset()

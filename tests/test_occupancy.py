@@ -73,9 +73,8 @@ def model():
     return tiny_model(4)
 
 
-@pytest.mark.parametrize(
-    "size, groups", [(4, 48), pytest.param(8, 24, marks=pytest.mark.slow), pytest.param(32, 9, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size, groups", [(4, 48), (8, 24), (32, 9)])
 def test_slots_stand_empty_while_somebody_waits(model, size, groups):
     """A group's slowest member must not keep the slots of the others empty."""
     engine = play(model, size, groups)
@@ -83,9 +82,8 @@ def test_slots_stand_empty_while_somebody_waits(model, size, groups):
     assert engine.occupancy >= 0.9
 
 
-@pytest.mark.parametrize(
-    "size, groups", [(4, 24), pytest.param(8, 12, marks=pytest.mark.slow), pytest.param(32, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size, groups", [(4, 24), (8, 12), (32, 3)])
 def test_decode_steps_are_seldom_replayed(model, size, groups, monkeypatch):
     """Of a whole rollout, its tail included. A capture takes as long as a plain step, so they must be few as well."""
     cuda = FakeCuda(monkeypatch)

@@ -251,6 +251,7 @@ def skipped(ranks: Ranks, what: str):
     return same, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["reward", "advantage", "loss"])
 def test_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(pair, what):
     for same, (bad, good) in [on_one(skipped, what), *pair(skipped, what)]:
@@ -360,6 +361,7 @@ def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_decode_through_hooks_or_other_weights(pair, tied):
     """The plain twin has FSDP's gathered tensors themselves, none of its hooks, and draws the same tokens."""

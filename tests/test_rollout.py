@@ -442,6 +442,7 @@ def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
 # ---- schedule -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_questions_than_slots_change_no_token(home):
     wide, narrow = mixed(home, 7, 3, slots=64), mixed(home, 7, 3, slots=4)
     assert [e.input_ids for e in wide[1]] == [e.input_ids for e in narrow[1]]

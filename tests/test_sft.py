@@ -83,6 +83,7 @@ def by_autograd(twin, banned, episodes, norm) -> dict[str, torch.Tensor]:
     return {name.replace("language_model.", ""): p.grad for name, p in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["sequence", "token"])
 def test_gradient_is_that_of_the_plain_likelihood_of_the_demonstrations(home, norm, record_property):
     """An oracle that shares no code: no packs, no masks of ours, another model code, another precision."""
@@ -187,6 +188,7 @@ def test_rollouts_of_a_run_are_demonstrations_for_another(miniature, tmp_path, m
     assert not equal(second.weights, load_file(miniature / "model.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA} and {TRANSCRIPTS.name} are not there")
 def test_recorded_conversations_are_imitated_with_their_own_results(miniature, tmp_path):
     found = run(
@@ -199,6 +201,7 @@ def test_recorded_conversations_are_imitated_with_their_own_results(miniature, t
         assert all(turn["observation"]["source"] == "replay" for turn in record["turns"] if turn["role"] == "tool")
 
 
+@pytest.mark.slow
 def test_resumed_imitation_is_the_same_run(miniature, world, tmp_path):
     path = oracle(tmp_path / "oracle.jsonl", world)
     changes = dict(

@@ -196,6 +196,7 @@ def test_a_run_imitates_what_its_teacher_answers_rightly(miniature, server, tmp_
     assert "teacher-canary" not in "".join(f.read_text() for f in (tmp_path / "out").glob("*.json*"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_for_nothing_twice(miniature, server, tmp_path, monkeypatch):
     questions(tmp_path / "data", 4)
     whole = run(miniature, tmp_path / "whole", **options(server, tmp_path))

@@ -112,6 +112,7 @@ def facts(world):
     return [(c.emblem.tolist(), c.name, c.town, c.pool) for c in world.concepts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [toy.BASIC, toy.FULL], ids=["basic", "full"])
 def test_world_is_a_function_of_its_seed(settings):
     a, b, other = toy.World(3, settings), toy.World(3, settings), toy.World(4, settings)
@@ -188,6 +189,7 @@ def test_full_image_search_tells_the_name_alone_and_text_search_the_town():
     assert abs(below / 400 - toy.DISTRACTION) < 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.07, 0.3])
 def test_searches_mislead_as_often_as_they_are_said_to(wrong):
     world = toy.World(2, dataclasses.replace(toy.FULL, wrong=wrong))

@@ -192,6 +192,7 @@ def test_full_traces_are_the_four_shapes_and_each_decision_stands_where_a_recall
     assert min(shapes.values()) > 30
 
 
+@pytest.mark.slow
 def test_full_traces_tell_what_is_to_be_known_and_make_up_the_rest_each_time(full, chat):
     """A town that the model is not to know would be learnt if it were the same in two traces."""
     named, towns = {}, {"known": set(), "named": set()}

@@ -205,6 +205,7 @@ def test_evaluations_stand_before_the_first_step_and_after_the_last(first):
     assert all(found["search_ratio"] == 0 for found in fixed["never_search"].values())
 
 
+@pytest.mark.slow
 def test_evaluation_every_so_many_steps(miniature, tmp_path):
     found = run(miniature, tmp_path / "out", steps=3, eval_every=1, questions=2, mini_batch=2)
     assert [line["step"] for line in found.evaluations] == [0, 1, 2, 3]
@@ -235,6 +236,7 @@ def test_same_seed_gives_the_same_bits(first, miniature, tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(first, miniature, tmp_path):
     other = run(miniature, tmp_path / "other", seed=1)
     assert not equal(first.weights, other.weights)
@@ -256,6 +258,7 @@ def test_every_step_has_randomness_of_its_own(miniature, tmp_path):
     assert said[0] != said[1]
 
 
+@pytest.mark.slow
 def test_tools_in_threads_give_the_same_run(first, miniature, tmp_path):
     """Only the last bits may differ."""
     train.main([*arguments(miniature, tmp_path / "out"), "--no-deterministic"])
@@ -266,6 +269,7 @@ def test_tools_in_threads_give_the_same_run(first, miniature, tmp_path):
     assert all(line["logp_gap_max"] <= 1e-5 for line in found.steps)
 
 
+@pytest.mark.slow
 def test_kl_of_nought_loads_no_reference(miniature, tmp_path, monkeypatch):
     loaded, load = [], modeling.load
     monkeypatch.setattr(modeling, "load", lambda *given: loaded.append(given) or load(*given))
@@ -275,6 +279,7 @@ def test_kl_of_nought_loads_no_reference(miniature, tmp_path, monkeypatch):
     assert len(loaded) == 3 and [line["kl"] for line in without.steps] == [0, 0]
 
 
+@pytest.mark.slow
 def test_mini_batches_make_several_updates_against_one_frozen_policy(
     miniature, tmp_path, monkeypatch, every_other_right
 ):
@@ -890,6 +895,7 @@ def test_text_searches_are_not_forced_where_there_are_none(miniature, tmp_path):
     assert (always["search_ratio_image"], always["search_ratio_text"]) == (1, 0)
 
 
+@pytest.mark.slow
 def test_world_of_ones_own_is_trained_in(miniature, tmp_path):
     """Thumbnails go from the web through the rollout into the update."""
     world = toy.World(0, dataclasses.replace(toy.FULL, thumbnails=True))
