@@ -202,7 +202,7 @@ class Output(RunFolder[EvalConfig]):
         """Asks the judge, where there is one. Raises UserError where that cannot be."""
         if not self.config.judge:
             return None
-        from mmsr.client import open_server
+        from mmsr.completions import open_server
 
         return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)
 

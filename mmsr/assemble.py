@@ -424,7 +424,7 @@ def _answers(setup: Setup, example: Example, said: Sequence[str]) -> bool:
 
 
 def _teacher(setup: Setup) -> Teacher:
-    from .client import open_server
+    from .completions import open_server
     from .teacher import ANSWER_TOKENS, Teacher
 
     c = setup.config

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 from .cache import Cached
-from .client import picture_part
+from .completions import picture_part
 from .data import read_examples
 from .episode import Hit, UserError
 from .factory import Calls, LeftOut

@@ -1,4 +1,4 @@
-"""Guarded HTTP: what strangers' servers may do to a run, bounded here, and a chat client on top of it.
+"""Guarded HTTP: what strangers' servers may do to a run, bounded here.
 
 `Client.request` speaks to a configured service: a deadline for the whole call, a cap on decoded bytes, retries, a
 circuit breaker per provider. `Client.fetch_public` reads addresses that came from data or from web pages, and connects
@@ -8,8 +8,6 @@ auth, credits, forbidden, too-large, format, blocked, breaker, budget.
 
 from __future__ import annotations
 
-import base64
-import json
 import random
 import re
 import socket
@@ -18,24 +16,13 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, Callable, Iterator, Sequence, cast
+from typing import Any, Callable, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
-from .config import hidden, refuse_credentials
-from .kept import key_of
-from .pictures import media_type, without_metadata
+from .config import hidden
+from .refusals import complaint_of, json_of, kind_of
 from .tools import ToolFailure
-from .wire import (
-    Answer,
-    Unsent,
-    environment_key,
-    exchange,
-    failure,
-    keep_secret,
-    proxy_for,
-    public_authorities,
-    require_public,
-)
+from .wire import Answer, Unsent, exchange, failure, public_authorities, require_public
 
 BODY_BYTES = 8 * 2**20  # decoded, by default
 HOPS = 5  # redirects followed
@@ -43,34 +30,7 @@ RETRY_AFTER = 60.0  # seconds: what a server may ask for at most
 BACKOFF = 16.0  # seconds: the longest pause of our own
 BREAKER_FAILURES, BREAKER_SECONDS = 8, 30.0
 FATAL = ("auth", "credits")  # no call of this provider can succeed any more
-CREDITS = re.compile(
-    r"(run )?out of (searches|credits)|current quota|billing details|in good standing|budget has been exceeded|"
-    r"(insufficient|not enough).{0,3}(quota|balance|funds|credits?)|"
-    r"balance.{0,9}(insufficient|not enough|too low|exhausted)|\u6b20\u8d39|\u4f59\u989d\u4e0d\u8db3",  # in Chinese
-    re.IGNORECASE,
-)
-SOON = re.compile(r"retry (in|after) \d|per.?minute", re.IGNORECASE)  # what is spent will be there again
-BAD_KEY = re.compile(r"api.?key|unauthori[sz]ed|invalid.{0,9}token", re.IGNORECASE)  # of a 403
-KEY_REFUSED = re.compile(  # of anything else
-    r"(invalid|incorrect|missing|expired|\bno) api.?key|api.?key.{0,30}(invalid|incorrect|missing|expired|not valid)|"
-    r"unauthori[sz]ed|authentication.?(error|failed)",
-    re.IGNORECASE,
-)
-# Words of errors that come without a fitting status, and the status that they stand for; the first to match counts.
-TOLD = [
-    (402, CREDITS.pattern),
-    (401, KEY_REFUSED.pattern),
-    (429, r"rate.?limit|too many requests|throttl|resource.?exhausted|\bqps\b"),
-    (503, r"overload|busy|temporar|unavailable|try again|timed?.?out|capacity|internal|server.?error|upstream"),
-    (400, r"(invalid|bad).?request|un(supported|recogni[sz]ed|known)|not (supported|permitted)"),
-]
-CODES = ("code", "status", "status_code", "statusCode")  # under which a body repeats its status
-MESSAGES = ("error", "message", "detail", "msg", "error_msg", "status_msg", "base_resp")  # under which errors are told
-ADDRESS = re.compile(r"https?://[^\s\"]+", re.IGNORECASE)
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-THOUGHT = re.compile(r"[<◁](think(?:ing)?)[>▷].*?([<◁]/\1[>▷]|$)", re.DOTALL)
-THOUGHT_ENDS = re.compile(r"[<◁]/think(?:ing)?[>▷]")
-
 StatusOf = Callable[[dict[str, Any]], int]  # the status that a reply stands for, whatever it was sent with
 
 
@@ -293,71 +253,6 @@ def _advice(answer: Answer) -> str:
     return f"nothing at {urlsplit(answer.url).path}: " if answer.status == 404 else ""
 
 
-def kind_of(status: int, complaint: str) -> str:
-    """A failure's kind. What a provider means by a status is in its text: 400 and 429 may be an empty account.
-
-    Addresses in it are none of its words: a reader names the page that it could not read.
-    """
-    complaint = ADDRESS.sub("", complaint)
-    if status == 402 or status < 500 and CREDITS.search(complaint) and not SOON.search(complaint):
-        return "credits"
-    if status == 403 and BAD_KEY.search(complaint) or status == 400 and KEY_REFUSED.search(complaint):
-        return "auth"
-    return {401: "auth", 403: "forbidden", 429: "rate", 451: "blocked"}.get(status, "status")
-
-
-def told_status(reply: dict[str, Any]) -> int:
-    """The status of the error in a reply that was sent as a success; 200 where there is none that is understood.
-
-    Gateways put the failure of a server behind them into a 200: {"error": {"code": 429, "message": …}}, also beside or
-    within the choices of a chat. Codes win over words.
-    """
-    errors = [error for error in _errors(reply) if error]
-    for place in [reply, *errors]:
-        if isinstance(place, dict):
-            codes = [str(place.get(name)) for name in CODES if isinstance(place.get(name), (int, str))]
-            for code in codes:
-                if re.fullmatch("[45][0-9][0-9]", code):
-                    return int(code)
-    text = ADDRESS.sub("", json.dumps(errors, ensure_ascii=False))
-    return next((status for status, words in TOLD if re.search(words, text, re.IGNORECASE)), 200)
-
-
-def _errors(reply: dict[str, Any]) -> Iterator[Any]:
-    """Where a reply may hold an error."""
-    yield from (reply.get(name) for name in MESSAGES if name != "message")
-    choices = reply.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        yield choices[0].get("error")
-
-
-def complaint_of(body: bytes) -> str:
-    """An error's text: nested under `error`, flat, in a list, or whatever the body begins with."""
-    return _words(json_of(body), 4) or body[:200].decode(errors="replace")
-
-
-def _words(value: Any, depth: int) -> str:
-    """The first text under one of the names that servers give to errors. A gateway quotes the server behind it."""
-    if isinstance(value, list) and depth:
-        return next(filter(None, (_words(part, depth - 1) for part in value[:9])), "")
-    if not isinstance(value, dict) or not depth:
-        return ""
-    quoted = value["metadata"].get("raw") if isinstance(value.get("metadata"), dict) else None
-    for name in MESSAGES:
-        said = value.get(name)
-        if text := said.strip() if isinstance(said, str) else _words(said, depth - 1):
-            return f"{text}: {quoted}" if isinstance(quoted, str) else text
-    return ""
-
-
-def json_of(body: bytes) -> Any:
-    """The value in a body; None where that is no JSON."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _retry_after(value: str) -> float:
     """Seconds that a server asks us to wait (a number or a date), capped."""
     try:
@@ -369,166 +264,3 @@ def _retry_after(value: str) -> float:
 
 def _seconds_until(date: str) -> float:
     return parsedate_to_datetime(date).timestamp() - time.time()
-
-
-# ---- chat
-
-# What chat servers do not all take. They refuse it in ever new words, so that naming a field is enough, but for the
-# number of tokens: it is also named where the conversation is too long, which no other name would mend.
-RENAMED = "max_completion_tokens"  # what newer servers call max_tokens
-OPTIONAL = ("chat_template_kwargs", "temperature", "max_tokens", RENAMED)
-FOREIGN = (
-    r"un(supported|recogni[sz]ed|known|expected)|not? (longer )?(supported|permitted|allowed)|extra|deprecated|instead"
-)
-SIZE = r"too (large|long|big|high|many)|context|maximum|at most|exceed|less than|between|must be"
-WITHHELD = re.compile(
-    "content.?(filter|policy)|sensitive|safety|prohibited|blocklist|recitation|refusal|guardrail", re.IGNORECASE
-)
-CUT_OFF = ("length", "max_tokens", "model_length")
-BROKEN_OFF = ("error", "network_error", "insufficient_system_resource", "abort")  # reasons to finish that may pass
-
-
-def picture_part(data: bytes) -> dict[str, Any]:
-    """A picture file, without its metadata, as a part of a chat message's content. ValueError where it is none."""
-    data = without_metadata(data)
-    url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def open_server(address: str, model: str) -> ChatServer:
-    """A server named on the command line, with OPENAI_API_KEY where that is set; its answers are not counted, and one
-    that is cut off is a failure: half a turn is none, and half a judgement may say anything."""
-    return ChatServer(address, model, environment_key("OPENAI_API_KEY"), Client(), whole=True)
-
-
-def chat_address(address: str) -> str:
-    """Where an OpenAI-compatible server takes chats: what is named may be its host alone, its API, or the very place.
-
-    Only a bare host gets /v1: https://open.bigmodel.cn/api/paas/v4 has its version elsewhere. A query stays.
-    """
-    path = urlsplit(address).path.rstrip("/")
-    if path.endswith("/chat/completions"):
-        return below(address, "")
-    return below(address, "/chat/completions" if path else "/v1/chat/completions")
-
-
-class ChatServer:
-    """A model behind any OpenAI-compatible server. Safe in any number of threads.
-
-    `base_url` is the server's, its API's, or the very place for chats. Without a `key` none is sent and nothing is
-    paid: `spend` is then not called. A request that is sent twice bears the same Idempotency-Key: servers that heed it
-    charge once. `whole`: an answer that was cut off after its last token is a failure. Raises UserError for an address
-    with a password in it, and for a proxy that cannot be used.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        key: str,
-        client: Client,
-        seconds: float = 240.0,
-        spend: Callable[[str], None] | None = None,
-        provider: str = "",
-        whole: bool = False,
-    ):
-        refuse_credentials("the chat server", base_url, "OPENAI_API_KEY")
-        proxy_for(base_url)  # refused now, and not at the first call
-        self.url, self.whole = chat_address(base_url.strip()), whole
-        self.model, self.key, self.client, self.seconds = model, keep_secret(key), client, seconds
-        self.spend = spend if self.key else None
-        self.provider = provider or host_of(self.url)
-        self.foreign: frozenset[str] = frozenset()  # fields that this server has refused
-        self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        if self.key and "api-version=" in urlsplit(self.url).query:  # Azure's deployments want the key there
-            self.headers["api-key"] = self.key
-
-    def complete(self, messages: Sequence[dict], max_tokens: int) -> str:
-        """The answer's text, the model's thoughts taken out.
-
-        Raises ToolFailure: "format" where no answer is left, "blocked" where a filter or the model itself withheld it.
-        """
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
-        return self._answer(self._ask(body).json(), max_tokens)
-
-    def _answer(self, reply: dict[str, Any], max_tokens: int) -> str:
-        message, finish = _choice(reply)
-        text, who = _text(message.get("content")), f"{self.provider}: {self.model}"
-        if WITHHELD.search(finish) or not text and message.get("refusal"):
-            raise failure("blocked", f"{who} withheld its answer: {message.get('refusal') or finish}")
-        answer = THOUGHT_ENDS.split(THOUGHT.sub("", text or ""))[-1].strip()  # a template may have opened the thought
-        if finish.lower() in CUT_OFF and (self.whole or not answer):
-            raise failure("format", f"{who} gave no {'whole ' * bool(answer)}answer in {max_tokens} tokens")
-        if answer:
-            return answer
-        if any(message.get(name) for name in ("reasoning_content", "reasoning")):
-            raise failure("format", f"{who} gave thoughts and no answer")
-        if text is None:
-            raise failure("format", f"{self.provider}: no answer in it: {complaint_of(json.dumps(reply).encode())}")
-        raise failure("format", f"{who} gave no answer")
-
-    def _ask(self, body: dict[str, Any]) -> Answer:
-        """Post. A field that the server refuses is renamed or left out; what has helped is left out from then on."""
-        foreign = self.foreign
-        while True:
-            wanted = {name: value for name, value in body.items() if name not in foreign}
-            if "max_tokens" in foreign and RENAMED not in foreign:
-                wanted[RENAMED] = body["max_tokens"]
-            headers = self.headers | {"Idempotency-Key": key_of(self.url, wanted)}
-            try:
-                answer = self.client.request(
-                    self.provider, "POST", self.url, headers=headers, json=wanted, seconds=self.seconds, tries=3,
-                    spend=self.spend, status_of=_chat_status,
-                )  # fmt: skip
-            except Refusal as refused:
-                named = _refused_fields(refused, wanted)
-                if not named:
-                    raise
-                foreign |= named
-            else:
-                self.foreign |= foreign
-                return answer
-
-
-def _refused_fields(refused: Refusal, sent: dict[str, Any]) -> set[str]:
-    """The optional fields of a request that its refusal names, and that it may do without."""
-    if refused.kind != "status":
-        return set()
-    text = json.dumps(json_of(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
-    text = text.replace("enable_thinking", "chat_template_kwargs")  # which holds nothing else
-    named = {name for name in OPTIONAL if name in sent and re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
-    if re.search(SIZE, text, re.IGNORECASE) and not re.search(FOREIGN, text, re.IGNORECASE):
-        named -= {"max_tokens", RENAMED}
-    return named
-
-
-def _chat_status(reply: dict[str, Any]) -> int:
-    told = told_status(reply)
-    return 503 if told == 200 and _choice(reply)[1] in BROKEN_OFF else told
-
-
-def _choice(reply: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Message and finish_reason of the first choice; {} and "" where it has none."""
-    choices = reply.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
-        return {}, ""
-    message = choice.get("message")
-    return message if isinstance(message, dict) else {}, str(choice.get("finish_reason") or "")
-
-
-def _text(content: Any) -> str | None:
-    """A message's content, a text or parts of which some are texts (others are thoughts); None where it is neither."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    parts = [part for part in content if isinstance(part, dict) and part.get("type", "text") in ("text", "output_text")]
-    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-    return "".join(texts) if texts else None

@@ -24,7 +24,8 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from .author import Shelf, Stages, external
 from .cache import Cached
-from .client import ChatServer, Client
+from .client import Client
+from .completions import ChatServer
 from .config import Parser, add_options, parse
 from .curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from .data import read_examples

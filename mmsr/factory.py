@@ -22,7 +22,8 @@ from typing import Any, Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
-from .client import FATAL, ChatServer
+from .client import FATAL
+from .completions import ChatServer
 from .episode import UserError
 from .files import Lock, write_whole
 from .kept import Kept, key_of

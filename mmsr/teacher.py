@@ -19,7 +19,8 @@ from typing import Any, Callable, Iterable
 from tqdm import tqdm
 
 from .chat import IMAGE_PAD, START, STOP, Chat, Piece
-from .client import FATAL, picture_part
+from .client import FATAL
+from .completions import picture_part
 from .episode import Example, Observation, UserError
 from .kept import Kept, key_of
 from .pictures import decode

@@ -31,10 +31,12 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from . import bm25
-from .client import FATAL, ChatServer, Client, below, complaint_of, host_of, json_of, told_status, web_address
+from .client import FATAL, Client, below, host_of, web_address
+from .completions import ChatServer
 from .config import server_address
 from .episode import Hit, Observation, UserError
 from .pictures import decode, jpeg, thumbnail, without_metadata
+from .refusals import complaint_of, json_of, told_status
 from .tools import ToolFailure
 from .wire import environment_key, failure, proxy_for
 

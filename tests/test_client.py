@@ -23,18 +23,11 @@ from picture_files import private, saved, scene, turned
 
 from mmsr import client as guarded
 from mmsr import wire
-from mmsr.client import (
-    BREAKER_FAILURES,
-    BREAKER_SECONDS,
-    ChatServer,
-    Client,
-    chat_address,
-    open_server,
-    picture_part,
-    web_address,
-)
+from mmsr.client import BREAKER_FAILURES, BREAKER_SECONDS, Client, web_address
+from mmsr.completions import ChatServer, chat_address, open_server, picture_part
 from mmsr.episode import UserError
 from mmsr.pictures import decode
+from mmsr.refusals import told_status
 from mmsr.tools import ToolFailure
 from mmsr.web import Remote, Service
 from mmsr.wire import keep_secret, proxy_for, redact, require_public
@@ -177,7 +170,7 @@ FATAL = [
 def test_what_will_pass_or_the_name_of_a_page_stops_a_provider_for_good(web, time_, code, message, expected):
     web.always("file", status(code, {"error": {"message": message}}))
     assert kind(get, time_.client(), web) == expected
-    assert guarded.told_status({"error": "could not open https://a.example/insufficient-balance"}) == 200
+    assert told_status({"error": "could not open https://a.example/insufficient-balance"}) == 200
 
 
 @pytest.mark.parametrize("code, body, expected", FATAL)

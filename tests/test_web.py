@@ -13,7 +13,8 @@ from fake_web import KEYS, FakeWeb, bomb, endless, picture, raw, redirect, reset
 from picture_files import SECRET, exif, private, turned
 
 from mmsr.cache import Cached
-from mmsr.client import ChatServer, Client, open_server
+from mmsr.client import Client
+from mmsr.completions import ChatServer, open_server
 from mmsr.episode import Hit, Observation, UserError
 from mmsr.store import Budget, Store
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
