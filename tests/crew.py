@@ -39,7 +39,8 @@ class Crew:
     """`size` processes; crew(function, *args) runs function(ranks, *args) on each and returns their results by rank."""
 
     def __init__(self, size: int, node_size: int | None = None):
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port = multiprocessing.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(["mmsr.update", "mmsr.engine"])  # torch is imported once for all crews
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
