@@ -213,7 +213,7 @@ def test_a_resumed_run_asks_for_nothing_twice(miniature, server, tmp_path, monke
 
 def test_an_interrupt_while_the_teacher_is_asked_loses_no_answer(miniature, server, tmp_path, capsys):
     questions(tmp_path / "data", 4)
-    asked = []
+    asked, before = [], threading.enumerate()
 
     def answer(body):
         asked.append(body)
@@ -226,8 +226,9 @@ def test_an_interrupt_while_the_teacher_is_asked_loses_no_answer(miniature, serv
         run(miniature, tmp_path / "out", **options(server, tmp_path))
     assert stop.value.code == 130 and "no step was finished" in capsys.readouterr().out
     for thread in threading.enumerate():  # what had begun ends, as it does before a process exits
-        if thread.name.startswith("teacher"):
+        if thread.name.startswith("teacher") and thread not in before:  # idle ones of other runs may be there
             thread.join(SECONDS)
+            assert not thread.is_alive()
     found = run(miniature, tmp_path / "out", resume=True, **options(server, tmp_path))
     assert len(found.steps) == 2 and len(server.calls("openai")) == 8
 

@@ -911,7 +911,7 @@ def test_world_of_ones_own_is_trained_in(miniature, tmp_path):
 @pytest.mark.slow
 def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
     """All of `python train.py --toy full`, with a warm start that is far too short."""
-    recipe = toy_base.WarmStart(steps=90, batch=32, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
+    recipe = toy_base.WarmStart(steps=60, batch=32, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(toy_base, "base_model", partial(toy_base.base_model, recipe=recipe))
     smaller = "--steps 3 --eval-size 5 --questions 12 --mini-batch 12".split()
