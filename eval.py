@@ -28,7 +28,7 @@ from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder, sa
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig
 from mmsr.episode import Episode, Example, UserError
-from mmsr.files import append, write_whole
+from mmsr.files import append, object_in, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.judge import Judge
 from mmsr.parallel import Ranks
@@ -219,11 +219,8 @@ class Output(RunFolder[EvalConfig]):
 
 def _line(line: bytes) -> dict[str, Any] | None:
     """A line of episodes.jsonl; None for one that is damaged."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and record.keys() >= {*SUMMED_UP, "row"} else None
+    record = object_in(line)
+    return record if record is not None and record.keys() >= {*SUMMED_UP, "row"} else None
 
 
 def _replace(path: Path, value: Any) -> None:

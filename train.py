@@ -26,7 +26,7 @@ from mmsr.assemble import Setup, assemble, launch, say
 from mmsr.config import CONFIG, Config
 from mmsr.data import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, UserError
-from mmsr.files import append, write_whole
+from mmsr.files import append, object_in, write_whole
 from mmsr.interrupt import Interrupts
 from mmsr.parallel import Ranks, gathered
 from mmsr.report import shape_name, write_report
@@ -448,11 +448,8 @@ def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for one that is damaged."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    record = object_in(line)
+    return record if record is not None and isinstance(record.get("step"), int) else None
 
 
 def _finite(value):

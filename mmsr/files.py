@@ -185,6 +185,15 @@ def _is_text(node: Any) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
+def object_in(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None where it is cut short, damaged or no object."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def json_file(path: Path) -> Any:
     """What a whole JSON file holds. Raises UserError where it is missing or none."""
     with opened(path) as file:
