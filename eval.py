@@ -22,27 +22,29 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
-from mmsr import compare, evaluate
-from mmsr.album import Album
-from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder, say
+from mmsr import evaluate
+from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig
-from mmsr.episode import Episode, Example, UserError
-from mmsr.files import append, object_in, write_whole
-from mmsr.interrupt import Interrupts
-from mmsr.judge import Judge
-from mmsr.parallel import Ranks
-from mmsr.report import write_report
+from mmsr.data.judge import Judge
+from mmsr.episode import Episode, Example
+from mmsr.report import compare
+from mmsr.report.album import Album
+from mmsr.report.folder import RunFolder
+from mmsr.report.html import write_report
 from mmsr.rollout import Opening
-from mmsr.runfolder import RunFolder
-from mmsr.toy import World
+from mmsr.system.errors import UserError
+from mmsr.system.files import append, object_in, write_whole
+from mmsr.system.interrupt import Interrupts
+from mmsr.system.parallel import Ranks
+from mmsr.toy.world import World
 
 JUDGE_TOKENS = 1024
 SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")  # of a line
 
 
 def run(config: EvalConfig, ranks: Ranks) -> None:
-    with ranks.alone():
+    with ranks.sync_errors():
         out = Output(config, ranks)
     with out:
         evaluate_all(config, ranks, out)
@@ -52,9 +54,9 @@ def evaluate_all(config: EvalConfig, ranks: Ranks, out: Output) -> None:
     """The work of `run`, in a folder that is held against other runs."""
     setup, sets = assemble_evaluation(config, ranks)
     script = rag_script(config, setup.world) if config.mode == "rag" else None
-    with ranks.alone():
+    with ranks.sync_errors():
         done = out.begin(setup, sets)
-    done = ranks.everyone(done)[0]
+    done = ranks.all_gather(done)[0]
     todo = {name: [row for row in range(len(part)) if (name, row) not in done] for name, part in sets.items()}
     size = 2 * config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
     chunks = [(name, rows[i : i + size]) for name, rows in todo.items() for i in range(0, len(rows), size)]
@@ -68,7 +70,7 @@ def evaluate_all(config: EvalConfig, ranks: Ranks, out: Output) -> None:
             out.append(*episodes)
     setup.toolbox.drop()  # what still hangs
     if status := int(ranks.max(stop.status)):
-        say(ranks, "Interrupted; the same command goes on.")
+        ranks.print("Interrupted; the same command goes on.")
         raise SystemExit(status)
     if ranks.main:  # the others need not wait for a judge
         out.finish(sets)
@@ -202,7 +204,7 @@ class Output(RunFolder[EvalConfig]):
         """Asks the judge, where there is one. Raises UserError where that cannot be."""
         if not self.config.judge:
             return None
-        from mmsr.completions import open_server
+        from mmsr.net.completions import open_server
 
         return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)
 

@@ -18,14 +18,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Sequence
 
-from mmsr.backends import KNOWN, import_searches, open_backend
 from mmsr.config import SEARCH_OPTIONS, Options, Parser, add_options
-from mmsr.episode import Hit, Observation, UserError
+from mmsr.episode import Hit, Observation
+from mmsr.search.backends import KNOWN, import_searches, open_backend
+from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
 
 def index(args: argparse.Namespace) -> int:
-    from mmsr.index import build
+    from mmsr.search.index import build
 
     if bool(args.images) != bool(args.titles):
         raise UserError("--images and --titles go together: give the folder, and the file that names what lies in it")
@@ -38,7 +39,7 @@ def index(args: argparse.Namespace) -> int:
 
 
 def image(args: argparse.Namespace) -> int:
-    from mmsr.pictures import MAX_FILE_BYTES, decode
+    from mmsr.system.images import MAX_FILE_BYTES, decode
 
     try:
         with open(args.file, "rb") as file:
@@ -58,7 +59,7 @@ def text(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    from mmsr.serve import serve
+    from mmsr.search.serve import serve
 
     serve(open_backend(_options(args)).backend, args.search, args.host, args.port)
     return 0
@@ -66,8 +67,8 @@ def serve(args: argparse.Namespace) -> int:
 
 def cache(args: argparse.Namespace) -> int:
     """search.py cache FILE | import SRC --out FILE | export FILE --out LINES.jsonl"""
-    from mmsr.cache import export_jsonl
-    from mmsr.store import Store
+    from mmsr.search.cache import export_jsonl
+    from mmsr.search.store import Store
 
     *verb, file = args.words
     if verb not in ([], ["import"], ["export"]):
@@ -95,7 +96,7 @@ def _examples(data: str):
     """The questions whose pictures a recording knows by their ids."""
     if not data:
         return ()
-    from mmsr.data import read_examples
+    from mmsr.data.formats import read_examples
 
     return read_examples(data)
 
@@ -123,7 +124,7 @@ def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
 
 
 def _record(seen: Observation, tool: str, seconds: float) -> dict:
-    from mmsr.serve import image_result
+    from mmsr.search.serve import image_result
 
     if not seen.ok:
         kind, _, message = (seen.error or "error").partition(": ")
@@ -152,7 +153,7 @@ def _show(seen: Observation, seconds: float) -> None:
 
 
 def _size(thumbnail: bytes) -> str:
-    from mmsr.pictures import decode
+    from mmsr.system.images import decode
 
     try:
         picture = decode(thumbnail)
@@ -235,7 +236,7 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    from mmsr.store import StoreWarning
+    from mmsr.search.store import StoreWarning
 
     warnings.simplefilter("ignore")  # Pillow's, of pictures that are refused anyhow
     warnings.simplefilter("always", StoreWarning)

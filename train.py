@@ -6,41 +6,35 @@ step's questions; `ranks` has what they must know of each other.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
-from mmsr import alarms, checkpoint, evaluate, grpo
-from mmsr import model as modeling
-from mmsr.album import Album
-from mmsr.assemble import Setup, assemble, launch, say
-from mmsr.config import CONFIG, Config
-from mmsr.data import Sampler
-from mmsr.episode import TOOL_ERROR, Episode, UserError
-from mmsr.files import append, object_in, write_whole
-from mmsr.interrupt import Interrupts
-from mmsr.parallel import Ranks, gathered
-from mmsr.report import shape_name, write_report
-from mmsr.runfolder import RunFolder
-from mmsr.toy import World
-from mmsr.track import Tracker
+from mmsr import evaluate, grpo
+from mmsr.assemble import Setup, assemble, launch
+from mmsr.config import Config
+from mmsr.data.sampler import Sampler
+from mmsr.episode import TOOL_ERROR, Episode
+from mmsr.report import alarms
+from mmsr.report.checkpoints import Checkpoints
+from mmsr.report.html import shape_name
+from mmsr.report.output import Output
+from mmsr.system.errors import UserError
+from mmsr.system.interrupt import Interrupts
+from mmsr.system.parallel import Ranks
+from mmsr.toy.world import World
 from mmsr.update import MasterWeights, Trainer, split
-
-MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
 
 def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
     """`world`: a toy world of one's own instead of the one that `config.toy` names."""
-    with ranks.alone():
+    with ranks.sync_errors():
         out = Output(config, ranks)
     with out:
         run(config, ranks, world, out)
@@ -49,16 +43,16 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
 def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
     """The steps of `train`, in a folder that is held against other runs."""
     setup = assemble(config, ranks, world)
-    with ranks.alone():
-        out.check(setup)
+    with ranks.sync_errors():
+        out.check(setup, __file__)
     trainer = make_trainer(setup)
     sampler = Sampler(len(setup.questions), config.seed)
     saved = Checkpoints(setup, trainer, sampler, out)
     done = saved.resume()
-    with ranks.alone():
+    with ranks.sync_errors():
         out.begin(done)
         lines = out.steps()
-    lines = ranks.everyone(lines)[0]
+    lines = ranks.all_gather(lines)[0]
     steps = range(done + 1, config.steps + 1)
     bar = tqdm(steps, "train", config.steps, initial=done, unit="step", disable=not ranks.main)
     with Interrupts() as stop, bar:
@@ -70,7 +64,7 @@ def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
                 episodes, counts = roll_out(step, setup, sampler, stop)
             if episodes is None:
                 break  # interrupted: the last step is whole, this one is not there
-            with clock("reward"), ranks.alone():
+            with clock("reward"), ranks.sync_errors():
                 setup.score(episodes)
                 zero_std = assign_advantages(episodes, config)
             with clock("update"):
@@ -116,7 +110,7 @@ def make_trainer(setup: Setup) -> Trainer:
         return torch.optim.AdamW(params, lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=0.0, fused=True)
 
     return Trainer(
-        setup.model, MasterWeights(setup.model, adam), setup.banned, reference=reference, kl=c.kl,
+        setup.model, MasterWeights(setup.model, adam), setup.suppressed, reference=reference, kl=c.kl,
         clip_low=c.clip_low, clip_high=c.clip_high, loss_norm=c.loss_norm, importance_cap=c.importance_cap,
         temperature=c.temperature, micro_tokens=c.micro_tokens, max_grad_norm=c.max_grad_norm,
         max_skipped=c.max_skipped, sft=c.algorithm == "sft", ranks=setup.ranks,
@@ -254,209 +248,6 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
             return None
         line[name] = evaluate.by_category(episodes, setup.ranks)
     return line
-
-
-class Checkpoints:
-    """When a run saves what: every --save-every steps, after the last, and when it is interrupted."""
-
-    def __init__(self, setup: Setup, trainer: Trainer, sampler: Sampler, out: Output):
-        self.setup, self.config, self.sampler, self.optimizer = setup, setup.config, sampler, trainer.optimizer
-        self.out = out
-        self.root = Path(self.config.out) / "checkpoints"
-        self.done = self.saved = 0  # the last step that is finished; that is saved
-        self.cursor = 0  # of the sampler when that step was finished
-        self.ranks = ranks = setup.ranks
-        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
-        self.versions = dict(torch=torch.__version__, device=device, dtype=str(setup.dtype), processes=ranks.size)
-
-    def resume(self) -> int:
-        """Take up the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
-        if not self.config.resume:
-            return 0
-        state = checkpoint.resume(self.root, self.setup.model, self.optimizer, self.ranks)
-        if state is None:
-            say(self.ranks, f"--resume: no checkpoint in {self.root}: starting afresh.")
-            return 0
-        self.done = self.saved = state["step"]
-        self.cursor = self.sampler.cursor = state["cursor"]
-        say(self.ranks, f"Resumed after step {self.done}.")
-        changed = {key: old for key, old in state["versions"].items() if self.versions.get(key) != old}
-        if changed:
-            listed = ", ".join(f"{key} {old}, now {self.versions.get(key)}" for key, old in changed.items())
-            say(self.ranks, f"Saved with {listed}: weights and data order are exact, what is sampled may differ.")
-        return self.done
-
-    def finished(self, step: int) -> None:
-        self.done, self.cursor = step, self.sampler.cursor
-        if step == self.config.steps or self.config.save_every and step % self.config.save_every == 0:
-            self.save()
-
-    def save(self) -> None:
-        self.out.check_there()
-        if self.saved == self.done:
-            return
-        config = dataclasses.asdict(self.config)
-        state = {"step": self.done, "cursor": self.cursor, "config": config, "versions": self.versions}
-        checkpoint.save(self.root, self.done, self.setup.model, self.optimizer, state, self.config.keep, self.ranks)
-        self.saved = self.done
-
-    def leave(self) -> None:
-        """Give up what has not begun, save and say so, before the program ends early."""
-        self.setup.drop()
-        self.save()
-        kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
-        say(self.ranks, f"Interrupted; {kept}. Go on with --resume.")
-
-
-class Output(RunFolder[Config]):
-    """The files of a run, each step's written whole or not at all. A folder in use is refused, or resumed.
-
-    Every rank has one and calls it, but the main one alone writes and prints.
-    """
-
-    def __init__(self, config: Config, ranks: Ranks):
-        self.track = Tracker(config.track if ranks.main else "")
-        super().__init__(config, ranks)
-        self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
-        self.album = Album(self.folder / "images")
-        self.report_due, self.report_failed = 0.0, False
-
-    def check_options(self, used: bool) -> None:
-        if used and not self.config.resume:
-            raise UserError(f"--out {self.folder} is not empty: name another folder, remove it, or go on with --resume")
-        super().check_options(used)
-
-    def check(self, setup: Setup) -> None:
-        """Raises UserError where a run that goes on is made of something else than before."""
-        c = self.config
-        asked = {f"--data {c.data}": setup.questions, f"--eval-data {c.eval_data}": setup.eval_questions}
-        files = {name: questions for name, questions in asked.items() if name.split(" ", 1)[1] not in ("", "toy")}
-        self.check_inputs(setup, files, __file__)
-
-    def begin(self, done: int) -> None:
-        """Make the folder, or take it back to where `done` steps were finished and the evaluation after them was not.
-
-        A step saved but not yet evaluated looks the same, so that evaluation is made in either case.
-        """
-        if not self.ranks.main:
-            return
-        self.claim()
-        self.track.start(self.folder, dataclasses.asdict(self.config), done)
-        if not (self.folder / CONFIG).exists():
-            self.config.save(self.folder)
-        self.keep_inputs()
-        self.rollouts.mkdir(exist_ok=True)
-        kept = {f"step-{step:06d}.jsonl" for step in range(1, done + 1)}
-        for file in self.rollouts.iterdir():
-            if file.name not in kept:
-                file.unlink()
-        with open(self.metrics, "a+b") as file:
-            file.seek(0)
-            file.truncate(_kept_bytes(file, done))
-
-    def steps(self) -> list[dict]:
-        """The lines of metrics.jsonl about the steps that are done; nothing but on the main rank."""
-        if not self.ranks.main:
-            return []
-        records = map(_record, self.metrics.read_bytes().splitlines())
-        return [record for record in records if record and alarms.NEEDED <= record.keys()]
-
-    def line(self, record: dict | None) -> None:
-        """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
-
-        Onto the disk: a checkpoint, which is, must not know of steps that the other files lack.
-        """
-        if record is None or not self.ranks.main:
-            return
-        self.check_there()
-        record = _finite(record)
-        append(self.metrics, [json.dumps(record, allow_nan=False).encode() + b"\n"])
-        self.track(record)
-
-    def step(self, step: int, metrics: dict, episodes: Sequence[Episode], pieces: Callable | None) -> None:
-        """A step's files. `pieces` as in `Episode.record`, for as many whole groups as `MOST_DETAILED` allows."""
-        detailed = max(1, MOST_DETAILED // self.config.group_size)
-        records = ((e, e.record(pieces if e.group_id < detailed else None)) for e in episodes)
-        lines = [(e.group_id, e.sample, json.dumps(record, ensure_ascii=False) + "\n") for e, record in records]
-        lines = sorted(self.ranks.gather(lines))
-        pictures = self.ranks.gather(self.album.new(episodes))
-        if not self.ranks.main:
-            return
-        self.check_there()
-        self.album.add(pictures)
-        self.rollouts.mkdir(exist_ok=True)  # somebody may have made room
-        # JSON may hold lone surrogates, which UTF-8 cannot: escaped with a backslash they are JSON again.
-        encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
-        write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
-        self.line(metrics)
-
-    def report(self, at_once: bool = False) -> None:
-        """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
-        if not self.ranks.main:
-            return
-        start = time.perf_counter()
-        if not self.metrics.exists() or start < self.report_due and not at_once:
-            return
-        try:
-            write_report(self.folder)
-        except Exception as error:
-            if not self.report_failed:
-                tqdm.write(f"report.html: {type(error).__name__}: {error}; the run goes on without", file=sys.stderr)
-            self.report_failed = True
-        end = time.perf_counter()
-        self.report_due = end + 100 * (end - start)
-
-    def finish(self, setup: Setup, summary: bool) -> None:
-        """The model as it is now, the last report, and a table of the evaluations before and after."""
-        weights = gathered(setup.model, setup.ranks, setup.dtype)
-        if self.ranks.main:
-            self.check_there()
-            modeling.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
-        self.report(at_once=True)
-        if not summary or not self.ranks.main:
-            return
-        records = map(_record, self.metrics.read_bytes().splitlines())
-        evaluations = [record for record in records if record and "eval" in record]
-        names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
-        rows = {
-            names.get(mode, mode.replace("_", " ")).format(when): row
-            for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
-            for mode, row in found.items()
-            if mode != "step"
-        }
-        mix = setup.world.settings.mix if setup.config.data == "toy" and not setup.config.eval_data else None
-        written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
-
-
-def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
-    """The length of what stays of metrics.jsonl: lines of the first `done` steps, and not of the evaluation after them.
-
-    A damaged line between such lines stays where it is; one at the end was cut short by a crash.
-    """
-    kept = end = 0
-    for line in lines:
-        end += len(line)
-        record = _record(line)
-        if record is None or not line.endswith(b"\n"):
-            continue
-        if record["step"] > done or record["step"] == done and "eval" in record:
-            break
-        kept = end
-    return kept
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for one that is damaged."""
-    record = object_in(line)
-    return record if record is not None and isinstance(record.get("step"), int) else None
-
-
-def _finite(value):
-    """`value` with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:

@@ -39,8 +39,8 @@ from mmsr import grpo, model
 from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import Episode, Example, Hit, Observation
-from mmsr.parallel import SINGLE
 from mmsr.rollout import Limits
+from mmsr.system.parallel import SINGLE
 from mmsr.tools import Toolbox, search_tools
 from mmsr.update import MasterWeights, Share, Stats, Trainer
 from mmsr.vision import load_image
@@ -122,8 +122,8 @@ class World:
         self.processor.chat_template = fast.chat_template = qwen3_vl_chat_template
         self.special = [i for i, t in fast.added_tokens_decoder.items() if t.special]
         chat = Chat(self.folder, PROMPTS / "toy", [])
-        self.banned = chat.banned(self.config.vocab_size)
-        self.banned[chat.stop_id] = True
+        self.suppressed = chat.suppressed_tokens(self.config.vocab_size)
+        self.suppressed[chat.stop_id] = True
         self.prompt_padding = self.result_padding = 0
         self.prompt_padding = max(0, self.sizes.prompt - len(self.prompt_ids(0)))
         self.result_padding = max(0, self.sizes.result - len(self.result_ids(0)))
@@ -226,7 +226,7 @@ class Theirs:
             loss_type="grpo", lr_scheduler_type="constant", bf16=False, use_cpu=True, gradient_checkpointing=False,
             report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
             generation_kwargs={
-                "max_new_tokens": sizes.turn, "suppress_tokens": world.banned.nonzero()[:, 0].tolist(),
+                "max_new_tokens": sizes.turn, "suppress_tokens": world.suppressed.nonzero()[:, 0].tolist(),
             },
         )  # fmt: skip
         rows = [{"prompt": [{"role": "user", "content": question}]} for question in world.numbers]
@@ -298,9 +298,9 @@ class Ours:
         optimizer = MasterWeights(self.policy, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
         said = 2 * world.sizes.turn + len(world.result_ids(0))
         question = len(world.prompt_ids(0)) + world.sizes.group * said
-        self.trainer = Trainer(self.policy, optimizer, world.banned, micro_tokens=question)
+        self.trainer = Trainer(self.policy, optimizer, world.suppressed, micro_tokens=question)
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return Observation(self.hits[self.world.numbers[question]])
 
     def step(self, number: int) -> None:
@@ -308,7 +308,7 @@ class Ours:
         sizes = self.world.sizes
         most = len(self.chat.prompts[self.examples[0].question]) + 2 * sizes.turn + 1000
         engine = Engine(
-            self.policy, self.chat.stop_id, self.world.banned, slots=sizes.prompts * sizes.group, max_tokens=most,
+            self.policy, self.chat.stop_id, self.world.suppressed, slots=sizes.prompts * sizes.group, max_tokens=most,
             turn_tokens=sizes.turn,
         )  # fmt: skip
         rollout = common.ForcedSearch(
@@ -399,7 +399,7 @@ def check() -> bool:
 def frozen(world: World) -> list[Episode]:
     """Episodes of unequal length: random turns, half of them with a search in between."""
     generator = torch.Generator().manual_seed(3)
-    allowed = (~world.banned).nonzero()[:, 0]
+    allowed = (~world.suppressed).nonzero()[:, 0]
     episodes = []
     for question, number in world.numbers.items():
         prompt = world.piece(world.prompt_ids(number), [load_image(world.image(number), 56 * 56, MOST_PIXELS)])

@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmsr.cache import Cached, Replayed  # noqa: E402
 from mmsr.episode import Hit, Observation  # noqa: E402
-from mmsr.store import Budget, Store  # noqa: E402
+from mmsr.search.cache import Cached, Replayed  # noqa: E402
+from mmsr.search.store import Budget, Store  # noqa: E402
 from mmsr.tools import ToolFailure  # noqa: E402
 
 PROCESSES, DEADLINE = 8, 600
@@ -48,7 +48,7 @@ class Engine:
             tuple(Hit(name, text="page " * 100, image=name.encode() * 99) for _ in range(3)), source="made"
         )
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return self.text_search(image.decode())
 
 

@@ -29,8 +29,8 @@ from toy_runs import SHAPES, Outcome, Variant, main, mean, parser
 
 import train
 from mmsr.episode import Example
-from mmsr.toy import FULL, LOOK_IT_UP, NAME, QUESTIONS, Category, Settings, World, graded, look_up
-from mmsr.toy_base import WarmStart, copied, recalled
+from mmsr.toy.base import WarmStart, copied, recalled
+from mmsr.toy.world import FULL, LOOK_IT_UP, NAME, QUESTIONS, Category, Settings, World, graded, look_up
 
 # ---- variations
 

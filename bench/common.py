@@ -21,9 +21,9 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmsr import toy_base  # noqa: E402
 from mmsr.model import ModelConfig  # noqa: E402
 from mmsr.rollout import Rollout  # noqa: E402
+from mmsr.toy import base as toy_base  # noqa: E402
 from mmsr.vision import VisionConfig  # noqa: E402
 
 

@@ -27,10 +27,10 @@ import PIL.Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mmsr.construct import build, options
-from mmsr.construct_demo import ScriptedModel
+from mmsr.construct.__main__ import build, options
+from mmsr.construct.demo import ScriptedModel
+from mmsr.construct.sources import Picture
 from mmsr.episode import Observation
-from mmsr.finders import Picture
 
 
 class Drawn:

@@ -31,7 +31,10 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-from mmsr import assemble, checkpoint, toy, toy_base  # noqa: E402
+from mmsr import assemble
+from mmsr.system import checkpoint
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy  # noqa: E402
 
 STEPS = 5
 PAUSE = 0.02  # seconds before each sync, rename and removal of a slowed save: a quarter of a second in all

@@ -35,8 +35,8 @@ class Bench:
         self.theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         chat = Chat(folder, PROMPTS / "toy", [])
         self.chat, self.side, self.new_tokens = chat, side, new_tokens
-        self.banned = chat.banned(self.ours.config.vocab_size)
-        self.banned[chat.stop_id] = True
+        self.suppressed = chat.suppressed_tokens(self.ours.config.vocab_size)
+        self.suppressed[chat.stop_id] = True
 
     def prompts(self, n: int) -> list:
         pictures = [load_image(common.picture(self.side, seed=i)) for i in range(n)]
@@ -46,7 +46,7 @@ class Bench:
         groups = [Group(p.ids, p.images, [Member(i) for i in range(members)]) for p in prompts]
         room = len(prompts[0].ids) + self.new_tokens
         engine = Engine(
-            self.ours, self.chat.stop_id, self.banned, slots=len(prompts) * members, max_tokens=room,
+            self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * members, max_tokens=room,
             turn_tokens=self.new_tokens, temperature=0,
         )  # fmt: skip
         engine.submit(groups)
@@ -68,7 +68,7 @@ class Bench:
             image_grid_thw=torch.tensor([(1, *image.grid) for image in images]),
             max_new_tokens=self.new_tokens,
             do_sample=False,
-            suppress_tokens=self.banned.nonzero()[:, 0].tolist(),
+            suppress_tokens=self.suppressed.nonzero()[:, 0].tolist(),
             pad_token_id=0,
         )
         return out[:, ids.shape[1] :].tolist()

@@ -33,7 +33,7 @@ from typing import Any, Iterable, Iterator, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mmsr.files import write_whole  # noqa: E402
+from mmsr.system.files import write_whole  # noqa: E402
 
 SECONDS = 350.0  # of a part, of the 360 that it may take
 START = 25.0  # seconds that a child needs until it takes its first row
@@ -290,7 +290,8 @@ def tests_in(text: str, end: str) -> dict[str, Any]:
 def files_with_equalities(rehearsal: bool) -> list[str]:
     if rehearsal:
         return ["tests/test_devices.py"]
-    return sorted(f"tests/{f.name}" for f in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in f.read_text())
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()]
+    return sorted(str(file.relative_to(ROOT)) for file in files)
 
 
 # ---- what is kept

@@ -29,11 +29,12 @@ from torch import Tensor
 from mmsr import attention, model, plan
 from mmsr.config import Config
 from mmsr.engine import Engine, Group, Member, sampling_key
-from mmsr.episode import Episode, Example, UserError, first_line
+from mmsr.episode import Episode, Example
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.optimizer import MasterWeights
 from mmsr.pack import cut, pack
-from mmsr.parallel import start
+from mmsr.system.errors import UserError, first_line
+from mmsr.system.optimizer import MasterWeights
+from mmsr.system.parallel import start
 from mmsr.update import ImageFeatures, Trainer
 from mmsr.vision import MERGE, PATCH, PATCH_VALUES, Image, VisionConfig
 
@@ -255,10 +256,10 @@ class Bench:
         thumbnails = [self.image(self.sizes.thumbnail, 1000 + 10 * seed + i) for i in range(self.sizes.thumbnails)]
         return self.stretch(config, self.sizes.result, thumbnails, 500 + seed)
 
-    def banned(self, config: ModelConfig) -> Tensor:
-        banned = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
-        banned[config.vocab_size // 2 :] = True  # with the stop id and the placeholders
-        return banned
+    def suppressed(self, config: ModelConfig) -> Tensor:
+        suppressed = torch.zeros(config.vocab_size, dtype=torch.bool, device=self.device)
+        suppressed[config.vocab_size // 2 :] = True  # with the stop id and the placeholders
+        return suppressed
 
     def groups(self, config: ModelConfig, prompts: int, members: int) -> list[Group]:
         made = []
@@ -268,8 +269,8 @@ class Bench:
         return made
 
     def engine(self, policy: Qwen2_5_VL, slots: int, turn: int, most: int, capture: bool = True) -> Engine:
-        stop, banned = policy.config.eos_token_id, self.banned(policy.config)
-        return Engine(policy, stop, banned, slots=slots, max_tokens=most, turn_tokens=turn, capture=capture)
+        stop, suppressed = policy.config.eos_token_id, self.suppressed(policy.config)
+        return Engine(policy, stop, suppressed, slots=slots, max_tokens=most, turn_tokens=turn, capture=capture)
 
     # ---- generation
 
@@ -351,7 +352,7 @@ class Bench:
         policy = self.policy(shape)
         policy.checkpoint_blocks = policy.visual.checkpoint_blocks = recompute
         stepper = self.optimizer(policy) if optimizer else NoOptimizer()
-        trainer = Trainer(policy, stepper, self.banned(policy.config), micro_tokens=micro_tokens)
+        trainer = Trainer(policy, stepper, self.suppressed(policy.config), micro_tokens=micro_tokens)
         batch = self.episodes(policy.config, questions)
         trainer.step([batch], 0.0)  # makes the optimizer's moments
         tried = 0
@@ -433,7 +434,7 @@ class Bench:
         policy.checkpoint_blocks = policy.visual.checkpoint_blocks = True
         optimizer = self.optimizer(policy)
         optimizer.make_state()
-        trainer = Trainer(policy, optimizer, self.banned(config), micro_tokens=tokens)
+        trainer = Trainer(policy, optimizer, self.suppressed(config), micro_tokens=tokens)
         self.roll(policy, min(2, s.questions))  # loads kernels
         held = []
 
@@ -497,7 +498,7 @@ class Bench:
             for member in engine.step():
                 engine.finish(member)
         episodes = [self.finished(group, 0, member, i) for i, member in enumerate(group.members)]
-        trainer = Trainer(policy, None, self.banned(policy.config))
+        trainer = Trainer(policy, None, self.suppressed(policy.config))
         batch = pack(episodes, cut(episodes, 10**6)[0], self.device)
         with torch.no_grad():
             logps, _ = trainer.log_probs(policy, batch, ImageFeatures(policy, batch.images, False))

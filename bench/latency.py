@@ -31,7 +31,7 @@ class SlowWeb:
     def __init__(self, latency: float):
         self.latency = latency
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         time.sleep(self.latency)
         return Observation(tuple(Hit("a title") for _ in range(5)))
 
@@ -51,10 +51,10 @@ class UnevenTurns(Engine):
 def roll_out(policy, folder: Path, latency: float, options) -> float:
     tools = search_tools(SlowWeb(latency), max_images=1, max_texts=0)
     chat = Chat(folder, PROMPTS / "toy", tools)
-    banned = chat.banned(policy.config.vocab_size)
-    banned[chat.stop_id] = True
+    suppressed = chat.suppressed_tokens(policy.config.vocab_size)
+    suppressed[chat.stop_id] = True
     engine = UnevenTurns(
-        policy, chat.stop_id, banned, slots=options.slots, max_tokens=2000, turn_tokens=options.turn_tokens
+        policy, chat.stop_id, suppressed, slots=options.slots, max_tokens=2000, turn_tokens=options.turn_tokens
     )
     rollout = common.ForcedSearch(engine, chat, Toolbox(tools, inline=False), Limits(2, 56 * 56, 2**24))
     examples = [Example(str(i), common.picture(56, i), "who made this ?", ("",)) for i in range(options.questions)]

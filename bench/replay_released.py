@@ -22,11 +22,12 @@ from common import table
 
 from mmsr.assemble import Setup, assemble_evaluation
 from mmsr.config import EvalConfig, parse
-from mmsr.episode import ANSWERED, Example, UserError
-from mmsr.files import json_object, lines
-from mmsr.parallel import leave, start
-from mmsr.recorded import RecordedTurn, recorded_turns
+from mmsr.data.recorded import RecordedTurn, recorded_turns
+from mmsr.episode import ANSWERED, Example
 from mmsr.rollout import Rollout
+from mmsr.system.errors import UserError
+from mmsr.system.files import json_object, lines
+from mmsr.system.parallel import leave, start
 
 
 class OneTurn(Rollout):

@@ -557,16 +557,16 @@ def tower_pass(policy: Qwen2_5_VL, batch) -> tuple[Counter[Kernel], int, ImageFe
 
 def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch, features: ImageFeatures) -> tuple[Counter[Kernel], int]:
     """Log-probabilities of a batch's trained tokens, and the gradient of their sum."""
-    banned, kept = bench.banned(policy.config), Kept(policy.parameters())
+    suppressed, kept = bench.suppressed(policy.config), Kept(policy.parameters())
 
     def read(hidden: Tensor, head: Tensor):
-        return model.log_probs(hidden[batch.rows], head, batch.targets, 1.0, banned)
+        return model.log_probs(hidden[batch.rows], head, batch.targets, 1.0, suppressed)
 
     with Count() as count:
         with kept:
             pictures = features.of(batch)
-            places = batch.input_ids, batch.position_ids, batch.attend, pictures, batch.image_index
-            logps, _ = policy(*places, read=read)
+            places = batch.input_ids, batch.position_ids, batch.attention_fn, pictures, batch.image_index
+            logps, _ = policy(*places, head_fn=read)
         logps.sum().backward()
     policy.zero_grad(set_to_none=True)
     return count.kernels, kept.bytes

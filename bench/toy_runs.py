@@ -26,10 +26,10 @@ import train
 from mmsr import evaluate
 from mmsr.assemble import assemble
 from mmsr.config import Config
-from mmsr.episode import UserError
-from mmsr.parallel import SINGLE
-from mmsr.toy import FULL, Settings, World
-from mmsr.toy_base import WarmStart, base_model
+from mmsr.system.errors import UserError
+from mmsr.system.parallel import SINGLE
+from mmsr.toy.base import WarmStart, base_model
+from mmsr.toy.world import FULL, Settings, World
 
 Outcome = Mapping[str, Any]
 SHAPES = ("answer", "image → answer", "text → answer", "image → text → answer")

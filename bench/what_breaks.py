@@ -20,10 +20,11 @@ from claims import VARIANTS as SOUND
 from common import table
 from toy_runs import Outcome, Variant, last_words, main, mean, parser
 
-from mmsr import grpo, pack, toy_base
+from mmsr import grpo, pack
 from mmsr.chat import Chat
-from mmsr.files import cache_folder
-from mmsr.toy import FULL
+from mmsr.system.files import cache_folder
+from mmsr.toy import base as toy_base
+from mmsr.toy.world import FULL
 from mmsr.update import Trainer
 
 UNKNOWN = ("unfamiliar", "unfamiliar_fact", "held_out", "unknown_two_hop")
@@ -48,7 +49,7 @@ def train_tool_tokens() -> None:
         for episode in (episode for batch in mini_batches for episode in batch):
             for turn in (turn for turn in episode.turns if turn.role == "tool"):
                 for t in range(turn.start, turn.end):  # but for control tokens, which have no probability
-                    episode.loss_mask[t] = int(not self.banned[episode.input_ids[t]])
+                    episode.loss_mask[t] = int(not self.suppressed[episode.input_ids[t]])
         return plain(self, mini_batches, lr)
 
     Trainer.step = step
@@ -78,8 +79,8 @@ def linear_positions() -> None:
 
 def ban_nothing() -> None:
     """The model may say <|image_pad|> and the other control tokens."""
-    plain = Chat.banned
-    Chat.banned = lambda self, vocab_size: torch.zeros_like(plain(self, vocab_size))
+    plain = Chat.suppressed
+    Chat.suppressed = lambda self, vocab_size: torch.zeros_like(plain(self, vocab_size))
 
 
 def opaque_reasons() -> None:

@@ -13,8 +13,8 @@ import PIL.Image
 import PIL.ImageOps
 
 from mmsr.episode import Observation
-from mmsr.pictures import decode
 from mmsr.reward import LEGAL_SHAPES
+from mmsr.system.images import decode
 from mmsr.tools import Backend, Call, Tool
 
 CROP_SEARCH = "crop_search"

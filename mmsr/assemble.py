@@ -17,25 +17,31 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from . import attention, hub, parallel, plan, toy, toy_base
-from . import model as modeling
-from .backends import Search, open_backend
-from .chat import ANSWER, IMAGE_PAD, PROMPTS, VISION_END, VISION_START, Chat
-from .config import AnyOptions, Config, EvalConfig, Options, parse
-from .data import read_examples
-from .engine import Engine
-from .episode import ANSWERED, Episode, Example, Turn, UserError
-from .parallel import SINGLE, Ranks, leave, start
-from .pictures import decode
-from .recorded import demonstrations, recorded_turns
-from .reward import answer_score, score
-from .rollout import Limits, Rollout, Scripts
-from .store import Budget
-from .tools import Toolbox, more_tools, search_tools
-from .vision import image_tokens
+from mmsr import attention, plan, pretrained
+from mmsr import model as modeling
+from mmsr.chat import ANSWER, IMAGE_PAD, PROMPTS, VISION_END, VISION_START, Chat
+from mmsr.config import AnyOptions, Config, EvalConfig, Options, parse
+from mmsr.data import fvqa
+from mmsr.data.formats import read_examples
+from mmsr.data.recorded import demonstrations, recorded_turns
+from mmsr.engine import Engine
+from mmsr.episode import ANSWERED, Episode, Example, Turn
+from mmsr.reward import answer_score, score
+from mmsr.rollout import Limits, Rollout, Scripts
+from mmsr.search.backends import Search, open_backend
+from mmsr.search.store import Budget
+from mmsr.system import parallel
+from mmsr.system.errors import UserError
+from mmsr.system.hub import resolve
+from mmsr.system.images import decode
+from mmsr.system.parallel import SINGLE, Ranks, leave, start
+from mmsr.tools import Toolbox, more_tools, search_tools
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy
+from mmsr.vision import image_tokens
 
 if TYPE_CHECKING:
-    from .teacher import Teacher
+    from mmsr.data.teacher import Teacher
 
 WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # stands for a picture while the words around it are counted
 
@@ -52,12 +58,6 @@ def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Calla
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # before anything is finished: there is nothing to keep
         raise SystemExit(130) from None
-
-
-def say(ranks: Ranks, text: str) -> None:
-    """Print what all ranks would say, once."""
-    if ranks.main:
-        print(text)
 
 
 @dataclass
@@ -79,8 +79,8 @@ class Setup(Generic[AnyOptions]):
     eval_questions: Sequence[Example] = ()  # of the evaluations within training
 
     @cached_property
-    def banned(self) -> torch.Tensor:
-        return self.chat.banned(self.model.config.vocab_size).to(self.ranks.device)
+    def suppressed(self) -> torch.Tensor:
+        return self.chat.suppressed_tokens(self.model.config.vocab_size).to(self.ranks.device)
 
     def begin_step(self, name: str) -> None:
         """What is spent on searches from now on counts under this name."""
@@ -95,7 +95,7 @@ class Setup(Generic[AnyOptions]):
         """A fresh rollout of `model`, whose weights are whole."""
         c = self.config
         engine = Engine(
-            model, self.chat.stop_id, self.banned, slots=c.slots, max_tokens=c.max_tokens,
+            model, self.chat.stop_id, self.suppressed, slots=c.slots, max_tokens=c.max_tokens,
             turn_tokens=c.turn_tokens, temperature=temperature, prefill_tokens=c.micro_tokens,
         )  # fmt: skip
         return Rollout(engine, self.chat, self.toolbox, _limits(c), direct)
@@ -121,7 +121,7 @@ class Setup(Generic[AnyOptions]):
         """
         mine = self._mine(examples, stretch or len(examples))
         ids = mine if group_ids is None else [group_ids[i] for i in mine]
-        with parallel.generation(self.model) as whole, self.ranks.alone():
+        with parallel.generation(self.model) as whole, self.ranks.sync_errors():
             rollout = self.new_rollout(whole, temperature, direct)
             episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, ids)
             counts = {} if episodes is None else rollout.counts
@@ -136,7 +136,7 @@ class Setup(Generic[AnyOptions]):
         if rollouts is None:
             return None
         episodes, _ = rollouts
-        with self.ranks.alone():
+        with self.ranks.sync_errors():
             self.score(episodes)
         return episodes
 
@@ -147,7 +147,9 @@ class Setup(Generic[AnyOptions]):
             return list(range(len(examples)))
         loads = [image_tokens(e.image, c.min_pixels, c.max_pixels) + len(e.question) / 4 for e in examples]
         starts = range(0, len(examples), stretch)
-        hands = [parallel.deal(loads[start : start + stretch], ranks.size)[ranks.rank] for start in starts]
+        hands = [
+            parallel.balanced_partition(loads[start : start + stretch], ranks.size)[ranks.rank] for start in starts
+        ]
         return [start + i for start, hand in zip(starts, hands) for i in hand]
 
     def score(self, episodes: Sequence[Episode]) -> None:
@@ -167,13 +169,13 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: toy.World | None = No
     """
     world = world or _world(config)
     files = _fetched(config, ranks)
-    with ranks.alone():
+    with ranks.sync_errors():
         questions = _questions(files.data, world, config, ranks)
         evaluation = _eval_questions(files, world, questions, ranks)
     known = {f"--data {config.data}": questions, f"--eval-data {config.eval_data or config.data}": evaluation}
     setup = _open(config, files.search, ranks, world, known)
     setup.questions, setup.eval_questions = questions, evaluation
-    with ranks.alone():
+    with ranks.sync_errors():
         if config.demonstrations:
             _imitate_file(setup)
         if config.teacher:
@@ -187,7 +189,7 @@ def assemble_evaluation(config: EvalConfig, ranks: Ranks = SINGLE) -> tuple[Setu
     """Open everything that an evaluation names; and its questions by data set. Raises UserError likewise."""
     world = _world(config)
     files = _fetched(config, ranks)
-    with ranks.alone():
+    with ranks.sync_errors():
         sets = {name: _evaluated(file, world, config, ranks) for name, file in zip(config.data, files.data)}
     return _open(config, files.search, ranks, world, {f"--data {name}": part for name, part in sets.items()}), sets
 
@@ -202,18 +204,18 @@ def _open(
 ) -> Setup:
     """What training and evaluation have in common. `known`: all questions, by the option that names them."""
     dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
-    with ranks.alone():
+    with ranks.sync_errors():
         engine, scripts = _search(config, search, world, list(known.values()), ranks)
     tools = search_tools(engine.backend, config.max_images, config.max_texts) + more_tools(config.tools, engine.backend)
     prompts = prompts_folder(config)  # refused before a base model is made, which takes minutes
-    find = partial(modeling.resolve, config.model) if config.model else partial(toy_base.base_model, world)
-    folder = ranks.first("model folder", find)
-    with ranks.alone():
-        sizes = modeling.skeleton(folder).config  # weights that do not fit are refused before memory is counted
+    find = partial(resolve, config.model) if config.model else partial(toy_base.base_model, world)
+    folder = ranks.main_process_first("model folder", find)
+    with ranks.sync_errors():
+        sizes = pretrained.skeleton(folder).config  # weights that do not fit are refused before memory is counted
         chat = Chat(folder, prompts, tools)
         _check_tokens(folder, chat, sizes)
-    if modeling.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
-        say(ranks, f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
+    if pretrained.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+        ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     for option, questions in known.items():
         _check_room(option, questions, chat, config, ranks)
     if isinstance(config, Config):
@@ -226,7 +228,7 @@ def _open(
 
 def _check_tokens(folder: Path, chat: Chat, model: modeling.ModelConfig) -> None:
     """Raises UserError for a tokenizer of another model: what it writes would be read as something else."""
-    chat.banned(model.vocab_size)
+    chat.suppressed_tokens(model.vocab_size)
     said = {
         IMAGE_PAD: model.image_token_id,
         VISION_START: model.vision_start_token_id,
@@ -258,7 +260,7 @@ def _check_room(option: str, questions: Sequence[Example], chat: Chat, config: O
     direct = isinstance(config, EvalConfig) and config.mode == "direct"
     words = cache(lambda question: len(chat.prompt(question, WITHOUT_TOKENS, direct).ids))
     least, long = config.max_tokens, []
-    with ranks.alone():
+    with ranks.sync_errors():
         places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
         for place in tqdm(places, desc="measuring prompts", unit="prompt", leave=False, disable=hidden):
             example = questions[place]
@@ -266,7 +268,7 @@ def _check_room(option: str, questions: Sequence[Example], chat: Chat, config: O
             least = min(least, length)
             if length + answer > config.max_tokens:
                 long.append((place, example.id))
-    shares = ranks.everyone((least, long))
+    shares = ranks.all_gather((least, long))
     long = sorted(chain(*(long for _, long in shares)))
     if not long:
         return
@@ -291,11 +293,11 @@ def _check_memory(config: Config, model: modeling.ModelConfig, dtype: torch.dtyp
     found = plan.check(model, config, *place)
     whole = f"at most {found.peak / plan.GIB:.1f} of {place[0] / plan.GIB:.1f} GiB on each device"
     on_cpu = ranks.device.type != "cuda"
-    say(ranks, f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
+    ranks.print(f"Memory plan: {whole}" if on_cpu else f"{found.table()}\nMemory plan: {whole}")
     if config.recompute:
         blocks = model.num_hidden_layers
         recomputed = max(0, blocks - plan.kept_as_fits(model, config, *place).keep_blocks)
-        say(ranks, f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
+        ranks.print(f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
 
 
 def _place(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
@@ -312,19 +314,19 @@ def load_model(
 ) -> modeling.Qwen2_5_VL:
     """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
     if ranks.size == 1:
-        return modeling.load(folder, stored, ranks.device)
-    with ranks.alone():
-        model = modeling.skeleton(folder)
+        return pretrained.load(folder, stored, ranks.device)
+    with ranks.sync_errors():
+        model = pretrained.skeleton(folder)
     model = parallel.shard(model.to(stored), ranks, compute, across)
-    return parallel.fill(model, modeling.stored_weights(folder, model), ranks)
+    return parallel.fill(model, pretrained.stored_weights(folder, model), ranks)
 
 
 def _fetched(config: AnyOptions, ranks: Ranks) -> AnyOptions:
     """`config` with files here in place of those it names on the hub: fetched by the main rank, then found by all."""
 
     def here(name: str) -> str:
-        place = (hub.FVQA, hub.RESULTS) if name == "replay:fvqa" else hub.hub_file(name)
-        return str(ranks.first(f"fetch {name}", partial(hub.fetched_file, *place))) if place else name
+        place = (fvqa.FVQA, fvqa.RESULTS) if name == "replay:fvqa" else fvqa.hub_file(name)
+        return str(ranks.main_process_first(f"fetch {name}", partial(fvqa.fetched_file, *place))) if place else name
 
     found: dict[str, Any] = {"data": tuple(map(here, config.datasets))}
     if isinstance(config, Config):
@@ -343,9 +345,9 @@ def _questions(name: str, world: toy.World | None, config: Options, ranks: Ranks
         raise UserError(f"{name}: there is no question with a picture in it; give a file with at least one")
     if questions.left_out:
         some = f"{questions.left_out} of {len(questions.table)} questions"
-        say(ranks, f"{name}: {some} have no picture and are left out.")
+        ranks.print(f"{name}: {some} have no picture and are left out.")
     for note in questions.notes:
-        say(ranks, f"{name}: {note}.")
+        ranks.print(f"{name}: {note}.")
     if isinstance(config, EvalConfig) and config.limit:
         questions.keep(range(min(config.limit, len(questions))))
     places, hidden = range(ranks.rank, len(questions), ranks.size), None if ranks.main else True
@@ -402,7 +404,7 @@ def _imitate_file(setup: Setup) -> None:
         complaint = "answers a question rightly" if known else "is about a question of --data: ids must be the same"
         raise UserError(f"--demonstrations {' '.join(files)}: none of {len(found)} {complaint}; give others")
     conversations = f"{sum(shown.values())} of {sum(map(len, found.values()))}"
-    say(setup.ranks, f"Demonstrations: {conversations} are right, on {len(places)} of {len(questions)} questions.")
+    setup.ranks.print(f"Demonstrations: {conversations} are right, on {len(places)} of {len(questions)} questions.")
     if isinstance(questions, list):
         setup.questions = [questions[place] for place in places]
     else:
@@ -424,8 +426,8 @@ def _answers(setup: Setup, example: Example, said: Sequence[str]) -> bool:
 
 
 def _teacher(setup: Setup) -> Teacher:
-    from .completions import open_server
-    from .teacher import ANSWER_TOKENS, Teacher
+    from mmsr.data.teacher import ANSWER_TOKENS, Teacher
+    from mmsr.net.completions import open_server
 
     c = setup.config
     complete = partial(open_server(c.teacher, c.teacher_model).complete, max_tokens=ANSWER_TOKENS)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from .fuse import fused
+from mmsr.system.fuse import fused
 
 # What a transformer block calls: (layer index, q (N, H, D), k (N, K, D), v (N, K, D)) -> (N, H, D).
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def _flash_attn():
@@ -148,7 +148,7 @@ def _sdpa_batch(q: Tensor, k: Tensor, v: Tensor, q_len: int, k_len: int, causal:
 
 
 class Packed:
-    """The layout of whole sequences: each sees itself, causally. Use as the `attend` of a forward pass."""
+    """The layout of whole sequences: each sees itself, causally. Use as the `attention_fn` of a forward pass."""
 
     def __init__(self, lens: Sequence[int], device):
         self.segments = Segments.of(lens, lens, True, device)
@@ -206,13 +206,13 @@ class Cached:
     def __call__(self, q: Tensor, prefix: tuple[Tensor, Tensor], suffix: tuple[Tensor, Tensor]) -> Tensor:
         """q (S, H, D); `prefix`: keys and values (R, P, K, D); `suffix`: keys and values (S, L, K, D) → (S, H, D)."""
         rows, group = self.members.shape
-        attend = _kernel_part if has_decode_kernel(q) else _plain_part
+        attention_fn = _kernel_part if has_decode_kernel(q) else _plain_part
         merge = _merge_kernel_parts if has_decode_kernel(q) else _merge_plain_parts
         heads = q.unflatten(1, (suffix[0].shape[2], -1)).transpose(1, 2).contiguous()  # (S, H/K, K, D)
         shared = heads[self.members].flatten(1, 2)  # (R, G * H/K, K, D)
-        on_prefix = attend(shared, *prefix, self.prefix)
+        on_prefix = attention_fn(shared, *prefix, self.prefix)
         on_prefix = [x.unflatten(1, (group, -1)).flatten(0, 1) for x in on_prefix]  # (R * G, H/K, K, …)
-        on_suffix = attend(heads, *suffix, self.suffix)  # (S, H/K, K, …)
+        on_suffix = attention_fn(heads, *suffix, self.suffix)  # (S, H/K, K, …)
         return merge(self.place, *on_prefix, *on_suffix).to(q.dtype)
 
 

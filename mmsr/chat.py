@@ -62,8 +62,9 @@ from typing import Any, Iterator, Union
 import torch
 from tokenizers import Tokenizer
 
-from .episode import Hit, Observation, UserError, first_line
-from .tools import IMAGE_SEARCH, TEXT_SEARCH, Tool
+from mmsr.episode import Hit, Observation
+from mmsr.system.errors import UserError, first_line
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool
 
 PROMPTS = Path(__file__).parent / "prompts"
 ANSWER = "answer"
@@ -259,7 +260,7 @@ class Chat:
 
     # ---- ids to turns
 
-    def banned(self, vocab_size: int) -> torch.Tensor:
+    def suppressed_tokens(self, vocab_size: int) -> torch.Tensor:
         """What the model may not sample (vocab_size,) bool: control ids but the stop id, and rows without a token.
 
         Raises UserError where the tokenizer has tokens that a model of this size has not.
@@ -271,9 +272,9 @@ class Chat:
                 f"the tokenizer's ids go up to {most}, the model's vocabulary has {vocab_size}: "
                 "take tokenizer.json and config.json from the same checkpoint"
             )
-        banned = torch.ones(vocab_size, dtype=torch.bool)
-        banned[allowed] = False
-        return banned
+        suppressed = torch.ones(vocab_size, dtype=torch.bool)
+        suppressed[allowed] = False
+        return suppressed
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`: broken UTF-8 replaced, control tokens by their names, ids without a token left out."""

@@ -31,11 +31,11 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from . import attention
-from .attention import Cached, Packed, Segments, packed_attention
-from .fuse import fused
-from .graphs import Graphs
-from .model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
+from mmsr import attention
+from mmsr.attention import Cached, Packed, Segments, packed_attention
+from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
+from mmsr.system.fuse import fused
+from mmsr.system.graphs import Graphs
 
 
 @dataclass(eq=False)
@@ -149,7 +149,7 @@ class Engine:
         self,
         model: Qwen2_5_VL,
         stop_id: int,
-        banned: Tensor,  # (V,) bool: ids that may not be sampled
+        suppressed: Tensor,  # (V,) bool: ids that may not be sampled
         *,
         slots: int,
         max_tokens: int,
@@ -163,7 +163,7 @@ class Engine:
         `temperature` 0 is greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts.
         `capture`: on CUDA, replay decode steps from graphs. The model's weights may not move while the engine lives.
         """
-        self.model, self.stop_id, self.banned, self.device = model, stop_id, banned, banned.device
+        self.model, self.stop_id, self.suppressed, self.device = model, stop_id, suppressed, suppressed.device
         self.slots, self.max_tokens, self.turn_tokens = slots, max_tokens, turn_tokens
         self.greedy, self.temperature = temperature == 0, temperature or 1.0
         self.prefill_tokens = prefill_tokens
@@ -379,12 +379,12 @@ class Engine:
         at = _ragged([group.row for group in groups], [(0, len(group.ids)) for group in groups], self.device)
         packed = Packed([len(group.ids) for group in groups], self.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for store, new in zip(self.cache.prefix[layer], (k, v)):
                 store[at] = new
             return packed(layer, q, k, v)
 
-        return self._forward([(group.ids, group.images, 0) for group in groups], attend)
+        return self._forward([(group.ids, group.images, 0) for group in groups], attention_fn)
 
     def _feed(self) -> list[Member]:
         """Prefill the forced tokens of waiting members: each sees its prompt, its own past, and the new tokens."""
@@ -398,7 +398,7 @@ class Engine:
         news = [n - m.cached for m, n in zip(members, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             seen = []
             for prefix, suffix, new in zip(self.cache.prefix[layer], self.cache.suffix[layer], (k, v)):
                 suffix[new_at] = new
@@ -406,7 +406,7 @@ class Engine:
             return packed_attention(q, *seen, segments)
 
         pieces = [(m.ids[m.cached :], _after(m.cached, m.images), m.position) for m in members]
-        scores, positions = self._forward(pieces, attend)
+        scores, positions = self._forward(pieces, attention_fn)
         for member, position in zip(members, positions):
             member.cached, member.position = len(member.ids), position
         return self._start(scores, members)
@@ -418,7 +418,7 @@ class Engine:
         members, self.feeding = self.feeding[:n], self.feeding[n:]
         return members
 
-    def _forward(self, pieces: Sequence[tuple[list[int], list, int]], attend) -> tuple[Tensor, list[int]]:
+    def _forward(self, pieces: Sequence[tuple[list[int], list, int]], attention_fn) -> tuple[Tensor, list[int]]:
         """Forward packed `pieces` (ids, images, first position): scores after each (pieces, V) and next positions."""
         ids, positions, ends, last, images, index = [], [], [], [], [], []
         for piece, pictures, start in pieces:
@@ -434,15 +434,15 @@ class Engine:
         scores = self.model(
             torch.tensor(ids, device=self.device),
             torch.cat(positions, 1).to(self.device),
-            attend,
+            attention_fn,
             self._encode(images),
             torch.cat(index).to(self.device) if index else None,
-            read=lambda hidden, head: self._scores(hidden[last], head),
+            head_fn=lambda hidden, head: self._scores(hidden[last], head),
         )
         return scores, ends
 
     def _scores(self, hidden: Tensor, head: Tensor) -> Tensor:
-        return logits(hidden, head, self.temperature, self.banned)
+        return logits(hidden, head, self.temperature, self.suppressed)
 
     def _encode(self, images: Sequence) -> Tensor | None:
         """Features of `images` in order; each distinct one goes through the tower once in the engine's life."""
@@ -500,7 +500,7 @@ class Engine:
             suffix_lens=length + 1,
         )
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prefix_k, prefix_v = self.cache.prefix[layer]
             suffix_k, suffix_v = self.cache.suffix[layer]
             # A waiting slot writes to its next place, which is overwritten when it goes on.
@@ -508,7 +508,7 @@ class Engine:
             suffix_v[every, length] = v
             return cached(q, (prefix_k[:rows], prefix_v[:rows]), (suffix_k[:n, :reach], suffix_v[:n, :reach]))
 
-        scores = self.model(self.token[:n], self.position[:n].expand(3, n), attend, read=self._scores)
+        scores = self.model(self.token[:n], self.position[:n].expand(3, n), attention_fn, head_fn=self._scores)
         self.length[:n] += self.live[:n]
         self.position[:n] += self.live[:n]
         return self._draw(scores, every)

@@ -12,15 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Callable
 
 
-class UserError(Exception):
-    """A user's mistake: one line that says what, where and how to mend it. Entry points print it and exit with 2."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @dataclass(frozen=True)
 class Example:
     """One question about one image."""
@@ -30,7 +21,7 @@ class Example:
     question: str
     answers: tuple[str, ...]  # the ground truth first, then accepted aliases
     category: str = ""
-    address: str = ""  # where the picture is on the web, if anyone knows
+    image_url: str = ""  # where the picture is on the web, if anyone knows
 
 
 @dataclass(frozen=True)

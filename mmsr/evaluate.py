@@ -14,10 +14,10 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .episode import LENGTH, Episode
-from .parallel import SINGLE, Ranks
-from .reward import RewardRule, answer_score
-from .tools import IMAGE_SEARCH, TEXT_SEARCH
+from mmsr.episode import LENGTH, Episode
+from mmsr.reward import RewardRule, answer_score
+from mmsr.system.parallel import SINGLE, Ranks
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
 # Categories of questions that call for a search, and of those that do not; others tell nothing of the decision.
 CALLS_FOR_SEARCH = {

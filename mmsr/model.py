@@ -1,8 +1,8 @@
-"""Qwen2.5-VL: the decoder, M-RoPE positions, log-probabilities, and Hugging Face folders in and out.
+"""Qwen2.5-VL: the decoder, M-RoPE positions, and log-probabilities.
 
 One code path serves sampling, training and the reference. Sequences are packed along one token axis; what sees what is
-the caller's `attend` (attention.py), so the same forward pass runs whole sequences, groups that share a prompt, and
-decoding from a cache. Weight names are those of the published checkpoints.
+the caller's `attention_fn` (attention.py), so the same forward pass runs whole sequences, groups that share a prompt,
+and decoding from a cache. Weight names are those of the published checkpoints.
 
 Shape letters: N packed tokens, M image tokens, R rows to score, H query heads, K key/value heads, D head size,
 d hidden size, V vocabulary.
@@ -10,27 +10,18 @@ d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Sequence
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .attention import Attend
-from .episode import UserError, first_line
-from .vision import (
-    CHANNELS,
+from mmsr.attention import AttentionFn
+from mmsr.vision import (
     FRAMES,
     MERGE,
     MLP,
     PATCH,
-    SIDE,
     Image,
     VisionConfig,
     VisionTower,
@@ -38,61 +29,13 @@ from .vision import (
     rotate,
     run_block,
 )
-from .weights import (
-    Bounds,
-    check_bounds,
-    fitting,
-    flag,
-    headers,
-    own_head,
-    read_object,
-    refuse_adapter,
-    refuse_others,
-    refuse_quantised_config,
-    section,
-    tensors,
-)
 
-BANNED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
+SUPPRESSED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
 TILE = 12 * 2**20  # logits at a time on the CPU: 82 rows of the real vocabulary
 TILE_BYTES = 2**30  # on CUDA, of everything that a tile takes: a thousand rows, as each product reads the whole head
-SHARD_BYTES = 5 * 10**9
-SIDE_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-    *("added_tokens.json", "chat_template.json", "chat_template.jinja"),
-    *("preprocessor_config.json", "generation_config.json"),
-)
-SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
 
 
 # ---- configuration
-
-# Of each key: kind of number, least, most. One that is absent or null has its default.
-BOUNDS: dict[str, Bounds] = {
-    "vocab_size": (int, 1, 2**24),
-    "hidden_size": (int, 1, 2**20),
-    "intermediate_size": (int, 1, 2**20),
-    "num_hidden_layers": (int, 1, 1024),
-    "num_attention_heads": (int, 1, 2**20),
-    "num_key_value_heads": (int, 1, 2**20),
-    "rms_norm_eps": (float, 1e-12, 0.1),
-    "rope_theta": (float, 1, 1e12),
-    "mrope_section": (tuple, 0, 2**20),
-    "max_position_embeddings": (int, 1, 2**31),
-    "image_token_id": (int, 0, 2**24),
-    "video_token_id": (int, 0, 2**24),
-    "vision_start_token_id": (int, 0, 2**24),
-    "vision_end_token_id": (int, 0, 2**24),
-}
-VISION_BOUNDS: dict[str, Bounds] = {
-    "depth": (int, 1, 1024),
-    "hidden_size": (int, 1, 2**20),
-    "intermediate_size": (int, 1, 2**20),
-    "num_heads": (int, 1, 2**20),
-    "out_hidden_size": (int, 1, 2**20),
-    "window_size": (int, 1, 2**20),
-    "fullatt_block_indexes": (tuple, 0, 1024),
-}
 
 
 @dataclass(frozen=True)
@@ -122,26 +65,6 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Reads the hub's flat form and transformers 5's nested one. Raises ValueError on what is not built here."""
-        if values.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"model_type is {values.get('model_type')!r:.40}, this program runs 'qwen2_5_vl' only")
-        vision, text = section(values, "vision_config"), section(values, "text_config")
-        flat = {**values, **text}
-        scaling, parameters = section(flat, "rope_scaling"), section(flat, "rope_parameters")
-        rope = scaling or parameters
-        flat |= {key: rope[key] for key in ("mrope_section", "rope_theta") if rope.get(key) is not None}
-        # Files written before transformers 5 may have the flag in text_config alone, beside a default False outside.
-        flat["tie_word_embeddings"] = flag(values, "tie_word_embeddings") or flag(flat, "tie_word_embeddings")
-        if flat.get("num_key_value_heads", 0) is None:  # written out as null, and not left out: one for each query head
-            flat["num_key_value_heads"] = flat.get("num_attention_heads")
-        check_bounds(flat, BOUNDS, "")
-        check_bounds(vision, VISION_BOUNDS, "vision_config.")
-        config = cls(**_known(cls, flat), vision=VisionConfig(**_known(VisionConfig, vision)))
-        _refuse_variants(flat, (scaling, parameters), vision, config.head_dim)
-        return config
-
     def to_dict(self) -> dict[str, Any]:
         """The hub's flat form, which every version of transformers and other inference programs read."""
         values = asdict(self)
@@ -155,58 +78,6 @@ class ModelConfig:
             **values,
             "vision_config": vision,
         }
-
-
-def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `values` that `cls` has a field for; lists become tuples, None means the default."""
-    names = {f.name for f in fields(cls)}
-    chosen = {key: value for key, value in values.items() if key in names and value is not None}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in chosen.items()}
-
-
-def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[str, Any], head_dim: int) -> None:
-    """A setting that would silently compute something else than the checkpoint means."""
-    wanted = [
-        ("hidden_act", text.get("hidden_act"), ("silu",)),
-        ("head_dim", text.get("head_dim"), (head_dim,)),
-        ("use_sliding_window", text.get("use_sliding_window"), (False,)),
-        *(("layer_types", kind, ("full_attention",)) for kind in _items(text.get("layer_types"))),
-        *(("rope type", rope.get(key), ("default", "mrope")) for rope in ropes for key in ("type", "rope_type")),
-        *(("partial_rotary_factor", part.get("partial_rotary_factor"), (1,)) for part in (text, *ropes)),
-        ("vision_config.hidden_act", vision.get("hidden_act"), ("silu",)),
-        ("vision_config.in_channels", vision.get("in_channels", vision.get("in_chans")), (CHANNELS,)),
-        ("vision_config.patch_size", vision.get("patch_size"), (PATCH,)),
-        ("vision_config.spatial_merge_size", vision.get("spatial_merge_size"), (MERGE,)),
-        ("vision_config.temporal_patch_size", vision.get("temporal_patch_size"), (FRAMES,)),
-    ]
-    for name, found, allowed in wanted:
-        if found is not None and found not in allowed:
-            raise ValueError(f"{name} is {found!r:.40}, this program runs {' or '.join(map(repr, allowed))} only")
-
-
-def _items(value: Any) -> list[Any]:
-    """A list, or what stands in place of one."""
-    return value if isinstance(value, list) else [value]
-
-
-def _refuse_contradictions(config: ModelConfig) -> None:
-    """ValueError for sizes of config.json that do not fit each other."""
-    c, vision = config, config.vision
-    ids = (c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id)
-    thirds = len(c.mrope_section) == 3 and 2 * sum(c.mrope_section) == c.head_dim
-    rules = [
-        (c.hidden_size % c.num_attention_heads == 0, "num_attention_heads must divide hidden_size"),
-        (c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads must divide num_attention_heads"),
-        (thirds, f"mrope_section must be three numbers with the sum {c.head_dim / 2:g}, half a head"),
-        (max(ids) < c.vocab_size, f"image, video and vision token ids {ids} must be below vocab_size {c.vocab_size}"),
-        (len(set(ids)) == len(ids), f"image, video and vision token ids {ids} must differ"),
-        (vision.hidden_size % (4 * vision.num_heads) == 0, "vision_config: 4 * num_heads must divide hidden_size"),
-        (vision.out_hidden_size == c.hidden_size, "vision_config.out_hidden_size must be hidden_size"),
-        (vision.window_size % SIDE == 0, f"vision_config.window_size must be a multiple of {SIDE}"),
-    ]
-    for holds, rule in rules:
-        if not holds:
-            raise ValueError(rule)
 
 
 # ---- positions
@@ -259,12 +130,12 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
         heads = (-1, self.head_dim)
         q = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin)  # (N, H, D)
         k = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin)  # (N, K, D)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attend(layer, q, k, v).flatten(1))
+        return self.o_proj(attention_fn(layer, q, k, v).flatten(1))
 
 
 class DecoderLayer(nn.Module):
@@ -275,8 +146,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention_fn, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -321,15 +192,15 @@ class Qwen2_5_VL(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attend: Attend,
+        attention_fn: AttentionFn,
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
-        read: Callable[[Tensor, Tensor], Any] | None = None,
+        head_fn: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
         """Hidden states (N, d) after the final norm of tokens `input_ids` (N,) at `position_ids` (3, N).
 
-        `image_features` (M, d) take the places `image_index` (M,) of the packed axis. With `read`, the value is
-        read(hidden, head weight (V, d)), called in here because only here does FSDP hold the head in one piece.
+        `image_features` (M, d) take the places `image_index` (M,) of the packed axis. With `head_fn`, the value is
+        head_fn(hidden, head weight (V, d)), called in here because only here does FSDP hold the head in one piece.
         """
         hidden = self.model.embed_tokens(input_ids)
         if image_features is not None:
@@ -338,20 +209,23 @@ class Qwen2_5_VL(nn.Module):
         cos, sin = (x.to(hidden.dtype) for x in rotary(position_ids, self.config))
         for index, layer in enumerate(self.model.layers):
             recompute = self.checkpoint_blocks and index < self.config.num_hidden_layers - self.kept_blocks
-            hidden = run_block(layer, recompute, hidden, cos, sin, attend, index)
+            hidden = run_block(layer, recompute, hidden, cos, sin, attention_fn, index)
         hidden = self.model.norm(hidden)
-        return hidden if read is None else read(hidden, self.head_weight)
+        return hidden if head_fn is None else head_fn(hidden, self.head_weight)
 
 
 # ---- log-probabilities: the one place where engine, trainer and reference get them
 
 
-def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, banned: Tensor | None = None) -> Tensor:
-    """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature. `banned` (V,) bool: probability 0."""
+def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
+    """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature.
+
+    `suppressed` (V,) bool: these ids get probability 0.
+    """
     values = _scores(hidden, head)
     if temperature != 1:
         values.div_(temperature)
-    return values if banned is None else values.masked_fill_(banned, BANNED_LOGIT)
+    return values if suppressed is None else values.masked_fill_(suppressed, SUPPRESSED_LOGIT)
 
 
 def _scores(hidden: Tensor, head: Tensor) -> Tensor:
@@ -367,26 +241,26 @@ def _scores(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, banned: Tensor | None = None
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
     The entropy carries no gradient. Only some rows of logits exist at a time, in the backward pass too, which makes
     them again: the memory of two tiles in all.
     """
-    return _LogProbs.apply(hidden, head, targets, temperature, banned)
+    return _LogProbs.apply(hidden, head, targets, temperature, suppressed)
 
 
 class _LogProbs(torch.autograd.Function):
     """`log_probs`. Its own backward pass, so that half-precision rows add up their gradient of the head in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, banned: Tensor | None):
-        ctx.save_for_backward(hidden, head, targets, banned)
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, suppressed: Tensor | None):
+        ctx.save_for_backward(hidden, head, targets, suppressed)
         ctx.temperature = temperature
         tile, part = _tile_rows(hidden, head)
         found = [
-            _tile_log_probs(logits(rows, head, temperature, banned), wanted, part)
+            _tile_log_probs(logits(rows, head, temperature, suppressed), wanted, part)
             for rows, wanted in _tiles(tile, hidden, targets)
         ]
         logps, entropy = (torch.cat(values) for values in zip(*found))
@@ -396,13 +270,13 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor, _: Tensor):
-        hidden, head, targets, banned = ctx.saved_tensors
+        hidden, head, targets, suppressed = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden)
         to_head = torch.zeros_like(head, dtype=torch.float32)
         tile, part = _tile_rows(hidden, head)
         for rows, wanted, scale, out in reversed(_tiles(tile, hidden, targets, gradient[:, None], to_hidden)):
-            scores = logits(rows, head, ctx.temperature, banned)
-            slopes = _tile_slopes(scores, wanted, scale, part, ctx.temperature, banned).to(rows.dtype)
+            scores = logits(rows, head, ctx.temperature, suppressed)
+            slopes = _tile_slopes(scores, wanted, scale, part, ctx.temperature, suppressed).to(rows.dtype)
             torch.mm(slopes, head, out=out)
             to_head += slopes.T @ rows
             del scores, slopes  # before the next tile's are made
@@ -421,7 +295,7 @@ def _tile_log_probs(scores: Tensor, targets: Tensor, part: int) -> tuple[Tensor,
 
 
 def _tile_slopes(
-    scores: Tensor, targets: Tensor, scale: Tensor, part: int, temperature: float, banned: Tensor | None
+    scores: Tensor, targets: Tensor, scale: Tensor, part: int, temperature: float, suppressed: Tensor | None
 ) -> Tensor:
     """Gradient (R, V), fp32, of Σ scale · log p(target) with respect to hidden @ head.T; scale (R, 1).
 
@@ -431,8 +305,8 @@ def _tile_slopes(
         every = some.log_softmax(-1)
         slope = torch.zeros_like(every).scatter_(1, wanted[:, None], each)
         slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
-        if banned is not None:
-            slope.masked_fill_(banned, 0)
+        if suppressed is not None:
+            slope.masked_fill_(suppressed, 0)
         some.copy_(slope.div_(temperature))
     return scores
 
@@ -475,174 +349,3 @@ def random_model(
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
     return model
-
-
-# ---- folders
-
-
-def resolve(name: str) -> Path:
-    """The folder that `--model NAME` means: a folder, a short name such as Qwen2.5-VL-7B, or a hub id.
-
-    The latter two are fetched unless they lie in the hub's cache. Raises UserError when they cannot be.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    repository = SHORT_NAMES.get(name, name)
-    return fetched(
-        "snapshot_download", f"model {name!r} is not a folder, and {repository!r}",
-        "check the name and the network, or pass a local folder",
-        repo_id=repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-    )  # fmt: skip
-
-
-def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
-    """What a function of huggingface_hub's fetches, or finds in its cache. UserError "what … : advice" where it fails.
-
-    The hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
-    """
-    import huggingface_hub  # slow to import, and not needed for files that are here
-
-    try:
-        return Path(getattr(huggingface_hub, function)(**where))
-    except Exception as error:  # of the hub's client, its HTTP library or the file system
-        raise UserError(
-            f"{what} could not be fetched from the Hugging Face hub ({first_line(error)}): {advice}"
-        ) from error
-
-
-def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen2_5_VL:
-    """The model of a Hugging Face folder, its weights cast to `dtype` on `device`. Raises UserError for a folder unfit.
-
-    Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
-    """
-    model = skeleton(folder)
-    # A copy even where nothing changes: the tensor read is a view of the file, which may be overwritten.
-    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in stored_weights(folder, model)}
-    model.load_state_dict(weights, assign=True)
-    return model
-
-
-def skeleton(folder: Path | str) -> Qwen2_5_VL:
-    """The model of a Hugging Face folder on the meta device: without weights, which are looked at by their headers.
-
-    Raises UserError for a folder that `load` would refuse, but for NaN. Where config.json ties the head to the
-    embedding and a head is stored that differs, the head is the model's own, as in transformers.
-    """
-    folder = Path(folder)
-    config, found = read_config(folder), headers(folder)
-    if config.tie_word_embeddings and own_head(found):
-        config = replace(config, tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = Qwen2_5_VL(config)
-    fitting(folder, found, _shapes(model))
-    refuse_others(folder, found, _shapes(model))
-    return model
-
-
-def stored_weights(folder: Path | str, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each parameter of `model`, one at a time; what else the folder holds is left alone.
-
-    Raises UserError for one missing or misshapen, or with NaN or infinite numbers.
-    """
-    folder = Path(folder)
-    yield from tensors(fitting(folder, headers(folder), _shapes(model)))
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def read_config(folder: Path | str) -> ModelConfig:
-    """The ModelConfig of a Hugging Face folder. Raises UserError for none, and for a model that is not built here."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist: pass a Hugging Face model folder or a hub id")
-    refuse_adapter(folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model folder?")
-    values = read_object(file)
-    refuse_quantised_config(folder, values)
-    try:
-        config = ModelConfig.from_dict(values)
-        _refuse_contradictions(config)
-        return config
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: {first_line(error)}: pass a Qwen2.5-VL model") from error
-
-
-def save(model: Qwen2_5_VL, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:
-    """Write a Hugging Face folder: config.json, weights in the model's own precision, and copies of tokenizer files."""
-    save_weights(model.config, model.state_dict(), folder, tokenizer_files_from)
-
-
-def save_weights(
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    folder: Path | str,
-    tokenizer_files_from: Path | str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """`save` for weights by name, such as a sharded model's gathered state dict.
-
-    Every file is written under a temporary name and then renamed, weights before the config that makes them loadable.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(weights, folder, shard_bytes)
-    _copy_side_files(tokenizer_files_from, folder)
-    dtype = next(iter(weights.values())).dtype
-    _write_json(folder / "config.json", {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")})
-
-
-def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    stale = set(folder.glob("model*.safetensors*"))
-    shards = _shards(weights, shard_bytes)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    for name, shard in zip(names, shards):
-        with _replacing(folder / name) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {weight: name for name, shard in zip(names, shards) for weight in shard}
-        size = sum(tensor.nbytes for tensor in weights.values())
-        names.append("model.safetensors.index.json")
-        _write_json(folder / names[-1], {"metadata": {"total_size": size}, "weight_map": weight_map})
-    for file in stale - {folder / name for name in names}:
-        file.unlink()  # of an earlier save: it would be read in place of these
-
-
-def _shards(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Cut by order into parts of at most `limit` bytes, a tensor larger than that alone in its part."""
-    shards: list[dict[str, Tensor]] = [{}]
-    used = 0
-    for name, tensor in weights.items():
-        if shards[-1] and used + tensor.nbytes > limit:
-            shards.append({})
-            used = 0
-        shards[-1][name] = tensor.detach().contiguous()
-        used += tensor.nbytes
-    return shards
-
-
-def _copy_side_files(source: Path | str | None, folder: Path) -> None:
-    if source is None or Path(source).resolve() == folder.resolve():
-        return
-    for name in SIDE_FILES:
-        if (Path(source) / name).is_file():
-            with _replacing(folder / name) as temporary:
-                shutil.copyfile(Path(source) / name, temporary)
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    with _replacing(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary path to write, which then takes the place of `file`."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    yield temporary
-    os.replace(temporary, file)

@@ -13,9 +13,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from .attention import SharedPrefix
-from .episode import Episode
-from .model import mrope_positions
+from mmsr.attention import SharedPrefix
+from mmsr.episode import Episode
+from mmsr.model import mrope_positions
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Pack:
 
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (3, N)
-    attend: SharedPrefix
+    attention_fn: SharedPrefix
     images: list  # vision.Image, one per placeholder run, in packed order
     image_index: Tensor  # (M,) packed positions of their placeholders
     rows: Tensor  # (R,)
@@ -128,7 +128,7 @@ class _Builder:
         return Pack(
             input_ids=torch.tensor(self.ids, device=device),
             position_ids=torch.cat(self.positions, 1).to(device),
-            attend=SharedPrefix(self.groups, device),
+            attention_fn=SharedPrefix(self.groups, device),
             images=self.images,
             image_index=torch.cat(self.image_index or empty).to(device),
             rows=torch.tensor(self.rows, device=device),

@@ -20,12 +20,13 @@ from typing import Any, Callable, Iterator, Sequence
 
 import torch
 
-from .config import Config, parse
-from .engine import prefix_rows
-from .episode import UserError
-from .model import TILE_BYTES, ModelConfig, Qwen2_5_VL, read_config
-from .optimizer import PIECE
-from .vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
+from mmsr.config import Config, parse
+from mmsr.engine import prefix_rows
+from mmsr.model import TILE_BYTES, ModelConfig, Qwen2_5_VL
+from mmsr.pretrained import read_config
+from mmsr.system.errors import UserError
+from mmsr.system.optimizer import PIECE
+from mmsr.vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest goes to its context, to NCCL's buffers and to gaps

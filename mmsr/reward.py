@@ -38,7 +38,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Callable, Iterable
 
-from .episode import ANSWERED, Episode, UserError
+from mmsr.episode import ANSWERED, Episode
+from mmsr.system.errors import UserError
 
 RULES = ("blog", "paper", "strict")
 

@@ -17,11 +17,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Callable, Sequence, Union
 
-from .chat import Chat
-from .engine import Engine, Group, Member, sampling_key
-from .episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn, UserError
-from .tools import Call, Toolbox
-from .vision import Image, load_image
+from mmsr.chat import Chat
+from mmsr.engine import Engine, Group, Member, sampling_key
+from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn
+from mmsr.system.errors import UserError
+from mmsr.tools import Call, Toolbox
+from mmsr.vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
@@ -235,7 +236,7 @@ class Rollout:
         if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
             return self._observe(run, OVER_LIMIT)
         example, run.called = run.episode.example, time.monotonic()
-        call = Call(turn.query, example.image, example.question, example.address)
+        call = Call(turn.query, example.image, example.question, example.image_url)
         self.waiting[self.toolbox.call(turn.action, call, self.thumbnails.prepare)] = run
 
     def _collect(self, block: bool) -> None:

@@ -3,7 +3,7 @@
 A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets a `Call` — the
 query, the picture as bytes and the question, never the example, so it cannot cheat — and returns an `Observation` (or
 plain text, which becomes one). Whatever it raises, `sys.exit()` included, becomes a failed observation, and so does a
-result that is none (`plain.py`): a tool never ends a rollout.
+result that is none (`tool_results.py`): a tool never ends a rollout.
 
 A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Callable, Protocol
 
-from .episode import Observation, UserError
-from .interrupt import BrokenOff
-from .plain import cut, plain
+from mmsr.episode import Observation
+from mmsr.system.errors import UserError
+from mmsr.system.interrupt import BrokenOff
+from mmsr.tool_results import cut, plain
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
@@ -46,13 +47,13 @@ class Call:
     query: str  # what stood between the tags
     image: bytes  # the question's picture, an encoded file
     question: str
-    address: str = ""  # where the picture is on the web, if that is known
+    image_url: str = ""  # where the picture is on the web, if that is known
 
 
 class Backend(Protocol):
     """A search engine. No hits are an answer; infrastructure that fails raises, ToolFailure where it knows the kind."""
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         """What is known of a picture (an encoded file), which may also be found at an address of the web.
 
         `question` may guide a summary, nothing else.
@@ -76,7 +77,7 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
     """The paper's two tools over a search engine."""
 
     def image_search(call: Call) -> Observation:
-        return backend.image_search(call.image, call.question, call.address)
+        return backend.image_search(call.image, call.question, call.image_url)
 
     def text_search(call: Call) -> Observation:
         return backend.text_search(call.query)
@@ -136,7 +137,7 @@ def _unusable(name: str, error: BaseException) -> UserError:
 class NoSearch:
     """The back-end `none`: every search honestly finds nothing."""
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return Observation(source="none")
 
     def text_search(self, query: str) -> Observation:

@@ -22,13 +22,15 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import grpo
-from .episode import Episode, Example, UserError
-from .model import Qwen2_5_VL, log_probs
-from .optimizer import MasterWeights
-from .pack import Pack, cut, pack, unique_tokens
-from .parallel import SINGLE, Lockstep, OutOfRoom, Ranks
-from .vision import MERGE, PATCH_VALUES, Image
+from mmsr import grpo
+from mmsr.episode import Episode, Example
+from mmsr.model import Qwen2_5_VL, log_probs
+from mmsr.pack import Pack, cut, pack, unique_tokens
+from mmsr.system.errors import UserError
+from mmsr.system.lockstep import Lockstep, OutOfRoom
+from mmsr.system.optimizer import MasterWeights
+from mmsr.system.parallel import SINGLE, Ranks
+from mmsr.vision import MERGE, PATCH_VALUES, Image
 
 NO_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
 
@@ -129,7 +131,7 @@ class Trainer:
         self,
         model: Qwen2_5_VL,
         optimizer: MasterWeights,
-        banned: Tensor,  # (V,) bool, as in sampling
+        suppressed: Tensor,  # (V,) bool, as in sampling
         *,
         reference: Qwen2_5_VL | None = None,
         kl: float = 0.0,
@@ -144,13 +146,13 @@ class Trainer:
         sft: bool = False,
         ranks: Ranks = SINGLE,
     ):
-        self.model, self.optimizer, self.banned, self.reference = model, optimizer, banned, reference
+        self.model, self.optimizer, self.suppressed, self.reference = model, optimizer, suppressed, reference
         self.kl, self.clip_low, self.clip_high, self.loss_norm = kl, clip_low, clip_high, loss_norm
         self.importance_cap, self.temperature, self.sft = importance_cap, temperature, sft
         self.micro_tokens, self.max_grad_norm, self.max_skipped = micro_tokens, max_grad_norm, max_skipped
-        self.device, self.ranks, self.lockstep = banned.device, ranks, Lockstep(ranks, [model, reference])
+        self.device, self.ranks, self.lockstep = suppressed.device, ranks, Lockstep(ranks, [model, reference])
         self.skipped_in_a_row = self.longest = 0
-        self.idle = _idle_episode(int((~banned).nonzero()[0]))
+        self.idle = _idle_episode(int((~suppressed).nonzero()[0]))
         self.rehearsed = ranks.size == 1
 
     def step(self, mini_batches: Sequence[Sequence[Episode]], lr: float) -> dict[str, float]:
@@ -269,11 +271,16 @@ class Trainer:
     def log_probs(self, model: Qwen2_5_VL, batch: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
-        def read(hidden: Tensor, head: Tensor):
-            return log_probs(hidden[batch.rows], head, batch.targets, self.temperature, self.banned)
+        def head_fn(hidden: Tensor, head: Tensor):
+            return log_probs(hidden[batch.rows], head, batch.targets, self.temperature, self.suppressed)
 
         return model(
-            batch.input_ids, batch.position_ids, batch.attend, features.of(batch), batch.image_index, read=read
+            batch.input_ids,
+            batch.position_ids,
+            batch.attention_fn,
+            features.of(batch),
+            batch.image_index,
+            head_fn=head_fn,
         )
 
     @torch.no_grad()

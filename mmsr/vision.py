@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Segments, packed_attention
-from .fuse import fused
-from .pictures import check_aspect, decode, stored_size
+from mmsr.attention import Segments, packed_attention
+from mmsr.system.fuse import fused
+from mmsr.system.images import check_aspect, decode, stored_size
 
 PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmsr import attention, toy, toy_base
+from mmsr import attention, pretrained
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
+from mmsr.net.http import AUTHORITIES
 from mmsr.reward import LEGAL_SHAPES
 from mmsr.tools import search_tools
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy
 from mmsr.update import MasterWeights, Trainer
-from mmsr.wire import AUTHORITIES
 
 torch.set_num_threads(1)  # see helpers.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start: beside others two threads only wait
@@ -56,11 +58,11 @@ def folder(tmp_path_factory) -> Path:
     chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
     model = modeling.random_model(toy_base.model_config(tokenizer), 0)
     optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
-    trainer = Trainer(model, optimizer, chat.banned(model.config.vocab_size), loss_norm="token", sft=True)
+    trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
     traces = toy_base.Traces(world, chat, 0)
     for step in range(25):
         trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
-    modeling.save(model, folder)
+    pretrained.save(model, folder)
     return folder
 
 

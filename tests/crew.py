@@ -8,7 +8,7 @@ import socket
 import traceback
 from typing import Any, Callable
 
-from mmsr.parallel import Ranks, start
+from mmsr.system.parallel import Ranks, start
 
 
 def free_port() -> int:

@@ -113,8 +113,8 @@ def packed_logits(model: Qwen2_5_VL, sequences: list[tuple[Tensor, list[tuple[in
     pictures = [image for _, images in sequences for _, image in images]
     features = model.encode_images(pictures) if pictures else None
     index = (ids == IMAGE).nonzero()[:, 0] if pictures else None
-    attend = Packed([len(ids) for ids, _ in sequences], device)
-    return model(ids, where, attend, features, index, read=logits)
+    attention_fn = Packed([len(ids) for ids, _ in sequences], device)
+    return model(ids, where, attention_fn, features, index, head_fn=logits)
 
 
 def hf_logits(twin, ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:

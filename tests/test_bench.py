@@ -13,8 +13,8 @@ import torch
 
 import train
 from mmsr.config import Config
-from mmsr.parallel import SINGLE
-from mmsr.toy import BASIC, FULL, LOOK_IT_UP, World
+from mmsr.system.parallel import SINGLE
+from mmsr.toy.world import BASIC, FULL, LOOK_IT_UP, World
 from mmsr.update import Trainer
 
 ROOT = Path(__file__).parents[1]

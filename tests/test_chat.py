@@ -12,10 +12,11 @@ from chat_helpers import CHAT_TEMPLATE, CONTROL, REAL_TOKENIZER, TRANSCRIPTS, Pi
 from tokenizers import Tokenizer
 
 import mmsr.chat
-from mmsr.cells import answers
 from mmsr.chat import PROMPTS, Action, Chat
-from mmsr.episode import Episode, Example, Hit, Observation, Turn, UserError
+from mmsr.data.cells import answers
+from mmsr.episode import Episode, Example, Hit, Observation, Turn
 from mmsr.reward import official_answer
+from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, NoSearch, Tool, search_tools
 
 TOOLS = search_tools(NoSearch(), max_images=1, max_texts=2)
@@ -164,17 +165,17 @@ def test_the_real_tokenizer_keeps_its_published_control_ids():
     chat = Chat(REAL_TOKENIZER, PROMPTS / "real", TOOLS)
     assert chat.stop_id == 151645
     assert chat.added["<|image_pad|>"] == 151655
-    banned = chat.banned(152064)
-    assert not banned[:151643].any() and banned[151643:].sum() == 152064 - 151643 - 1
+    suppressed = chat.suppressed_tokens(152064)
+    assert not suppressed[:151643].any() and suppressed[151643:].sum() == 152064 - 151643 - 1
 
 
 def test_everything_but_text_and_the_stop_id_is_banned(tiny_chat):
     tokens = min(tiny_chat.added.values())
-    banned = tiny_chat.banned(tokens + len(CONTROL) + 5)
-    assert banned.dtype == torch.bool and banned.shape == (tokens + len(CONTROL) + 5,)
-    assert set(torch.where(~banned)[0].tolist()) == {*range(tokens), tiny_chat.stop_id}
+    suppressed = tiny_chat.suppressed_tokens(tokens + len(CONTROL) + 5)
+    assert suppressed.dtype == torch.bool and suppressed.shape == (tokens + len(CONTROL) + 5,)
+    assert set(torch.where(~suppressed)[0].tolist()) == {*range(tokens), tiny_chat.stop_id}
     with pytest.raises(UserError, match=r"go up to \d+, the model's vocabulary has 300"):
-        tiny_chat.banned(300)
+        tiny_chat.suppressed_tokens(300)
 
 
 def test_decoding_shows_control_tokens_and_survives_half_a_character(tiny_chat):
@@ -594,7 +595,7 @@ def test_a_control_token_behind_the_models_vocabulary_is_found_while_it_runs(tin
     added("<|image_pad|>", 900)(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="go up to 900, the model's vocabulary has 500"):
-        Chat(tmp_path, PROMPTS / "real", TOOLS).banned(500)
+        Chat(tmp_path, PROMPTS / "real", TOOLS).suppressed_tokens(500)
 
 
 # ---- the text of single tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmsr.config import RECIPES, Config, EvalConfig, Options, _field_docs, in_use, parse
-from mmsr.episode import UserError
+from mmsr.system.errors import UserError
 
 # The contract's table, column by column.
 SAME = dict(lr=2e-6, kl=0.001, clip_low=0.2, clip_high=0.2, max_images=1, search="replay:fvqa", data="lmms-lab/FVQA")

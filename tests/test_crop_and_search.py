@@ -13,14 +13,14 @@ from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Hit, Observation
-from mmsr.pictures import decode
+from mmsr.system.images import decode
 from mmsr.tools import Call, Toolbox, search_tools
 
 
 class Gallery:
     """A back-end that knows pictures by their sizes."""
 
-    def image_search(self, image, question, address=""):
+    def image_search(self, image, question, image_url=""):
         size = PIL.Image.open(io.BytesIO(image)).size
         return Observation((Hit("%d by %d" % size),), source="gallery")
 
@@ -80,7 +80,7 @@ def test_box_is_cut_or_refused_without_raising(query, size):
 def test_a_box_is_cut_from_other_pixels_than_the_model_saw_or_searched_on_its_side():
     asked = []
     backend = Gallery()
-    backend.image_search = lambda image, question, address="": asked.append(image) or Observation()
+    backend.image_search = lambda image, question, image_url="": asked.append(image) or Observation()
     (tool,) = tools(backend)
     tool.run(Call("0 0 1000 500", turned(6, size=(48, 32)), "?"))  # stored as 32 x 48: the upper half is the right one
     part = decode(asked[0])

@@ -6,11 +6,11 @@ import pytest
 from examples.crop_and_search import crop
 from examples.crop_and_search import tools as crop_tools
 from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld
-from mmsr import toy_base
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
-from mmsr.pictures import decode
+from mmsr.system.images import decode
 from mmsr.tools import search_tools
+from mmsr.toy import base as toy_base
 
 
 @pytest.fixture(scope="module")

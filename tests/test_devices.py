@@ -8,11 +8,11 @@ import copy
 import pytest
 import torch
 from helpers import conversation, hf_logits, hf_twin, packed_logits, random_image, report, tiny_model
-from test_engine import BANNED, STOP, episodes, groups, recomputed, run, texts
+from test_engine import STOP, SUPPRESSED, episodes, groups, recomputed, run, texts
 from test_update import made
 
 from mmsr.engine import Engine
-from mmsr.graphs import WARM_UPS, Graphs
+from mmsr.system.graphs import WARM_UPS, Graphs
 from mmsr.update import MasterWeights, Trainer
 
 CUDA = pytest.param(
@@ -74,9 +74,9 @@ def _cached_gap(twin, group, member) -> torch.Tensor:
         token = whole[t][None, None].to(twin.device)
         out = twin(input_ids=token, position_ids=where[:, :, t : t + 1], past_key_values=out.past_key_values)
         steps.append(out.logits[0, -1])
-    banned = BANNED.to(twin.device)
+    suppressed = SUPPRESSED.to(twin.device)
     cached, uncached = (
-        x.float().masked_fill(banned, -1e9).log_softmax(-1) for x in (torch.stack(steps), full[n - 1 : -1])
+        x.float().masked_fill(suppressed, -1e9).log_softmax(-1) for x in (torch.stack(steps), full[n - 1 : -1])
     )
     tokens = torch.tensor(member.ids, device=twin.device)[:, None]
     return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
@@ -92,7 +92,7 @@ def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, mos
     report(record_property, f"{dtype} gap on {device}, largest", gap)
     assert gap < most * (10 if device == "cuda" else 1)
     optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, fused=True))
-    metrics = Trainer(model, optimizer, BANNED.to(device), micro_tokens=60).step([made()], 1e-3)
+    metrics = Trainer(model, optimizer, SUPPRESSED.to(device), micro_tokens=60).step([made()], 1e-3)
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
 
 
@@ -137,7 +137,7 @@ def test_a_capture_that_fails_spoils_the_process():
 
 
 def test_engine_lives_where_its_model_does(device):
-    engine = Engine(tiny_model(4).to(device), STOP, BANNED.to(device), slots=4, max_tokens=60, turn_tokens=2)
+    engine = Engine(tiny_model(4).to(device), STOP, SUPPRESSED.to(device), slots=4, max_tokens=60, turn_tokens=2)
     assert engine.submit(groups(1, 2)) == []
     engine.step()
     assert engine.cache.suffix[0][0].device.type == engine.token.device.type == device

@@ -75,7 +75,8 @@ def understand(command: str) -> None:
         patch.setattr(sys, "argv", [program, *argv])
         patch.syspath_prepend(str(ROOT / "bench"))
         if module:
-            importlib.import_module(program).main(argv)
+            package = find_spec(program).submodule_search_locations is not None
+            importlib.import_module(f"{program}.__main__" if package else program).main(argv)
         runpy.run_path(program, run_name="__main__")
 
 
@@ -143,47 +144,80 @@ def test_the_readme_has_other_numbers_than_the_results_page():
 # ---- the house
 
 
-def layers() -> tuple[set[str], set[str]]:
-    """The modules of the architecture page's two tables: core, extras."""
-    core, extras = re.split(r"^\| extra \|", read("docs/architecture.md"), maxsplit=1, flags=re.MULTILINE)
-    extras = extras.split("\n## ")[0]
-    return tuple(
-        set(re.findall(r"`(\w+)\.py`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.M)))) for text in (core, extras)
-    )
+PACKAGE = ROOT / "mmsr"
+FLOORS = ["system", "algorithm", "net", "toy data", "search", "assemble", "report construct"]  # from the bottom
+
+
+def modules() -> dict[str, Path]:
+    """The package's modules by what stands behind `mmsr.` where they are imported."""
+    files = [file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"]
+    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in files}
 
 
 def imported(module: str) -> set[str]:
     """The modules of the package that one imports, wherever in its file."""
-    tree = ast.parse((ROOT / "mmsr" / f"{module}.py").read_text(encoding="utf-8"))
-    within = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-    return {
-        name for node in within for name in ([node.module] if node.module else [alias.name for alias in node.names])
-    }
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mmsr":
+            place = node.module.removeprefix("mmsr").removeprefix(".")
+            inside = [f"{place}.{alias.name}".lstrip(".") for alias in node.names]
+            found |= ({place} | set(inside)) & known.keys()
+    return found
 
 
-def test_the_architecture_page_lacks_a_module_or_core_imports_an_extra():
-    core, extras = layers()
-    assert not core & extras
-    assert core | extras == {file.stem for file in (ROOT / "mmsr").glob("*.py")} - {"__init__"}
-    assert not {module: wrong for module in core if (wrong := imported(module) & extras)}
+def floor(module: str) -> int:
+    room = module.rpartition(".")[0] or ("assemble" if module == "assemble" else "algorithm")
+    return next(height for height, rooms in enumerate(FLOORS) if room in rooms.split())
 
 
-def test_the_imports_of_the_core_are_not_those_of_the_architecture_page():
-    for module, listed in re.findall(
-        r"^\| `(\w+)\.py` \|[^|]*\| ([^|]*) \|$", read("docs/architecture.md"), re.MULTILINE
+def listed() -> list[str]:
+    """The modules of the architecture page's tables, in its order; those of the core's table come first."""
+    found = []
+    for heading, table in re.findall(
+        r"^\| (.*?) \| responsibility \|\n((?:\|.*\n)+)", read("docs/architecture.md"), re.M
     ):
-        assert set(listed.split(", ")) - {"–"} == imported(module), module
+        room = heading.strip("`/") + "." if "/" in heading else ""
+        names = re.findall(r"^\| `([\w/]+)\.py`", table, re.M)
+        found += [room + name.replace("/", ".") for name in names]
+    return found
 
 
-def test_a_module_of_the_core_is_not_in_the_readmes_reading_path_or_one_has_no_tests():
-    assert not {module for module in layers()[0] if f"{module}.py" not in read("README.md")}
-    tested = {file.stem.removeprefix("test_") for file in (ROOT / "tests").glob("test_*.py")}
-    elsewhere = set(re.findall(r"`(\w+)`", read("CONTRIBUTING.md").split("tested beside")[1].split(". What")[0]))
-    assert set.union(*layers()) == (tested & set.union(*layers())) | elsewhere and not tested & elsewhere
+def test_the_architecture_page_lacks_a_module():
+    named = [module for module in listed() if module != "train"]
+    assert sorted(named) == sorted(modules())
+
+
+def test_a_module_imports_one_of_a_floor_above():
+    above = {(module, other) for module in modules() for other in imported(module) if floor(other) > floor(module)}
+    across = {
+        (module, other)
+        for module in modules()
+        for other in imported(module)
+        if floor(other) == floor(module) and other.rpartition(".")[0] != module.rpartition(".")[0]
+    }
+    assert not above | across
+
+
+def test_the_core_is_read_in_an_order_in_which_a_module_needs_what_comes_later():
+    order = listed()[: listed().index("train")]
+    forward = {(name, other) for place, name in enumerate(order) for other in imported(name) & set(order[place:])}
+    assert not forward
+    numbers = re.findall(r"^ +([\w/]+)\.py +(\d+) ", read("README.md"), re.M)
+    assert [name.replace("/", ".") for name, _ in sorted(numbers, key=lambda pair: int(pair[1]))] == [*order, "train"]
+
+
+def test_a_module_has_no_tests():
+    tests = {".".join(file.relative_to(ROOT / "tests").parts) for file in (ROOT / "tests").rglob("test_*.py")}
+    tested = {
+        name for name in modules() if ".".join([*name.split(".")[:-1], f"test_{name.split('.')[-1]}.py"]) in tests
+    }
+    said = read("CONTRIBUTING.md").split("tested beside")[1].split(". What")[0]
+    elsewhere = {name.removesuffix(".py").replace("/", ".") for name in re.findall(r"`([\w/]+?)`", said)}
+    assert tested | elsewhere == modules().keys() and not tested & elsewhere
 
 
 def test_a_fault_is_promised_by_a_test_that_is_not_there():
-    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
     rows = [row for row in read("docs/faults.md").splitlines() if row.startswith("| ") and "| test |" not in row]
     assert len(rows) > 50
     for row in rows:

@@ -14,8 +14,8 @@ from mmsr.pack import cut, pack
 from mmsr.update import ImageFeatures, Trainer
 
 STOP = 115  # a token that the tiny model below likes
-BANNED = torch.zeros(300, dtype=torch.bool)
-BANNED[IMAGE:] = True
+SUPPRESSED = torch.zeros(300, dtype=torch.bool)
+SUPPRESSED[IMAGE:] = True
 RESULT = conversation(99, 5, random_image(4, 6, 8), 3)  # what "comes back" from a tool: text, a thumbnail, text
 EXAMPLE = Example("e", b"", "", ())
 
@@ -41,7 +41,7 @@ def groups(n: int, members: int, seed: int = 0, first: int = 0) -> list[Group]:
 def run(model, batch: list[Group], turns: int = 2, result=RESULT, **options) -> Engine:
     """Generate `turns` turns per member, extended by `result` in between."""
     options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
-    engine = Engine(model, STOP, BANNED.to(model.head_weight.device), **options)
+    engine = Engine(model, STOP, SUPPRESSED.to(model.head_weight.device), **options)
     assert engine.submit(batch) == []
     left = Counter({member: turns for group in batch for member in group.members})
     while engine.busy:
@@ -70,7 +70,7 @@ def episodes(batch: list[Group]) -> list[Episode]:
 def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     """Trainer's and sampled log-probabilities of all sampled tokens."""
     device = model.head_weight.device
-    trainer = Trainer(model, None, BANNED.to(device))
+    trainer = Trainer(model, None, SUPPRESSED.to(device))
     ours, theirs = [], []
     with torch.no_grad():
         for part in cut(made, 400):
@@ -149,7 +149,7 @@ def test_greedy_tokens_equal_transformers_generate(model):
             kinds["image_grid_thw"] = torch.tensor([(1, *i.grid) for _, i in images])
             with torch.no_grad():
                 scores = twin(input_ids=out[None], position_ids=positions(out, images)[:, None], **kinds).logits[0, -1]
-            out = torch.cat([out, scores.masked_fill(BANNED, -1e9).argmax()[None]])
+            out = torch.cat([out, scores.masked_fill(SUPPRESSED, -1e9).argmax()[None]])
         assert out[len(ids) :].tolist() == group.members[0].ids
 
 
@@ -207,7 +207,7 @@ def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypat
 def test_member_out_of_room_stops_and_prompt_without_room_is_refused(model):
     batch = groups(2, 2)
     longest = max(len(group.ids) for group in batch)
-    engine = Engine(model, 299, BANNED, slots=8, max_tokens=longest, turn_tokens=50)
+    engine = Engine(model, 299, SUPPRESSED, slots=8, max_tokens=longest, turn_tokens=50)
     refused = engine.submit(batch)
     assert refused and all(len(m.group.ids if m.group else batch[1].ids) <= longest for m in refused)
     while engine.busy:

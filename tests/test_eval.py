@@ -14,11 +14,11 @@ from helpers import documented, picture_bytes
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from mmsr import toy
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig, parse
-from mmsr.files import Lock
 from mmsr.rollout import Opening
+from mmsr.system.files import Lock
+from mmsr.toy import world as toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FVQA, TRANSCRIPTS = SHARED / "fvqa_sample.parquet", SHARED / "mmsearch_r1_7b_transcripts.jsonl"

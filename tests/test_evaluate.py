@@ -5,8 +5,9 @@ import csv
 import numpy as np
 import pytest
 
-from mmsr import compare, evaluate
+from mmsr import evaluate
 from mmsr.episode import Episode, Example, Observation, Turn
+from mmsr.report import compare
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
 FOUND, FAILED = Observation(source="web"), Observation(ok=False, error="OSError: down", source="web")

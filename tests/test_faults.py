@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_parallel import ROOT, read
 
-from mmsr.files import Lock
+from mmsr.system.files import Lock
 
 pytestmark = pytest.mark.slow
 RUN = (

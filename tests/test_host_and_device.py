@@ -8,7 +8,7 @@ capture does not allow. Where the host asks for a value, it is given 1.
 import pytest
 import torch
 from helpers import conversation, random_image, tiny_config
-from test_engine import BANNED, RESULT, STOP
+from test_engine import RESULT, STOP, SUPPRESSED
 from test_update import made
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +17,7 @@ from mmsr import attention
 from mmsr.attention import Cached
 from mmsr.engine import Engine, Group, Member
 from mmsr.model import Qwen2_5_VL
-from mmsr.optimizer import MasterWeights
+from mmsr.system.optimizer import MasterWeights
 from mmsr.update import Trainer
 
 COPIES = {"aten::_to_copy", "aten::copy_"}
@@ -76,7 +76,7 @@ def test_a_rollout_mixes_host_and_device(apart):
         ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
         groups.append(Group(ids.tolist(), images, [Member(key) for key in range(3)]))
     groups[1].members[0].force(RESULT[0].tolist(), RESULT[1])
-    engine = Blind(apart, STOP, BANNED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
+    engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
     assert engine.submit(groups) == []
     compacted, compact = [], engine._compact
     engine._compact = lambda slots: compacted.append(slots) or compact(slots)
@@ -100,7 +100,7 @@ def test_an_update_mixes_host_and_device(apart):
     if not fp32:
         optimizer.step = lambda lr: None  # the meta device has no random numbers to round with
     trainer = Trainer(
-        apart, optimizer, BANNED.to("meta"), reference=reference, kl=0.1, micro_tokens=60, importance_cap=2.0
+        apart, optimizer, SUPPRESSED.to("meta"), reference=reference, kl=0.1, micro_tokens=60, importance_cap=2.0
     )
     episodes = made()
     metrics = trainer.step([[e for e in episodes if e.group_id == 0], [e for e in episodes if e.group_id > 0]], 1e-3)

@@ -26,20 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmsr import model as model_module
+from mmsr import pretrained
 from mmsr.attention import Packed, SharedPrefix
-from mmsr.episode import UserError
-from mmsr.model import (
-    ModelConfig,
-    Qwen2_5_VL,
-    load,
-    log_probs,
-    logits,
-    mrope_positions,
-    read_config,
-    resolve,
-    save,
-    save_weights,
-)
+from mmsr.model import ModelConfig, Qwen2_5_VL, log_probs, logits, mrope_positions
+from mmsr.pretrained import load, read_config, save, save_weights
+from mmsr.system.errors import UserError
+from mmsr.system.hub import resolve
 
 FIRST, SECOND, THIRD = random_image(10, 14, 1), random_image(4, 4, 2), random_image(2, 22, 3)
 
@@ -130,12 +122,12 @@ def test_half_precision_strays_further_than_transformers(record_property):
     assert ours_off < 1.2 * theirs_off
 
 
-def output_and_gradients(ids, where, attend, copies, keep, recompute):
+def output_and_gradients(ids, where, attention_fn, copies, keep, recompute):
     """Logits at `keep` and the gradient of every parameter, of a pass that holds SECOND `copies` times."""
     model = tiny_model()
     model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
     features = model.encode_images([SECOND]).repeat(copies, 1)
-    out = model(ids, where, attend, features, (ids == IMAGE).nonzero()[:, 0], read=logits)[keep]
+    out = model(ids, where, attention_fn, features, (ids == IMAGE).nonzero()[:, 0], head_fn=logits)[keep]
     out.logsumexp(-1).square().sum().backward()
     return [out, *(parameter.grad for parameter in model.parameters())]
 
@@ -197,16 +189,16 @@ def test_a_forward_pass_without_gradient_recomputes_blocks(monkeypatch):
 def scored(rows: int = 11, size: int = 8, vocabulary: int = 30):
     torch.manual_seed(0)
     hidden, head = torch.randn(rows, size, requires_grad=True), torch.randn(vocabulary, size, requires_grad=True)
-    banned = torch.zeros(vocabulary, dtype=torch.bool)
-    banned[:4] = True
-    return hidden, head, torch.randint(4, vocabulary, (rows,)), banned
+    suppressed = torch.zeros(vocabulary, dtype=torch.bool)
+    suppressed[:4] = True
+    return hidden, head, torch.randint(4, vocabulary, (rows,)), suppressed
 
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 100])
 def test_tiles_change_log_probabilities(rows, monkeypatch):
-    hidden, head, targets, banned = scored()
+    hidden, head, targets, suppressed = scored()
     monkeypatch.setattr("mmsr.model.TILE", rows * len(head))
-    logps, entropy = log_probs(hidden, head, targets, 0.7, banned)
+    logps, entropy = log_probs(hidden, head, targets, 0.7, suppressed)
     wanted = torch.distributions.Categorical(logits=(hidden @ head[4:].T) / 0.7)
     torch.testing.assert_close(logps, wanted.log_prob(targets - 4))
     torch.testing.assert_close(entropy, wanted.entropy())
@@ -216,12 +208,12 @@ def test_tiles_change_log_probabilities(rows, monkeypatch):
 
 
 def test_a_banned_token_makes_entropy_nan_or_keeps_probability():
-    hidden, head, targets, banned = scored()
-    banned[5:] = True  # one token is left, its probability 1
-    logps, entropy = log_probs(hidden, head, torch.full_like(targets, 4), banned=banned)
+    hidden, head, targets, suppressed = scored()
+    suppressed[5:] = True  # one token is left, its probability 1
+    logps, entropy = log_probs(hidden, head, torch.full_like(targets, 4), suppressed=suppressed)
     assert torch.equal(entropy, torch.zeros(11)) and not entropy.requires_grad
     logps.sum().backward()
-    assert hidden.grad.isfinite().all() and logits(hidden, head, 1.0, banned).softmax(-1)[:, banned].max() == 0
+    assert hidden.grad.isfinite().all() and logits(hidden, head, 1.0, suppressed).softmax(-1)[:, suppressed].max() == 0
 
 
 def test_no_rows_to_score_raise():
@@ -239,11 +231,11 @@ def test_half_precision_gives_half_precision_log_probabilities():
 def test_head_gradient_of_half_precision_is_added_up_in_half_precision(monkeypatch, record_property):
     """Against fp32; autograd would add the tiles' shares up in bfloat16."""
     monkeypatch.setattr("mmsr.model.TILE", 4 * 30)
-    hidden, head, targets, banned = (x.detach() for x in scored(rows=800))
+    hidden, head, targets, suppressed = (x.detach() for x in scored(rows=800))
     exact = head.bfloat16().float().requires_grad_()
-    log_probs(hidden.bfloat16().float(), exact, targets, 1.0, banned)[0].sum().backward()
+    log_probs(hidden.bfloat16().float(), exact, targets, 1.0, suppressed)[0].sum().backward()
     half = head.bfloat16().requires_grad_()
-    log_probs(hidden.bfloat16(), half, targets, 1.0, banned)[0].sum().backward()
+    log_probs(hidden.bfloat16(), half, targets, 1.0, suppressed)[0].sum().backward()
     error = ((half.grad.float() - exact.grad).norm() / exact.grad.norm()).item()
     report(record_property, "bf16 gradient of the head from 200 tiles, relative error", error)
     assert error < 5e-3
@@ -267,11 +259,11 @@ def test_all_logits_are_in_memory_at_once(dtype, monkeypatch, record_property):
     """A pack of 16,384 trained tokens with a 64th of the real vocabulary, and of the tile: forward and backward."""
     tokens, vocabulary, size = 16384, 152064 // 64, 16
     monkeypatch.setattr("mmsr.model.TILE", model_module.TILE // 64)
-    hidden, head, targets, banned = scored(tokens, size, vocabulary)
+    hidden, head, targets, suppressed = scored(tokens, size, vocabulary)
     hidden, head = (x.detach().to(dtype).requires_grad_() for x in (hidden, head))
 
     def work():
-        log_probs(hidden, head, targets, 1.0, banned)[0].sum().backward()
+        log_probs(hidden, head, targets, 1.0, suppressed)[0].sum().backward()
 
     results = (2 * hidden.numel() + 3 * head.numel() + 4 * tokens) * 4  # gradients, and the log-probabilities
     share = (peak_memory(work) - results) / (tokens * vocabulary * 4)
@@ -308,9 +300,9 @@ def scored_on_a_gpu(tokens: int, dtype: torch.dtype) -> Device:
     with torch.device("meta"):
         hidden = torch.empty(tokens, size, dtype=dtype, requires_grad=True)
         head = torch.empty(vocabulary, size, dtype=dtype, requires_grad=True)
-        targets, banned = torch.empty(tokens, dtype=torch.long), torch.empty(vocabulary, dtype=torch.bool)
+        targets, suppressed = torch.empty(tokens, dtype=torch.long), torch.empty(vocabulary, dtype=torch.bool)
     with Device() as device:
-        log_probs(hidden, head, targets, 0.7, banned)[0].sum().backward()
+        log_probs(hidden, head, targets, 0.7, suppressed)[0].sum().backward()
     device.results = 2 * hidden.nbytes + vocabulary * size * (4 + 2 * dtype.itemsize)
     return device
 
@@ -452,8 +444,8 @@ def test_the_hub_and_transformers_forms_are_read_differently():
     nested |= {key: flat[key] for key in ("vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}
     text = {key: value for key, value in flat.items() if key not in (*nested, "rope_scaling", "rope_theta")}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
-    assert ModelConfig.from_dict(nested | {"text_config": text | {"rope_parameters": rope}}) == config
-    assert ModelConfig.from_dict(json.loads(json.dumps(flat))) == config
+    assert pretrained.model_config(nested | {"text_config": text | {"rope_parameters": rope}}) == config
+    assert pretrained.model_config(json.loads(json.dumps(flat))) == config
 
 
 def hub_config(size, intermediate, layers, heads, kv_heads, vocabulary, tied) -> dict:
@@ -491,13 +483,13 @@ def hub_config(size, intermediate, layers, heads, kv_heads, vocabulary, tied) ->
 )
 def test_a_published_size_has_another_number_of_parameters(sizes, total, tower):
     with torch.device("meta"):
-        model = Qwen2_5_VL(ModelConfig.from_dict(hub_config(*sizes)))
+        model = Qwen2_5_VL(pretrained.model_config(hub_config(*sizes)))
     count = [sum(p.numel() for p in module.parameters()) / 1e9 for module in (model, model.visual)]
     assert [round(billions, 3) for billions in count] == [total, tower]
 
 
 def test_keys_missing_from_a_vision_config_are_an_error():
-    vision = ModelConfig.from_dict({"model_type": "qwen2_5_vl", "vision_config": {"hidden_size": 1280}}).vision
+    vision = pretrained.model_config({"model_type": "qwen2_5_vl", "vision_config": {"hidden_size": 1280}}).vision
     assert (vision.depth, vision.intermediate_size, vision.window_size) == (32, 3420, 112)
     assert vision.fullatt_block_indexes == (7, 15, 23, 31) and vision.out_hidden_size == 3584
 

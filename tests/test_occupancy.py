@@ -6,7 +6,7 @@ and CUDA's part of the captures played by a model of it (`FakeCuda`).
 
 import pytest
 from helpers import conversation, tiny_model
-from test_engine import BANNED
+from test_engine import SUPPRESSED
 from test_graphs import FakeCuda
 
 from mmsr.engine import Engine, Group, Member, prefix_rows, sampling_key
@@ -56,7 +56,7 @@ def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0
         for member in members:
             member.lengths = list(TURNS[member.key % len(TURNS)]) if tokens is None else [tokens]
         batch.append(Group(ids, [], members))
-    engine = Recorded(model, NEVER, BANNED, slots=SLOTS, max_tokens=500, turn_tokens=200)
+    engine = Recorded(model, NEVER, SUPPRESSED, slots=SLOTS, max_tokens=500, turn_tokens=200)
     engine.submit(batch)
     while engine.busy:
         for member in engine.step():

@@ -10,16 +10,17 @@ import pytest
 import torch
 from crew import Crew
 from helpers import conversation, random_image, report, tiny_config, tiny_model
-from test_update import BANNED, EXAMPLE
+from test_update import EXAMPLE, SUPPRESSED
 from torch.utils.checkpoint import checkpoint
 
 from mmsr import attention, vision
 from mmsr.config import RECIPES, Config
 from mmsr.engine import Engine, Group, Member
-from mmsr.episode import Episode, UserError
+from mmsr.episode import Episode
 from mmsr.pack import pack
-from mmsr.parallel import Ranks, shard
 from mmsr.plan import FILLED, GIB, PUBLISHED, USABLE, Activations, check, kept_as_fits, main, plan, sizes
+from mmsr.system.errors import UserError
+from mmsr.system.parallel import Ranks, shard
 from mmsr.update import ImageFeatures, MasterWeights, Trainer
 
 PICTURE = random_image(20, 20)  # 100 merged tokens
@@ -54,8 +55,8 @@ def held(ranks: Ranks, stored: torch.dtype, compute: torch.dtype, across: str = 
     model = shard(tiny_model(1, vocab_size=301).to(stored), ranks, compute, across)
     reference = shard(tiny_model(2, vocab_size=301).to(compute), ranks, compute, across).requires_grad_(False)
     optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, fused=True))
-    banned = torch.cat([BANNED, torch.tensor([True])])
-    trainer = Trainer(model, optimizer, banned, reference=reference, kl=0.3, micro_tokens=120, ranks=ranks)
+    suppressed = torch.cat([SUPPRESSED, torch.tensor([True])])
+    trainer = Trainer(model, optimizer, suppressed, reference=reference, kl=0.3, micro_tokens=120, ranks=ranks)
     found = {"weights": nbytes(model.parameters()), "KL reference": nbytes(reference.parameters())}
     found["rest of the masters"] = nbytes(optimizer.rest.values())
     inner = optimizer.step
@@ -107,7 +108,7 @@ def test_hybrid_shards_are_other_bytes_than_planned():
 @pytest.mark.parametrize("groups, slots", [(4, 16), (4, 9), (1, 16)])
 def test_the_cache_grows_beyond_the_plan(groups, slots):
     config, model = replace(CONFIG, slots=slots), tiny_model()
-    engine = Engine(model, 299, BANNED, slots=slots, max_tokens=400, turn_tokens=400)
+    engine = Engine(model, 299, SUPPRESSED, slots=slots, max_tokens=400, turn_tokens=400)
     ids, images = conversation(0, PICTURE)  # as short as a prompt can be
     engine.submit([Group(ids.tolist(), images, [Member(m) for m in range(4)]) for _ in range(groups)])
     prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.suffix))
@@ -164,7 +165,7 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
     assert kept.longest == 612
     batch = pack(episodes := [e for n in range(2) for e in group(n, 4, 612, 200)], range(len(episodes)), "cpu")
     images = list({image.key: image for image in batch.images}.values())
-    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, 0.1)), BANNED)
+    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, 0.1)), SUPPRESSED)
     features = ImageFeatures(model, images, True)
     found = {
         "pictures": (saved(lambda: model.encode_images(images), model), kept.tower(100)),

@@ -15,8 +15,9 @@ from mmsr import reward
 from mmsr.assemble import Setup
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
-from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn, UserError
+from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn
 from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, format_score, score, strict_match
+from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, NoSearch, search_tools
 
 MARKUP = {

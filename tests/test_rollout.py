@@ -20,9 +20,10 @@ from mmsr import reward
 from mmsr import rollout as rollout_module
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
-from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation, UserError
+from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation
 from mmsr.pack import cut, pack
 from mmsr.rollout import Limits, Opening, Rollout
+from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
 from mmsr.update import ImageFeatures, Trainer
 
@@ -42,7 +43,7 @@ class FakeWeb:
     def __init__(self, found=TWO_TITLES):
         self.found, self.asked = found, []
 
-    def image_search(self, image, question, address=""):
+    def image_search(self, image, question, image_url=""):
         self.asked.append(image)
         if isinstance(self.found, BaseException):
             raise self.found
@@ -99,7 +100,7 @@ def make(
     tools = search_tools(web or FakeWeb(), images, texts) if tools is None else tools
     chat = Chat(home.folder, PROMPTS / "real", tools)
     options = dict(slots=16, max_tokens=4000, turn_tokens=60) | engine
-    engine = Puppet(home.model, chat.stop_id, chat.banned(home.model.config.vocab_size), **options)
+    engine = Puppet(home.model, chat.stop_id, chat.suppressed_tokens(home.model.config.vocab_size), **options)
     limits = Limits(turns, PIXELS, PIXELS, PIXELS, stop_on_tool_error=stop)
     rollout = Rollout(engine, chat, Toolbox(tools, inline), limits, direct)
 
@@ -301,7 +302,7 @@ def test_trainer_gives_the_logps_that_were_sampled(home, record_property):
     """Thumbnails in the results included: the official code's positions disagree from there on."""
     rollout, episodes = mixed(home)
     assert any(len(e.images) > 1 and e.loss_mask[-1] for e in episodes)
-    trainer = Trainer(home.model, None, rollout.engine.banned)
+    trainer = Trainer(home.model, None, rollout.engine.suppressed)
     gaps = []
     with torch.no_grad():
         for part in cut(episodes, 4000):
@@ -635,7 +636,7 @@ def test_slow_tools_run_one_after_another(home, record_property):
     class SlowWeb(FakeWeb):
         latency = 0.0
 
-        def image_search(self, image, question, address=""):
+        def image_search(self, image, question, image_url=""):
             time.sleep(self.latency)
             return super().image_search(image, question)
 

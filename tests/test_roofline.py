@@ -132,13 +132,13 @@ def test_decode_attention_reads_the_room_and_not_the_keys_in_use():
     q, k, v = empty(4, 6, 8), empty(400, 2, 8), empty(400, 2, 8)
     starts, used = empty(5, dtype=torch.int32), empty(4, dtype=torch.int32)
 
-    def attend():
+    def attention_fn():
         attention.FLASH_FORWARD(q, k, v, starts, starts, 1, 100, 0.0, False, False, seqused_k=used)
 
     small = 2 * q.numel() + 4 * 5 + 4 * 4  # queries, starts, lengths
     token = 2 * 2 * (2 * 8)  # bytes of keys and values
-    ((name, whole, _, all_pairs),) = counted(attend)
-    ((_, some, written, pairs),) = counted(attend, (k, 10), (v, 10))
+    ((name, whole, _, all_pairs),) = counted(attention_fn)
+    ((_, some, written, pairs),) = counted(attention_fn, (k, 10), (v, 10))
     assert (name, whole, all_pairs) == ("_flash_attention_forward", small + 400 * token, 4 * 6 * 8 * 400)
     assert (some, pairs) == (small + 10 * token, 4 * 6 * 8 * 10)
     assert 0 <= written - (2 * q.numel() + 4 * 6 * 4) < 64, "outputs and log-sums, and a few numbers of the dice"

@@ -19,13 +19,14 @@ from helpers import picture_bytes
 from test_index import PAGES, corpus, write_lines
 
 import search
-from mmsr.backends import Search, open_backend
 from mmsr.config import Options
-from mmsr.episode import Example, Hit, Observation, UserError
-from mmsr.index import Local
-from mmsr.store import Budget, Store, text_key
+from mmsr.episode import Example, Hit, Observation
+from mmsr.search.backends import Search, open_backend
+from mmsr.search.index import Local
+from mmsr.search.store import Budget, Store, text_key
+from mmsr.system.errors import UserError
 from mmsr.tools import Call, ToolFailure, search_tools
-from mmsr.toy import FULL, World
+from mmsr.toy.world import FULL, World
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,7 @@ class Fake:
             raise self.found
         return self.found
 
-    def image_search(self, image: bytes, question: str, address: str = "") -> Observation:
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return self.text_search(question)
 
 
@@ -281,10 +282,10 @@ def test_serper_alone_is_refused_though_the_pictures_have_addresses(monkeypatch,
         bare = Example("1", b"picture", "Who?", ("Ada",))
         with pytest.raises(UserError, match="--columns address="):
             open_backend(options, [bare])
-        example = replace(bare, address="https://example.com/ada.jpg")
+        example = replace(bare, image_url="https://example.com/ada.jpg")
         tools = search_tools(open_backend(options, [example]).backend, 1, 1)
-        seen = tools[0].run(Call("<img>", example.image, example.question, example.address))
-        assert seen.source == "serper" and web.calls("serper.lens")[0].json()["url"] == example.address
+        seen = tools[0].run(Call("<img>", example.image, example.question, example.image_url))
+        assert seen.source == "serper" and web.calls("serper.lens")[0].json()["url"] == example.image_url
 
 
 def test_a_run_that_never_pays_leaves_a_ledger_and_one_that_pays_is_not_stopped(tmp_path):

@@ -11,15 +11,18 @@ from safetensors.torch import load_file
 from test_train import FVQA, TRANSCRIPTS, Run, arguments, equal, refused, run
 
 import train
-from mmsr import reward, toy, toy_base
+from mmsr import reward
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
+from mmsr.data.recorded import demonstrations
 from mmsr.engine import Engine
-from mmsr.episode import Example, Hit, Observation, UserError
-from mmsr.recorded import demonstrations
+from mmsr.episode import Example, Hit, Observation
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout
+from mmsr.system.errors import UserError
 from mmsr.tools import Toolbox, search_tools
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy
 from mmsr.update import MasterWeights, Trainer
 
 PIXELS = 56 * 56
@@ -32,7 +35,7 @@ SAID = [[LOOK, ASK, REPLY], [REPLY], [LOOK, REPLY], [LOOK, REPLY.replace("Tagus"
 class PictureWeb:
     """Finds a thumbnail for every picture, and a page for every query."""
 
-    def image_search(self, image, question, address=""):
+    def image_search(self, image, question, image_url=""):
         return Observation((Hit("first title", image=picture_bytes(84, 56, seed=9)), Hit("second title")))
 
     def text_search(self, query):
@@ -53,17 +56,17 @@ def played(home, **config):
     """A group that plays the conversations of SAID, scored and made ready to be trained."""
     chat, model = home.chat, home.model()
     tools = search_tools(PictureWeb(), 1, 2)
-    banned = chat.banned(model.config.vocab_size)
-    engine = Engine(model, chat.stop_id, banned, slots=8, max_tokens=4000, turn_tokens=60)
+    suppressed = chat.suppressed_tokens(model.config.vocab_size)
+    engine = Engine(model, chat.stop_id, suppressed, slots=8, max_tokens=4000, turn_tokens=60)
     rollout = Rollout(engine, chat, Toolbox(tools, inline=True), Limits(3, PIXELS, PIXELS, PIXELS))
     examples = [Example(f"e{n}", picture_bytes(56, 56, seed=n), f"What is {n}?", ("Tagus River",)) for n in range(2)]
     episodes = rollout(examples, len(SAID), scripts=lambda example, sample: SAID[sample])
     score(episodes, RewardRule(), chat.well_formed)
     train.assign_advantages(episodes, Config(algorithm="sft", demonstrations=("some.jsonl",), **config))
-    return model, banned, episodes
+    return model, suppressed, episodes
 
 
-def by_autograd(twin, banned, episodes, norm) -> dict[str, torch.Tensor]:
+def by_autograd(twin, suppressed, episodes, norm) -> dict[str, torch.Tensor]:
     """transformers' gradient, in fp64, of the mean −log p of what the model turns say, one conversation at a time."""
     losses = []
     for e in episodes:
@@ -75,7 +78,7 @@ def by_autograd(twin, banned, episodes, norm) -> dict[str, torch.Tensor]:
             input_ids=ids[None], position_ids=positions(ids, e.images)[:, None],
             pixel_values=torch.cat([image.patches for _, image in e.images]).double(),
             image_grid_thw=torch.tensor([(1, *image.grid) for _, image in e.images]),
-        ).logits[0].masked_fill(banned, -1e9)  # fmt: skip
+        ).logits[0].masked_fill(suppressed, -1e9)  # fmt: skip
         losses.append(torch.nn.functional.cross_entropy(scores[:-1], ids[1:], reduction="none")[said[1:]])
     mean = torch.cat(losses).mean() if norm == "token" else torch.stack([each.mean() for each in losses]).mean()
     mean.backward()
@@ -87,14 +90,16 @@ def by_autograd(twin, banned, episodes, norm) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("norm", ["sequence", "token"])
 def test_gradient_is_that_of_the_plain_likelihood_of_the_demonstrations(home, norm, record_property):
     """An oracle that shares no code: no packs, no masks of ours, another model code, another precision."""
-    model, banned, episodes = played(home, loss_norm=norm)
+    model, suppressed, episodes = played(home, loss_norm=norm)
     chosen = [e for e in episodes if e.trained]
     assert [e.sample for e in chosen] == [0, 1, 2] * 2, "the wrong answer must not be imitated"
     twin = hf_twin(model).double()
     optimizer, kept = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), {}
     optimizer.step = lambda lr: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    Trainer(model, optimizer, banned, loss_norm=norm, sft=True, max_grad_norm=1e9, micro_tokens=900).step([chosen], 0.1)
-    plain = by_autograd(twin, banned, chosen, norm)
+    Trainer(model, optimizer, suppressed, loss_norm=norm, sft=True, max_grad_norm=1e9, micro_tokens=900).step(
+        [chosen], 0.1
+    )
+    plain = by_autograd(twin, suppressed, chosen, norm)
     assert kept.keys() == plain.keys()
     whole = sum(g.norm() ** 2 for g in plain.values()) ** 0.5
     gap = sum((kept[name].double() - plain[name]).norm() ** 2 for name in kept) ** 0.5

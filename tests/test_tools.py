@@ -19,10 +19,11 @@ import PIL.Image
 import pytest
 import torch
 
-from mmsr.episode import Hit, Observation, UserError
-from mmsr.interrupt import Interrupts
-from mmsr.pictures import decode
-from mmsr.plain import MOST_TEXT
+from mmsr.episode import Hit, Observation
+from mmsr.system.errors import UserError
+from mmsr.system.images import decode
+from mmsr.system.interrupt import Interrupts
+from mmsr.tool_results import MOST_TEXT
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, NoSearch, Tool, Toolbox, ToolFailure, more_tools, search_tools
 
 SECONDS = 30

@@ -21,17 +21,21 @@ from safetensors.torch import load_file, save_file
 import train
 from mmsr import assemble as assembling
 from mmsr import model as modeling
-from mmsr import reward, toy, toy_base
-from mmsr.alarms import NEEDED
+from mmsr import pretrained, reward
 from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, Group, Member
-from mmsr.episode import Episode, Example, UserError
-from mmsr.files import Lock
-from mmsr.parallel import SINGLE
-from mmsr.report import count_rollout, counts_of_step, write_report
+from mmsr.episode import Episode, Example
+from mmsr.report import output
+from mmsr.report.alarms import NEEDED
+from mmsr.report.html import count_rollout, counts_of_step, write_report
+from mmsr.system.errors import UserError
+from mmsr.system.files import Lock
+from mmsr.system.parallel import SINGLE
 from mmsr.tools import IMAGE_SEARCH, search_tools
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import load_image
 
@@ -271,7 +275,7 @@ def test_tools_in_threads_give_the_same_run(first, miniature, tmp_path):
 
 @pytest.mark.slow
 def test_kl_of_nought_loads_no_reference(miniature, tmp_path, monkeypatch):
-    loaded, load = [], modeling.load
+    loaded, load = [], pretrained.load
     monkeypatch.setattr(modeling, "load", lambda *given: loaded.append(given) or load(*given))
     with_kl = run(miniature, tmp_path / "kl", kl=0.001)
     assert len(loaded) == 2 and with_kl.steps[1]["kl"] > 0
@@ -404,11 +408,11 @@ def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
 
     folder = first.out / "model"
     chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-    model, twin = modeling.load(folder), Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
-    banned = chat.banned(model.config.vocab_size)
+    model, twin = pretrained.load(folder), Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    suppressed = chat.suppressed_tokens(model.config.vocab_size)
     example = world.questions("familiar", 1, "transformers")[0]
     prompt = chat.prompt(example.question, load_image(example.image, 56 * 56, 56 * 56))
-    engine = Engine(model, chat.stop_id, banned, slots=1, max_tokens=128, turn_tokens=32, temperature=0)
+    engine = Engine(model, chat.stop_id, suppressed, slots=1, max_tokens=128, turn_tokens=32, temperature=0)
     member = Member(0)
     engine.submit([Group(prompt.ids, prompt.images, [member])])
     while not engine.step():
@@ -418,7 +422,7 @@ def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=image.patches,
         image_grid_thw=torch.tensor([(1, *image.grid)]), mm_token_type_ids=(ids == model.config.image_token_id).int(),
         do_sample=False, max_new_tokens=32, eos_token_id=chat.stop_id, pad_token_id=chat.stop_id,
-        suppress_tokens=banned.nonzero()[:, 0].tolist(),
+        suppress_tokens=suppressed.nonzero()[:, 0].tolist(),
     )  # fmt: skip
     assert member.stopped and theirs[0, len(prompt.ids) :].tolist() == member.ids
 
@@ -446,7 +450,7 @@ def test_tokens_can_be_left_out_of_the_rollout_lines(miniature, tmp_path):
 
 def test_every_rollout_of_a_large_step_has_its_tokens_written(miniature, tmp_path, monkeypatch):
     """Per token they are most of a line: of 16,384 rollouts a step 164 MB, which nobody reads."""
-    monkeypatch.setattr(train, "MOST_DETAILED", 9)
+    monkeypatch.setattr(output, "MOST_DETAILED", 9)
     (rollouts,) = run(miniature, tmp_path / "out", steps=1).rollouts
     size = len({e["sample"] for e in rollouts})
     detailed = [any("pieces" in turn for turn in e["turns"]) for e in rollouts]
@@ -464,7 +468,7 @@ def test_metrics_and_rollout_lines_differ_in_turn_shapes_or_searches(first):
 
 
 def test_report_that_fails_warns_once_and_ends_no_run(miniature, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(output, "write_report", lambda folder: 1 / 0)
     assert len(run(miniature, tmp_path / "out").steps) == 2
     assert capsys.readouterr().err.count("ZeroDivisionError") == 1
 
@@ -483,7 +487,7 @@ def test_tracker_without_its_package_is_refused_before_anything_is_made(miniatur
 
 def test_question_with_half_a_character_ends_no_run(tmp_path):
     """JSON has lone surrogates, UTF-8 has not."""
-    out = train.Output(Config(out=str(tmp_path / "out")), SINGLE)
+    out = output.Output(Config(out=str(tmp_path / "out")), SINGLE)
     out.begin(0)
     out.step(
         1,
@@ -495,7 +499,7 @@ def test_question_with_half_a_character_ends_no_run(tmp_path):
 
 
 def test_full_disk_is_one_line_and_no_half_file(tmp_path, monkeypatch):
-    out = train.Output(Config(out=str(tmp_path / "out")), SINGLE)
+    out = output.Output(Config(out=str(tmp_path / "out")), SINGLE)
     out.begin(0)
 
     def full(handle):
@@ -534,7 +538,7 @@ def test_interrupt_keeps_what_was_learnt(miniature, tmp_path, monkeypatch):
     found = Run(tmp_path / "out")
     assert stop.value.code == 130 and [line["step"] for line in found.lines] == [0, 1, 2] and len(found.rollouts) == 2
     assert not equal(found.weights, load_file(miniature / "model.safetensors"))
-    modeling.load(tmp_path / "out" / "model")
+    pretrained.load(tmp_path / "out" / "model")
     monkeypatch.undo()
     whole = run(miniature, tmp_path / "whole", lr_schedule="constant", eval_size=1)
     assert equal(found.weights, whole.weights), "the interrupted step must leave no trace"
@@ -635,13 +639,13 @@ def test_folder_removed_under_a_run_ends_in_a_traceback(miniature, tmp_path, mon
 def test_a_damaged_line_costs_all_metrics_behind_it(tmp_path):
     lines = [b'{"step": 0, "eval": {}}\n', b'{"step": 1}\n', b'{"ste\n', b"7\n", b'{"step": 2}\n']
     later = [b'{"step": 2, "eval": {}}\n', b'{"step": 3}\n', b'{"step": 2}\n']
-    assert train._kept_bytes(lines + later, 2) == sum(map(len, lines))
-    assert train._kept_bytes([*lines[:2], b'{"step": 2'], 2) == sum(map(len, lines[:2]))
+    assert output._kept_bytes(lines + later, 2) == sum(map(len, lines))
+    assert output._kept_bytes([*lines[:2], b'{"step": 2'], 2) == sum(map(len, lines[:2]))
     whole = json.dumps(dict.fromkeys(NEEDED, 0) | {"step": 3}).encode()
     (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines, whole]))
     resumed = SimpleNamespace(ranks=SINGLE, metrics=tmp_path / "metrics.jsonl")
-    assert [line["step"] for line in train.Output.steps(resumed)] == [3]
-    assert [train._record(line) for line in (b"[1]", b'{"step": "2"}', b"[" * 99999, b'{"step": 2}')] == [None] * 3 + [
+    assert [line["step"] for line in output.Output.steps(resumed)] == [3]
+    assert [output._record(line) for line in (b"[1]", b'{"step": "2"}', b"[" * 99999, b'{"step": 2}')] == [None] * 3 + [
         {"step": 2}
     ]
 

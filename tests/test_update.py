@@ -11,8 +11,8 @@ from mmsr.model import Qwen2_5_VL
 from mmsr.pack import cut, pack, trained_length, unique_tokens
 from mmsr.update import ImageFeatures, MasterWeights, Trainer, split
 
-BANNED = torch.zeros(300, dtype=torch.bool)
-BANNED[IMAGE:] = True
+SUPPRESSED = torch.zeros(300, dtype=torch.bool)
+SUPPRESSED[IMAGE:] = True
 EXAMPLE = Example("e", b"", "", ())
 
 
@@ -37,7 +37,7 @@ def made(groups: int = 3, members: int = 4) -> list[Episode]:
 
 
 def trainer(model, **options) -> Trainer:
-    return Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), BANNED, **options)
+    return Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, **options)
 
 
 def gradient(episodes: list[Episode], **options) -> dict[str, torch.Tensor]:
@@ -93,7 +93,9 @@ def test_gradient_of_sft_is_the_likelihood_gradient():
         index = torch.cat([torch.arange(at, at + image.tokens) for at, image in e.images])
         features = model.encode_images([image for _, image in e.images])
         ids = torch.tensor(e.input_ids)
-        scores = model(ids, where, Packed([len(ids)], "cpu"), features, index, read=logits).masked_fill(BANNED, -1e30)
+        scores = model(ids, where, Packed([len(ids)], "cpu"), features, index, head_fn=logits).masked_fill(
+            SUPPRESSED, -1e30
+        )
         picked = scores.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
         total = total - (picked * torch.tensor(e.loss_mask[1:])).sum()
     (total / sum(sum(e.loss_mask) for e in episodes)).backward()
@@ -231,7 +233,7 @@ def test_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
 
 def test_small_learning_rate_moves_bf16_weights_through_their_masters():
     model = tiny_model(1).bfloat16()
-    subject = Trainer(model, MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0)), BANNED)
+    subject = Trainer(model, MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0)), SUPPRESSED)
     before = copy.deepcopy(model.state_dict())
     for _ in range(30):
         subject.step([made(2, 2)], 2e-5)

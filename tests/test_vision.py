@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
 
-from mmsr.pictures import MAX_FILE_BYTES
-from mmsr.vision import (
+from mmsr.system.images import MAX_FILE_BYTES
+from mmsr.vision import (  # fmt: skip
     MAX_PIXELS,
     MIN_PIXELS,
     image_tokens,
@@ -22,7 +22,7 @@ from mmsr.vision import (
     patchify,
     smart_resize,
     window_order,
-)  # fmt: skip
+)
 
 # Rows and columns in patches: one window, windows that do not divide, a strip, a column, a window exactly filled.
 GRIDS = [(4, 4), (10, 14), (2, 18), (22, 2), (8, 8), (16, 6)]

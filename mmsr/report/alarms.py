@@ -1,0 +1,114 @@
+"""What goes wrong with a training run, as its lines of metrics.jsonl show it. Every function depends on them alone.
+
+So a resumed run says what the uninterrupted one would have said. An alarm is a word, which stands in the step's line
+under `alarms`, and a sentence for whoever watches. Bands are wide: a healthy run never leaves them, and one that does
+is worth a look, but goes on. It is stopped (`stalled`) only where several steps in a row had nothing to train.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Mapping, Sequence
+
+from mmsr.episode import LENGTH, TOOL_ERROR
+
+Line = Mapping[str, Any]  # of metrics.jsonl, about a step
+
+TOOLS = 0.05  # share of a step's tool calls that may fail without a word
+STEPS = 5  # in a row: a single step may be chance
+ENTROPY = (0.005, 3.0)  # nats a token, as e^3 = 20 words that are alike; runs of the toy world go from .24 down to .02
+GAP = {"float32": 1e-3, "bfloat16": 0.1}  # mean |sampler - trainer| of log-probabilities; 1e-8 in the toy world
+# What a line must have to be one of the steps before.
+NEEDED = {"search_ratio", "entropy", "logp_gap", "status", "tokens"}
+NEEDED |= {"skipped_updates", "response_tokens", "zero_std_groups"}
+EVERY_STEP = ("tools", "untrained")  # said each time; the others when they begin
+
+
+def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str]:
+    """What is wrong with the last of these steps, by its word. `lines`: all steps of the run, in order.
+
+    `dtype`: of the computation. `may_search`: whether the model can search, and decides on it.
+    """
+    last, gap = lines[-1], GAP[dtype]
+    low, high = ENTROPY
+    found = {"tools": _tools(last), "untrained": untrained(last)}
+    if last["skipped_updates"] and last["tokens"]["trained"]:  # where nothing was trained, the reason is said there
+        found["skipped"] = f"{last['skipped_updates']} updates were skipped: they met a value that is not finite"
+    if may_search and _lasts(lines, lambda line: line["search_ratio"] == 0):
+        found["never-searches"] = f"no rollout has searched for {STEPS} steps"
+    if may_search and _lasts(lines, lambda line: line["search_ratio"] == 1):
+        found["always-searches"] = f"every rollout has searched for {STEPS} steps"
+    if _lasts(lines, lambda line: _number(line, "entropy") < low):
+        found["entropy-low"] = (
+            f"entropy has been under {low} for {STEPS} steps: all rollouts of a question are the same"
+        )
+    if _lasts(lines, lambda line: _number(line, "entropy") > high):
+        found["entropy-high"] = f"entropy has been over {high} for {STEPS} steps: tokens are drawn at random"
+    if _lasts(lines, lambda line: _number(line, "logp_gap") > gap):
+        what = "sampler and trainer disagree on log-probabilities"
+        found["gap"] = f"{what}, by more than {gap} on average for {STEPS} steps"
+    if _lasts(lines, lambda line: line["status"].get(LENGTH) == sum(line["status"].values())):
+        found["out-of-tokens"] = f"every rollout has run out of tokens for {STEPS} steps; raise --turn-tokens"
+    if _lasts(lines, lambda line: not line["tokens"]["trained"] and not untrained(line)):
+        found["equal-rewards"] = (
+            f"the rewards of each group have been equal for {STEPS} steps: there is nothing to learn"
+        )
+    if _lasts(lines, lambda line: line["tokens"]["trained"] and line.get("grad_norm", math.inf) == 0):
+        # Groups of equal rewards that are kept (--zero-std keep) are trained, and their advantages are 0.
+        found["no-gradient"] = (
+            f"the gradient has been 0 for {STEPS} steps, as if all rewards were equal: nothing is learnt"
+        )
+    return {word: said for word, said in found.items() if said}
+
+
+def to_say(found: Mapping[str, str], before: Sequence[Line]) -> list[str]:
+    """The sentences of the alarms to print: those of EVERY_STEP, and those that the step before did not have."""
+    known = before[-1].get("alarms", ()) if before else ()
+    return [said for word, said in found.items() if word in EVERY_STEP or word not in known]
+
+
+def untrained(line: Line) -> str:
+    """Why a step trained no token, with counts. Empty where it did, or where just each group's rewards were equal."""
+    if line["tokens"]["trained"]:
+        return ""
+    ends = line["status"]
+    n, cut, failed = sum(ends.values()), ends.get(LENGTH, 0), ends.get(TOOL_ERROR, 0)
+    if line["skipped_updates"]:
+        why = f"all {line['skipped_updates']} updates met a value that is not finite"
+    elif cut + failed == n:
+        ran_out = f"{cut} of {n} rollouts ran out of tokens (raise --max-tokens or --turn-tokens)"
+        left_out = f"{failed} of {n} were left out because a tool failed"
+        why = " and ".join([ran_out] * bool(cut) + [left_out] * bool(failed))
+    elif not line["response_tokens"]:
+        why = f"none of {n} rollouts has a token of the model's own"
+    elif not line["zero_std_groups"]:
+        why = f"none of {n} rollouts is right, and only those are imitated"
+    else:
+        return ""
+    return f"nothing was trained: {why}"
+
+
+def stalled(lines: Sequence[Line]) -> int:
+    """How many of the last steps in a row were `untrained`."""
+    return next((n for n, line in enumerate(reversed(lines)) if not untrained(line)), len(lines))
+
+
+def never_trained(lines: Sequence[Line]) -> bool:
+    return not any(line["tokens"]["trained"] for line in lines)
+
+
+def _tools(line: Line) -> str:
+    failed, calls = line["tool_failures"], line["tool_calls"]
+    if failed <= TOOLS * calls:
+        return ""
+    often = " ".join(next(iter(line["tool_errors"])).split())
+    return f"{failed} of {calls} tool calls failed, most often: {often:.200}"
+
+
+def _lasts(lines: Sequence[Line], outside: Callable[[Line], bool]) -> bool:
+    return len(lines) >= STEPS and all(map(outside, lines[-STEPS:]))
+
+
+def _number(line: Line, key: str) -> float:
+    """NaN, which is within every band, where nothing was trained: in the file it is null."""
+    return math.nan if line[key] is None else line[key]

@@ -1,0 +1,217 @@
+"""Search engines before and behind a store of results: `Cached` records, `Replayed` never calls anything.
+
+What was asked before is answered from the file; what is being asked by another thread or process is waited for; a new
+result is on the disk before its caller sees it, so that a resumed run sees the same. Results also come from recorded
+conversations, from another store, and from JSON lines, and go out as such lines. Everything can be repeated: the first
+recording of a search counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from mmsr.episode import Example, Hit, Observation
+from mmsr.search import bm25
+from mmsr.search.store import (
+    Key,
+    Record,
+    Store,
+    demand,
+    demand_number,
+    image_key,
+    observation,
+    plain,
+    refuse_pickle,
+    sha256,
+    storable,
+    text_key,
+)
+from mmsr.system.errors import UserError
+from mmsr.system.files import beside, lines
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
+
+NEAREST = 5  # pages
+
+
+class Cached:
+    """A search engine that is asked only what is not recorded, and by one caller at a time.
+
+    `form` names how results are made ("thumbnails/5"), so that no other form is taken for them; with `by_question` an
+    image search's results are for its question only. With `imported` an imported image search, which has no form, will
+    do as well: where results are titles and thumbnails, as those are. Waiting for another's call ends after `patience`
+    seconds with ToolFailure("timeout"): give more than the engine's own deadline.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        store: Store,
+        form: str = "",
+        by_question: bool = False,
+        patience: float = 300.0,
+        imported: bool = False,
+    ):
+        self.backend, self.store, self.form = backend, store, form
+        self.by_question, self.patience, self.imported = by_question, patience, imported
+
+    def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
+        key = image_key(image, self.form, question if self.by_question else "")
+        return self._answer(key, lambda: self.backend.image_search(image, question, image_url))
+
+    def text_search(self, query: str) -> Observation:
+        return self._answer(text_key(query, self.form), lambda: self.backend.text_search(query))
+
+    def _answer(self, key: Key, ask: Callable[[], Observation]) -> Observation:
+        seen = self.store.get(key)
+        if not seen and self.imported and key.tool == IMAGE_SEARCH:
+            seen = self.store.get(key._replace(form="", question=""))
+        seen = seen or self.store.once(key, lambda: self._ask(key, ask), self.patience)
+        if not seen.cached:
+            return seen
+        self.store.count("hits", key.tool)
+        return replace(seen, seconds=0.0)  # the recorded seconds are not this caller's
+
+    def _ask(self, key: Key, ask: Callable[[], Observation]) -> Observation:
+        if recorded := self.store.get(key):  # while this caller waited for its turn
+            return recorded
+        start, ok = time.perf_counter(), False
+        try:
+            seen = ask()
+            ok = seen.ok
+        finally:
+            self.store.count("calls" if ok else "failures", key.tool)
+        self.store.put(key, replace(seen, seconds=seen.seconds or time.perf_counter() - start))
+        return replace(self.store.get(key) or seen, cached=False)  # as it is recorded, to the letter
+
+
+class Replayed:
+    """A search engine that answers from recorded results alone. What is not recorded is, by `miss`,
+
+    - "error": ToolFailure("miss");
+    - "empty": an honest observation of nothing;
+    - "nearest": the nearest of all recorded pages, by BM25, for a text search; nothing for a picture.
+
+    A result of any form will do, one for the same question first.
+    """
+
+    def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error"):
+        self.store, self.miss = store, miss
+        self.pages = _Pages(store) if miss == "nearest" else None
+
+    def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
+        return self._answer(image_key(image, None, question), f"picture {sha256(image)[:12]}…")
+
+    def text_search(self, query: str) -> Observation:
+        return self._answer(text_key(query, None), f"query {query!r:.80}", query)
+
+    def _answer(self, key: Key, what: str, query: str = "") -> Observation:
+        seen = self.store.get(key)
+        self.store.count("hits" if seen else "misses", key.tool)
+        if seen:
+            return replace(seen, seconds=0.0)
+        if self.miss == "error":
+            raise ToolFailure("miss", f"{what} is not recorded in {self.store.path}")
+        if self.pages and (hits := self.pages.nearest(query)):
+            return Observation(hits, source="nearest", cached=True)
+        return Observation(source="replay")
+
+
+class _Pages:
+    """The pages of all recorded text searches, in a private full-text index."""
+
+    def __init__(self, store: Store):
+        self.lock = threading.Lock()
+        self.db = sqlite3.connect("", check_same_thread=False)
+        self.db.execute("CREATE TABLE pages (id INTEGER PRIMARY KEY, title TEXT, text TEXT, url TEXT)")
+        self.db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', {bm25.TOKENIZE})")
+        found = (hit for key, seen, _ in store.records() if key.tool == TEXT_SEARCH for hit in seen.hits)
+        pages = dict.fromkeys((storable(hit.title), storable(hit.text), storable(hit.url)) for hit in found)
+        for number, (title, text, url) in enumerate(pages):
+            self.db.execute("INSERT INTO pages VALUES (?, ?, ?, ?)", (number, title, text, url))
+            words = (number, bm25.searchable(title), bm25.searchable(text))
+            self.db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", words)
+
+    def nearest(self, query: str) -> tuple[Hit, ...]:
+        """The best pages for any of the query's words, with BM25 as score."""
+        match = bm25.sqlite_query(query)
+        sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON id = words.rowid
+                 WHERE words MATCH ? ORDER BY rank, id LIMIT ?"""
+        with self.lock:
+            rows = self.db.execute(sql, [match, NEAREST]).fetchall() if match else []
+        return tuple(Hit(title, url, text, score=score) for title, url, text, score in rows)
+
+
+def import_transcripts(store: Store, path: str | Path, examples: Iterable[Example]) -> int:
+    """Record the searches of a transcripts file (see `recorded.recorded_turns`); how many were new.
+
+    Image searches are joined by id to the pictures of `examples`, which are read once.
+    """
+    from mmsr.data.recorded import recorded_turns  # with it comes pyarrow, which no search waits for
+
+    refuse_pickle(Path(path))
+    recorded, now = recorded_turns(path), time.time()
+
+    def searches() -> Iterator[Record]:
+        for turns in recorded.values():
+            for turn in turns:
+                if turn.action == TEXT_SEARCH and turn.observation is not None:
+                    yield text_key(turn.query or ""), turn.observation, now
+        for example in examples:
+            for turn in recorded.get(example.id, ()):
+                if turn.action == IMAGE_SEARCH and turn.observation is not None:
+                    yield image_key(example.image), turn.observation, now
+
+    return store.add(searches())
+
+
+def import_results(store: Store, results: Mapping[str, Observation], examples: Iterable[Example]) -> int:
+    """Record image searches by the pictures of the examples whose ids they carry; how many were new."""
+    now = time.time()
+    return store.add((image_key(e.image), results[e.id], now) for e in examples if e.id in results)
+
+
+def merge(store: Store, path: str | Path) -> int:
+    """Record the results of another store's file; how many were new. Its counts and spend stay its own."""
+    with closing(Store(path, readonly=True)) as other:
+        return store.add(other.records())
+
+
+def export_jsonl(store: Store, path: str | Path) -> int:
+    """Write all sound results as JSON lines, thumbnails in base64; how many. Whole or not at all."""
+    written = 0
+    with beside(Path(path)) as side, side.open("w", encoding="ascii") as file:
+        for key, seen, when in store.records():
+            line = key._asdict() | {"time": when} | plain(seen, lambda image: base64.b64encode(image).decode())
+            file.write(json.dumps(line) + "\n")
+            written += 1
+    return written
+
+
+def import_jsonl(store: Store, path: str | Path) -> int:
+    """Record what `export_jsonl` wrote; how many were new. Raises UserError that names the row, and records nothing."""
+    refuse_pickle(Path(path))
+    for _ in _exported(Path(path)):
+        pass  # all rows are checked first
+    return store.add(_exported(Path(path)))
+
+
+def _exported(path: Path) -> Iterator[Record]:
+    for row, (_, line) in enumerate(lines(path)):
+        try:
+            found = json.loads(line)
+            key = Key(*(found[name] for name in Key._fields))
+            demand(str, *key)
+            when = demand_number(found["time"])
+            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), when
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}: row {row}: no exported result ({what:.100}); mend the line") from None

@@ -1,0 +1,289 @@
+"""Checks a Hugging Face folder before it is loaded: the headers of its weight files, and the values of config.json.
+
+A quantised checkpoint has the usual names, but they hold whole numbers or 8-bit floats, with the scales in tensors of
+their own: cast to the model's type it loads without an error, and computes noise. So every name and every type of
+number is checked before a weight is read, and what this program does not understand is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmsr.system.errors import UserError, first_line
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+FULL = "give the full-precision checkpoint that it was made from"
+# What the tensors that quantisers add are called, by bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao, HQQ,
+# AQLM and quanto.
+QUANTISED = re.compile(
+    "scale|zero|absmax|quant|packed|qweight|qdata|codebook|[.](SCB|g_idx|codes|W_q)$|_data$|_(blocks|codes)$"
+)
+PICKLED = ("pytorch_model*", "*.pth", "*.pt", "*.ckpt", "*.distcp")
+LFS = b"version https://git-lfs"  # what git leaves in place of a large file
+QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+# What PEFT (LoRA and DoRA, IA3, LoHa, LoKr, VeRA, OFT) calls what it adds, and the weights that it wraps.
+ADAPTERS = re.compile(
+    r"^base_model\.|\b(lora|ia3|hada|lokr|vera|b?oft)_|\b(base_layer|modules_to_save|original_module)\b"
+)
+BUFFERS = re.compile(r"\binv_freq$")  # rotary frequencies, which old versions of transformers stored; computed here
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored weight, as its file's header describes it."""
+
+    file: Path
+    name: str  # in that file
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def headers(folder: Path) -> dict[str, Header]:
+    """What the files of a folder hold, by on-disk name. No weight is read.
+
+    Raises UserError for a folder without weights, damaged files, quantised weights and adapters.
+    """
+    found: dict[str, Header] = {}
+    for file in _weight_files(folder):
+        for header in _headers_of(file):
+            name = _disk_name(header.name)
+            if name in found:
+                raise UserError(f"{file}: {_listed([name])} stands in {found[name].file.name} too: fetch them again")
+            found[name] = header
+    _refuse_quantised(found)
+    return found
+
+
+def fitting(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Header]:
+    """The headers of the weights that a model needs, by the model's names, in the order of the files.
+
+    Raises UserError for one missing or misshapen. A tied embedding may be stored as the head.
+    """
+    if EMBEDDING in shapes and HEAD not in shapes and EMBEDDING not in found and HEAD in found:
+        found = {EMBEDDING if name == HEAD else name: header for name, header in found.items()}
+    for name, header in found.items():
+        if (wanted := shapes.get(name, header.shape)) != header.shape:
+            if header.shape == (0,):  # what DeepSpeed leaves of a weight that is shared out over processes
+                raise UserError(f"{header.file}: {name} is empty: save it again with the weights gathered (ZeRO-3)")
+            what = f"{name} has shape {header.shape}, config.json says {wanted}"
+            raise UserError(f"{header.file}: {what}: not of the same model")
+    missing = [name for name in shapes if name not in found]
+    if missing:
+        some = f"{len(missing)} of {len(shapes)} weights are missing ({_listed(missing)})"
+        if others := [name for name in found if name not in shapes and name != HEAD]:
+            some += f", and there is no place for others ({_listed(others)})"  # a wrapper's names, another program's
+        raise UserError(f"{folder}: {some}: fetch it again, or take config.json and weights of one checkpoint")
+    return {name: header for name, header in found.items() if name in shapes}
+
+
+def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError for weights that the model of config.json does not have. A tied head must have been checked before."""
+    others = [name for name in found if name not in shapes and name != HEAD and not BUFFERS.search(name)]
+    if others:
+        some = f"{len(others)} weights have no place in the model of config.json ({_listed(others)})"
+        raise UserError(f"{folder}: {some}: take config.json and weights of one checkpoint")
+
+
+def tensors(found: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time: views of the files. Raises UserError for numbers that no sound checkpoint holds."""
+    for file, group in groupby(found.items(), lambda item: item[1].file):
+        with _opened(file) as stored:
+            for name, header in group:
+                tensor = stored.get_tensor(header.name)
+                low, high = (end.float() for end in tensor.aminmax())  # one pass without a copy, which hands NaN on
+                if not (low.isfinite() and high.isfinite()):
+                    raise UserError(f"{file}: {name} holds NaN or infinite numbers: take an earlier checkpoint")
+                if low == high == 0 and _is_never_zero(name, tensor):
+                    raise UserError(
+                        f"{file}: {name} holds zeros only: not written or not fetched whole, fetch it again"
+                    )
+                yield name, tensor
+
+
+def _is_never_zero(name: str, tensor: Tensor) -> bool:
+    """Norms and embeddings. Biases may be zero, and so may a matrix that somebody switched off."""
+    return name in (EMBEDDING, HEAD) or tensor.ndim == 1 and name.endswith(".weight")
+
+
+def own_head(found: Mapping[str, Header]) -> bool:
+    """Whether the head is stored, and is another than the embedding. transformers then does not tie them either."""
+    if HEAD not in found or EMBEDDING not in found:
+        return False
+    if found[HEAD].shape != found[EMBEDDING].shape:
+        return True
+    head, embedding = (_tensor(found[name]) for name in (HEAD, EMBEDDING))
+    return not bool((head == embedding).all())
+
+
+def _refuse_quantised(found: Mapping[str, Header]) -> None:
+    for name, header in found.items():
+        if ADAPTERS.search(name):
+            advice = "merge it into its base model and give that folder"
+            raise UserError(f"{header.file}: {_listed([name])} is an adapter's: {advice}")
+        if header.dtype not in FLOATS or QUANTISED.search(name):
+            raise UserError(
+                f"{header.file}: the weights are quantised ({_listed([name])} holds {header.dtype}): {FULL}"
+            )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        _explain_absence(folder)
+        raise UserError(f"model folder {folder} has neither {single.name} nor {index.name}: fetch its weights")
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(_is_plain(name) for name in names.values()):
+        raise UserError(f"{index}: weight_map does not name a file of this folder for each weight: fetch it again")
+    shards = sorted({folder / name for name in names.values()})
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise UserError(f"{index} names {len(shards)} files, {len(absent)} do not exist ({absent[0]}): fetch it again")
+    return shards
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it names a file directly in the folder."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII))
+
+
+def _explain_absence(folder: Path) -> None:
+    """UserError where a folder without safetensors holds weights of another form."""
+    if [*folder.glob("*.gguf")]:
+        raise UserError(
+            f"model folder {folder} holds a GGUF file, which is quantised or made for another program: {FULL}"
+        )
+    if any([*folder.glob(pattern)] for pattern in PICKLED):
+        advice = "save it again with transformers, which writes safetensors"
+        raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")
+
+
+def _headers_of(file: Path) -> list[Header]:
+    with _opened(file) as stored:
+        parts = {name: stored.get_slice(name) for name in stored.keys()}
+        return [Header(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
+
+
+def _tensor(header: Header) -> Tensor:
+    with _opened(header.file) as stored:
+        return stored.get_tensor(header.name)
+
+
+def _disk_name(name: str) -> str:
+    """Some files have transformers 5's in-memory names, `model.visual.*` and `model.language_model.*`."""
+    for memory, disk in (("model.visual.", "visual."), ("model.language_model.", "model.")):
+        if name.startswith(memory):
+            return disk + name.removeprefix(memory)
+    return name
+
+
+def _listed(names: list[str]) -> str:
+    """The first of them, in one line whatever a stranger wrote there."""
+    return ", ".join(" ".join(name.split())[:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """safe_open. UserError for a file that is damaged, whenever that shows."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        reason = first_line(error)
+        if _begins_with(file, LFS):
+            raise UserError(f"{file} is not the file but Git LFS's note of it: run `git lfs pull` there") from error
+        raise UserError(f"{file} cannot be read ({reason}): truncated or corrupt, fetch it again") from error
+
+
+def _begins_with(file: Path, head: bytes) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(head)) == head
+    except OSError:
+        return False
+
+
+# ---- what config.json says
+
+Bounds = tuple[type, float, float]  # of a number: int, float, or tuple for a list of ints; least, most
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. UserError for a file that is damaged or holds something else."""
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): give a readable file") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not valid JSON ({first_line(error)}): fetch it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a JSON {type(values).__name__}, not an object: fetch it again")
+    return values
+
+
+def check_bounds(values: dict[str, Any], bounds: dict[str, Bounds], prefix: str) -> None:
+    """ValueError, with the name after `prefix`, for a value of another kind or out of its bounds. None is absent."""
+    for name, (kind, least, most) in bounds.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        listed = kind is tuple and isinstance(value, list | tuple)
+        kinds = int | float if kind is float else int
+        for number in value if listed else [value]:
+            right = isinstance(number, kinds) and not isinstance(number, bool) and (listed or kind is not tuple)
+            if not right or not least <= number <= most:  # not a number fails here
+                what = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}[kind]
+                raise ValueError(f"{prefix}{name} is {value!r:.40}, it must be {what} from {least:g} to {most:g}")
+
+
+def section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within config.json; empty where it is absent or null."""
+    found = values.get(name)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{name} is a JSON {type(found).__name__}, not an object")
+    return found or {}
+
+
+def flag(values: dict[str, Any], name: str) -> bool:
+    """True or false; false where it is absent or null."""
+    value = values.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{name} is {value!r:.40}, not true or false")
+    return bool(value)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """UserError for the folder of an adapter, such as LoRA: it holds differences from a model, and not the model."""
+    config = folder / "adapter_config.json"
+    if not (config.is_file() or [*folder.glob("adapter_model.*")]):
+        return
+    base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
+    named = _listed([str(base or "another model")])
+    raise UserError(
+        f"model folder {folder} holds an adapter of {named}, not a model: merge the two "
+        "(PEFT's merge_and_unload and save_pretrained) and give the folder of the whole model"
+    )
+
+
+def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """UserError where the folder's config.json, or a file beside it, says that the weights are quantised."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        part = part if isinstance(part, dict) else {}
+        if found := part.get("quantization_config") or part.get("compression_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            said = _listed([method if isinstance(method, str) else "quantization_config"])
+            raise UserError(f"{folder / 'config.json'}: the weights are quantised ({said}): {FULL}")
+    for name in QUANTISERS_FILES:
+        if (folder / name).is_file():
+            raise UserError(f"{folder / name}: the weights are quantised: {FULL}")

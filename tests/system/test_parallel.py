@@ -1,0 +1,644 @@
+"""Ranks against a single process: equal gradients and tokens however work is dealt, and nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import test_engine
+import torch
+from crew import Crew, environment, free_port, on_one
+from helpers import conversation, report, tiny_config, tiny_model
+from test_update import EXAMPLE, SUPPRESSED, made, relative
+
+from mmsr import pretrained
+from mmsr.assemble import load_model
+from mmsr.episode import Episode
+from mmsr.system import parallel
+from mmsr.system.errors import UserError
+from mmsr.system.parallel import Ranks, Stopped, balanced_partition, gathered, generation, shard
+from mmsr.update import MasterWeights, Trainer
+from mmsr.vision import image_tokens, load_image
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    crew = Crew(2)
+    yield crew
+    crew.stop()
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_is_told_otherwise_than_the_user_did(name, monkeypatch):
+    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(other, "")  # so that it is put back
+        monkeypatch.delenv(other)
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    with parallel.start("cpu"):
+        told = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert told == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def texts(group: int, members: int = 2) -> list[Episode]:
+    """A group without pictures."""
+    episodes = []
+    for m in range(members):
+        ids, _ = conversation(300 + group, 6)
+        turn, _ = conversation(400 + 5 * group + m, 3 + m)
+        mask = [0] * len(ids) + [1] * len(turn)
+        lists = (ids.tolist() + turn.tolist(), mask, [-5.0 * x for x in mask])
+        episodes.append(Episode(EXAMPLE, group, m, *lists, [], len(ids), advantage=1.0 - 2.0 * m))
+    return episodes
+
+
+# How groups 0 … 4 (3 and 4 without pictures) are dealt: rank of each group.
+DEALS = {
+    "even": [0, 1, 0, 1, 0],
+    "one rank has text only": [0, 0, 0, 1, 1],
+    "one rank has nothing": [0, 0, 0, 0, 0],
+    "the other has nothing": [1, 1, 1, 1, 1],
+    "four": [0, 1, 3, 3, 3],
+}
+
+
+def batch() -> list[Episode]:
+    return [*made(), *texts(3), *texts(4)]
+
+
+def share(ranks: Ranks, deal: str) -> list[Episode]:
+    return [e for e in batch() if ranks.size == 1 or DEALS[deal][e.group_id] == ranks.rank]
+
+
+def sharded(ranks: Ranks, seed: int, dtype=torch.float32, across="node", **changes):
+    return shard(tiny_model(seed, **changes), ranks, dtype, across)
+
+
+def build(ranks: Ranks, options: dict, changes: dict, recompute: bool = False, across="node") -> Trainer:
+    model = sharded(ranks, 1, across=across, **changes)
+    model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
+    options = {"max_grad_norm": 1e9, "micro_tokens": 60} | options
+    if options.get("kl"):
+        options["reference"] = sharded(ranks, 2, across=across, **changes).requires_grad_(False)
+    optimizer = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    return Trainer(model, optimizer, SUPPRESSED, ranks=ranks, **options)
+
+
+def whole_gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        for name, p in trainer.model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def gradient(ranks: Ranks, deal: str, options=None, changes=None, recompute=False, across="node"):
+    """Gradient of one update, whole, and the metrics."""
+    trainer = build(ranks, options or {}, changes or {}, recompute, across)
+    kept = {}
+    trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
+    metrics = trainer.step([share(ranks, deal)], 0.1)
+    return kept, metrics
+
+
+def check_gradient(crew, record_property, what: str, *args) -> None:
+    alone, metrics = on_one(gradient, *args)
+    for found, other in crew(gradient, *args):
+        difference = relative(found, alone)
+        report(record_property, f"gradient, {what}", difference)
+        assert difference < 1e-5
+        for key in ("loss", "kl", "entropy", "logp_gap", "logp_gap_max", "grad_norm", "encoded", "trained_unique"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("deal", [d for d in DEALS if d != "four"])
+def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, deal, record_property):
+    check_gradient(pair, record_property, deal, deal, {"kl": 0.3})
+
+
+def test_gradient_of_tied_head_token_mean_and_recomputed_blocks(pair, record_property):
+    changes = {"tie_word_embeddings": True}
+    check_gradient(pair, record_property, "tied", "even", {"loss_norm": "token"}, changes, True)
+
+
+# ---- guards
+
+
+class Once:
+    """Raises an error the n-th time it is called."""
+
+    def __init__(self, n: int, error: type[Exception]):
+        self.left, self.error = n, error
+
+    def __call__(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("simulated")
+
+
+def fail_in(trainer: Trainer, place: str, once: Once) -> None:
+    """Have `once` called in the middle of a forward or a backward pass."""
+    block = trainer.model.visual.blocks[1] if "vision" in place else trainer.model.model.layers[0]
+    inner = block.mlp
+    if place.endswith("backward"):
+
+        def hook(_, __, out) -> None:
+            if out.requires_grad:
+                out.register_hook(once)
+
+        inner.register_forward_hook(hook)
+    else:
+        inner.register_forward_pre_hook(once)
+
+
+def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, tokens: int = 120, dealt="even"):
+    """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
+    trainer = build(ranks, {"kl": 0.3, "micro_tokens": tokens}, {})
+    trainer.step([[]], 0.0)  # the rehearsal
+    fail_in(trainer, place, Once(n if ranks.rank == failing else 0, torch.OutOfMemoryError))
+    kept = []
+    trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
+    for _ in range(2):
+        trainer.step([share(ranks, dealt)], 0.0)
+    return kept, trainer.micro_tokens
+
+
+@pytest.mark.parametrize("place, failing, n", [("forward", 1, 2), ("backward", 0, 1), ("backward", 1, 2)])
+def test_out_of_memory_on_one_rank_leads_to_the_same_gradient(pair, place, failing, n, record_property):
+    alone, _ = on_one(gradient, "even", {"kl": 0.3})
+    for kept, tokens in pair(gradient_after_running_out, place, failing, n):
+        assert tokens < 120
+        for found in kept:
+            difference = relative(found, alone)
+            report(record_property, f"gradient after running out of memory, {place} pass {n}", difference)
+            assert difference < 1e-5
+
+
+def test_out_of_memory_of_a_single_process_leads_to_the_same_gradient():
+    alone, _ = on_one(gradient, "even", {"kl": 0.3})
+    kept, tokens = on_one(gradient_after_running_out, "backward", 0, 1, 10**6)
+    assert all(relative(found, alone) < 1e-5 for found in kept) and len(kept) == 2 and tokens < 400
+
+
+def test_out_of_memory_in_one_episode_is_a_user_error_on_all_ranks(pair):
+    for message in pair(message_of_running_out, "vision forward"):
+        assert "rank 1 ran out of memory in its vision pass" in message and "--max-pixels" in message
+    for message in pair(message_of_running_out, "backward"):
+        assert "rank 1 ran out of memory in its micro-batch" in message
+
+
+def message_of_running_out(ranks: Ranks, place: str) -> str:
+    trainer = build(ranks, {"micro_tokens": 1}, {})
+    trainer.step([[e for e in share(ranks, "even") if e.group_id > 2]], 0.0)  # no picture on any rank
+    fail_in(trainer, place, Once(int(ranks.rank == 1), torch.OutOfMemoryError))
+    with pytest.raises(UserError) as error:
+        trainer.step([share(ranks, "even")], 0.0)
+    return str(error.value)
+
+
+class Heard(dict):
+    """Keeps every row of collectives that a pass of a name has had."""
+
+    def setdefault(self, name, row):
+        super().setdefault(name, set()).add(tuple((str(call.op), call.size_in, call.dtype) for call in row))
+
+
+def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
+    trainer = build(ranks, {"kl": 0.3}, {})
+    trainer.lockstep.rows = Heard()
+    for dealt in ("even", "one rank has text only", "one rank has nothing"):
+        model = trainer.model
+        with generation(model) as whole:
+            test_engine.run(whole, test_engine.groups(1 + ranks.rank, 2))
+        half = [[e for e in share(ranks, dealt) if (e.group_id < 2) == first] for first in (True, False)]
+        trainer.step(half, 0.1)
+    return dict(trainer.lockstep.rows)
+
+
+def test_passes_are_always_the_same_row_of_collectives(pair):
+    """What a rank that runs out of memory counts on: empty passes and full ones, after generation, text alone."""
+    first, second = pair(rows_of_some_updates)
+    assert first == second and len(first) == 5
+    assert {name: len(rows) for name, rows in first.items()} == dict.fromkeys(first, 1)
+
+
+def skipped(ranks: Ranks, what: str):
+    trainer = build(ranks, {"max_skipped": 2}, {})
+    before = gathered(trainer.model, ranks, torch.float32)
+    before = {name: value.clone() for name, value in before.items()}
+    bad, good = share(ranks, "even"), share(ranks, "even")
+    if ranks.rank == ranks.size - 1:
+        if what == "loss":
+            bad[0].logps = [math.nan] * len(bad[0].logps)
+            trainer.importance_cap = 2.0
+        else:
+            setattr(bad[0], what, math.inf)
+    found = [trainer.step([bad], 0.1)]
+    after = gathered(trainer.model, ranks, torch.float32)
+    same = all(torch.equal(after[name], before[name]) for name in before)
+    found.append(trainer.step([good], 0.0))
+    with pytest.raises(UserError, match="2 updates in a row"):
+        trainer.step([bad, bad], 0.1)
+    return same, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["reward", "advantage", "loss"])
+def test_value_that_is_not_finite_on_one_rank_skips_the_update_on_all(pair, what):
+    for same, (bad, good) in [on_one(skipped, what), *pair(skipped, what)]:
+        assert same and bad["skipped_updates"] == 1 and good["skipped_updates"] == 0
+        assert math.isfinite(bad["loss"]) and good["loss"] != 0
+
+
+def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
+    """Whole weights after steps of the optimizer that train.py uses, clipped, two updates each."""
+    stored = dtype if ranks.size == 1 else torch.float32
+    model = shard(tiny_model(1).to(dtype).to(stored), ranks, dtype)
+    optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
+    trainer = Trainer(model, optimizer, SUPPRESSED, micro_tokens=60, max_grad_norm=0.5, ranks=ranks)
+    episodes = share(ranks, "even")
+    for _ in range(steps):
+        trainer.step([[e for e in episodes if e.group_id < 2], [e for e in episodes if e.group_id >= 2]], 1e-4)
+    return gathered(model, ranks, dtype)
+
+
+def test_weights_after_some_steps_equal_those_of_one_process(pair, record_property):
+    alone = on_one(trained_weights)
+    main, other = pair(trained_weights)
+    difference = max((main[name] - alone[name]).abs().max().item() for name in alone)
+    report(record_property, "weights after 6 updates of AdamW at rate 1e-4", difference)
+    assert main.keys() == alone.keys() and not other
+    assert difference < 2e-5, "Adam magnifies noise where a gradient is nearly 0, but not beyond a part of a step"
+
+
+def test_shards_used_in_bf16_are_fp32_masters(pair):
+    alone, (main, _) = on_one(trained_weights, torch.bfloat16), pair(trained_weights, torch.bfloat16)
+    before = tiny_model(1).bfloat16().state_dict()
+    moved = sum((main[name] != before[name]).sum().item() for name in before)
+    apart = max((main[name].float() - alone[name].float()).abs().max().item() for name in before)
+    assert moved > 1000 and apart < 0.02
+
+
+# ---- generation and weights
+
+
+def generated(ranks: Ranks, dtype=torch.float32):
+    """Tokens of groups dealt unevenly, rounds of training in between; the second round has one rank idle."""
+    model = tiny_model(4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    model = shard(model, ranks, dtype)
+    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, ranks=ranks)
+    found, steps = {}, []
+    for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
+        mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
+        batch = [group for i in mine for group in test_engine.groups(1, 3, first=i)]
+        with generation(model) as whole:
+            steps.append(test_engine.run(whole, batch).counts["decode_steps"] if batch else 0)
+        found.setdefault("tokens", []).append(dict(zip(mine, test_engine.texts(batch)[::3])))
+        trainer.step([share(ranks, "even")], 0.05)
+    return found["tokens"], steps
+
+
+def test_tokens_do_not_depend_on_the_number_of_ranks(pair):
+    """Ranks with different numbers of decode steps, or none, between updates of the weights."""
+    alone, _ = on_one(generated)
+    (first, steps), (second, other_steps) = pair(generated)
+    assert steps != other_steps and steps[1] == 0
+    assert [a | b for a, b in zip(first, second)] == alone
+    assert alone[0] != alone[2], "training should have changed what is sampled"
+
+
+@contextmanager
+def through_fsdp(model):
+    """What `generation` was before it gave a plain twin: FSDP's own modules, hooks and all, with whole weights."""
+    model.set_reshard_after_forward(False)
+    units = parallel.units(model)
+    for unit in units:
+        unit.unshard()
+    yield model
+    model.set_reshard_after_forward(True)
+    for unit in units:
+        unit.reshard()
+
+
+def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
+    """Greedy and sampled tokens of both, before and after an update; what the twin is made of."""
+    sharp = tiny_model(4, tie_word_embeddings=tied)
+    with torch.no_grad():
+        sharp.head_weight.mul_(4)
+    model = shard(sharp, ranks, torch.float32)
+    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, ranks=ranks)
+    found = []
+    for _ in range(2):
+        sharded = sum(p.to_local().nbytes for p in model.parameters())
+        with generation(model) as twin:
+            places = {name: p.data_ptr() for name, p in model.named_parameters()}
+            seen = {
+                "same tensors": {name: p.data_ptr() for name, p in twin.named_parameters()} == places,
+                "hooks": sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in twin.modules()),
+                "trains": all(p.requires_grad for p in model.parameters()),
+                "is sharded": any(isinstance(m, parallel.FSDPModule) for m in twin.modules()),
+            }
+        assert sharded == sum(p.to_local().nbytes for p in model.parameters()), "it is back in its shards"
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            for route, opened in (("twin", generation), ("fsdp", through_fsdp)):
+                batch = test_engine.groups(3, 3, first=ranks.rank)
+                with opened(model) as whole:
+                    test_engine.run(whole, batch, temperature=temperature)
+                seen[how, route] = test_engine.texts(batch)
+        found.append(seen)
+        trainer.step([share(ranks, "even")], 0.05)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_decode_through_hooks_or_other_weights(pair, tied):
+    """The plain twin has FSDP's gathered tensors themselves, none of its hooks, and draws the same tokens."""
+    for before, after in pair(through_twin_and_fsdp, tied):
+        for seen in (before, after):
+            assert seen["same tensors"] and not seen["hooks"] and not seen["is sharded"] and seen["trains"]
+            assert seen["greedy", "twin"] == seen["greedy", "fsdp"]
+            assert seen["sampled", "twin"] == seen["sampled", "fsdp"]
+        assert before["sampled", "twin"] != after["sampled", "twin"], "the update should have changed the tokens"
+
+
+def in_bf16(ranks: Ranks):
+    """fp32 shards used in bfloat16: types inside, and a gradient."""
+    model = shard(tiny_model(1), ranks, torch.bfloat16)
+    optimizer = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = Trainer(model, optimizer, SUPPRESSED, max_grad_norm=1e9, ranks=ranks)
+    kept = {}
+    trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
+    trainer.step([share(ranks, "even")], 0.1)
+    with generation(model) as plain:
+        whole = {p.dtype for p in plain.parameters()}
+    return kept, whole, {p.dtype for p in model.parameters()}
+
+
+def test_fp32_shards_compute_in_bf16(pair):
+    alone, _ = on_one(gradient, "even")
+    for kept, whole, kept_as in pair(in_bf16):
+        assert whole == {torch.bfloat16} and kept_as == {torch.float32}
+        assert relative(kept, alone) < 0.1
+
+
+def loaded(ranks: Ranks, folder: str):
+    model = load_model(Path(folder), torch.float32, torch.float32, ranks, "node")
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
+    return gathered(model, ranks, torch.float32), local
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_a_folder_gives_each_rank_its_shards(pair, tied, tmp_path):
+    model = tiny_model(3, tie_word_embeddings=tied)
+    pretrained.save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=10**5)
+    (main, first), (_, second) = pair(loaded, str(tmp_path))
+    assert main.keys() == model.state_dict().keys()
+    assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
+    whole = sum(p.numel() for p in model.parameters())
+    assert first + second == whole and max(first, second) < 0.6 * whole
+
+
+def load_error(ranks: Ranks, folder: str) -> str:
+    with pytest.raises((UserError, Stopped)) as error:
+        loaded(ranks, folder)
+    return str(error.value)
+
+
+def test_broken_folder_is_an_error_on_all_ranks(pair, tmp_path):
+    weights = tiny_model().state_dict()
+    weights.pop("model.norm.weight")
+    pretrained.save_weights(tiny_config(), weights, tmp_path)
+    first, second = pair(load_error, str(tmp_path))
+    assert "model.norm.weight" in first and second.startswith("rank 0 failed") and "model.norm.weight" in second
+
+
+# ---- what ranks tell each other
+
+
+def told(ranks: Ranks):
+    total = ranks.sum({"a": 1, ("b", ranks.rank): 0.5})
+    with pytest.raises((ValueError, Stopped)) as error, ranks.sync_errors():
+        if ranks.rank == 1:
+            raise ValueError("row 7")
+    made_by = ranks.main_process_first("once", lambda: (time.sleep(0.3 * ranks.main), time.monotonic())[1])
+    return total, ranks.max(ranks.rank * 2), ranks.gather([ranks.rank]), str(error.value), made_by
+
+
+def test_ranks_add_up_agree_and_wait(pair):
+    (total, most, items, stopped, first), (total_, most_, items_, own, second) = pair(told)
+    assert total == total_ == {"a": 2, ("b", 0): 0.5, ("b", 1): 0.5} and most == most_ == 2
+    assert items == [0, 1] and items_ == [] and first < second
+    assert own == "row 7" and stopped == "rank 1 failed: ValueError: row 7"
+
+
+def test_a_rank_that_lost_another_says_so_even_where_the_error_says_nothing():
+    with pytest.raises(RuntimeError) as lost:
+        exec(compile("raise RuntimeError", "distributed_c10d.py", "exec"))
+    told = parallel._obituary("rank 0 of 2", lost.value)
+    assert told == "rank 0 of 2 lost another rank, or waited for it too long: RuntimeError"
+
+
+def test_groups_are_dealt_evenly_by_load():
+    assert (
+        balanced_partition([1, 1, 1], 1) == [[0, 1, 2]]
+        and balanced_partition([], 2) == [[], []]
+        and balanced_partition([5], 2) == [[0], []]
+    )
+    loads = [(37 * i) % 23 + 1 for i in range(41)]
+    hands = balanced_partition(loads, 4)
+    assert sorted(i for hand in hands for i in hand) == list(range(41))
+    assert {len(hand) for hand in hands} == {10, 11} and all(hand == sorted(hand) for hand in hands)
+    sums = [sum(loads[i] for i in hand) for hand in hands]
+    assert max(sums) - min(sums) <= max(loads) / 2, sums
+
+
+def test_image_tokens_are_those_of_the_loaded_picture():
+    from helpers import picture_bytes
+
+    for size in [(60, 40), (300, 200), (28, 400)]:
+        data = picture_bytes(*size)
+        assert image_tokens(data, 56 * 56, 200 * 200) == load_image(data, 56 * 56, 200 * 200).tokens
+    assert image_tokens(b"no picture") == 0
+
+
+# ---- four ranks, two machines
+
+
+@pytest.fixture(scope="module")
+def four():
+    crew = Crew(4, node_size=2)
+    yield crew
+    crew.stop()
+
+
+def timeouts(ranks: Ranks, across: str) -> dict[str, float]:
+    """Seconds that each group of a sharded model's mesh waits, by the dimension's name."""
+    mesh = next(sharded(ranks, 1, across=across).parameters()).device_mesh
+    backends = {name: mesh.get_group(name)._get_backend(ranks.device) for name in mesh.mesh_dim_names}
+    return {name: backend.options._timeout.total_seconds() for name, backend in backends.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across, names", [("all", ["shard"]), ("node", ["replicate", "shard"])])
+def test_a_group_of_the_mesh_has_another_timeout_than_the_run(four, across, names):
+    assert four(timeouts, across) == [dict.fromkeys(names, 60.0)] * 4, "as the crew started them"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", ["all", "node"])
+@pytest.mark.parametrize("deal_", ["four", "one rank has nothing"])
+def test_gradient_on_four_ranks(four, deal_, across, record_property):
+    """`node`: two machines of two ranks each, which hold copies of each other's shards."""
+    check_gradient(four, record_property, f"{deal_}, {across}", deal_, {"kl": 0.3}, {}, False, across)
+
+
+@pytest.mark.slow
+def test_out_of_memory_with_hybrid_shards(four, record_property):
+    alone, _ = on_one(gradient, "four", {"kl": 0.3})
+    for place, failing, n in [("forward", 3, 1), ("backward", 0, 1)]:
+        for kept, _ in four(gradient_after_running_out, place, failing, n, 120, "four"):
+            assert max(relative(found, alone) for found in kept) < 1e-5
+
+
+@pytest.mark.slow
+def test_loading_with_hybrid_shards(four, tmp_path):
+    model = tiny_model(3)
+    pretrained.save(model, tmp_path)
+    (main, *_), *others = four(loaded, str(tmp_path))
+    assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
+    assert all(local < 0.6 * sum(p.numel() for p in model.parameters()) for _, local in others)
+
+
+# ---- train.py
+
+
+def train(size: int, out: Path, folder: Path, *options: str, script: str = "train.py") -> list[subprocess.Popen]:
+    """train.py in `size` processes, as torchrun starts them, or in one, as a shell does."""
+    line = [
+        sys.executable,
+        script,
+        "--recipe",
+        "toy",
+        "--toy",
+        "basic",
+        "--model",
+        folder,
+        "--out",
+        out,
+        "--steps",
+        4,
+        "--eval-size",
+        2,
+    ]
+    line += ["--questions", 6, "--mini-batch", 3, "--group-size", 4, *options]
+    port = free_port()
+    places = [environment(rank, size, port) if size > 1 else {} for rank in range(size)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return [subprocess.Popen([str(part) for part in line], env=base | place, **pipes) for place in places]
+
+
+def read(out: Path) -> tuple[list[dict], list[dict]]:
+    """Metrics and rollouts without what a clock says."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rollouts = [json.loads(line) for f in sorted((out / "rollouts").iterdir()) for line in f.read_text().splitlines()]
+    for line in metrics:
+        line.pop("seconds", None)
+    for turn in (turn for rollout in rollouts for turn in rollout["turns"]):
+        turn.get("observation", {}).pop("seconds", None)
+        turn["pieces"] = [piece[:2] for piece in turn.get("pieces", ())]  # probabilities are equal but for rounding
+    return metrics, rollouts
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """Four steps of two ranks, uninterrupted."""
+    out = tmp_path_factory.mktemp("two") / "whole"
+    said = [(process.communicate(timeout=100), process.returncode) for process in train(2, out, folder)]
+    assert [status for _, status in said] == [0, 0], said
+    assert not said[1][0][0], "only the main rank prints"
+    return out
+
+
+@pytest.mark.slow
+def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path, whole):
+    (alone,) = train(1, tmp_path / "alone", folder)
+    assert alone.wait(100) == 0, alone.stderr.read()
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(tmp_path / "alone"), read(whole)
+    assert any(line.get("grad_norm") for line in metrics), "somebody should have learnt something"
+    for one, two in zip(metrics, metrics_2, strict=True):
+        numbers = {key for key, value in one.items() if isinstance(value, float)}
+        assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
+        assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 96
+    assert [(r["group"], r["sample"]) for r in rollouts_2] == [(r["group"], r["sample"]) for r in rollouts]
+    weights = [pretrained.load(out / "model").state_dict() for out in (tmp_path / "alone", whole)]
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
+
+
+BROKEN = """
+import os, sys, train
+from mmsr import episode, rollout, update
+
+def broken(self, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise {error}
+    return whole(self, *args, **kwargs)
+
+whole, {place} = {place}, broken
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place, error, status",
+    [
+        ("rollout.Rollout.__call__", "episode.UserError('row 7 is broken; mend it')", 2),
+        ("update.Trainer._micro_batch", "ValueError('a bug')", 1),
+    ],
+)
+def test_exception_on_one_rank_ends_all_and_is_told_once(folder, tmp_path, place, error, status):
+    (tmp_path / "broken.py").write_text(BROKEN.format(place=place, error=error))
+    begun = time.monotonic()
+    processes = train(2, tmp_path / "out", folder, script=tmp_path / "broken.py")
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert time.monotonic() - begun < 40
+    assert processes[1].returncode == status and processes[0].returncode in (1, 2)
+    message = "row 7 is broken" if status == 2 else "a bug"
+    assert "rank 1 of 2" in said[1] and message in said[1] and message not in said[0]
+    assert said[1].count("Traceback") == (status == 1) and "Traceback" not in said[0], said[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder, tmp_path, whole):
+    """One rank alone gets the signal, as from a person with `kill`; the other learns of it where they meet."""
+    out, resume = tmp_path / "out", []
+    for step, which, status in [(1, 1, signal.SIGTERM), (2, 0, signal.SIGINT)]:
+        cut = train(2, out, folder, *resume)
+        while not (out / f"rollouts/step-{step:06d}.jsonl").is_file() and cut[0].poll() is None:
+            time.sleep(0.05)
+        cut[which].send_signal(status)
+        said = [process.communicate(timeout=100) for process in cut]
+        assert [process.returncode for process in cut] == [128 + status] * 2, said
+        assert "Go on with --resume" in said[0][0] and not said[1][0]
+        resume = ["--resume"]
+    again = train(2, out, folder, *resume)
+    said = [process.communicate(timeout=100) for process in again]
+    assert [process.returncode for process in again] == [0, 0], said
+    assert "Resumed after step" in said[0][0]
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert read(out) == read(whole)
