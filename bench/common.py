@@ -98,7 +98,7 @@ class ForcedSearch(Rollout):
     """Searches in turn 1 and answers in turn 2, whatever the model says."""
 
     def _turn_ended(self, run):
-        run.member.stopped = True
+        run.sequence.stopped = True
         super()._turn_ended(run)
 
     def _turn(self, run, *args, **options):

@@ -22,7 +22,7 @@ from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
-from mmsr.engine import Engine, Group, Member
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.vision import load_image
 
 
@@ -42,22 +42,22 @@ class Bench:
         pictures = [load_image(common.picture(self.side, seed=i)) for i in range(n)]
         return [self.chat.prompt("who made this ?", picture) for picture in pictures]
 
-    def run_ours(self, prompts: list, members: int) -> list[list[int]]:
-        groups = [Group(p.ids, p.images, [Member(i) for i in range(members)]) for p in prompts]
+    def run_ours(self, prompts: list, sequences: int) -> list[list[int]]:
+        groups = [SequenceGroup(p.ids, p.images, [GeneratedSequence(i) for i in range(sequences)]) for p in prompts]
         room = len(prompts[0].ids) + self.new_tokens
         engine = Engine(
-            self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * members, max_tokens=room,
+            self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * sequences, max_tokens=room,
             turn_tokens=self.new_tokens, temperature=0,
         )  # fmt: skip
         engine.submit(groups)
         while engine.busy:
-            for member in engine.step():
-                engine.finish(member)
-        return [member.ids for group in groups for member in group.members]
+            for sequence in engine.step():
+                engine.finish(sequence)
+        return [sequence.ids for group in groups for sequence in group.sequences]
 
     @torch.no_grad()
-    def run_theirs(self, prompts: list, members: int) -> list[list[int]]:
-        every = [prompt for prompt in prompts for _ in range(members)]
+    def run_theirs(self, prompts: list, sequences: int) -> list[list[int]]:
+        every = [prompt for prompt in prompts for _ in range(sequences)]
         ids = torch.tensor([prompt.ids for prompt in every])  # all equally long: nothing to pad
         images = [image for prompt in every for _, image in prompt.images]
         out = self.theirs.generate(
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--side", type=int, default=112, help="pixels along a picture's side")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batches", default="32x1,256x1,32x8", help="prompts x members, by commas")
+    parser.add_argument("--batches", default="32x1,256x1,32x8", help="prompts x sequences, by commas")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -87,22 +87,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options.side, options.new_tokens)
         for batch in options.batches.split(","):
-            n, members = map(int, batch.split("x"))
+            n, sequences = map(int, batch.split("x"))
             prompts = bench.prompts(n)
-            theirs = [common.timed(partial(bench.run_theirs, prompts, members)) for _ in range(options.runs)]
-            ours = [common.timed(partial(bench.run_ours, prompts, members)) for _ in range(options.runs)]
+            theirs = [common.timed(partial(bench.run_theirs, prompts, sequences)) for _ in range(options.runs)]
+            ours = [common.timed(partial(bench.run_ours, prompts, sequences)) for _ in range(options.runs)]
             same = sum(a == b for a, b in zip(ours[-1][1], theirs[-1][1]))
             (their_seconds, _), (our_seconds, _) = zip(*theirs), zip(*ours)
             ratio = statistics.median(their_seconds) / statistics.median(our_seconds)
-            speed = n * members * options.new_tokens / statistics.median(our_seconds)
+            speed = n * sequences * options.new_tokens / statistics.median(our_seconds)
             rows.append([
-                f"{n} × {members}", common.spread(their_seconds), common.spread(our_seconds), f"{ratio:.1f}",
-                f"{speed:,.0f}", f"{same} of {n * members}",
+                f"{n} × {sequences}", common.spread(their_seconds), common.spread(our_seconds), f"{ratio:.1f}",
+                f"{speed:,.0f}", f"{same} of {n * sequences}",
             ])  # fmt: skip
     print(common.machine())
     length = len(prompts[0].ids)
     print(f"fp32, greedy, prompts of {length} tokens with a picture, {options.new_tokens} new; {options.runs} runs\n")
-    header = ["prompts × members", "generate, s", "mmsr, s", "ratio", "mmsr, tokens/s", "sequences equal"]
+    header = ["prompts × sequences", "generate, s", "mmsr, s", "ratio", "mmsr, tokens/s", "sequences equal"]
     print(common.table(header, rows))
 
 

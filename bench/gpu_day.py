@@ -72,10 +72,10 @@ def rows_of(shape: str, slow: float) -> dict[str, Row]:
         return Row(f"{shape}: {name}", work, needs * slow, limit * slow, dict(shape=shape) | options)
 
     return {
-        "shared": row("decode, 16 × 8", "decode", 10, 45, members=8, capture=True),
-        "shared eager": row("decode, 16 × 8, not captured", "decode", 15, 45, members=8, capture=False),
-        "apart": row("decode, 128 × 1", "decode", 12, 45, members=1, capture=True),
-        "apart eager": row("decode, 128 × 1, not captured", "decode", 15, 45, members=1, capture=False),
+        "shared": row("decode, 16 × 8", "decode", 10, 45, sequences=8, capture=True),
+        "shared eager": row("decode, 16 × 8, not captured", "decode", 15, 45, sequences=8, capture=False),
+        "apart": row("decode, 128 × 1", "decode", 12, 45, sequences=1, capture=True),
+        "apart eager": row("decode, 128 × 1, not captured", "decode", 15, 45, sequences=1, capture=False),
         "step": row("whole step", "step", 35, 100),
         "gap": row("gap between sampler and trainer", "gap", 8, 40),
         "recomputed": row("training, blocks recomputed", "train", 15, 60, recompute=True),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmsr import attention, model, plan
 from mmsr.config import Config
-from mmsr.engine import Engine, Group, Member, sampling_key
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import Episode, Example
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
@@ -261,11 +261,13 @@ class Bench:
         suppressed[config.vocab_size // 2 :] = True  # with the stop id and the placeholders
         return suppressed
 
-    def groups(self, config: ModelConfig, prompts: int, members: int) -> list[Group]:
+    def groups(self, config: ModelConfig, prompts: int, sequences: int) -> list[SequenceGroup]:
         made = []
         for number in range(prompts):
             ids, images = self.prompt(config, number)
-            made.append(Group(ids, images, [Member(sampling_key(number, i)) for i in range(members)]))
+            made.append(
+                SequenceGroup(ids, images, [GeneratedSequence(sampling_key(number, i)) for i in range(sequences)])
+            )
         return made
 
     def engine(self, policy: Qwen2_5_VL, slots: int, turn: int, most: int, capture: bool = True) -> Engine:
@@ -274,13 +276,13 @@ class Bench:
 
     # ---- generation
 
-    def decode(self, shape: str, members: int, capture: bool) -> list[Figure]:
+    def decode(self, shape: str, sequences: int, capture: bool) -> list[Figure]:
         """Decode steps alone, prompts prefilled, against the bytes that a step has to read."""
         n, runs, s = self.sizes.decode_steps, 3, self.sizes
-        policy, prompts = self.policy(shape), s.decode_batch // members
+        policy, prompts = self.policy(shape), s.decode_batch // sequences
         turn = (WARM if self.cuda else 1) + runs * n + prompts + 2  # no turn ends before the clock stops
-        engine = self.engine(policy, prompts * members, turn, s.prompt + turn + 1, capture)
-        engine.submit(self.groups(policy.config, prompts, members))
+        engine = self.engine(policy, prompts * sequences, turn, s.prompt + turn + 1, capture)
+        engine.submit(self.groups(policy.config, prompts, sequences))
         while engine.counts["prefilled"] < prompts * s.prompt:
             engine.step()
         for _ in range(WARM if self.cuda else 1):
@@ -293,7 +295,7 @@ class Bench:
         share = self.share("bandwidth", (weights + per_token * prompts * s.prompt) * self.dtype.itemsize * n, seconds)
         replayed = (self.graphs["replayed"] - before) / runs / n
         remark = f"{1000 * seconds / n:.1f} ms a step, {replayed:.0%} of them replayed"
-        return [Figure(prompts * members * n / seconds, "tok/s", share=share, remark=remark)]
+        return [Figure(prompts * sequences * n / seconds, "tok/s", share=share, remark=remark)]
 
     def their_decode(self, shape: str, static: bool) -> list[Figure]:
         """transformers' generate: two lengths, and the difference is decoding."""
@@ -333,15 +335,15 @@ class Bench:
         for group in range(questions):
             prompt, picture = self.prompt(config, group)
             back, thumbnails = self.result(config, group)
-            for member in range(s.group):
-                said = [self.stretch(config, s.turn, [], 10_000 + 100 * group + 2 * member + i)[0] for i in (0, 1)]
+            for sequence in range(s.group):
+                said = [self.stretch(config, s.turn, [], 10_000 + 100 * group + 2 * sequence + i)[0] for i in (0, 1)]
                 ids = [*prompt, *said[0], *back, *said[1]]
                 mask = [0] * s.prompt + [1] * s.turn + [0] * s.result + [1] * s.turn
                 images = picture + [(s.prompt + s.turn + at, image) for at, image in thumbnails]
                 episode = Episode(
-                    Example("", b"", "", ()), group, member, ids, mask, [0.0] * len(ids), images, s.prompt
+                    Example("", b"", "", ()), group, sequence, ids, mask, [0.0] * len(ids), images, s.prompt
                 )
-                episode.advantage = float((-1) ** member)
+                episode.advantage = float((-1) ** sequence)
                 made.append(episode)
         return made
 
@@ -472,18 +474,18 @@ class Bench:
         engine = self.engine(policy, questions * s.group, s.turn, s.most)
         engine.submit(groups)
         while engine.busy:
-            for member in engine.step():
-                if 0 in member.loss_mask:
-                    engine.finish(member)
+            for sequence in engine.step():
+                if 0 in sequence.loss_mask:
+                    engine.finish(sequence)
                 else:
-                    engine.extend(member, *results[id(member.group)])
-        made = [self.finished(g, i, m, j) for i, g in enumerate(groups) for j, m in enumerate(g.members)]
+                    engine.extend(sequence, *results[id(sequence.group)])
+        made = [self.finished(g, i, m, j) for i, g in enumerate(groups) for j, m in enumerate(g.sequences)]
         return made, engine.counts["decode_steps"]
 
-    def finished(self, group: Group, number: int, member: Member, sample: int) -> Episode:
+    def finished(self, group: SequenceGroup, number: int, sequence: GeneratedSequence, sample: int) -> Episode:
         n = len(group.ids)
-        lists = (group.ids + member.ids, [0] * n + member.loss_mask, [0.0] * n + member.logps)
-        images = group.images + [(n + at, image) for at, image in member.images]
+        lists = (group.ids + sequence.ids, [0] * n + sequence.loss_mask, [0.0] * n + sequence.logps)
+        images = group.images + [(n + at, image) for at, image in sequence.images]
         episode = Episode(Example("", b"", "", ()), number, sample, *lists, images, n)
         episode.advantage = float((-1) ** sample)
         return episode
@@ -495,9 +497,9 @@ class Bench:
         (group,) = groups = self.groups(policy.config, 1, s.group)
         engine.submit(groups)
         while engine.busy:
-            for member in engine.step():
-                engine.finish(member)
-        episodes = [self.finished(group, 0, member, i) for i, member in enumerate(group.members)]
+            for sequence in engine.step():
+                engine.finish(sequence)
+        episodes = [self.finished(group, 0, sequence, i) for i, sequence in enumerate(group.sequences)]
         trainer = Trainer(policy, None, self.suppressed(policy.config))
         batch = pack(episodes, cut(episodes, 10**6)[0], self.device)
         with torch.no_grad():

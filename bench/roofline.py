@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from mmsr import attention, engine, model, vision
-from mmsr.engine import Group, Member
+from mmsr.engine import GeneratedSequence, SequenceGroup
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
 from mmsr.plan import GIB
@@ -447,7 +447,7 @@ def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = ("decode",
     found: list[Pass] = []
     with as_on_cuda():
         if "decode" in wanted:
-            batches = [(sizes.decode_batch // members, members) for members in MEMBERS]
+            batches = [(sizes.decode_batch // sequences, sequences) for sequences in MEMBERS]
             found += [decode(bench, policy, *batch) for batch in batches if all(batch)]
         if "prefill" in wanted:
             found.append(prefill(bench, policy))
@@ -467,7 +467,7 @@ def tokens_a_second(
     card = Card(limits["bandwidth"], limits["matrix"])
     with as_on_cuda():
         if work == "decode":
-            found = decode(bench, policy, sizes.decode_batch // options["members"], options["members"])
+            found = decode(bench, policy, sizes.decode_batch // options["sequences"], options["sequences"])
             return sizes.decode_batch / found.seconds(card, card.replayed if options["capture"] else card.eager)
         tokens, decoder, tower = update(bench, policy, policy.config.num_hidden_layers * options["recompute"])
         return tokens / (decoder.seconds(card, card.eager) + tower.seconds(card, card.eager))
@@ -480,19 +480,24 @@ def meta_model(config: ModelConfig) -> Qwen2_5_VL:
     return policy
 
 
-def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, members: int) -> Pass:
+def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
-    s, config, slots = bench.sizes, policy.config, prompts * members
+    s, config, slots = bench.sizes, policy.config, prompts * sequences
     engine = bench.engine(policy, slots, s.turn, s.most, capture=False)
-    engine.submit([Group([0] * s.prompt, [], [Member(key) for key in range(members)]) for _ in range(prompts)])
+    engine.submit(
+        [
+            SequenceGroup([0] * s.prompt, [], [GeneratedSequence(key) for key in range(sequences)])
+            for _ in range(prompts)
+        ]
+    )
     half = (2 * s.turn + s.result) / 2
     stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * half)
     with torch.no_grad(), Count([(x, keys) for store, keys in stores for x in tree_leaves(store)]) as count:
-        engine._one(slots, len(engine.prefix_lens), members, engine.room)
+        engine._one(slots, len(engine.prefix_lens), sequences, engine.room)
     weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     needs = bench.dtype.itemsize * (weights + token * sum(keys for _, keys in stores))
-    return Pass(f"decode, {prompts} × {members}", count.kernels, needs, captured=True)
+    return Pass(f"decode, {prompts} × {sequences}", count.kernels, needs, captured=True)
 
 
 def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:

@@ -1,19 +1,19 @@
 """Generation: batched sampling over a KV cache, for groups of conversations that stop, wait for a tool and go on.
 
-A *group* is one prompt with several members. Its prompt and image are prefilled once into a **prefix row**; each member
+A *group* is one prompt with several sequences. Its prompt and image are prefilled once into a **prefix row**; each sequence
 takes a **slot** that holds the keys and values of its own tokens. A turn ends at the stop token or its token limit; the
-caller then either finishes the member or extends it with what a tool gave, and only those new tokens are prefilled. The
-other members decode on meanwhile: there is no barrier between turns.
+caller then either finishes the sequence or extends it with what a tool gave, and only those new tokens are prefilled. The
+other sequences decode on meanwhile: there is no barrier between turns.
 
-Members are admitted one by one: a freed slot is taken at once by the next member, of a group whose prompt is already in
-its row, or of the next group in the queue. A row is free again when the last member of its group has finished, so there
-are more rows than whole groups fit into the slots: otherwise every group's slowest member would keep slots empty.
+Sequences are admitted one by one: a freed slot is taken at once by the next sequence, of a group whose prompt is already in
+its row, or of the next group in the queue. A row is free again when the last sequence of its group has finished, so there
+are more rows than whole groups fit into the slots: otherwise every group's slowest sequence would keep slots empty.
 
 All that changes per token lives in tensors on the device. The host waits for it once a decode step, to see whose turn
 is over, and does no work per token; on CUDA it launches the step as one graph (graphs.py).
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
-Shape letters: S slots, R prefix rows, G members, K key/value heads, P prompt room, L suffix room, D head size,
+Shape letters: S slots, R prefix rows, G sequences, K key/value heads, P prompt room, L suffix room, D head size,
 V vocabulary.
 """
 
@@ -39,10 +39,10 @@ from mmsr.system.graphs import Graphs
 
 
 @dataclass(eq=False)
-class Member:
+class GeneratedSequence:
     """One conversation being generated. `ids` is everything after the prompt; the three lists are aligned.
 
-    A member may open with forced tokens in `ids` (log-probability and mask 0).
+    A sequence may open with forced tokens in `ids` (log-probability and mask 0).
     """
 
     key: int  # seeds its randomness; see `sampling_key`
@@ -56,7 +56,7 @@ class Member:
     since: int | None = None  # the engine's count of decode steps when the turn under way began
     position: int = 0  # rotary position of the first token that has none
     slot: int = -1
-    group: Group | None = None
+    group: SequenceGroup | None = None
 
     def force(self, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
         """Append tokens that are given, not sampled. `images`: (offset within these tokens, vision.Image)."""
@@ -67,15 +67,15 @@ class Member:
 
 
 @dataclass(eq=False)
-class Group:
-    """A prompt and the members that share it."""
+class SequenceGroup:
+    """A prompt and the sequences that share it."""
 
     ids: list[int]
     images: list[tuple[int, Any]]
-    members: list[Member]
+    sequences: list[GeneratedSequence]
     row: int = -1
     unfinished: int = 0
-    scores: Tensor | None = None  # (V,) after the prompt: every member's first token is drawn from them
+    scores: Tensor | None = None  # (V,) after the prompt: every sequence's first token is drawn from them
 
 
 def sampling_key(*parts: object) -> int:
@@ -113,13 +113,13 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
     return tokens, logps.gather(1, tokens[:, None])[:, 0]
 
 
-def prefix_rows(prompts: int, slots: int, members: int) -> int:
-    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `members`.
+def prefix_rows(prompts: int, slots: int, sequences: int) -> int:
+    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `sequences`.
 
-    Twice as many as fill the slots, and one: a group's slowest members keep its row while the next groups already run.
+    Twice as many as fill the slots, and one: a group's slowest sequences keep its row while the next groups already run.
     On recorded lengths that keeps the slots full (tests/test_occupancy.py). A row in use has at least one slot.
     """
-    return min(prompts, slots, 2 * math.ceil(slots / members) + 1)
+    return min(prompts, slots, 2 * math.ceil(slots / sequences) + 1)
 
 
 class Cache:
@@ -168,63 +168,63 @@ class Engine:
         self.greedy, self.temperature = temperature == 0, temperature or 1.0
         self.prefill_tokens = prefill_tokens
         self.graphs = Graphs(capture and self.device.type == "cuda")
-        self.queue: deque[Group] = deque()  # have no row yet
-        self.unseated: deque[Member] = deque()  # have a row, and wait for a slot
-        self.feeding: list[Member] = []  # have forced tokens to prefill
+        self.queue: deque[SequenceGroup] = deque()  # have no row yet
+        self.unseated: deque[GeneratedSequence] = deque()  # have a row, and wait for a slot
+        self.feeding: list[GeneratedSequence] = []  # have forced tokens to prefill
         self.live_members = 0  # are decoding
-        self.seated: dict[int, Member] = {}  # by slot; includes those that wait for a tool
+        self.seated: dict[int, GeneratedSequence] = {}  # by slot; includes those that wait for a tool
         self.counts: Counter = Counter()  # prefilled, decode_steps, images_encoded
         self.features: dict[str, Tensor] = {}  # encoded images, by content: weights stand still while an engine lives
 
     # ---- what a caller uses -----------------------------------------------------------------------------------------
 
-    def submit(self, groups: Sequence[Group]) -> list[Member]:
-        """Queue groups and make room for them. Returns members without room to answer; their groups will not run."""
+    def submit(self, groups: Sequence[SequenceGroup]) -> list[GeneratedSequence]:
+        """Queue groups and make room for them. Returns sequences without room to answer; their groups will not run."""
         assert not self.seated, "an engine takes its groups once"
         refused = []
         for group in groups:
-            known = len(group.ids) + max(len(member.ids) for member in group.members)
+            known = len(group.ids) + max(len(sequence.ids) for sequence in group.sequences)
             if known < self.max_tokens:
                 self.queue.append(group)
             else:
-                refused += group.members
+                refused += group.sequences
         if self.queue:
             self._make_room()
         return refused
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do (members that wait for a tool are not its business)."""
+        """Whether `step` has something to do (sequences that wait for a tool are not its business)."""
         return bool(self.feeding or self.live_members or self._can_seat)
 
     @property
     def _can_seat(self) -> bool:
-        """Whether there is a free slot and a member to take it: its prompt has a row, or there is a free row."""
+        """Whether there is a free slot and a sequence to take it: its prompt has a row, or there is a free row."""
         return bool((self.unseated or (self.queue and self.free_rows)) and self.free_slots)
 
-    def extend(self, member: Member, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
-        """Give a waiting member what came back; it samples its next turn after it. `images`: (offset in ids, Image).
+    def extend(self, sequence: GeneratedSequence, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
+        """Give a waiting sequence what came back; it samples its next turn after it. `images`: (offset in ids, Image).
 
-        Raises ValueError where that leaves no room for a token: finish the member instead.
+        Raises ValueError where that leaves no room for a token: finish the sequence instead.
         """
-        known = len(member.group.ids) + len(member.ids) + len(ids)
+        known = len(sequence.group.ids) + len(sequence.ids) + len(ids)
         if known >= self.max_tokens:
             raise ValueError(f"{len(ids)} more tokens make {known}, which leaves no room under {self.max_tokens}")
-        member.force(ids, images)
-        self.feeding.append(member)
+        sequence.force(ids, images)
+        self.feeding.append(sequence)
 
-    def finish(self, member: Member) -> None:
-        """Give a member's slot back, and the prefix row with the last of its group."""
-        self.free_slots.append(member.slot)
-        del self.seated[member.slot]
-        member.group.unfinished -= 1
-        if not member.group.unfinished:
-            self.free_rows.append(member.group.row)
+    def finish(self, sequence: GeneratedSequence) -> None:
+        """Give a sequence's slot back, and the prefix row with the last of its group."""
+        self.free_slots.append(sequence.slot)
+        del self.seated[sequence.slot]
+        sequence.group.unfinished -= 1
+        if not sequence.group.unfinished:
+            self.free_rows.append(sequence.group.row)
         self.layout = None
 
     @torch.no_grad()
-    def step(self) -> list[Member]:
-        """Admit what fits, prefill what is new, decode one token everywhere; returns members whose turn ended."""
+    def step(self) -> list[GeneratedSequence]:
+        """Admit what fits, prefill what is new, decode one token everywhere; returns sequences whose turn ended."""
         ended = []
         if self._can_seat:
             ended += self._admit()
@@ -239,7 +239,7 @@ class Engine:
     def _make_room(self) -> None:
         """Size cache and slot state to what is queued."""
         prompts = [len(group.ids) for group in self.queue]
-        sizes = [len(group.members) for group in self.queue]
+        sizes = [len(group.sequences) for group in self.queue]
         slots = min(self.slots, sum(sizes))
         rows = prefix_rows(len(prompts), slots, min(sizes))
         self.room = self.max_tokens - min(prompts) + 1
@@ -261,82 +261,82 @@ class Engine:
         self.logps = state(torch.float32, slots, self.room)
         self.most_members = max(sizes)  # of a row
         self.prefix_lens = state(torch.long, rows)
-        self.members = state(torch.long, rows * self.most_members)
+        self.sequences = state(torch.long, rows * self.most_members)
         self.place = state(torch.long, slots)
 
-    def _admit(self) -> list[Member]:
-        """Seat members while there are free slots. Returns those whose turn ended with its first token.
+    def _admit(self) -> list[GeneratedSequence]:
+        """Seat sequences while there are free slots. Returns those whose turn ended with its first token.
 
-        A member without an opening draws its first token from its prompt's scores; one with an opening is fed that.
+        A sequence without an opening draws its first token from its prompt's scores; one with an opening is fed that.
         """
         groups = self._next_groups()
         if groups:
             self._open(groups)
         seated = [self._seat(self.unseated.popleft()) for _ in range(min(len(self.free_slots), len(self.unseated)))]
         self.layout = None
-        starting = [member for member in seated if not member.ids]
-        self.feeding += [member for member in seated if member.ids]
-        scores = [member.group.scores for member in starting]
-        for group in {member.group for member in seated}:
+        starting = [sequence for sequence in seated if not sequence.ids]
+        self.feeding += [sequence for sequence in seated if sequence.ids]
+        scores = [sequence.group.scores for sequence in starting]
+        for group in {sequence.group for sequence in seated}:
             if not self.unseated or self.unseated[0].group is not group:
                 group.scores = None  # a megabyte that nobody will ask for
         return self._start(torch.stack(scores), starting) if starting else []
 
-    def _next_groups(self) -> list[Group]:
+    def _next_groups(self) -> list[SequenceGroup]:
         """The queued groups to prefill now, in order: while slots and rows are left, one pass's worth of prompts."""
-        groups: list[Group] = []
+        groups: list[SequenceGroup] = []
         slots, tokens = len(self.free_slots) - len(self.unseated), 0
         for group in self.queue:
             tokens += len(group.ids)
             if slots <= 0 or len(groups) == len(self.free_rows) or (groups and tokens > self.prefill_tokens):
                 break
             groups.append(group)
-            slots -= len(group.members)
+            slots -= len(group.sequences)
         return groups
 
-    def _open(self, groups: list[Group]) -> None:
-        """Prefill the prompts in one packed pass, each into a row; their members may then take slots."""
+    def _open(self, groups: list[SequenceGroup]) -> None:
+        """Prefill the prompts in one packed pass, each into a row; their sequences may then take slots."""
         self.free_rows.sort()
         for group in groups:
             self.queue.popleft()
-            group.row, group.unfinished = self.free_rows.pop(0), len(group.members)
+            group.row, group.unfinished = self.free_rows.pop(0), len(group.sequences)
         scores, positions = self._prefill_prompts(groups)
         for group, after, position in zip(groups, scores, positions):
             group.scores = after.clone()  # not a part of the whole pass's, which would stay as long
-            for member in group.members:
-                member.group, member.position = group, position
-                self.unseated.append(member)
+            for sequence in group.sequences:
+                sequence.group, sequence.position = group, position
+                self.unseated.append(sequence)
 
-    def _seat(self, member: Member) -> Member:
-        """Give a member the first free slot."""
+    def _seat(self, sequence: GeneratedSequence) -> GeneratedSequence:
+        """Give a sequence the first free slot."""
         self.free_slots.sort()
-        member.slot = self.free_slots.pop(0)
-        self.seated[member.slot] = member
-        return member
+        sequence.slot = self.free_slots.pop(0)
+        self.seated[sequence.slot] = sequence
+        return sequence
 
     def _lay_out(self) -> tuple[int, int, int]:
         """Write down for decoding who sits where; needed only when somebody came or went.
 
-        That is `prefix_lens` (R,), `members` (R · G,) and `place` (S,), see `attention.Cached`. Returns the S, R and G
-        to decode with: the slots and rows in use, counted to the last, and the most members of a row; where steps are
+        That is `prefix_lens` (R,), `sequences` (R · G,) and `place` (S,), see `attention.Cached`. Returns the S, R and G
+        to decode with: the slots and rows in use, counted to the last, and the most sequences of a row; where steps are
         captured, larger numbers that seldom change.
         """
         slots = sorted(self.seated)
         if 2 * len(slots) <= slots[-1] and not self.unseated:
             self._compact(slots)
-        here: dict[Group, list[int]] = {}  # the slots of each group's members
-        for member in self.seated.values():
-            here.setdefault(member.group, []).append(member.slot)
+        here: dict[SequenceGroup, list[int]] = {}  # the slots of each group's sequences
+        for sequence in self.seated.values():
+            here.setdefault(sequence.group, []).append(sequence.slot)
         n, rows, width = self._sizes(here)
         prefix_lens = torch.zeros(rows, dtype=torch.long)
-        members = torch.zeros(rows, width, dtype=torch.long)
+        sequences = torch.zeros(rows, width, dtype=torch.long)
         place = torch.full((n,), next(iter(here)).row * width)  # an empty slot looks at a prompt that is there
         for group, seats in here.items():
             prefix_lens[group.row] = len(group.ids)
-            members[group.row, : len(seats)] = torch.tensor(seats)
+            sequences[group.row, : len(seats)] = torch.tensor(seats)
             place[seats] = group.row * width + torch.arange(len(seats))
         self.prefix_lens[:rows] = prefix_lens.to(self.device)
-        self.members[: rows * width] = members.flatten().to(self.device)
+        self.sequences[: rows * width] = sequences.flatten().to(self.device)
         self.place[:n] = place.to(self.device)
         self.length[self.free_slots] = 0
         now = self.counts["decode_steps"]
@@ -344,8 +344,8 @@ class Engine:
         self.reach = max(cached)  # no slot has more tokens cached than this
         return n, rows, width
 
-    def _sizes(self, here: dict[Group, list[int]]) -> tuple[int, int, int]:
-        """Slots, rows and members of a row that the next steps are run with."""
+    def _sizes(self, here: dict[SequenceGroup, list[int]]) -> tuple[int, int, int]:
+        """Slots, rows and sequences of a row that the next steps are run with."""
         slots = max(self.seated) + 1
         if self.graphs.on:
             return self.graphs.bucket(slots, len(self.token)), len(self.prefix_lens), self.most_members
@@ -355,7 +355,7 @@ class Engine:
         """Move the few occupied slots and rows to the front, so that the tail of a batch does not pay for its head."""
         groups = list(dict.fromkeys(self.seated[slot].group for slot in slots))
         rows = [group.row for group in groups]
-        used = max(len(member.ids) for member in self.seated.values()) + self.turn_tokens
+        used = max(len(sequence.ids) for sequence in self.seated.values()) + self.turn_tokens
         for layer_prefix, layer_suffix in zip(self.cache.prefix, self.cache.suffix):
             for store in layer_prefix:
                 store[: len(rows)] = store[rows]
@@ -367,14 +367,14 @@ class Engine:
         for row, group in enumerate(groups):
             group.row = row
         self.seated = {place: self.seated[slot] for place, slot in enumerate(slots)}
-        for slot, member in self.seated.items():
-            member.slot = slot
+        for slot, sequence in self.seated.items():
+            sequence.slot = slot
         self.free_slots = list(range(len(slots), len(self.token)))
         self.free_rows = list(range(len(rows), len(self.prefix_lens)))
 
     # ---- passes -----------------------------------------------------------------------------------------------------
 
-    def _prefill_prompts(self, groups: Sequence[Group]) -> tuple[Tensor, list[int]]:
+    def _prefill_prompts(self, groups: Sequence[SequenceGroup]) -> tuple[Tensor, list[int]]:
         """Run prompts through the model into their rows; returns scores after them (groups, V) and next positions."""
         at = _ragged([group.row for group in groups], [(0, len(group.ids)) for group in groups], self.device)
         packed = Packed([len(group.ids) for group in groups], self.device)
@@ -386,16 +386,16 @@ class Engine:
 
         return self._forward([(group.ids, group.images, 0) for group in groups], attention_fn)
 
-    def _feed(self) -> list[Member]:
-        """Prefill the forced tokens of waiting members: each sees its prompt, its own past, and the new tokens."""
-        members = self._next_to_feed()
-        slots, prompts = [m.slot for m in members], [len(m.group.ids) for m in members]
-        total = [len(m.ids) for m in members]
-        prefix_at = _ragged([m.group.row for m in members], [(0, n) for n in prompts], self.device)
+    def _feed(self) -> list[GeneratedSequence]:
+        """Prefill the forced tokens of waiting sequences: each sees its prompt, its own past, and the new tokens."""
+        sequences = self._next_to_feed()
+        slots, prompts = [m.slot for m in sequences], [len(m.group.ids) for m in sequences]
+        total = [len(m.ids) for m in sequences]
+        prefix_at = _ragged([m.group.row for m in sequences], [(0, n) for n in prompts], self.device)
         suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
-        new_at = _ragged(slots, [(m.cached, n) for m, n in zip(members, total)], self.device)
+        new_at = _ragged(slots, [(m.cached, n) for m, n in zip(sequences, total)], self.device)
         order = _alternate(prompts, total, self.device)
-        news = [n - m.cached for m, n in zip(members, total)]
+        news = [n - m.cached for m, n in zip(sequences, total)]
         segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
 
         def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -405,18 +405,18 @@ class Engine:
                 seen.append(torch.cat([prefix[prefix_at], suffix[suffix_at]])[order])
             return packed_attention(q, *seen, segments)
 
-        pieces = [(m.ids[m.cached :], _after(m.cached, m.images), m.position) for m in members]
+        pieces = [(m.ids[m.cached :], _after(m.cached, m.images), m.position) for m in sequences]
         scores, positions = self._forward(pieces, attention_fn)
-        for member, position in zip(members, positions):
-            member.cached, member.position = len(member.ids), position
-        return self._start(scores, members)
+        for sequence, position in zip(sequences, positions):
+            sequence.cached, sequence.position = len(sequence.ids), position
+        return self._start(scores, sequences)
 
-    def _next_to_feed(self) -> list[Member]:
-        """As many waiting members, in order, as one prefill pass may hold; at least one."""
-        tokens = list(accumulate(len(member.ids) - member.cached for member in self.feeding))
+    def _next_to_feed(self) -> list[GeneratedSequence]:
+        """As many waiting sequences, in order, as one prefill pass may hold; at least one."""
+        tokens = list(accumulate(len(sequence.ids) - sequence.cached for sequence in self.feeding))
         n = max(1, bisect_right(tokens, self.prefill_tokens))
-        members, self.feeding = self.feeding[:n], self.feeding[n:]
-        return members
+        sequences, self.feeding = self.feeding[:n], self.feeding[n:]
+        return sequences
 
     def _forward(self, pieces: Sequence[tuple[list[int], list, int]], attention_fn) -> tuple[Tensor, list[int]]:
         """Forward packed `pieces` (ids, images, first position): scores after each (pieces, V) and next positions."""
@@ -453,29 +453,29 @@ class Engine:
             self.counts["images_encoded"] += len(new)
         return torch.cat([self.features[image.key] for image in images]) if images else None
 
-    def _start(self, scores: Tensor, members: Sequence[Member]) -> list[Member]:
-        """Begin a turn: sample its first token from `scores` (members, V)."""
-        slots = torch.tensor([m.slot for m in members], device=self.device)
+    def _start(self, scores: Tensor, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
+        """Begin a turn: sample its first token from `scores` (sequences, V)."""
+        slots = torch.tensor([m.slot for m in sequences], device=self.device)
         for state, values in (
-            (self.length, [m.cached for m in members]),
-            (self.position, [m.position for m in members]),
-            (self.key, [m.key for m in members]),
-            (self.limit, [self._limit(m) for m in members]),
+            (self.length, [m.cached for m in sequences]),
+            (self.position, [m.position for m in sequences]),
+            (self.key, [m.key for m in sequences]),
+            (self.limit, [self._limit(m) for m in sequences]),
         ):
             state[slots] = torch.tensor(values, device=self.device)
-        for member in members:
-            member.start, member.since = len(member.ids), self.counts["decode_steps"]
+        for sequence in sequences:
+            sequence.start, sequence.since = len(sequence.ids), self.counts["decode_steps"]
         self.live[slots] = True
-        self.live_members += len(members)
+        self.live_members += len(sequences)
         self.layout = None
         return self._end_turns(slots, self._draw(scores, slots))
 
-    def _limit(self, member: Member) -> int:
-        """How many tokens a member may have behind its prompt when the turn that begins is over."""
-        return min(len(member.ids) + self.turn_tokens, self.max_tokens - len(member.group.ids))
+    def _limit(self, sequence: GeneratedSequence) -> int:
+        """How many tokens a sequence may have behind its prompt when the turn that begins is over."""
+        return min(len(sequence.ids) + self.turn_tokens, self.max_tokens - len(sequence.group.ids))
 
-    def _decode(self) -> list[Member]:
-        """Feed every slot its last token and sample the next where a member is live."""
+    def _decode(self) -> list[GeneratedSequence]:
+        """Feed every slot its last token and sample the next where a sequence is live."""
         if self.layout is None:
             self.layout = self._lay_out()
         self.reach += 1
@@ -495,7 +495,7 @@ class Engine:
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
         cached = Cached(
             prefix_lens=self.prefix_lens[:rows],
-            members=self.members[: rows * width].view(rows, width),
+            members=self.sequences[: rows * width].view(rows, width),
             place=self.place[:n],
             suffix_lens=length + 1,
         )
@@ -520,8 +520,8 @@ class Engine:
         self.ids[slots, at], self.logps[slots, at], self.token[slots] = tokens, logps, tokens
         return self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
 
-    def _end_turns(self, slots: Tensor, over: Tensor) -> list[Member]:
-        """Collect the members of those `slots` that are `over`. The host waits here, and again if there are any."""
+    def _end_turns(self, slots: Tensor, over: Tensor) -> list[GeneratedSequence]:
+        """Collect the sequences of those `slots` that are `over`. The host waits here, and again if there are any."""
         ended = slots[over]
         if not len(ended):
             return []
@@ -534,19 +534,19 @@ class Engine:
         columns = torch.stack([places, self.length, self.position], 1), self.ids, self.logps
         return torch.cat([column[ended].double() for column in columns], 1)  # which holds each of them exactly
 
-    def _end_turn(self, row: Tensor) -> Member:
+    def _end_turn(self, row: Tensor) -> GeneratedSequence:
         """`row`: slot, last index and next position; then by index what was sampled: ids, log-probabilities."""
         slot, end, position = map(int, row[:3].tolist())
         ids, logps = row[3:].view(2, -1)
-        member = self.seated[slot]
-        said = slice(member.start, end + 1)
-        member.ids += map(int, ids[said].tolist())
-        member.logps += logps[said].tolist()
-        member.loss_mask += [1] * (end + 1 - member.start)
-        member.cached, member.position, member.since = end, position, None
-        member.stopped = member.ids[-1] == self.stop_id
+        sequence = self.seated[slot]
+        said = slice(sequence.start, end + 1)
+        sequence.ids += map(int, ids[said].tolist())
+        sequence.logps += logps[said].tolist()
+        sequence.loss_mask += [1] * (end + 1 - sequence.start)
+        sequence.cached, sequence.position, sequence.since = end, position, None
+        sequence.stopped = sequence.ids[-1] == self.stop_id
         self.live_members -= 1
-        return member
+        return sequence
 
 
 def _ragged(owners: Sequence[int], spans: Sequence[tuple[int, int]], device) -> tuple[Tensor, Tensor]:

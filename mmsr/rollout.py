@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Sequence, Union
 
 from mmsr.chat import Chat
-from mmsr.engine import Engine, Group, Member, sampling_key
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn
 from mmsr.system.errors import UserError
 from mmsr.tools import Call, Toolbox
@@ -52,7 +52,7 @@ class _Run:
     """An episode under way."""
 
     episode: Episode
-    member: Member
+    sequence: GeneratedSequence
     script: Any  # model turns to force, then openings of turns; a Future of them until they are needed
     begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Rollout:
         """`direct`: ask without tools, in one turn."""
         self.engine, self.chat, self.toolbox, self.limits = engine, chat, toolbox, limits
         self.direct, self.max_turns = direct, 1 if direct else limits.max_turns
-        self.runs: dict[Member, _Run] = {}
+        self.runs: dict[GeneratedSequence, _Run] = {}
         self.waiting: dict[Future, _Run] = {}
         self.thumbnails = Thumbnails(limits)
 
@@ -126,23 +126,23 @@ class Rollout:
         with ThreadPoolExecutor() as pool:  # opening pictures lets go of the interpreter
             pictures = list(pool.map(self._picture, examples))
         groups = [self._open(*each, group_size, seed, scripts) for each in zip(examples, pictures, ids)]
-        episodes = [self.runs[member].episode for group in groups for member in group.members]
+        episodes = [self.runs[sequence].episode for group in groups for sequence in group.sequences]
         self.on_done = on_done
         self._play_scripts()
         for group in groups:  # members whose script already ended have nothing to sample
-            group.members = [member for member in group.members if not self.runs[member].episode.status]
-        for member in self.engine.submit([group for group in groups if group.members]):
-            self._end(self.runs[member], LENGTH)
+            group.sequences = [sequence for sequence in group.sequences if not self.runs[sequence].episode.status]
+        for sequence in self.engine.submit([group for group in groups if group.sequences]):
+            self._end(self.runs[sequence], LENGTH)
         while self.engine.busy or self.waiting:
-            for member in self.engine.step():
-                self._turn_ended(self.runs[member])
+            for sequence in self.engine.step():
+                self._turn_ended(self.runs[sequence])
             self._collect(block=not self.engine.busy)
         return episodes
 
     @property
     def counts(self) -> dict[str, int]:
         """Tokens and images of the batch; unique = every group's prompt once and what its members do not share."""
-        episodes = [run.episode for run in self.runs.values() if run.member.group is not None]  # those that ran
+        episodes = [run.episode for run in self.runs.values() if run.sequence.group is not None]  # those that ran
         prompts = {e.group_id: e.prompt_length for e in episodes}
         forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
         return {
@@ -163,17 +163,17 @@ class Rollout:
 
     def _open(
         self, example: Example, image: Image, group_id: int, size: int, seed: tuple, scripts: Scripts | None
-    ) -> Group:
+    ) -> SequenceGroup:
         prompt = self.chat.prompt(example.question, image, self.direct)
-        members = []
+        sequences = []
         for sample in range(size):
-            member = Member(sampling_key(*seed, group_id, sample))
+            sequence = GeneratedSequence(sampling_key(*seed, group_id, sample))
             length = len(prompt.ids)
             episode = Episode(example, group_id, sample, list(prompt.ids), [0] * length, [0.0] * length)
             episode.images, episode.prompt_length = list(prompt.images), length
-            self.runs[member] = _Run(episode, member, scripts(example, sample) if scripts else [])
-            members.append(member)
-        return Group(prompt.ids, prompt.images, members)
+            self.runs[sequence] = _Run(episode, sequence, scripts(example, sample) if scripts else [])
+            sequences.append(sequence)
+        return SequenceGroup(prompt.ids, prompt.images, sequences)
 
     def _play_scripts(self) -> None:
         """Run all scripts to their last forced turn, tools included, before sampling begins."""
@@ -187,11 +187,11 @@ class Rollout:
         if not run.script or run.episode.status:
             return
         if opening := self._opening(run):
-            run.begun = len(run.member.ids)
-            return run.member.force(opening)
+            run.begun = len(run.sequence.ids)
+            return run.sequence.force(opening)
         text = run.script.pop(0)
-        start = len(run.member.ids)
-        run.member.force(self.chat.assistant(text))
+        start = len(run.sequence.ids)
+        run.sequence.force(self.chat.assistant(text))
         turn = self._turn(run, text, start, forced=True)
         if turn.end >= self.engine.max_tokens:
             return self._end(run, LENGTH)
@@ -205,12 +205,12 @@ class Rollout:
     # ---- turns ------------------------------------------------------------------------------------------------------
 
     def _turn_ended(self, run: _Run) -> None:
-        member, start = run.member, run.member.start
+        sequence, start = run.sequence, run.sequence.start
         if run.begun is not None:
             start, run.begun = run.begun, None
-        text = self.chat.decode(member.ids[start : len(member.ids) - member.stopped])
+        text = self.chat.decode(sequence.ids[start : len(sequence.ids) - sequence.stopped])
         turn = self._turn(run, text, start)
-        if member.stopped:
+        if sequence.stopped:
             self._act(run, turn)
         else:
             self._end(run, LENGTH)
@@ -218,7 +218,7 @@ class Rollout:
     def _turn(self, run: _Run, text: str, start: int, forced: bool = False) -> Turn:
         action = self.chat.parse(text)
         base = run.episode.prompt_length
-        turn = Turn("assistant", text, base + start, base + len(run.member.ids), action.name, action.query, forced)
+        turn = Turn("assistant", text, base + start, base + len(run.sequence.ids), action.name, action.query, forced)
         run.episode.turns.append(turn)
         run.turns += 1
         return turn
@@ -258,10 +258,10 @@ class Rollout:
 
     def _observe(self, run: _Run, seen: Observation) -> None:
         """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""
-        member, call, example = run.member, run.episode.turns[-1], run.episode.example
+        sequence, call, example = run.sequence, run.episode.turns[-1], run.episode.example
         thumbnails = [self.thumbnails.open(hit.image) for hit in seen.hits]
         piece = self.chat.observation(call.action, seen, thumbnails, example.question)
-        start = run.episode.prompt_length + len(member.ids)
+        start = run.episode.prompt_length + len(sequence.ids)
         turn = Turn("tool", self.chat.decode(piece.ids), start, start, call.action, call.query, observation=seen)
         run.episode.turns.append(turn)
         if not seen.ok and seen is not OVER_LIMIT and self.limits.stop_on_tool_error:
@@ -270,22 +270,22 @@ class Rollout:
         if start + len(piece.ids) + len(opening) >= self.engine.max_tokens:
             return self._end(run, LENGTH)
         turn.end += len(piece.ids)
-        run.begun = len(member.ids) + len(piece.ids) if opening else None
-        if member.group is not None:
-            return self.engine.extend(member, piece.ids + opening, piece.images)
-        member.force(piece.ids + opening, piece.images)  # before sampling begins
+        run.begun = len(sequence.ids) + len(piece.ids) if opening else None
+        if sequence.group is not None:
+            return self.engine.extend(sequence, piece.ids + opening, piece.images)
+        sequence.force(piece.ids + opening, piece.images)  # before sampling begins
         if not opening:
             self._force_turn(run)
 
     def _end(self, run: _Run, status: str) -> None:
         """Close the episode: its tokens are the prompt's and the member's, as they stand."""
-        episode, member = run.episode, run.member
+        episode, sequence = run.episode, run.sequence
         episode.status = status
         base = episode.prompt_length
-        episode.input_ids += member.ids
-        episode.loss_mask += member.loss_mask
-        episode.logps += member.logps
-        episode.images += [(base + at, image) for at, image in member.images]
-        if member.group is not None:
-            self.engine.finish(member)
+        episode.input_ids += sequence.ids
+        episode.loss_mask += sequence.loss_mask
+        episode.logps += sequence.logps
+        episode.images += [(base + at, image) for at, image in sequence.images]
+        if sequence.group is not None:
+            self.engine.finish(sequence)
         self.on_done(episode)

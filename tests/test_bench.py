@@ -226,7 +226,9 @@ def test_a_card_that_is_too_small_is_tried(monkeypatch):
     assert bench.micro_tokens("7B", 4, True, optimizer=False) == bench.micro_tokens("3B", 32, True) == 16384
 
 
-@pytest.mark.parametrize("work, options", [("decode", dict(members=2, capture=False)), ("train", dict(recompute=True))])
+@pytest.mark.parametrize(
+    "work, options", [("decode", dict(sequences=2, capture=False)), ("train", dict(recompute=True))]
+)
 def test_a_prediction_is_missing_or_costs_a_figure(work, options, monkeypatch):
     """The roofline's, at the rates that were measured; where it fails the figure is there all the same."""
     bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes.tiny(), torch.bfloat16, gpu_rows.tiny_shapes())

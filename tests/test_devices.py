@@ -49,18 +49,20 @@ def test_bf16_gap_between_sampler_and_trainer_is_larger_than_transformers_own(de
     ours, sampled = recomputed(half, episodes(batch))
     gap = (ours - sampled).abs().mean().item()
     twin = hf_twin(model).to(device, torch.bfloat16)
-    peer = torch.cat([_cached_gap(twin, group, member) for group in batch for member in group.members]).mean().item()
+    peer = (
+        torch.cat([_cached_gap(twin, group, sequence) for group in batch for sequence in group.sequences]).mean().item()
+    )
     report(record_property, f"bf16 gap on {device}, ours, mean", gap)
     report(record_property, f"bf16 gap on {device}, transformers', mean", peer)
     assert gap < (0.1 if device == "cpu" else 1.6) * peer  # goal on CUDA: no larger, which is to be measured there
 
 
-def _cached_gap(twin, group, member) -> torch.Tensor:
+def _cached_gap(twin, group, sequence) -> torch.Tensor:
     """|log p with a cache − log p without| of a member's tokens, by transformers."""
     from helpers import positions
 
     prompt, n = torch.tensor(group.ids), len(group.ids)
-    whole = torch.tensor(group.ids + member.ids)
+    whole = torch.tensor(group.ids + sequence.ids)
     full = hf_logits(twin, whole, group.images).float()
     where = positions(whole, group.images)[:, None].to(twin.device)
     images = [image for _, image in group.images]
@@ -78,7 +80,7 @@ def _cached_gap(twin, group, member) -> torch.Tensor:
     cached, uncached = (
         x.float().masked_fill(suppressed, -1e9).log_softmax(-1) for x in (torch.stack(steps), full[n - 1 : -1])
     )
-    tokens = torch.tensor(member.ids, device=twin.device)[:, None]
+    tokens = torch.tensor(sequence.ids, device=twin.device)[:, None]
     return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
 
 
@@ -102,7 +104,7 @@ def test_tokens_are_the_same_on_every_device_when_greedy(device):
     model = tiny_model(4)
     run(model, here, temperature=0)
     run(copy.deepcopy(model).to(device), there, temperature=0)
-    assert [m.ids for g in here for m in g.members] == [m.ids for g in there for m in g.members]
+    assert [m.ids for g in here for m in g.sequences] == [m.ids for g in there for m in g.sequences]
 
 
 @pytest.mark.gpu

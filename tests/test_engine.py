@@ -8,7 +8,7 @@ from helpers import IMAGE, conversation, hf_twin, positions, random_image, repor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsr.attention import sum_widely
-from mmsr.engine import Engine, Group, Member, sample, sampling_key, uniform
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sample, sampling_key, uniform
 from mmsr.episode import Episode, Example
 from mmsr.pack import cut, pack
 from mmsr.update import ImageFeatures, Trainer
@@ -29,37 +29,37 @@ def model():
     return model
 
 
-def groups(n: int, members: int, seed: int = 0, first: int = 0) -> list[Group]:
+def groups(n: int, sequences: int, seed: int = 0, first: int = 0) -> list[SequenceGroup]:
     made = []
     for i in range(first, first + n):
         ids, images = conversation(seed + i, 3 + i % 4, random_image(4 + 2 * (i % 3), 4, i), 2 + i % 5)
-        keys = [sampling_key(seed, i, sample) for sample in range(members)]
-        made.append(Group(ids.tolist(), images, [Member(key) for key in keys]))
+        keys = [sampling_key(seed, i, sample) for sample in range(sequences)]
+        made.append(SequenceGroup(ids.tolist(), images, [GeneratedSequence(key) for key in keys]))
     return made
 
 
-def run(model, batch: list[Group], turns: int = 2, result=RESULT, **options) -> Engine:
+def run(model, batch: list[SequenceGroup], turns: int = 2, result=RESULT, **options) -> Engine:
     """Generate `turns` turns per member, extended by `result` in between."""
     options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
     engine = Engine(model, STOP, SUPPRESSED.to(model.head_weight.device), **options)
     assert engine.submit(batch) == []
-    left = Counter({member: turns for group in batch for member in group.members})
+    left = Counter({sequence: turns for group in batch for sequence in group.sequences})
     while engine.busy:
-        for member in engine.step():
-            left[member] -= 1
-            if left[member]:
-                engine.extend(member, result[0].tolist(), result[1])
+        for sequence in engine.step():
+            left[sequence] -= 1
+            if left[sequence]:
+                engine.extend(sequence, result[0].tolist(), result[1])
             else:
-                engine.finish(member)
+                engine.finish(sequence)
     assert not +left and not engine.seated
     assert all(group.scores is None for group in batch), "a megabyte for every prompt of an evaluation"
     return engine
 
 
-def episodes(batch: list[Group]) -> list[Episode]:
+def episodes(batch: list[SequenceGroup]) -> list[Episode]:
     made = []
     for i, group in enumerate(batch):
-        for j, m in enumerate(group.members):
+        for j, m in enumerate(group.sequences):
             n = len(group.ids)
             images = group.images + [(n + at, image) for at, image in m.images]
             lists = (group.ids + m.ids, [0] * n + m.loss_mask, [0.0] * n + m.logps)
@@ -80,8 +80,8 @@ def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(ours), torch.cat(theirs)
 
 
-def texts(batch: list[Group]) -> list[list[int]]:
-    return [member.ids for group in batch for member in group.members]
+def texts(batch: list[SequenceGroup]) -> list[list[int]]:
+    return [sequence.ids for group in batch for sequence in group.sequences]
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -129,8 +129,8 @@ def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
 
 def test_fork_equals_separate_prompts(model):
     forked, separate = groups(1, 4), [groups(1, 1)[0] for _ in range(4)]
-    for group, member in zip(separate, forked[0].members):
-        group.members[0].key = member.key
+    for group, sequence in zip(separate, forked[0].sequences):
+        group.sequences[0].key = sequence.key
     engine, other = run(model, forked), run(model, separate)
     assert texts(forked) == texts(separate)
     assert other.counts["prefilled"] - engine.counts["prefilled"] == 3 * len(forked[0].ids)
@@ -150,7 +150,7 @@ def test_greedy_tokens_equal_transformers_generate(model):
             with torch.no_grad():
                 scores = twin(input_ids=out[None], position_ids=positions(out, images)[:, None], **kinds).logits[0, -1]
             out = torch.cat([out, scores.masked_fill(SUPPRESSED, -1e9).argmax()[None]])
-        assert out[len(ids) :].tolist() == group.members[0].ids
+        assert out[len(ids) :].tolist() == group.sequences[0].ids
 
 
 def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
@@ -158,9 +158,9 @@ def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
     free, forced = groups(2, 2), groups(2, 2)
     run(model, free)
     for group, other in zip(free, forced):
-        for member, twin in zip(group.members, other.members):
-            first = member.loss_mask.index(0)
-            twin.force(member.ids[: first + len(RESULT[0])], [(first + at, image) for at, image in RESULT[1]])
+        for sequence, twin in zip(group.sequences, other.sequences):
+            first = sequence.loss_mask.index(0)
+            twin.force(sequence.ids[: first + len(RESULT[0])], [(first + at, image) for at, image in RESULT[1]])
     run(model, forced, turns=1)
     assert texts(free) == texts(forced)
 
@@ -211,9 +211,9 @@ def test_member_out_of_room_stops_and_prompt_without_room_is_refused(model):
     refused = engine.submit(batch)
     assert refused and all(len(m.group.ids if m.group else batch[1].ids) <= longest for m in refused)
     while engine.busy:
-        for member in engine.step():
-            assert not member.stopped and len(member.group.ids) + len(member.ids) == longest
-            engine.finish(member)
+        for sequence in engine.step():
+            assert not sequence.stopped and len(sequence.group.ids) + len(sequence.ids) == longest
+            engine.finish(sequence)
 
 
 def test_banned_ids_are_never_sampled_and_sampling_follows_the_distribution():

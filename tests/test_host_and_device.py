@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmsr import attention
 from mmsr.attention import Cached
-from mmsr.engine import Engine, Group, Member
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.model import Qwen2_5_VL
 from mmsr.system.optimizer import MasterWeights
 from mmsr.update import Trainer
@@ -60,11 +60,11 @@ class Blind(Engine):
         assert slots.device.type == over.device.type == "meta" and over.dtype == torch.bool
         live = [m for m in self.seated.values() if m.since is not None]
         ended = [m for m in live if self.counts["decode_steps"] - m.since >= 2 + m.slot % 2]
-        for member in ended:
-            row = self._take_turns(torch.tensor([member.slot], device="meta"))
+        for sequence in ended:
+            row = self._take_turns(torch.tensor([sequence.slot], device="meta"))
             assert row.shape == (1, 3 + 2 * self.room)
             said = torch.zeros(3 + 2 * self.room).double()
-            said[0], said[1], said[2] = member.slot, len(member.ids) + 2, member.position + 3
+            said[0], said[1], said[2] = sequence.slot, len(sequence.ids) + 2, sequence.position + 3
             self._end_turn(said)
         return ended
 
@@ -74,20 +74,20 @@ def test_a_rollout_mixes_host_and_device(apart):
     groups = []
     for number in range(5):
         ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
-        groups.append(Group(ids.tolist(), images, [Member(key) for key in range(3)]))
-    groups[1].members[0].force(RESULT[0].tolist(), RESULT[1])
+        groups.append(SequenceGroup(ids.tolist(), images, [GeneratedSequence(key) for key in range(3)]))
+    groups[1].sequences[0].force(RESULT[0].tolist(), RESULT[1])
     engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
     assert engine.submit(groups) == []
     compacted, compact = [], engine._compact
     engine._compact = lambda slots: compacted.append(slots) or compact(slots)
     extended = set()
     while engine.busy:
-        for member in engine.step():
-            if member in extended or member.key == 2:
-                engine.finish(member)
+        for sequence in engine.step():
+            if sequence in extended or sequence.key == 2:
+                engine.finish(sequence)
             else:
-                extended.add(member)
-                engine.extend(member, RESULT[0].tolist(), RESULT[1])
+                extended.add(sequence)
+                engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
     assert len(extended) == 10 and compacted and not engine.seated
 
 

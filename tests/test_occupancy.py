@@ -9,7 +9,7 @@ from helpers import conversation, tiny_model
 from test_engine import SUPPRESSED
 from test_graphs import FakeCuda
 
-from mmsr.engine import Engine, Group, Member, prefix_rows, sampling_key
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, prefix_rows, sampling_key
 
 # Tokens of each model turn in 26 conversations that MMSearch-R1-7B had about FVQA's questions.
 TURNS = [
@@ -29,8 +29,8 @@ class Recorded(Engine):
         super().__init__(*args, **options)
         self.busy_slots, self.full_steps = 0, 0
 
-    def _limit(self, member):
-        return len(member.ids) + member.lengths.pop(0)
+    def _limit(self, sequence):
+        return len(sequence.ids) + sequence.lengths.pop(0)
 
     def _decode(self):
         if self.queue or self.unseated:
@@ -52,19 +52,19 @@ def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0
     ids = conversation(seed, 12)[0].tolist()
     batch = []
     for number in range(groups):
-        members = [Member(sampling_key(seed, number, i)) for i in range(size)]
-        for member in members:
-            member.lengths = list(TURNS[member.key % len(TURNS)]) if tokens is None else [tokens]
-        batch.append(Group(ids, [], members))
+        sequences = [GeneratedSequence(sampling_key(seed, number, i)) for i in range(size)]
+        for sequence in sequences:
+            sequence.lengths = list(TURNS[sequence.key % len(TURNS)]) if tokens is None else [tokens]
+        batch.append(SequenceGroup(ids, [], sequences))
     engine = Recorded(model, NEVER, SUPPRESSED, slots=SLOTS, max_tokens=500, turn_tokens=200)
     engine.submit(batch)
     while engine.busy:
-        for member in engine.step():
-            if member.lengths:
-                engine.extend(member, RESULT)
+        for sequence in engine.step():
+            if sequence.lengths:
+                engine.extend(sequence, RESULT)
             else:
-                engine.finish(member)
-    assert all(not m.lengths and len(m.ids) >= (tokens or 50) for g in batch for m in g.members)
+                engine.finish(sequence)
+    assert all(not m.lengths and len(m.ids) >= (tokens or 50) for g in batch for m in g.sequences)
     return engine
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmsr import attention, vision
 from mmsr.config import RECIPES, Config
-from mmsr.engine import Engine, Group, Member
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode
 from mmsr.pack import pack
 from mmsr.plan import FILLED, GIB, PUBLISHED, USABLE, Activations, check, kept_as_fits, main, plan, sizes
@@ -35,11 +35,11 @@ def nbytes(tensors) -> int:
     return sum(t.untyped_storage().nbytes() for t in {t.untyped_storage().data_ptr(): t for t in locals_}.values())
 
 
-def group(number: int, members: int, prompt: int, response: int) -> list[Episode]:
+def group(number: int, sequences: int, prompt: int, response: int) -> list[Episode]:
     """Rollouts about one picture."""
     ids, images = conversation(number, PICTURE, prompt - PICTURE.tokens)
     episodes = []
-    for m in range(members):
+    for m in range(sequences):
         turn, _ = conversation(50 * number + m, response)
         mask = [0] * len(ids) + [1] * response
         lists = (ids.tolist() + turn.tolist(), mask, [-5.0 * x for x in mask])
@@ -110,7 +110,9 @@ def test_the_cache_grows_beyond_the_plan(groups, slots):
     config, model = replace(CONFIG, slots=slots), tiny_model()
     engine = Engine(model, 299, SUPPRESSED, slots=slots, max_tokens=400, turn_tokens=400)
     ids, images = conversation(0, PICTURE)  # as short as a prompt can be
-    engine.submit([Group(ids.tolist(), images, [Member(m) for m in range(4)]) for _ in range(groups)])
+    engine.submit(
+        [SequenceGroup(ids.tolist(), images, [GeneratedSequence(m) for m in range(4)]) for _ in range(groups)]
+    )
     prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.suffix))
     rows, slots = len(engine.cache.prefix[0][0]), len(engine.cache.suffix[0][0])
     kept = Activations(tiny_config(), config, 4)

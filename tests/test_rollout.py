@@ -74,16 +74,16 @@ def home(tmp_path_factory):
 
 
 class Puppet(Engine):
-    """The real engine, but `say(member)` may give the ids that a member's present turn has to begin with."""
+    """The real engine, but `say(sequence)` may give the ids that a member's present turn has to begin with."""
 
-    say = staticmethod(lambda member: None)
+    say = staticmethod(lambda sequence: None)
 
     def _draw(self, scores, slots):
         scores = scores.clone()
         for row, slot in enumerate(slots.tolist()):
-            member = self.seated.get(slot)
-            words = self.say(member) if member else None
-            at = int(self.length[slot]) - len(member.ids) if member else 0
+            sequence = self.seated.get(slot)
+            words = self.say(sequence) if sequence else None
+            at = int(self.length[slot]) - len(sequence.ids) if sequence else 0
             if words and 0 <= at < len(words):
                 scores[row, words[at]] += 1e6
         return super()._draw(scores, slots)
@@ -104,8 +104,8 @@ def make(
     limits = Limits(turns, PIXELS, PIXELS, PIXELS, stop_on_tool_error=stop)
     rollout = Rollout(engine, chat, Toolbox(tools, inline), limits, direct)
 
-    def words(member):
-        run = rollout.runs[member]
+    def words(sequence):
+        run = rollout.runs[sequence]
         text = say(run.episode, run.turns)
         return None if text is None else chat.assistant(text)
 

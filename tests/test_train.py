@@ -25,7 +25,7 @@ from mmsr import pretrained, reward
 from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
-from mmsr.engine import Engine, Group, Member
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
@@ -413,8 +413,8 @@ def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
     example = world.questions("familiar", 1, "transformers")[0]
     prompt = chat.prompt(example.question, load_image(example.image, 56 * 56, 56 * 56))
     engine = Engine(model, chat.stop_id, suppressed, slots=1, max_tokens=128, turn_tokens=32, temperature=0)
-    member = Member(0)
-    engine.submit([Group(prompt.ids, prompt.images, [member])])
+    sequence = GeneratedSequence(0)
+    engine.submit([SequenceGroup(prompt.ids, prompt.images, [sequence])])
     while not engine.step():
         pass
     ids, image = torch.tensor([prompt.ids]), prompt.images[0][1]
@@ -424,7 +424,7 @@ def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
         do_sample=False, max_new_tokens=32, eos_token_id=chat.stop_id, pad_token_id=chat.stop_id,
         suppress_tokens=suppressed.nonzero()[:, 0].tolist(),
     )  # fmt: skip
-    assert member.stopped and theirs[0, len(prompt.ids) :].tolist() == member.ids
+    assert sequence.stopped and theirs[0, len(prompt.ids) :].tolist() == sequence.ids
 
 
 def test_run_can_start_from_the_model_of_another(first, tmp_path):

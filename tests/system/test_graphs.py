@@ -110,17 +110,17 @@ def cuda(monkeypatch):
     return FakeCuda(monkeypatch)
 
 
-@pytest.mark.parametrize("members, slots", [(4, 12), (3, 4)])
-def test_replayed_steps_draw_other_tokens(model, cuda, members, slots, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("sequences, slots", [(4, 12), (3, 4)])
+def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeypatch):  # noqa: F811
     """Slots that come and go, waiting members, and rows that move to the front."""
     options = dict(slots=slots, turn_tokens=40, max_tokens=400)
-    replayed, plain = groups(3, members), groups(3, members)
+    replayed, plain = groups(3, sequences), groups(3, sequences)
     run(model, replayed, **options)
     monkeypatch.undo()
     assert cuda.captures > 1 and cuda.replays > 2 * cuda.captures, "nothing was replayed, so nothing is shown"
     run(model, plain, **options)
     assert texts(replayed) == texts(plain)
-    logps = [[torch.tensor(m.logps) for g in batch for m in g.members] for batch in (replayed, plain)]
+    logps = [[torch.tensor(m.logps) for g in batch for m in g.sequences] for batch in (replayed, plain)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*logps))
 
 
