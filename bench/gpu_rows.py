@@ -34,7 +34,7 @@ from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.optimizer import MasterWeights
-from mmsr.system.parallel import start
+from mmsr.system.parallel import distributed
 from mmsr.update import ImageFeatures, Trainer
 from mmsr.vision import MERGE, PATCH, PATCH_VALUES, Image, VisionConfig
 
@@ -538,7 +538,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     sizes, shapes = (Sizes.tiny(), tiny_shapes()) if options.tiny else (Sizes(), SHAPES)
-    with start(options.device) as ranks:
+    with distributed(options.device) as ranks:
         bench = Bench(ranks.device, sizes, torch.bfloat16, shapes)
         print(json.dumps({"ready": common.machine(ranks.device)}), file=channel, flush=True)
         for line in sys.stdin:

@@ -27,7 +27,7 @@ from mmsr.episode import ANSWERED, Example
 from mmsr.rollout import Rollout
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
-from mmsr.system.parallel import leave, start
+from mmsr.system.parallel import distributed, exit_process
 
 
 class OneTurn(Rollout):
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     if not config.search.startswith("replay:") or file.suffix != ".jsonl":
         raise UserError(f"--search {config.search}: give replay:FILE.jsonl with recorded conversations")
     recorded = recorded_turns(file)
-    with start(config.device, config.timeout) as ranks:
+    with distributed(config.device, config.timeout) as ranks:
         setup, sets = assemble_evaluation(config, ranks)
         examples = {e.id: e for part in sets.values() for e in part if recorded.get(e.id)}
         if not examples:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{turn['id']}, turn {turn['turn'] + 1}\n  then: {turn['then']!r}\n  now:  {turn['now']!r}")
     missing = len(recorded) - len(examples)
     print(f"\n{summary(found, prefixes)}\n\n{len(examples)} conversations; {missing} have no question in the data")
-    leave(ranks)
+    exit_process(ranks)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from mmsr.system import parallel
 from mmsr.system.errors import UserError
 from mmsr.system.hub import resolve
 from mmsr.system.images import decode
-from mmsr.system.parallel import SINGLE, Ranks, leave, start
+from mmsr.system.parallel import SINGLE, Ranks, distributed, exit_process
 from mmsr.tools import Toolbox, more_tools, search_tools
 from mmsr.toy import base as toy_base
 from mmsr.toy import world as toy
@@ -50,9 +50,9 @@ def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Calla
     """`run` a command line on every rank. What a user can mend is one line and exit status 2, an early Ctrl-C 130."""
     try:
         config = parse(argv, kind, program)
-        with start(config.device, config.timeout) as ranks:
+        with distributed(config.device, config.timeout) as ranks:
             run(config, ranks)
-        leave(ranks)
+        exit_process(ranks)
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -121,7 +121,7 @@ class Setup(Generic[AnyOptions]):
         """
         mine = self._mine(examples, stretch or len(examples))
         ids = mine if group_ids is None else [group_ids[i] for i in mine]
-        with parallel.generation(self.model) as whole, self.ranks.sync_errors():
+        with parallel.unsharded(self.model) as whole, self.ranks.sync_errors():
             rollout = self.new_rollout(whole, temperature, direct)
             episodes = attempt(rollout, [examples[i] for i in mine], group_size, seed, scripts, on_done, ids)
             counts = {} if episodes is None else rollout.counts
@@ -318,7 +318,7 @@ def load_model(
     with ranks.sync_errors():
         model = pretrained.skeleton(folder)
     model = parallel.shard(model.to(stored), ranks, compute, across)
-    return parallel.fill(model, pretrained.stored_weights(folder, model), ranks)
+    return parallel.load_sharded(model, pretrained.stored_weights(folder, model), ranks)
 
 
 def _fetched(config: AnyOptions, ranks: Ranks) -> AnyOptions:

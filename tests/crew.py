@@ -8,7 +8,7 @@ import socket
 import traceback
 from typing import Any, Callable
 
-from mmsr.system.parallel import Ranks, start
+from mmsr.system.parallel import Ranks, distributed
 
 
 def free_port() -> int:
@@ -26,7 +26,7 @@ def environment(rank: int, size: int, port: int, node_size: int | None = None) -
 
 def _serve(rank: int, size: int, port: int, node_size: int | None, pipe) -> None:
     os.environ.update(environment(rank, size, port, node_size), OMP_NUM_THREADS="1")
-    with start("cpu", timeout=60) as ranks:
+    with distributed("cpu", timeout=60) as ranks:
         while job := pipe.recv():
             function, args = job
             try:

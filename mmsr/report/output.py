@@ -22,7 +22,7 @@ from mmsr.report.html import write_report
 from mmsr.report.track import Tracker
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
-from mmsr.system.parallel import Ranks, gathered
+from mmsr.system.parallel import Ranks, full_state_dict
 
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
@@ -127,7 +127,7 @@ class Output(RunFolder[Config]):
 
     def finish(self, setup: Setup, summary: bool) -> None:
         """The model as it is now, the last report, and a table of the evaluations before and after."""
-        weights = gathered(setup.model, setup.ranks, setup.dtype)
+        weights = full_state_dict(setup.model, setup.ranks, setup.dtype)
         if self.ranks.main:
             self.check_there()
             pretrained.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mmsr.system.parallel import Ranks, units
+from mmsr.system.parallel import Ranks, fsdp_units
 
 # Their names since torch 2.13, and before.
 _gather_shards = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,7 +80,7 @@ class Lockstep:
         self.calls: list[_Call] = []
         self.rows: dict[str, list[_Call]] = {}
         recorder = _Recorder(self.calls)
-        for unit in (unit for model in self.models for unit in units(model)):
+        for unit in (unit for model in self.models for unit in fsdp_units(model)):
             unit.set_custom_all_gather(recorder)
             unit.set_custom_reduce_scatter(recorder)
 

@@ -46,7 +46,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 # ---- ranks
 
 
-class Stopped(Exception):
+class OtherRankFailed(Exception):
     """Another rank failed, and this one stops with it. `status` is the exit status that they share."""
 
     def __init__(self, message: str, status: int):
@@ -112,17 +112,17 @@ class Ranks:
         return largest.item()
 
     def raise_together(self, error: Exception | None) -> None:
-        """Go on only if no rank has an error: otherwise the first of them raises its own, and the others `Stopped`."""
+        """Continue only if no rank has an error: else the first of them raises its own, the others `OtherRankFailed`."""
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        mine = None if error is None else (f"{type(error).__name__}: {error}", _status(error))
+        mine = None if error is None else (f"{type(error).__name__}: {error}", _exit_status(error))
         for rank, failure in enumerate(self.all_gather(mine)):
             if failure is not None and rank == self.rank:
                 raise error
             if failure is not None:
-                raise Stopped(f"rank {rank} failed: {failure[0]}", failure[1])
+                raise OtherRankFailed(f"rank {rank} failed: {failure[0]}", failure[1])
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -153,14 +153,14 @@ SINGLE = Ranks()
 
 
 @contextmanager
-def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
+def distributed(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be the only one. `timeout`: seconds that a rank waits for another.
 
     A failure in the block ends this process at once, after one rank has said what happened; of a single process it is
     raised. SystemExit is no failure: let all ranks leave by it together. UserError for a device that is not there.
-    A program whose block has ended calls `leave`.
+    A program whose block has ended calls `exit_process`.
     """
-    ranks = _join(device, timeout)
+    ranks = _init_ranks(device, timeout)
     if ranks.size == 1:
         yield ranks
         return
@@ -169,13 +169,13 @@ def start(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
         yield ranks
     except SystemExit as stop:
         dist.destroy_process_group()
-        leave(ranks, stop.code or 0)
+        exit_process(ranks, stop.code or 0)
     except BaseException as error:
-        _fail(ranks, error, peers)
+        _report_and_exit(ranks, error, peers)
     dist.destroy_process_group()
 
 
-def leave(ranks: Ranks, status: int = 0) -> None:
+def exit_process(ranks: Ranks, status: int = 0) -> None:
     """End a process with this exit status if it is one of several ranks; a single one goes on and ends as ever.
 
     An ordinary exit takes the interpreter apart while gloo's threads still let go of tensors, and now and then aborts.
@@ -186,7 +186,7 @@ def leave(ranks: Ranks, status: int = 0) -> None:
         os._exit(status)
 
 
-def _join(device: str, timeout: float) -> Ranks:
+def _init_ranks(device: str, timeout: float) -> Ranks:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name; read at the first allocation
         # The cache, freed before every update and made anew for every rollout, would split the memory into pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -222,29 +222,29 @@ def _device(name: str, local_rank: int | None = None) -> torch.device:
         raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
 
 
-def _status(error: BaseException) -> int:
+def _exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return error.status if isinstance(error, Stopped) else 2 if isinstance(error, UserError) else 1
+    return error.status if isinstance(error, OtherRankFailed) else 2 if isinstance(error, UserError) else 1
 
 
-def _fail(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
+def _report_and_exit(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
     """Say what happened unless another rank has, and end this process.
 
     Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish. Who has
     waited for another rank in vain ends the others of its machine too: torchrun would give one that hangs 30 seconds.
     """
-    first = not isinstance(error, Stopped) and _first_to_fail(ranks)
+    first = not isinstance(error, OtherRankFailed) and _first_to_fail(ranks)
     if first:
-        print(_obituary(f"rank {ranks.rank} of {ranks.size}", error), file=sys.stderr)
+        print(failure_message(f"rank {ranks.rank} of {ranks.size}", error), file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
-    if not first or _lost(error):
+    if not first or _lost_another_rank(error):
         time.sleep(3)  # torchrun ends all when it sees one end, and names that one: let it be the one that failed
-    if _lost(error):
+    if _lost_another_rank(error):
         for peer in peers:
             if peer != _identity(os.getpid()) and peer == _identity(peer[1]):
                 os.kill(peer[1], signal.SIGKILL)
-    os._exit(_status(error))
+    os._exit(_exit_status(error))
 
 
 def _identity(pid: int) -> tuple[str, int, str | None]:
@@ -264,17 +264,17 @@ def _first_to_fail(ranks: Ranks) -> bool:
         return False
 
 
-def _lost(error: BaseException) -> bool:
+def _lost_another_rank(error: BaseException) -> bool:
     """Whether a collective failed, for want of another rank."""
     return isinstance(error, RuntimeError) and "c10d" in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
-def _obituary(who: str, error: BaseException) -> str:
+def failure_message(who: str, error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"{os.path.basename(sys.argv[0])}: {error} [{who}]"
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted [{who}]."
-    if _lost(error):
+    if _lost_another_rank(error):
         return f"{who} lost another rank, or waited for it too long: {first_line(error)}"
     return f"{who} failed:\n{''.join(traceback.format_exception(error))}"
 
@@ -334,7 +334,7 @@ def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
     return DeviceMesh.from_group(groups, place, grid, mesh_dim_names=("replicate", "shard"))
 
 
-def fill(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
+def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
     """Give a sharded model on the meta device its weights, read on the main rank alone, one tensor at a time.
 
     `weights` (name, whole tensor) is not looked at on the other ranks. Beside its shards no rank holds more than one
@@ -362,7 +362,7 @@ def fill(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) 
             target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
 
 
-def gathered(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
     """Whole weights by name, in `dtype` on the CPU of the main rank; nothing on the others. Collective.
 
     In a single process the model's own state dict.
@@ -378,7 +378,7 @@ def gathered(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Te
 
 
 @contextmanager
-def generation(model: AnyModule) -> Iterator[AnyModule]:
+def unsharded(model: AnyModule) -> Iterator[AnyModule]:
     """`model` with all of its weights whole, to run any number of forward passes (no gradient) without other ranks.
 
     Of a sharded model that is a second one, without FSDP's hooks: they cost each decode step some thousands of calls,
@@ -388,16 +388,16 @@ def generation(model: AnyModule) -> Iterator[AnyModule]:
     if not isinstance(model, FSDPModule):
         yield model
         return
-    for unit in units(model):
+    for unit in fsdp_units(model):
         unit.unshard()
     try:
-        yield _plain_twin(model)
+        yield _unsharded_copy(model)
     finally:
-        for unit in units(model):
+        for unit in fsdp_units(model):
             unit.reshard()
 
 
-def _plain_twin(model: AnyModule) -> AnyModule:
+def _unsharded_copy(model: AnyModule) -> AnyModule:
     """A model of the same class whose parameters are those of `model`, gathered at this moment."""
     # FSDP has made a class of its own and put it first.
     kind: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
@@ -408,5 +408,5 @@ def _plain_twin(model: AnyModule) -> AnyModule:
     return twin.requires_grad_(False)
 
 
-def units(model: nn.Module) -> list[FSDPModule]:
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -24,7 +24,7 @@ from mmsr.assemble import load_model
 from mmsr.episode import Episode
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
-from mmsr.system.parallel import Ranks, Stopped, balanced_partition, gathered, generation, shard
+from mmsr.system.parallel import OtherRankFailed, Ranks, balanced_partition, full_state_dict, shard, unsharded
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import image_tokens, load_image
 
@@ -45,7 +45,7 @@ def test_the_allocator_is_told_otherwise_than_the_user_did(name, monkeypatch):
         monkeypatch.delenv(other)
     if name:
         monkeypatch.setenv(name, "backend:native")
-    with parallel.start("cpu"):
+    with parallel.distributed("cpu"):
         told = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
     assert told == ({name: "backend:native"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
@@ -218,7 +218,7 @@ def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
     trainer.lockstep.rows = Heard()
     for dealt in ("even", "one rank has text only", "one rank has nothing"):
         model = trainer.model
-        with generation(model) as whole:
+        with unsharded(model) as whole:
             test_engine.run(whole, test_engine.groups(1 + ranks.rank, 2))
         half = [[e for e in share(ranks, dealt) if (e.group_id < 2) == first] for first in (True, False)]
         trainer.step(half, 0.1)
@@ -234,7 +234,7 @@ def test_passes_are_always_the_same_row_of_collectives(pair):
 
 def skipped(ranks: Ranks, what: str):
     trainer = build(ranks, {"max_skipped": 2}, {})
-    before = gathered(trainer.model, ranks, torch.float32)
+    before = full_state_dict(trainer.model, ranks, torch.float32)
     before = {name: value.clone() for name, value in before.items()}
     bad, good = share(ranks, "even"), share(ranks, "even")
     if ranks.rank == ranks.size - 1:
@@ -244,7 +244,7 @@ def skipped(ranks: Ranks, what: str):
         else:
             setattr(bad[0], what, math.inf)
     found = [trainer.step([bad], 0.1)]
-    after = gathered(trainer.model, ranks, torch.float32)
+    after = full_state_dict(trainer.model, ranks, torch.float32)
     same = all(torch.equal(after[name], before[name]) for name in before)
     found.append(trainer.step([good], 0.0))
     with pytest.raises(UserError, match="2 updates in a row"):
@@ -269,7 +269,7 @@ def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
     episodes = share(ranks, "even")
     for _ in range(steps):
         trainer.step([[e for e in episodes if e.group_id < 2], [e for e in episodes if e.group_id >= 2]], 1e-4)
-    return gathered(model, ranks, dtype)
+    return full_state_dict(model, ranks, dtype)
 
 
 def test_weights_after_some_steps_equal_those_of_one_process(pair, record_property):
@@ -303,7 +303,7 @@ def generated(ranks: Ranks, dtype=torch.float32):
     for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
         mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
         batch = [group for i in mine for group in test_engine.groups(1, 3, first=i)]
-        with generation(model) as whole:
+        with unsharded(model) as whole:
             steps.append(test_engine.run(whole, batch).counts["decode_steps"] if batch else 0)
         found.setdefault("tokens", []).append(dict(zip(mine, test_engine.texts(batch)[::3])))
         trainer.step([share(ranks, "even")], 0.05)
@@ -321,9 +321,9 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(pair):
 
 @contextmanager
 def through_fsdp(model):
-    """What `generation` was before it gave a plain twin: FSDP's own modules, hooks and all, with whole weights."""
+    """What `unsharded` was before it gave a plain twin: FSDP's own modules, hooks and all, with whole weights."""
     model.set_reshard_after_forward(False)
-    units = parallel.units(model)
+    units = parallel.fsdp_units(model)
     for unit in units:
         unit.unshard()
     yield model
@@ -342,7 +342,7 @@ def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
     found = []
     for _ in range(2):
         sharded = sum(p.to_local().nbytes for p in model.parameters())
-        with generation(model) as twin:
+        with unsharded(model) as twin:
             places = {name: p.data_ptr() for name, p in model.named_parameters()}
             seen = {
                 "same tensors": {name: p.data_ptr() for name, p in twin.named_parameters()} == places,
@@ -352,7 +352,7 @@ def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
             }
         assert sharded == sum(p.to_local().nbytes for p in model.parameters()), "it is back in its shards"
         for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            for route, opened in (("twin", generation), ("fsdp", through_fsdp)):
+            for route, opened in (("twin", unsharded), ("fsdp", through_fsdp)):
                 batch = test_engine.groups(3, 3, first=ranks.rank)
                 with opened(model) as whole:
                     test_engine.run(whole, batch, temperature=temperature)
@@ -382,7 +382,7 @@ def in_bf16(ranks: Ranks):
     kept = {}
     trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
     trainer.step([share(ranks, "even")], 0.1)
-    with generation(model) as plain:
+    with unsharded(model) as plain:
         whole = {p.dtype for p in plain.parameters()}
     return kept, whole, {p.dtype for p in model.parameters()}
 
@@ -397,7 +397,7 @@ def test_fp32_shards_compute_in_bf16(pair):
 def loaded(ranks: Ranks, folder: str):
     model = load_model(Path(folder), torch.float32, torch.float32, ranks, "node")
     local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters())
-    return gathered(model, ranks, torch.float32), local
+    return full_state_dict(model, ranks, torch.float32), local
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -412,7 +412,7 @@ def test_loading_a_folder_gives_each_rank_its_shards(pair, tied, tmp_path):
 
 
 def load_error(ranks: Ranks, folder: str) -> str:
-    with pytest.raises((UserError, Stopped)) as error:
+    with pytest.raises((UserError, OtherRankFailed)) as error:
         loaded(ranks, folder)
     return str(error.value)
 
@@ -430,7 +430,7 @@ def test_broken_folder_is_an_error_on_all_ranks(pair, tmp_path):
 
 def told(ranks: Ranks):
     total = ranks.sum({"a": 1, ("b", ranks.rank): 0.5})
-    with pytest.raises((ValueError, Stopped)) as error, ranks.sync_errors():
+    with pytest.raises((ValueError, OtherRankFailed)) as error, ranks.sync_errors():
         if ranks.rank == 1:
             raise ValueError("row 7")
     made_by = ranks.main_process_first("once", lambda: (time.sleep(0.3 * ranks.main), time.monotonic())[1])
@@ -447,7 +447,7 @@ def test_ranks_add_up_agree_and_wait(pair):
 def test_a_rank_that_lost_another_says_so_even_where_the_error_says_nothing():
     with pytest.raises(RuntimeError) as lost:
         exec(compile("raise RuntimeError", "distributed_c10d.py", "exec"))
-    told = parallel._obituary("rank 0 of 2", lost.value)
+    told = parallel.failure_message("rank 0 of 2", lost.value)
     assert told == "rank 0 of 2 lost another rank, or waited for it too long: RuntimeError"
 
 
