@@ -27,7 +27,7 @@ from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL, log_probs
 from mmsr.pack import Pack, cut, pack, unique_tokens
 from mmsr.system.errors import UserError
-from mmsr.system.lockstep import Lockstep, OutOfRoom
+from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.vision import MERGE, PATCH_VALUES, Image
@@ -201,17 +201,17 @@ class Trainer:
         parts, packs = self._packs(share.episodes)
         self.optimizer.expect(len(packs))
         weights, advantages = self._per_episode(share)
-        with self.lockstep.phase("vision pass"):
+        with self.lockstep.guard("vision pass"):
             features = self._features(self.model, packs, share, train=True)
             reference = self._features(self.reference, packs, share) if self.reference else None
         stats = Stats()
         for part, batch in zip(parts, packs):
             old = None if old_logps is None else torch.cat([old_logps[i] for i in part])
             seen = stats if part[0] < len(share.episodes) else None
-            with self.lockstep.phase("micro-batch", final=len(part) == 1):
+            with self.lockstep.guard("micro-batch", indivisible=len(part) == 1):
                 self._micro_batch(batch, features, reference, weights, advantages, old, seen)
         if share.pictures:
-            with self.lockstep.phase("vision backward pass"):
+            with self.lockstep.guard("vision backward pass"):
                 features.backward()
         trained = sum(len(p.input_ids) for part, p in zip(parts, packs) if part[0] < len(share.episodes))
         stats.add(encoded=features.encoded, trained=trained, trained_unique=unique_tokens(share.episodes))
@@ -287,14 +287,14 @@ class Trainer:
     def _old_logps(self, share: Share, stats: Stats) -> list[Tensor]:
         """Log-probabilities of each episode's trained tokens, the idle one last: they outlive how the batch is cut."""
         parts, packs = self._packs(share.episodes)
-        with self.lockstep.phase("first vision pass"):
+        with self.lockstep.guard("first vision pass"):
             features = self._features(self.model, packs, share)
         stats.add(encoded=features.encoded)
         episodes = [*share.episodes, self.idle]
         found = [torch.empty(0, device=self.device)] * len(share.episodes)
         found.append(torch.zeros(1, device=self.device))
         for part, batch in zip(parts, packs):
-            with self.lockstep.phase("first pass", final=len(part) == 1):
+            with self.lockstep.guard("first pass", indivisible=len(part) == 1):
                 logps, _ = self.log_probs(self.model, batch, features)
             lengths = [sum(episodes[i].loss_mask) for i in part]
             for i, mine in zip(part, logps.split(lengths)):  # a pack has them episode by episode
@@ -316,10 +316,10 @@ class Trainer:
         while True:
             try:
                 return work(*args)
-            except OutOfRoom as error:
-                reason, final = str(error), error.final
+            except RankOutOfMemory as error:
+                reason, indivisible = str(error), error.indivisible
             self.model.zero_grad(set_to_none=True)
-            if final:
+            if indivisible:
                 raise UserError(
                     f"{reason}, which cannot be cut any smaller: lower --max-tokens, --max-pixels or --mini-batch, or "
                     "train on more devices"

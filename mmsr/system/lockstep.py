@@ -19,16 +19,16 @@ _gather_shards = getattr(dist, "all_gather_single", None) or dist.all_gather_int
 _reduce_shards = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class OutOfRoom(Exception):
-    """Some rank ran out of memory, and all know. `final`: in something that cannot be cut into smaller pieces."""
+class RankOutOfMemory(Exception):
+    """Some rank ran out of memory, and all know. `indivisible`: in something that cannot be cut into smaller pieces."""
 
-    def __init__(self, rank: int, what: str, final: bool):
+    def __init__(self, rank: int, what: str, indivisible: bool):
         super().__init__(f"rank {rank} ran out of memory in its {what}")
-        self.final = final
+        self.indivisible = indivisible
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Collective:
     """One collective that FSDP issued: elements in and out, where, and how a reduction adds up (None: a gathering)."""
 
     size_in: int
@@ -37,7 +37,7 @@ class _Call:
     group: Any
     op: Any
 
-    def repeat(self, device: torch.device, replicas: Any) -> None:
+    def issue_on_zeros(self, device: torch.device, replicas: Any) -> None:
         """The same collective on values that nobody will use."""
         source = torch.zeros(self.size_in, dtype=self.dtype, device=device)
         target = torch.zeros(self.size_out, dtype=self.dtype, device=device)
@@ -52,10 +52,10 @@ def _issue(target: Tensor, source: Tensor, group: Any, op: Any, async_op: bool =
     return _reduce_shards(target, source, op, group=group, async_op=async_op)
 
 
-class _Recorder:
+class _RecordingComm:
     """Issues FSDP's collectives for it, and writes them down."""
 
-    def __init__(self, calls: list[_Call]):
+    def __init__(self, calls: list[_Collective]):
         self.calls = calls
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,7 +63,7 @@ class _Recorder:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False, op: Any = None):
         work = _issue(output_tensor, input_tensor, group, op, async_op)
-        self.calls.append(_Call(input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group, op))
+        self.calls.append(_Collective(input_tensor.numel(), output_tensor.numel(), input_tensor.dtype, group, op))
         return work
 
 
@@ -77,39 +77,39 @@ class Lockstep:
 
     def __init__(self, ranks: Ranks, models: Sequence[nn.Module]):
         self.ranks, self.models = ranks, [model for model in models if isinstance(model, FSDPModule)]
-        self.calls: list[_Call] = []
-        self.rows: dict[str, list[_Call]] = {}
-        recorder = _Recorder(self.calls)
+        self.calls: list[_Collective] = []
+        self.recorded: dict[str, list[_Collective]] = {}
+        recorder = _RecordingComm(self.calls)
         for unit in (unit for model in self.models for unit in fsdp_units(model)):
             unit.set_custom_all_gather(recorder)
             unit.set_custom_reduce_scatter(recorder)
 
     @contextmanager
-    def phase(self, name: str, final: bool = True) -> Iterator[None]:
-        """One pass. Raises OutOfRoom on all ranks when one of them ran out of memory in it."""
+    def guard(self, name: str, indivisible: bool = True) -> Iterator[None]:
+        """One pass. Raises RankOutOfMemory on all ranks when one of them ran out of memory in it."""
         self.calls.clear()
         failure = 0
         try:
             yield
         except torch.OutOfMemoryError as error:
-            if self.models and not (name in self.rows and hasattr(self.models[0], "reset_iter_state")):
+            if self.models and not (name in self.recorded and hasattr(self.models[0], "reset_iter_state")):
                 raise  # too early, or torch before 2.13: the others cannot be helped, this rank's end is theirs
-            failure = 2 if final else 1
+            failure = 2 if indivisible else 1
             traceback.clear_frames(error.__traceback__)  # their variables hold the activations
         if failure:
             self._finish(name)
         else:
-            self.rows.setdefault(name, list(self.calls))
+            self.recorded.setdefault(name, list(self.calls))
         if self.ranks.max(failure):
             self.reset()
             failures = self.ranks.all_gather(failure)
-            raise OutOfRoom(failures.index(max(failures)), name, max(failures) == 2) from None
+            raise RankOutOfMemory(failures.index(max(failures)), name, max(failures) == 2) from None
 
     def _finish(self, name: str) -> None:
-        rest = self.rows[name][len(self.calls) :] if self.models else []
+        rest = self.recorded[name][len(self.calls) :] if self.models else []
         self.reset()
         for call in rest:
-            call.repeat(self.ranks.device, self._replicas)
+            call.issue_on_zeros(self.ranks.device, self._replicas)
 
     @property
     def _replicas(self) -> Any:

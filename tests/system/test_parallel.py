@@ -215,14 +215,14 @@ class Heard(dict):
 
 def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
     trainer = build(ranks, {"kl": 0.3}, {})
-    trainer.lockstep.rows = Heard()
+    trainer.lockstep.recorded = Heard()
     for dealt in ("even", "one rank has text only", "one rank has nothing"):
         model = trainer.model
         with unsharded(model) as whole:
             test_engine.run(whole, test_engine.groups(1 + ranks.rank, 2))
         half = [[e for e in share(ranks, dealt) if (e.group_id < 2) == first] for first in (True, False)]
         trainer.step(half, 0.1)
-    return dict(trainer.lockstep.rows)
+    return dict(trainer.lockstep.recorded)
 
 
 def test_passes_are_always_the_same_row_of_collectives(pair):
