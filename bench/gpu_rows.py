@@ -31,7 +31,7 @@ from mmsr.config import Config
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import Episode, Example
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.pack import cut, pack
+from mmsr.pack import pack, split_into_micro_batches
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import distributed
@@ -501,7 +501,7 @@ class Bench:
                 engine.finish(sequence)
         episodes = [self.finished(group, 0, sequence, i) for i, sequence in enumerate(group.sequences)]
         trainer = Trainer(policy, None, self.suppressed(policy.config))
-        batch = pack(episodes, cut(episodes, 10**6)[0], self.device)
+        batch = pack(episodes, split_into_micro_batches(episodes, 10**6)[0], self.device)
         with torch.no_grad():
             logps, _ = trainer.log_probs(policy, batch, ImageFeatures(policy, batch.images, False))
         gap = (logps - batch.sampled_logps).abs()

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 from mmsr import attention, engine, model, vision
 from mmsr.engine import GeneratedSequence, SequenceGroup
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.pack import cut, pack
+from mmsr.pack import pack, split_into_micro_batches
 from mmsr.plan import GIB
 from mmsr.update import ImageFeatures
 
@@ -532,7 +532,7 @@ def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, Pass
     s, blocks = bench.sizes, policy.config.num_hidden_layers
     questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
     episodes = bench.episodes(policy.config, questions)
-    batch = pack(episodes, cut(episodes, MICRO_TOKENS)[0], META)
+    batch = pack(episodes, split_into_micro_batches(episodes, MICRO_TOKENS)[0], META)
     patches = sum(len(image.patches) for image in {i.key: i for i in batch.images}.values())
     tower = sum(p.numel() for p in policy.visual.blocks.parameters())
     needs = bench.operations(policy, episodes, len(batch.input_ids)) - 6 * patches * tower
@@ -565,7 +565,7 @@ def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch, features: ImageFeature
     suppressed, kept = bench.suppressed(policy.config), Kept(policy.parameters())
 
     def read(hidden: Tensor, head: Tensor):
-        return model.log_probs(hidden[batch.rows], head, batch.targets, 1.0, suppressed)
+        return model.log_probs(hidden[batch.logits_index], head, batch.targets, 1.0, suppressed)
 
     with Count() as count:
         with kept:

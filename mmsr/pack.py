@@ -20,20 +20,20 @@ from mmsr.model import mrope_positions
 
 @dataclass
 class Pack:
-    """One micro-batch. `rows[r]` is the packed position whose hidden state predicts `targets[r]`."""
+    """One micro-batch. `logits_index[r]` is the packed position whose hidden state predicts `targets[r]`."""
 
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (3, N)
     attention_fn: SharedPrefix
     images: list  # vision.Image, one per placeholder run, in packed order
     image_index: Tensor  # (M,) packed positions of their placeholders
-    rows: Tensor  # (R,)
+    logits_index: Tensor  # (R,)
     targets: Tensor  # (R,)
     sampled_logps: Tensor  # (R,) as recorded while sampling
     episode_index: Tensor  # (R,) which episode of the update a trained token belongs to
 
 
-def trained_length(episode: Episode) -> int:
+def input_length(episode: Episode) -> int:
     """Number of leading tokens that a forward pass must see: the last trained token is predicted, not fed."""
     for t in range(len(episode.loss_mask) - 1, -1, -1):
         if episode.loss_mask[t]:
@@ -45,10 +45,10 @@ def unique_tokens(episodes: Sequence[Episode]) -> int:
     """Tokens that a pass over these episodes has to see when nothing is computed twice: prompts once per group."""
     trained = [episode for episode in episodes if any(episode.loss_mask)]
     prompts = {episode.group_id: episode.prompt_length for episode in trained}
-    return sum(prompts.values()) + sum(trained_length(e) - e.prompt_length for e in trained)
+    return sum(prompts.values()) + sum(input_length(e) - e.prompt_length for e in trained)
 
 
-def cut(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
+def split_into_micro_batches(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
     """Indices of `episodes` per micro-batch of at most `budget` packed tokens, groups kept together.
 
     A group begins a micro-batch where it does not fit into the last one whole; only one larger than the budget is
@@ -63,7 +63,7 @@ def cut(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
     room = 0  # in the last of them
     for _, members in sorted(groups.items()):
         prompt = episodes[members[0]].prompt_length
-        suffixes = [trained_length(episodes[i]) - prompt for i in members]
+        suffixes = [input_length(episodes[i]) - prompt for i in members]
         stands = prompt + sum(suffixes) <= room
         if stands:
             room -= prompt
@@ -77,7 +77,7 @@ def cut(episodes: Sequence[Episode], budget: int) -> list[list[int]]:
 
 
 def pack(episodes: Sequence[Episode], indices: Sequence[int], device) -> Pack:
-    """Lay out `episodes[i] for i in indices` (group members adjacent, as `cut` gives them) as one packed sequence."""
+    """Lay out `episodes[i] for i in indices` as one packed sequence. Members of a group are adjacent."""
     build = _Builder()
     for i in indices:
         build.add(episodes[i], i)
@@ -95,7 +95,7 @@ class _Builder:
         self.prompt_end = 0  # packed position after the current prompt
 
     def add(self, episode: Episode, index: int) -> None:
-        prompt, end = episode.prompt_length, trained_length(episode)
+        prompt, end = episode.prompt_length, input_length(episode)
         spans = [(offset, image.grid) for offset, image in episode.images]
         positions, _ = mrope_positions(len(episode.input_ids), spans)
         if episode.group_id != self.group_id:
@@ -131,7 +131,7 @@ class _Builder:
             attention_fn=SharedPrefix(self.groups, device),
             images=self.images,
             image_index=torch.cat(self.image_index or empty).to(device),
-            rows=torch.tensor(self.rows, device=device),
+            logits_index=torch.tensor(self.rows, device=device),
             targets=torch.tensor(self.targets, device=device),
             sampled_logps=torch.tensor(self.logps, device=device, dtype=torch.float32),
             episode_index=torch.tensor(self.owner, device=device),

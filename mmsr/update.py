@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmsr import grpo
 from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL, log_probs
-from mmsr.pack import Pack, cut, pack, unique_tokens
+from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
 from mmsr.system.errors import UserError
 from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
@@ -219,7 +219,7 @@ class Trainer:
 
     def _packs(self, episodes: Sequence[Episode]) -> tuple[list[list[int]], list[Pack]]:
         """Micro-batches: indices, and their packs. As many on every rank; the empty ones hold the idle episode."""
-        parts = cut(episodes, self.micro_tokens)
+        parts = split_into_micro_batches(episodes, self.micro_tokens)
         wanted = max(1, int(self.ranks.max(len(parts))))
         parts += [[len(episodes)]] * (wanted - len(parts))
         packs = [pack([*episodes, self.idle], part, self.device) for part in parts]
@@ -272,7 +272,7 @@ class Trainer:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):
-            return log_probs(hidden[batch.rows], head, batch.targets, self.temperature, self.suppressed)
+            return log_probs(hidden[batch.logits_index], head, batch.targets, self.temperature, self.suppressed)
 
         return model(
             batch.input_ids,

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmsr.attention import sum_widely
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sample, sampling_key, uniform
 from mmsr.episode import Episode, Example
-from mmsr.pack import cut, pack
+from mmsr.pack import pack, split_into_micro_batches
 from mmsr.update import ImageFeatures, Trainer
 
 STOP = 115  # a token that the tiny model below likes
@@ -73,7 +73,7 @@ def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     trainer = Trainer(model, None, SUPPRESSED.to(device))
     ours, theirs = [], []
     with torch.no_grad():
-        for part in cut(made, 400):
+        for part in split_into_micro_batches(made, 400):
             batch = pack(made, part, device)
             ours.append(trainer.log_probs(model, batch, ImageFeatures(model, batch.images, False))[0])
             theirs.append(batch.sampled_logps)

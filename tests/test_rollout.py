@@ -21,7 +21,7 @@ from mmsr import rollout as rollout_module
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation
-from mmsr.pack import cut, pack
+from mmsr.pack import pack, split_into_micro_batches
 from mmsr.rollout import Limits, Opening, Rollout
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
@@ -305,7 +305,7 @@ def test_trainer_gives_the_logps_that_were_sampled(home, record_property):
     trainer = Trainer(home.model, None, rollout.engine.suppressed)
     gaps = []
     with torch.no_grad():
-        for part in cut(episodes, 4000):
+        for part in split_into_micro_batches(episodes, 4000):
             batch = pack(episodes, part, "cpu")
             ours, _ = trainer.log_probs(home.model, batch, ImageFeatures(home.model, batch.images, False))
             sampled = batch.sampled_logps

@@ -8,7 +8,7 @@ from helpers import IMAGE, conversation, random_image, report, tiny_model
 
 from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL
-from mmsr.pack import cut, pack, trained_length, unique_tokens
+from mmsr.pack import input_length, pack, split_into_micro_batches, unique_tokens
 from mmsr.update import ImageFeatures, MasterWeights, Trainer, split
 
 SUPPRESSED = torch.zeros(300, dtype=torch.bool)
@@ -63,7 +63,7 @@ def test_gradient_does_not_depend_on_the_micro_batch_cut(norm, record_property):
     options = dict(loss_norm=norm, reference=tiny_model(2), kl=0.3)
     whole = gradient(episodes, **options)
     for budget in (1, 60, 97):
-        assert len(cut(episodes, budget)) > 1
+        assert len(split_into_micro_batches(episodes, budget)) > 1
         difference = relative(gradient(episodes, micro_tokens=budget, **options), whole)
         report(record_property, f"gradient cut at {budget} tokens, {norm}", difference)
         assert difference < 1e-5
@@ -154,7 +154,7 @@ def test_a_group_that_fits_is_split_over_two_micro_batches():
             tokens = 1024 + 400 + 37 * ((group + 3 * sample) % 11)
             mask = [0] * 1024 + [1] * (tokens - 1024)
             made.append(Episode(EXAMPLE, group, sample, [0] * tokens, mask, [0.0] * tokens, prompt_length=1024))
-    parts = cut(made, 16384)
+    parts = split_into_micro_batches(made, 16384)
     assert sorted(i for part in parts for i in part) == list(range(len(made)))
     packs = [pack(made, part, "cpu") for part in parts]
     assert sum(len(p.input_ids) for p in packs) == unique_tokens(made) and len(packs) < 10
@@ -165,7 +165,7 @@ def test_a_group_that_fits_is_split_over_two_micro_batches():
 def test_a_pack_is_over_the_budget_without_need(budget):
     """Only an episode larger than the budget is, alone; a group larger than it is split, and no episode is lost."""
     episodes = made(5)
-    parts = cut(episodes, budget)
+    parts = split_into_micro_batches(episodes, budget)
     assert sorted(i for part in parts for i in part) == [i for i, e in enumerate(episodes) if any(e.loss_mask)]
     assert all(len(part) == 1 or len(pack(episodes, part, "cpu").input_ids) <= budget for part in parts)
 
@@ -190,7 +190,7 @@ def test_second_update_moves_by_the_clipped_surrogate():
     trainer(model, **options).step(halves, 0.05)
     hand = tiny_model(1)
     helper = trainer(hand, **options)
-    packs = [pack(half, cut(half, 10**6)[0], "cpu") for half in halves]
+    packs = [pack(half, split_into_micro_batches(half, 10**6)[0], "cpu") for half in halves]
     with torch.no_grad():
         olds = [helper.log_probs(hand, p, ImageFeatures(hand, p.images, False))[0] for p in packs]
     for half, batch, old in zip(halves, packs, olds):
@@ -251,4 +251,4 @@ def test_pack_drops_what_no_trained_token_needs():
     episode.loss_mask += [0, 0, 0]
     episode.logps += [0.0] * 3
     batch = pack([episode], [0], "cpu")
-    assert len(batch.input_ids) == trained_length(episode) == len(episode.input_ids) - 4
+    assert len(batch.input_ids) == input_length(episode) == len(episode.input_ids) - 4
