@@ -105,12 +105,9 @@ def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tup
 def make_trainer(setup: Setup) -> Trainer:
     c = setup.config
     reference = setup.reference() if c.kl and c.algorithm == "grpo" else None
-
-    def adam(params) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=c.lr, betas=(0.9, c.adam_beta2), weight_decay=0.0, fused=True)
-
+    optimizer = MasterWeights(setup.model, betas=(0.9, c.adam_beta2), weight_decay=0.0)
     return Trainer(
-        setup.model, MasterWeights(setup.model, adam), setup.suppressed, reference=reference, kl=c.kl,
+        setup.model, optimizer, setup.suppressed, reference=reference, kl=c.kl,
         clip_low=c.clip_low, clip_high=c.clip_high, loss_norm=c.loss_norm, importance_cap=c.importance_cap,
         temperature=c.temperature, micro_tokens=c.micro_tokens, max_grad_norm=c.max_grad_norm,
         max_skipped=c.max_skipped, sft=c.algorithm == "sft", ranks=setup.ranks,

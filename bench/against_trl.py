@@ -295,7 +295,7 @@ class Ours:
         self.chat = TemplateChat(world, self.tools)
         self.hits = [tuple(Hit("title", image=data) for data in world.thumbnails(i)) for i in world.numbers.values()]
         self.examples = [Example(str(i), world.image(i), question, ("",)) for question, i in world.numbers.items()]
-        optimizer = MasterWeights(self.policy, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
+        optimizer = MasterWeights(self.policy, weight_decay=0.0)
         said = 2 * world.sizes.turn + len(world.result_ids(0))
         question = len(world.prompt_ids(0)) + world.sizes.group * said
         self.trainer = Trainer(self.policy, optimizer, world.suppressed, micro_tokens=question)
@@ -470,7 +470,7 @@ class Pair:
         self.policy.zero_grad()
         nothing = torch.zeros(self.policy.config.vocab_size, dtype=torch.bool)  # TRL bans in sampling, not in training
         reference = self.reference if self.kl else None
-        optimizer = MasterWeights(self.policy, lambda p: torch.optim.SGD(p, lr=0.0))
+        optimizer = MasterWeights(self.policy)
         trainer = Trainer(self.policy, optimizer, nothing, reference=reference, kl=self.kl, loss_norm=self.norm)
         stats = trainer._gradient(Share.of(self.episodes, SINGLE), self.old)
         assert not self.clipped or stats.sums["clip_fraction"] > 0.1 * stats.sums["tokens"]

@@ -370,7 +370,7 @@ class Bench:
         return [Figure(update["trained"] / seconds, "tok/s", share=share, remark=remark)]
 
     def optimizer(self, policy: Qwen2_5_VL) -> MasterWeights:
-        return MasterWeights(policy, lambda p: torch.optim.AdamW(p, lr=0.0, weight_decay=0.0, fused=True))
+        return MasterWeights(policy, weight_decay=0.0)
 
     def operations(self, policy, batch: list[Episode], tokens: int) -> float:
         """Forward and backward, without what is computed again; the tower's attention is left out."""

@@ -109,7 +109,7 @@ def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32
     base = toy_base.base_model(world)
     model = pretrained.load(base, torch.float32, torch.device("cpu"))
     chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
-    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98), fused=True))
+    optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
     traces = PairTraces(world, chat, world.seed + 1)
     for step in trange(steps, desc="warm start on pairs"):

@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
     model = modeling.random_model(toy_base.model_config(tokenizer), 0)
-    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98)))
+    optimizer = MasterWeights(model, betas=(0.9, 0.98), fused=False)
     trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
     traces = toy_base.Traces(world, chat, 0)
     for step in range(25):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmsr.attention import Packed
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
@@ -128,6 +128,22 @@ def hf_logits(twin, ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours.double() - theirs.double()).abs().max().item()
+
+
+class SGD:
+    """Plain gradient descent in the place of a trainer's optimizer: what it does can be worked out by hand."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def expect(self, passes: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter -= lr * parameter.grad
 
 
 def report(record_property, what: str, value: float) -> None:

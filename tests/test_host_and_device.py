@@ -96,7 +96,7 @@ def test_an_update_mixes_host_and_device(apart):
     fp32 = apart.head_weight.dtype == torch.float32
     with torch.device("meta"):
         reference = Qwen2_5_VL(tiny_config()).to(apart.head_weight.dtype).requires_grad_(False)
-    optimizer = MasterWeights(apart, lambda params: torch.optim.AdamW(params, lr=1e-3))
+    optimizer = MasterWeights(apart, fused=False)  # torch has no fused kernel on meta
     if not fp32:
         optimizer.step = lambda lr: None  # the meta device has no random numbers to round with
     trainer = Trainer(

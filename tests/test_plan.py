@@ -54,11 +54,11 @@ def held(ranks: Ranks, stored: torch.dtype, compute: torch.dtype, across: str = 
     """Bytes that really lie on this rank, by row of the plan."""
     model = shard(tiny_model(1, vocab_size=301).to(stored), ranks, compute, across)
     reference = shard(tiny_model(2, vocab_size=301).to(compute), ranks, compute, across).requires_grad_(False)
-    optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, fused=True))
+    optimizer = MasterWeights(model)
     suppressed = torch.cat([SUPPRESSED, torch.tensor([True])])
     trainer = Trainer(model, optimizer, suppressed, reference=reference, kl=0.3, micro_tokens=120, ranks=ranks)
     found = {"weights": nbytes(model.parameters()), "KL reference": nbytes(reference.parameters())}
-    found["rest of the masters"] = nbytes(optimizer.rest.values())
+    found["rest of the masters"] = nbytes(optimizer.low_bits.values())
     inner = optimizer.step
 
     def step(lr: float) -> None:
@@ -167,7 +167,7 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
     assert kept.longest == 612
     batch = pack(episodes := [e for n in range(2) for e in group(n, 4, 612, 200)], range(len(episodes)), "cpu")
     images = list({image.key: image for image in batch.images}.values())
-    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, 0.1)), SUPPRESSED)
+    trainer = Trainer(model, MasterWeights(model), SUPPRESSED)
     features = ImageFeatures(model, images, True)
     found = {
         "pictures": (saved(lambda: model.encode_images(images), model), kept.tower(100)),

@@ -94,7 +94,7 @@ def test_gradient_is_that_of_the_plain_likelihood_of_the_demonstrations(home, no
     chosen = [e for e in episodes if e.trained]
     assert [e.sample for e in chosen] == [0, 1, 2] * 2, "the wrong answer must not be imitated"
     twin = hf_twin(model).double()
-    optimizer, kept = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), {}
+    optimizer, kept = MasterWeights(model), {}
     optimizer.step = lambda lr: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
     Trainer(model, optimizer, suppressed, loss_norm=norm, sft=True, max_grad_norm=1e9, micro_tokens=900).step(
         [chosen], 0.1

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import IMAGE, conversation, random_image, report, tiny_model
+from helpers import IMAGE, SGD, conversation, random_image, report, tiny_model
 
 from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL
@@ -37,7 +37,7 @@ def made(groups: int = 3, members: int = 4) -> list[Episode]:
 
 
 def trainer(model, **options) -> Trainer:
-    return Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, **options)
+    return Trainer(model, SGD(model), SUPPRESSED, **options)
 
 
 def gradient(episodes: list[Episode], **options) -> dict[str, torch.Tensor]:
@@ -233,7 +233,7 @@ def test_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
 
 def test_small_learning_rate_moves_bf16_weights_through_their_masters():
     model = tiny_model(1).bfloat16()
-    subject = Trainer(model, MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0)), SUPPRESSED)
+    subject = Trainer(model, MasterWeights(model, weight_decay=0.0), SUPPRESSED)
     before = copy.deepcopy(model.state_dict())
     for _ in range(30):
         subject.step([made(2, 2)], 2e-5)

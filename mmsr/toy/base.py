@@ -248,7 +248,7 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
     chat = Chat(folder, PROMPTS / "toy", _tools(world))
     model = modeling.random_model(model_config(tokenizer), seed=world.seed)
     suppressed = chat.suppressed_tokens(model.config.vocab_size)
-    optimizer = MasterWeights(model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.98), fused=True))
+    optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, suppressed, loss_norm="token", sft=True)
     traces = Traces(world, chat, world.seed)
     needed = {"copying": recipe.copying, "names": recipe.names, "towns": recipe.towns}

@@ -16,7 +16,7 @@ import pytest
 import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
-from helpers import conversation, report, tiny_config, tiny_model
+from helpers import SGD, conversation, report, tiny_config, tiny_model
 from test_update import EXAMPLE, SUPPRESSED, made, relative
 
 from mmsr import pretrained
@@ -90,7 +90,7 @@ def build(ranks: Ranks, options: dict, changes: dict, recompute: bool = False, a
     options = {"max_grad_norm": 1e9, "micro_tokens": 60} | options
     if options.get("kl"):
         options["reference"] = sharded(ranks, 2, across=across, **changes).requires_grad_(False)
-    optimizer = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    optimizer = SGD(model)
     return Trainer(model, optimizer, SUPPRESSED, ranks=ranks, **options)
 
 
@@ -264,7 +264,7 @@ def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
     """Whole weights after steps of the optimizer that train.py uses, clipped, two updates each."""
     stored = dtype if ranks.size == 1 else torch.float32
     model = shard(tiny_model(1).to(dtype).to(stored), ranks, dtype)
-    optimizer = MasterWeights(model, lambda p: torch.optim.AdamW(p, weight_decay=0.0, fused=True))
+    optimizer = MasterWeights(model, weight_decay=0.0)
     trainer = Trainer(model, optimizer, SUPPRESSED, micro_tokens=60, max_grad_norm=0.5, ranks=ranks)
     episodes = share(ranks, "even")
     for _ in range(steps):
@@ -298,7 +298,7 @@ def generated(ranks: Ranks, dtype=torch.float32):
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     model = shard(model, ranks, dtype)
-    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, ranks=ranks)
+    trainer = Trainer(model, SGD(model), SUPPRESSED, ranks=ranks)
     found, steps = {}, []
     for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
         mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
@@ -338,7 +338,7 @@ def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
     with torch.no_grad():
         sharp.head_weight.mul_(4)
     model = shard(sharp, ranks, torch.float32)
-    trainer = Trainer(model, MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1)), SUPPRESSED, ranks=ranks)
+    trainer = Trainer(model, SGD(model), SUPPRESSED, ranks=ranks)
     found = []
     for _ in range(2):
         sharded = sum(p.to_local().nbytes for p in model.parameters())
@@ -377,7 +377,7 @@ def test_ranks_decode_through_hooks_or_other_weights(pair, tied):
 def in_bf16(ranks: Ranks):
     """fp32 shards used in bfloat16: types inside, and a gradient."""
     model = shard(tiny_model(1), ranks, torch.bfloat16)
-    optimizer = MasterWeights(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    optimizer = SGD(model)
     trainer = Trainer(model, optimizer, SUPPRESSED, max_grad_norm=1e9, ranks=ranks)
     kept = {}
     trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
