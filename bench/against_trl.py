@@ -42,7 +42,7 @@ from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.rollout import Limits
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Toolbox, search_tools
-from mmsr.update import MasterWeights, Share, Stats, Trainer
+from mmsr.update import LocalBatch, MasterWeights, Stats, Trainer
 from mmsr.vision import load_image
 
 # PyPI's torchvision is built for CUDA; beside a CPU torch its operators do not load, and its import fails for want of
@@ -462,7 +462,7 @@ class Pair:
         if not self.clipped:
             return None
         trainer = Trainer(self.policy, None, torch.zeros(self.policy.config.vocab_size, dtype=torch.bool))
-        present = trainer._old_logps(Share.of(self.episodes, SINGLE), Stats())
+        present = trainer.old_logps(LocalBatch.of(self.episodes, SINGLE), Stats())
         generator = torch.Generator().manual_seed(5)
         return [logps + 0.4 * torch.randn(logps.shape, generator=generator) for logps in present]
 
@@ -472,7 +472,7 @@ class Pair:
         reference = self.reference if self.kl else None
         optimizer = MasterWeights(self.policy)
         trainer = Trainer(self.policy, optimizer, nothing, reference=reference, kl=self.kl, loss_norm=self.norm)
-        stats = trainer._gradient(Share.of(self.episodes, SINGLE), self.old)
+        stats = trainer.accumulate_gradient(LocalBatch.of(self.episodes, SINGLE), self.old)
         assert not self.clipped or stats.sums["clip_fraction"] > 0.1 * stats.sums["tokens"]
         return stats.sums["loss"], {name: p.grad.clone() for name, p in self.policy.named_parameters()}
 

@@ -57,18 +57,20 @@ def train_tool_tokens() -> None:
 
 def mean_per_micro_batch() -> None:
     """Every micro-batch weighs alike, however few tokens it has."""
-    packs, micro_batch = Trainer._packs, Trainer._micro_batch
+    plain_micro_batches = Trainer._micro_batches
+    plain_forward_backward = Trainer.forward_backward
 
-    def _packs(self, episodes):
-        found = packs(self, episodes)
-        self.micro_batches = len(found[1])
+    def _micro_batches(self, episodes):
+        found = plain_micro_batches(self, episodes)
+        self.count = len(found)
         return found
 
-    def _micro_batch(self, batch, features, reference, weights, *rest):
-        even = torch.full_like(weights, 1 / (self.micro_batches * len(batch.targets)))
-        return micro_batch(self, batch, features, reference, even, *rest)
+    def forward_backward(self, micro_batch, features, ref_features, weights, *rest):
+        even = torch.full_like(weights, 1 / (self.count * len(micro_batch.pack.targets)))
+        return plain_forward_backward(self, micro_batch, features, ref_features, even, *rest)
 
-    Trainer._packs, Trainer._micro_batch = _packs, _micro_batch
+    Trainer._micro_batches = _micro_batches
+    Trainer.forward_backward = forward_backward
 
 
 def linear_positions() -> None:

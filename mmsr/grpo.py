@@ -10,8 +10,12 @@ and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the
 
     sequence:  w_it = 1 / (number of rollouts · tokens of rollout i)    token:  w_it = 1 / (tokens of all rollouts)  (4)
 
-are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how it is cut. A
-rollout without such tokens does not count.
+are fixed for the whole update before the first micro-batch runs, so the gradient does not depend on how the update is
+cut into micro-batches. A rollout without such tokens does not count.
+
+The functions below are (2) `group_advantages`, (4) `episode_weights`, and (1) with (3) `token_losses`. Supervised
+fine-tuning replaces l_it by −log π(o_it): `likelihood_losses`. Shape letters: E episodes (rollouts), G of one group,
+T trained tokens.
 
 Where this departs from the paper [P], its blog [B] and the official code [C], and why:
 - ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing
@@ -19,13 +23,14 @@ Where this departs from the paper [P], its blog [B] and the official code [C], a
 - [C] averages tokens per micro-batch, which makes the gradient depend on the micro-batch size. (4) is global.
 - Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them
   in the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
-- With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several (the paper's
-  512 / 128) that of all but the first update comes from a trainer pass before it.
+- With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several updates (the
+  paper's 512 / 128) a trainer pass before the first of them gives π_old of the others.
 - Optionally a token's policy term is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what
-  the sampler's and the trainer's arithmetic disagree about. Off by default: here both run the same code.
+  the sampler's and the trainer's arithmetic disagree about (`importance_weights`). Off by default: here both run the
+  same code.
 - The standard deviation is the unbiased one, as in [C].
 - Both bounds of (3) are those of [C]; the estimator of [P] has none. Without them one token that the reference thinks
-  far likelier than the policy does gives an infinite loss or gradient, and so costs the whole update.
+  far likelier than the policy does gives an infinite loss or gradient, and the whole update is skipped.
 """
 
 from __future__ import annotations
@@ -42,28 +47,35 @@ MOST_K3 = 10.0
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, eps: float, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Equation (2). `rewards`, `group_ids` (E,); `keep` (E,) bool: the others count in no mean or std, their A is 0.
+    """Equation (2): A_i = (R_i − mean(R)) / (std(R) + eps) within each group.
 
-    Returns advantages (E,) and `varied` (E,): whether the episode counts in a group whose rewards are not all equal.
+    `rewards` (E,), `group_ids` (E,), `keep` (E,) bool. Episodes that are not kept count in no mean or std; their A is
+    0. Returns advantages (E,) and `varied` (E,) bool: kept, in a group whose kept rewards are not all equal.
     """
-    keep = torch.ones_like(rewards, dtype=torch.bool) if keep is None else keep
-    advantages = torch.zeros_like(rewards)
-    varied = torch.zeros_like(keep)
-    for group in group_ids.unique():
-        members = (group_ids == group) & keep
+    if keep is None:
+        keep = torch.ones_like(rewards, dtype=torch.bool)  # (E,)
+    advantages = torch.zeros_like(rewards)  # (E,)
+    varied = torch.zeros_like(keep)  # (E,)
+    for group_id in group_ids.unique():
+        members = (group_ids == group_id) & keep  # (E,)
         if members.sum() < 2:
             continue
-        r = rewards[members]
-        if r.max() != r.min():  # so that a reward that is not a number reaches the update's guard
-            advantages[members] = (r - r.mean()) / (r.std() + eps)
-            varied |= members
+        group_rewards = rewards[members]  # (G,)
+        # A reward that is NaN is not equal to itself: it goes into the advantages, and the update refuses those.
+        if group_rewards.max() == group_rewards.min():
+            continue
+        mean = group_rewards.mean()  # ()
+        std = group_rewards.std()  # (), unbiased
+        advantages[members] = (group_rewards - mean) / (std + eps)
+        varied |= members
     return advantages, varied
 
 
 def episode_weights(trained_tokens: Sequence[int], norm: str, episodes: int, tokens: int) -> list[float]:
-    """Equation (4): the weight of each token of each episode, given every episode's number of trained tokens.
+    """Equation (4): the weight w_it of each token of some episodes, one number per episode.
 
-    `episodes` and `tokens` are those of the whole update, of which these may be a part.
+    `trained_tokens` are the numbers of trained tokens of these episodes. `episodes` and `tokens` count the whole
+    update: all micro-batches of all ranks. `norm` is "sequence" or "token".
     """
     if norm == "token":
         return [1.0 / max(tokens, 1)] * len(trained_tokens)
@@ -90,16 +102,32 @@ def token_losses(
 ) -> Losses:
     """Equations (1) and (3). Every tensor is (T,), advantages repeated per token; only `logps` carries a gradient.
 
-    `ref_logps` None means no reference and β = 0. `importance` (T,) multiplies the policy term.
+    `kl` is β. `ref_logps` None means no reference and β = 0. `importance` (T,) multiplies the policy term.
     """
-    ratio = (logps - old_logps).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    clipped = surrogate.detach() < (ratio * advantages).detach()
+    # The policy term of (1): min(ρ A, clip(ρ) A).
+    ratio = (logps - old_logps).exp()  # (T,) ρ of (3)
+    unclipped = ratio * advantages  # (T,)
+    surrogate = torch.minimum(unclipped, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # (T,)
+    clipped = surrogate.detach() < unclipped.detach()  # (T,) bool
     if importance is not None:
         surrogate = surrogate * importance
     if ref_logps is None:
-        return Losses(-surrogate, torch.zeros_like(logps.detach()), clipped)
-    # A value out of bounds has no gradient. The inner bound is what keeps that one 0: 0 · exp(∞) would be NaN.
-    gap = (ref_logps - logps).clamp(-MOST_GAP, MOST_GAP)
-    k3 = (gap.exp() - gap - 1).clamp(max=MOST_K3)
+        no_kl = torch.zeros_like(logps.detach())
+        return Losses(-surrogate, no_kl, clipped)
+
+    # The KL term: k3 of (3). A value out of bounds has no gradient. The inner bound is what keeps that gradient 0:
+    # without it 0 · exp(∞) would be NaN.
+    gap = (ref_logps - logps).clamp(-MOST_GAP, MOST_GAP)  # (T,) d of (3)
+    k3 = (gap.exp() - gap - 1).clamp(max=MOST_K3)  # (T,)
     return Losses(-surrogate + kl * k3, k3.detach(), clipped)
+
+
+def likelihood_losses(logps: Tensor) -> Losses:
+    """Supervised fine-tuning: the negative log-likelihood of each token. `logps` (T,)."""
+    zeros = torch.zeros_like(logps.detach())  # (T,)
+    return Losses(-logps, zeros, zeros.bool())
+
+
+def importance_weights(old_logps: Tensor, sampled_logps: Tensor, cap: float) -> Tensor:
+    """min(π_old / π_sampled, cap), (T,): the correction for what sampler and trainer compute differently."""
+    return (old_logps - sampled_logps).exp().clamp(max=cap)

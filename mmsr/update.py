@@ -1,14 +1,23 @@
-"""One optimizer update: micro-batches, one global denominator, image features computed once.
+"""The update: from episodes with advantages to a step of the optimizer.
 
-The gradient of an update is a sum over its trained tokens, so it does not depend on how they are cut into
-micro-batches, nor on how its episodes are dealt over ranks. The distinct images of a rank's share go through the vision
-tower once: their features are detached leaves that every micro-batch reads and adds gradient to, and one backward pass
-through the tower follows the last micro-batch.
+    freeze π_old
+    for each mini-batch:                                    Trainer.step
+        for each micro-batch:                               Trainer.update, Trainer.accumulate_gradient
+            forward pass, loss (1) to (4), backward pass    Trainer.forward_backward
+        clip the gradient
+        step of the optimizer
 
-With several ranks each holds some of the episodes. Weights come from counts over all of them, and every rank runs the
-same passes: who has fewer micro-batches runs empty ones, and who has no picture encodes an empty one. An update that
-meets a value which is not finite is skipped by all, and one that finds no room on some rank is begun again by all with
-smaller micro-batches.
+The equations are those of grpo.py. The gradient of an update is a sum over its trained tokens, so it does not depend on
+how they are cut into micro-batches, nor on which rank has which episodes. Each distinct image of a rank goes through
+the vision tower once per update (`ImageFeatures`).
+
+With several ranks each holds some of the episodes. Weights (4) come from counts over all ranks, and every rank runs the
+same passes, because FSDP's collectives need them all: a rank with fewer micro-batches adds empty ones, and a rank
+without pictures encodes an empty one. An update that meets a value which is not finite is skipped by all ranks. One in
+which some rank runs out of memory is repeated by all ranks with smaller micro-batches.
+
+Shape letters: E this rank's episodes of an update, R trained tokens of a micro-batch, M image tokens, d hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,92 +41,157 @@ from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.vision import MERGE, PATCH_VALUES, Image
 
-NO_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
+# ---- what an update is made of
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """This rank's episodes of one mini-batch, with counts over the mini-batch's episodes on all ranks."""
+
+    episodes: Sequence[Episode]
+    tokens: int  # trained tokens, on all ranks like the other counts
+    trained: int  # episodes with trained tokens
+    pictures: int
+    non_finite: int  # episodes whose reward or advantage is not finite
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode], ranks: Ranks) -> LocalBatch:
+        """Count over all ranks. Collective."""
+        counts = dict(tokens=0, trained=0, pictures=0, non_finite=0)
+        for episode in episodes:
+            if not any(episode.loss_mask):
+                continue
+            counts["tokens"] += sum(episode.loss_mask)
+            counts["trained"] += 1
+            counts["pictures"] += len(episode.images)
+            if not (math.isfinite(episode.reward) and math.isfinite(episode.advantage)):
+                counts["non_finite"] += 1
+        return cls(episodes, **ranks.sum(counts))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass computes."""
+
+    indices: list[int]  # of the packed episodes in `LocalBatch.episodes`
+    pack: Pack
+    empty: bool  # holds the dummy episode alone: this rank has no more episodes, another one has
+
+
+def split(episodes: Sequence[Episode], parts: int, groups: int) -> list[list[Episode]]:
+    """Split into `parts` mini-batches of whole groups, by group id: 0 … `groups` − 1, of which a rank may have some."""
+    groups_per_part = math.ceil(groups / parts)
+    mini_batches: list[list[Episode]] = [[] for _ in range(parts)]
+    for episode in episodes:
+        mini_batches[episode.group_id // groups_per_part].append(episode)
+    return mini_batches
+
+
+def _dummy_episode(token: int) -> Episode:
+    """A prompt of one token and one trained token. Its weight (4) is 0, so it adds nothing to the gradient."""
+    return Episode(
+        Example("", b"", "", ()),
+        group_id=-1,
+        sample=0,
+        input_ids=[token, token],
+        loss_mask=[0, 1],
+        logps=[0.0, 0.0],
+        prompt_length=1,
+    )
+
+
+EMPTY_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
 
 
 class ImageFeatures:
-    """Features of the distinct images of some packs, (M, d), each image encoded once."""
+    """Features (M, d) of the distinct images of some packs, each image encoded once.
 
-    def __init__(self, model: Qwen2_5_VL, images: Sequence, train: bool, idle: bool = False):
-        """`idle`: run the tower, on an empty picture, even where there is none."""
+    Several micro-batches read the features of one image, but the tower's forward and backward pass should each run
+    once. So the chain rule is cut in two at the features:
+
+    1. `output` = tower(images) keeps the tower's graph. `leaf` is a detached copy that collects a gradient.
+    2. Micro-batches read rows of `leaf`. Their backward passes end there and add up in `leaf.grad`.
+    3. `backward`, after the last micro-batch, sends that sum through the tower.
+    """
+
+    def __init__(self, model: Qwen2_5_VL, images: Sequence[Image], train: bool, always_run: bool = False):
+        """`always_run`: where there is no image, run the tower on an empty one, as other ranks run it on theirs."""
         distinct = {image.key: image for image in images}
-        train = train and any(p.requires_grad for p in model.visual.parameters())
-        self.start, total = {}, 0
-        for key, image in distinct.items():
-            self.start[key] = total
-            total += image.tokens
         self.encoded = len(distinct)
-        if idle and not distinct:
-            distinct = {NO_PICTURE.key: NO_PICTURE}
-        with torch.set_grad_enabled(train):
-            self.output = model.encode_images(list(distinct.values())) if distinct else None
-        self.leaf = self.output.detach().requires_grad_(train) if distinct else None
-        if self.leaf is not None:
-            self.leaf.grad_dtype = torch.float32  # what micro-batches add up in
+        self.first_row: dict[str, int] = {}  # of each image in the features
+        rows = 0
+        for key, image in distinct.items():
+            self.first_row[key] = rows
+            rows += image.tokens
+
+        if always_run and not distinct:
+            distinct = {EMPTY_PICTURE.key: EMPTY_PICTURE}
+        train = train and any(p.requires_grad for p in model.visual.parameters())
+        self.output: Tensor | None = None
+        self.leaf: Tensor | None = None
+        if distinct:
+            with torch.set_grad_enabled(train):
+                self.output = model.encode_images(list(distinct.values()))  # (M, d)
+            self.leaf = self.output.detach().requires_grad_(train)  # (M, d)
+            self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
     def of(self, batch: Pack) -> Tensor | None:
-        """The rows that `batch.image_index` wants, (M, d)."""
+        """The features of a pack's image tokens, in the order of `batch.image_index`."""
         if not batch.images:
             return None
-        index = [torch.arange(self.start[i.key], self.start[i.key] + i.tokens) for i in batch.images]
-        return self.leaf[torch.cat(index).to(self.leaf.device)]
+        rows = []
+        for image in batch.images:
+            first = self.first_row[image.key]
+            rows.append(torch.arange(first, first + image.tokens))
+        return self.leaf[torch.cat(rows).to(self.leaf.device)]
 
     def backward(self) -> None:
         """Send the summed gradients of all micro-batches through the vision tower."""
-        if self.output is not None and self.output.requires_grad:
-            gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-            self.output.backward(gradient.to(self.output.dtype))
+        if self.output is None or not self.output.requires_grad:
+            return
+        gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad  # (M, d)
+        self.output.backward(gradient.to(self.output.dtype))
 
 
 class Stats:
-    """Sums over the updates and trained tokens of a step, divided when it is over."""
+    """Sums over the updates and trained tokens of a step, divided in `metrics`."""
 
     def __init__(self):
         self.sums: Counter = Counter()
         self.gap_max = 0.0
 
     def add(self, **values: Tensor | float) -> None:
+        """Add numbers, and the sums of tensors."""
         for name, value in values.items():
-            self.sums[name] += float(value.detach().sum() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                value = value.detach().sum()
+            self.sums[name] += float(value)
 
-    def over(self, ranks: Ranks) -> Stats:
-        """The same of all ranks together."""
-        whole = Stats()
-        whole.sums, whole.gap_max = Counter(ranks.sum(self.sums)), ranks.max(self.gap_max)
-        return whole
+    def all_reduce(self, ranks: Ranks) -> Stats:
+        """The same over all ranks. Collective."""
+        total = Stats()
+        total.sums = Counter(ranks.sum(self.sums))
+        total.gap_max = ranks.max(self.gap_max)
+        return total
 
     def merge(self, other: Stats) -> None:
         self.sums.update(other.sums)
         self.gap_max = max(self.gap_max, other.gap_max)
 
     def metrics(self) -> dict[str, float]:
-        per_update = {k: self.sums[k] / max(self.sums["updates"], 1) for k in ("loss", "grad_norm")}
-        n = self.sums["tokens"] or float("nan")  # a mean over nothing is no number, and not 0
-        per_token = {k: self.sums[k] / n for k in ("kl", "entropy", "clip_fraction", "logp_gap")}
-        counts = {k: int(self.sums[k]) for k in ("trained", "trained_unique", "encoded", "skipped_updates")}
-        return {**per_update, **per_token, "logp_gap_max": self.gap_max, **counts}
+        metrics: dict[str, float] = {}
+        for name in ("loss", "grad_norm"):
+            metrics[name] = self.sums[name] / max(self.sums["updates"], 1)
+        tokens = self.sums["tokens"] or float("nan")  # a mean over no tokens is not 0
+        for name in ("kl", "entropy", "clip_fraction", "logp_gap"):
+            metrics[name] = self.sums[name] / tokens
+        metrics["logp_gap_max"] = self.gap_max
+        for name in ("trained", "trained_unique", "encoded", "skipped_updates"):
+            metrics[name] = int(self.sums[name])
+        return metrics
 
 
-@dataclass(frozen=True)
-class Share:
-    """This rank's episodes of one update, and what all ranks' shares hold together."""
-
-    episodes: Sequence[Episode]
-    tokens: int  # trained ones, of all ranks, as are the next three
-    trained: int  # episodes with trained tokens
-    pictures: int
-    unsound: int  # episodes whose reward or advantage is not finite
-
-    @classmethod
-    def of(cls, episodes: Sequence[Episode], ranks: Ranks) -> Share:
-        learnt = [e for e in episodes if any(e.loss_mask)]
-        counts = dict(
-            tokens=sum(sum(e.loss_mask) for e in learnt),
-            trained=len(learnt),
-            pictures=sum(len(e.images) for e in learnt),
-            unsound=sum(not (math.isfinite(e.reward) and math.isfinite(e.advantage)) for e in learnt),
-        )
-        return cls(episodes, **ranks.sum(counts))
+# ---- the trainer
 
 
 class Trainer:
@@ -146,132 +220,150 @@ class Trainer:
         sft: bool = False,
         ranks: Ranks = SINGLE,
     ):
-        self.model, self.optimizer, self.suppressed, self.reference = model, optimizer, suppressed, reference
-        self.kl, self.clip_low, self.clip_high, self.loss_norm = kl, clip_low, clip_high, loss_norm
-        self.importance_cap, self.temperature, self.sft = importance_cap, temperature, sft
-        self.micro_tokens, self.max_grad_norm, self.max_skipped = micro_tokens, max_grad_norm, max_skipped
-        self.device, self.ranks, self.lockstep = suppressed.device, ranks, Lockstep(ranks, [model, reference])
-        self.skipped_in_a_row = self.longest = 0
-        self.idle = _idle_episode(int((~suppressed).nonzero()[0]))
-        self.rehearsed = ranks.size == 1
+        self.model = model
+        self.optimizer = optimizer
+        self.suppressed = suppressed
+        self.reference = reference
+        self.kl = kl
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.loss_norm = loss_norm
+        self.importance_cap = importance_cap
+        self.temperature = temperature
+        self.micro_tokens = micro_tokens
+        self.max_grad_norm = max_grad_norm
+        self.max_skipped = max_skipped
+        self.sft = sft
+        self.ranks = ranks
+        self.device = suppressed.device
+        self.lockstep = Lockstep(ranks, [model, reference])
+        self.dry_run_done = ranks.size == 1
+        self.dummy = _dummy_episode(token=int((~suppressed).nonzero()[0]))
+        self.skipped_in_a_row = 0
+        self.longest_pack = 0  # tokens, in the last pass
 
     def step(self, mini_batches: Sequence[Sequence[Episode]], lr: float) -> dict[str, float]:
-        """One optimizer update per mini-batch, over all ranks' episodes in it; returns the step's metrics and counters.
+        """One optimizer update per mini-batch. Returns the step's metrics and counters, over all ranks.
 
-        π_old is frozen first, by a pass over all mini-batches but the first, for which it is π itself. Raises
-        UserError when too many updates in a row had to be skipped, or when one episode is too long for the memory.
+        `mini_batches` are this rank's episodes. Raises UserError when too many updates in a row had to be skipped, or
+        when one episode is too long for the memory.
         """
-        if not self.rehearsed:
-            self._rehearse()
-        shares = [share for batch in mini_batches if (share := Share.of(batch, self.ranks)).tokens]
-        frozen = Stats()
-        old = [None, *(self._with_room(self._old_logps, share, frozen) for share in shares[1:])]
-        stats = frozen.over(self.ranks)
-        for share, old_logps in zip(shares, old):
-            self._update(share, old_logps, lr, stats)
+        if not self.dry_run_done:
+            self._dry_run()
+        batches = []
+        for episodes in mini_batches:
+            batch = LocalBatch.of(episodes, self.ranks)
+            if batch.tokens:
+                batches.append(batch)
+
+        # π_old of (3) is the policy at this moment, before any of the updates. For the first update it is π itself.
+        first_passes = Stats()
+        all_old_logps: list[list[Tensor] | None] = [None]
+        for batch in batches[1:]:
+            all_old_logps.append(self.old_logps(batch, first_passes))
+
+        stats = first_passes.all_reduce(self.ranks)
+        for batch, old_logps in zip(batches, all_old_logps):
+            self.update(batch, old_logps, lr, stats)
         return stats.metrics()
 
-    def _update(self, share: Share, old_logps, lr: float, stats: Stats) -> None:
-        norm = math.nan
-        if not share.unsound:
-            found = self._with_room(self._gradient, share, old_logps).over(self.ranks)
-            norm = self._clip()
-        if math.isfinite(norm) and math.isfinite(found.sums["loss"]):
+    def update(self, batch: LocalBatch, old_logps: list[Tensor] | None, lr: float, stats: Stats) -> None:
+        """Gradient, clipping, step of the optimizer: one update. It is skipped if a value is not finite."""
+        if batch.non_finite:
+            self._skip_update(stats)
+            return
+        while True:
+            try:
+                local = self.accumulate_gradient(batch, old_logps)
+                break
+            except RankOutOfMemory as error:
+                self._use_smaller_micro_batches(error)
+        total = local.all_reduce(self.ranks)
+        grad_norm = self._clip_gradient()
+        if math.isfinite(grad_norm) and math.isfinite(total.sums["loss"]):
             self.optimizer.step(lr)
-            found.add(updates=1, grad_norm=norm)
-            stats.merge(found)
+            total.add(updates=1, grad_norm=grad_norm)
+            stats.merge(total)
             self.skipped_in_a_row = 0
         else:
-            self._skip(stats)
+            self._skip_update(stats)
         self.model.zero_grad(set_to_none=True)
 
-    def _skip(self, stats: Stats) -> None:
-        stats.add(skipped_updates=1)
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.max_skipped:
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row were skipped: a reward, the loss or the gradient was not "
-                "finite; lower --lr, check the reward, or raise --max-skipped"
-            )
+    def accumulate_gradient(self, batch: LocalBatch, old_logps: list[Tensor] | None) -> Stats:
+        """Add up the gradient of Σ_it w_it l_it (4) in the parameters. Returns this rank's sums.
 
-    # ---- the gradient -----------------------------------------------------------------------------------------------
-
-    def _gradient(self, share: Share, old_logps: Sequence[Tensor] | None) -> Stats:
-        """Leave the gradient of one update in the parameters; returns what this rank saw on the way."""
-        parts, packs = self._packs(share.episodes)
-        self.optimizer.expect(len(packs))
-        weights, advantages = self._per_episode(share)
+        `old_logps` are those of `self.old_logps`; None where π_old is π. Raises RankOutOfMemory.
+        """
+        micro_batches = self._micro_batches(batch.episodes)
+        self.optimizer.expect(len(micro_batches))
+        weights = self._token_weights(batch)  # (E + 1,)
+        per_episode = [episode.advantage for episode in batch.episodes]
+        advantages = torch.tensor(per_episode + [0.0], device=self.device, dtype=torch.float32)  # (E + 1,)
+        ref_features = None
         with self.lockstep.guard("vision pass"):
-            features = self._features(self.model, packs, share, train=True)
-            reference = self._features(self.reference, packs, share) if self.reference else None
+            features = self._image_features(self.model, micro_batches, batch, train=True)
+            if self.reference is not None:
+                ref_features = self._image_features(self.reference, micro_batches, batch, train=False)
+
         stats = Stats()
-        for part, batch in zip(parts, packs):
-            old = None if old_logps is None else torch.cat([old_logps[i] for i in part])
-            seen = stats if part[0] < len(share.episodes) else None
-            with self.lockstep.guard("micro-batch", indivisible=len(part) == 1):
-                self._micro_batch(batch, features, reference, weights, advantages, old, seen)
-        if share.pictures:
+        for micro_batch in micro_batches:
+            with self.lockstep.guard("micro-batch", indivisible=len(micro_batch.indices) == 1):
+                self.forward_backward(micro_batch, features, ref_features, weights, advantages, old_logps, stats)
+        if batch.pictures:
             with self.lockstep.guard("vision backward pass"):
                 features.backward()
-        trained = sum(len(p.input_ids) for part, p in zip(parts, packs) if part[0] < len(share.episodes))
-        stats.add(encoded=features.encoded, trained=trained, trained_unique=unique_tokens(share.episodes))
+        stats.add(encoded=features.encoded, trained_unique=unique_tokens(batch.episodes))
         return stats
 
-    def _packs(self, episodes: Sequence[Episode]) -> tuple[list[list[int]], list[Pack]]:
-        """Micro-batches: indices, and their packs. As many on every rank; the empty ones hold the idle episode."""
-        parts = split_into_micro_batches(episodes, self.micro_tokens)
-        wanted = max(1, int(self.ranks.max(len(parts))))
-        parts += [[len(episodes)]] * (wanted - len(parts))
-        packs = [pack([*episodes, self.idle], part, self.device) for part in parts]
-        self.longest = max(len(p.input_ids) for p in packs)
-        return parts, packs
-
-    def _features(self, model: Qwen2_5_VL, packs: Sequence[Pack], share: Share, train: bool = False) -> ImageFeatures:
-        """Of the pictures of `packs`. The tower runs if any rank has a picture: all ranks run the same passes."""
-        return ImageFeatures(model, [image for p in packs for image in p.images], train, idle=share.pictures > 0)
-
-    def _micro_batch(
-        self, batch: Pack, features: ImageFeatures, reference: ImageFeatures | None,
-        weights: Tensor, advantages: Tensor, old: Tensor | None, stats: Stats | None,
-    ) -> None:  # fmt: skip
-        """Forward and backward pass; `weights` and `advantages` per episode, `old` (R,) or None for π itself."""
-        logps, entropy = self.log_probs(self.model, batch, features)
-        old = logps.detach() if old is None else old
+    def forward_backward(
+        self,
+        micro_batch: MicroBatch,
+        features: ImageFeatures,
+        ref_features: ImageFeatures | None,
+        weights: Tensor,
+        advantages: Tensor,
+        old_logps: list[Tensor] | None,
+        stats: Stats,
+    ) -> None:
+        """Forward pass, loss (1) to (4) and backward pass. `weights` w and `advantages` A are (E + 1,), per episode."""
+        batch = micro_batch.pack
+        logps, entropy = self.log_probs(self.model, batch, features)  # (R,), (R,)
+        if old_logps is None:
+            old = logps.detach()  # (R,) ρ = 1, but its gradient is that of π
+        else:
+            old = torch.cat([old_logps[i] for i in micro_batch.indices])  # (R,)
         ref = None
-        if reference:
+        if self.reference is not None:
             with torch.no_grad():
-                ref, _ = self.log_probs(self.reference, batch, reference)
-        losses = self._losses(logps, old, ref, advantages[batch.episode_index], batch.sampled_logps)
-        loss = (losses.loss * weights[batch.episode_index]).sum()
-        (loss * self.ranks.size).backward()  # FSDP takes the mean over the ranks
-        if stats is None:
-            return  # an empty micro-batch
-        gap = (old - batch.sampled_logps).abs()
-        stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
-        stats.add(tokens=len(gap))
-        stats.gap_max = max(stats.gap_max, float(gap.max()))
+                ref, _ = self.log_probs(self.reference, batch, ref_features)  # (R,)
 
-    def _per_episode(self, share: Share) -> tuple[Tensor, Tensor]:
-        """Weight of a token and advantage of each episode, the idle one last, with 0 and 0."""
-        lengths = [sum(e.loss_mask) for e in share.episodes]
-        rows = [i for i, n in enumerate(lengths) if n]
-        weights = torch.zeros(len(lengths) + 1, device=self.device)
-        each = grpo.episode_weights([lengths[i] for i in rows], self.loss_norm, share.trained, share.tokens)
-        weights[rows] = torch.tensor(each, device=self.device)
-        advantages = [e.advantage for e in share.episodes] + [0.0]
-        return weights, torch.tensor(advantages, device=self.device, dtype=torch.float32)
-
-    def _losses(self, logps, old, ref, advantages, sampled) -> grpo.Losses:
         if self.sft:
-            nothing = torch.zeros_like(logps.detach())
-            return grpo.Losses(-logps, nothing, nothing.bool())
-        importance = (old - sampled).exp().clamp(max=self.importance_cap) if self.importance_cap else None
-        return grpo.token_losses(logps, old, advantages, self.clip_low, self.clip_high, ref, self.kl, importance)
+            losses = grpo.likelihood_losses(logps)
+        else:
+            importance = None
+            if self.importance_cap:
+                importance = grpo.importance_weights(old, batch.sampled_logps, self.importance_cap)  # (R,)
+            token_advantages = advantages[batch.episode_index]  # (R,)
+            losses = grpo.token_losses(
+                logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
+            )  # (1) to (3)
+        loss = (losses.loss * weights[batch.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
+        (loss * self.ranks.size).backward()  # FSDP averages gradients over the ranks: this makes the mean a sum
+
+        if not micro_batch.empty:
+            self._record(stats, batch, loss, losses, entropy, old)
+
+    @staticmethod
+    def _record(stats: Stats, batch: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
+        gap = (old - batch.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
+        stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
+        stats.add(tokens=len(gap), trained=len(batch.input_ids))
+        stats.gap_max = max(stats.gap_max, float(gap.max()))
 
     def log_probs(self, model: Qwen2_5_VL, batch: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
-        def head_fn(hidden: Tensor, head: Tensor):
+        def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
             return log_probs(hidden[batch.logits_index], head, batch.targets, self.temperature, self.suppressed)
 
         return model(
@@ -283,66 +375,107 @@ class Trainer:
             head_fn=head_fn,
         )
 
-    @torch.no_grad()
-    def _old_logps(self, share: Share, stats: Stats) -> list[Tensor]:
-        """Log-probabilities of each episode's trained tokens, the idle one last: they outlive how the batch is cut."""
-        parts, packs = self._packs(share.episodes)
-        with self.lockstep.guard("first vision pass"):
-            features = self._features(self.model, packs, share)
-        stats.add(encoded=features.encoded)
-        episodes = [*share.episodes, self.idle]
-        found = [torch.empty(0, device=self.device)] * len(share.episodes)
-        found.append(torch.zeros(1, device=self.device))
-        for part, batch in zip(parts, packs):
-            with self.lockstep.guard("first pass", indivisible=len(part) == 1):
-                logps, _ = self.log_probs(self.model, batch, features)
-            lengths = [sum(episodes[i].loss_mask) for i in part]
-            for i, mine in zip(part, logps.split(lengths)):  # a pack has them episode by episode
-                found[i] = mine
-        return found
+    # ---- π_old
 
-    def _clip(self) -> float:
+    def old_logps(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
+        """log π_old of every episode's trained tokens, one tensor per episode, the dummy's last."""
+        while True:
+            try:
+                return self._first_passes(batch, stats)
+            except RankOutOfMemory as error:
+                self._use_smaller_micro_batches(error)
+
+    @torch.no_grad()
+    def _first_passes(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
+        """`old_logps` once. Kept per episode, because the update may cut its micro-batches in another way."""
+        micro_batches = self._micro_batches(batch.episodes)
+        with self.lockstep.guard("first vision pass"):
+            features = self._image_features(self.model, micro_batches, batch, train=False)
+        stats.add(encoded=features.encoded)
+        episodes = [*batch.episodes, self.dummy]
+        old_logps = [torch.empty(0, device=self.device) for _ in batch.episodes]  # where nothing is trained
+        old_logps.append(torch.zeros(1, device=self.device))  # the dummy's
+        for micro_batch in micro_batches:
+            with self.lockstep.guard("first pass", indivisible=len(micro_batch.indices) == 1):
+                logps, _ = self.log_probs(self.model, micro_batch.pack, features)  # (R,), episode by episode
+            lengths = [sum(episodes[i].loss_mask) for i in micro_batch.indices]
+            for i, episode_logps in zip(micro_batch.indices, logps.split(lengths)):
+                old_logps[i] = episode_logps
+        return old_logps
+
+    # ---- parts of a pass
+
+    def _micro_batches(self, episodes: Sequence[Episode]) -> list[MicroBatch]:
+        """As many on every rank: a rank that has fewer adds empty ones. Collective."""
+        with_dummy = [*episodes, self.dummy]
+        dummy_index = len(episodes)
+        parts = split_into_micro_batches(episodes, self.micro_tokens)
+        count = max(1, int(self.ranks.max(len(parts))))
+        micro_batches = []
+        for indices in parts:
+            micro_batches.append(MicroBatch(indices, pack(with_dummy, indices, self.device), empty=False))
+        while len(micro_batches) < count:
+            dummy_pack = pack(with_dummy, [dummy_index], self.device)
+            micro_batches.append(MicroBatch([dummy_index], dummy_pack, empty=True))
+        self.longest_pack = max(len(micro_batch.pack.input_ids) for micro_batch in micro_batches)
+        return micro_batches
+
+    def _image_features(
+        self, model: Qwen2_5_VL, micro_batches: Sequence[MicroBatch], batch: LocalBatch, train: bool
+    ) -> ImageFeatures:
+        """Of this rank's images. If any rank has a picture, the tower runs on all."""
+        images: list[Image] = []
+        for micro_batch in micro_batches:
+            images += micro_batch.pack.images
+        return ImageFeatures(model, images, train, always_run=batch.pictures > 0)
+
+    def _token_weights(self, batch: LocalBatch) -> Tensor:
+        """w of (4), (E + 1,): the weight of one token of each episode. The dummy's is the last, and 0."""
+        lengths = [sum(episode.loss_mask) for episode in batch.episodes]
+        trained = [i for i, length in enumerate(lengths) if length]
+        trained_lengths = [lengths[i] for i in trained]
+        trained_weights = grpo.episode_weights(trained_lengths, self.loss_norm, batch.trained, batch.tokens)
+        weights = torch.zeros(len(batch.episodes) + 1, device=self.device)
+        weights[trained] = torch.tensor(trained_weights, device=self.device)
+        return weights
+
+    def _clip_gradient(self) -> float:
         """Scale the gradient down to the largest norm allowed. Returns its norm before, over all ranks."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if hasattr(norm, "full_tensor"):  # sharded gradients
+            norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.max_grad_norm, norm)
         return float(norm)
 
-    # ---- room -------------------------------------------------------------------------------------------------------
+    # ---- when something goes wrong
 
-    def _with_room(self, work: Callable, *args):
-        """work(*args), and again with micro-batches half as long for as long as some rank runs out of memory."""
-        while True:
-            try:
-                return work(*args)
-            except RankOutOfMemory as error:
-                reason, indivisible = str(error), error.indivisible
-            self.model.zero_grad(set_to_none=True)
-            if indivisible:
-                raise UserError(
-                    f"{reason}, which cannot be cut any smaller: lower --max-tokens, --max-pixels or --mini-batch, or "
-                    "train on more devices"
-                )
-            self.micro_tokens = int(min(self.micro_tokens, self.ranks.max(self.longest))) // 2
-            if self.ranks.main:
-                print(f"{reason}: going on with --micro-tokens {self.micro_tokens}", file=sys.stderr)
+    def _skip_update(self, stats: Stats) -> None:
+        stats.add(skipped_updates=1)
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row were skipped: a reward, the loss or the gradient was not "
+                "finite; lower --lr, check the reward, or raise --max-skipped"
+            )
 
-    def _rehearse(self) -> None:
-        """An update on nothing, so that `lockstep` learns what each pass consists of."""
-        nothing = Share([], tokens=1, trained=1, pictures=1, unsound=0)
-        self._old_logps(nothing, Stats())
-        self._gradient(nothing, None)
+    def _use_smaller_micro_batches(self, error: RankOutOfMemory) -> None:
+        """Throw the unfinished pass away and halve the micro-batches. UserError if one episode alone is too long."""
         self.model.zero_grad(set_to_none=True)
-        self.rehearsed = True
+        if error.indivisible:
+            raise UserError(
+                f"{error}, which cannot be cut any smaller: lower --max-tokens, --max-pixels or --mini-batch, or "
+                "train on more devices"
+            )
+        longest = self.ranks.max(self.longest_pack)
+        self.micro_tokens = int(min(self.micro_tokens, longest)) // 2
+        if self.ranks.main:
+            print(f"{error}: continuing with --micro-tokens {self.micro_tokens}", file=sys.stderr)
 
-
-def _idle_episode(token: int) -> Episode:
-    """One token after another, of weight 0: what a rank runs when it has nothing left and others have."""
-    return Episode(Example("", b"", "", ()), -1, 0, [token] * 2, [0, 1], [0.0] * 2, prompt_length=1)
-
-
-def split(episodes: Sequence[Episode], parts: int, groups: int) -> list[list[Episode]]:
-    """Deal `groups` whole groups, by group id, into `parts` mini-batches. `episodes` may be only one rank's of them."""
-    size = math.ceil(groups / parts)
-    return [[e for e in episodes if e.group_id // size == part] for part in range(parts)]
+    def _dry_run(self) -> None:
+        """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
+        nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
+        self._first_passes(nothing, Stats())
+        self.accumulate_gradient(nothing, None)
+        self.model.zero_grad(set_to_none=True)
+        self.dry_run_done = True

@@ -439,7 +439,7 @@ BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_
 @pytest.mark.parametrize("bend", BENDS)
 def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path, monkeypatch):
     for place, name in (
-        *((Trainer, name) for name in ("step", "_packs", "_micro_batch")),
+        *((Trainer, name) for name in ("step", "_micro_batches", "forward_backward")),
         (what_breaks.grpo, "group_advantages"),
         (what_breaks.pack, "mrope_positions"),
         (what_breaks.Chat, "banned"),

@@ -13,7 +13,7 @@ from test_update import made
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmsr import attention
+from mmsr import attention, grpo
 from mmsr.attention import Cached
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.model import Qwen2_5_VL
@@ -117,6 +117,6 @@ def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
     monkeypatch.setattr(Cached, "__init__", slipped)
     with pytest.raises(AssertionError, match="host and device"):
         test_a_rollout_mixes_host_and_device(apart)
-    monkeypatch.setattr(Trainer, "_losses", lambda self, logps, *rest: logps * torch.arange(len(logps)))
+    monkeypatch.setattr(grpo, "token_losses", lambda logps, *rest: logps * torch.arange(len(logps)))
     with pytest.raises(AssertionError, match="host and device"):
         test_an_update_mixes_host_and_device(apart)

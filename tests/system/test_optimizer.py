@@ -130,7 +130,7 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32(monkeypatch, record_pro
 
     ours = gradient()
     total = {}
-    run = Trainer._micro_batch
+    run = Trainer.forward_backward
 
     def alone(self, *args):
         run(self, *args)
@@ -138,10 +138,10 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32(monkeypatch, record_pro
             total[name] = total.get(name, 0) + p.grad.float()
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
 
-    monkeypatch.setattr(Trainer, "_micro_batch", alone)
+    monkeypatch.setattr(Trainer, "forward_backward", alone)
     gradient()
     assert len(total) > 20 and all(torch.equal(ours[name], total[name]) for name in total)
-    monkeypatch.setattr(Trainer, "_micro_batch", run)
+    monkeypatch.setattr(Trainer, "forward_backward", run)
     monkeypatch.setattr(MasterWeights, "expect", lambda self, passes: None)
     name = "model.layers.0.mlp.up_proj.weight"
     lost = ((gradient()[name] - total[name]).norm() / total[name].norm()).item()

@@ -164,7 +164,7 @@ def fail_in(trainer: Trainer, place: str, once: Once) -> None:
 def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, tokens: int = 120, dealt="even"):
     """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
     trainer = build(ranks, {"kl": 0.3, "micro_tokens": tokens}, {})
-    trainer.step([[]], 0.0)  # the rehearsal
+    trainer.step([[]], 0.0)  # the dry run
     fail_in(trainer, place, Once(n if ranks.rank == failing else 0, torch.OutOfMemoryError))
     kept = []
     trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
@@ -608,7 +608,7 @@ train.main(sys.argv[1:])
     "place, error, status",
     [
         ("rollout.Rollout.__call__", "episode.UserError('row 7 is broken; mend it')", 2),
-        ("update.Trainer._micro_batch", "ValueError('a bug')", 1),
+        ("update.Trainer.forward_backward", "ValueError('a bug')", 1),
     ],
 )
 def test_exception_on_one_rank_ends_all_and_is_told_once(folder, tmp_path, place, error, status):
