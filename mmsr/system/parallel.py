@@ -1,17 +1,18 @@
-"""Several processes: who they are, what they agree on, and models whose weights lie in shards (FSDP2).
+"""Several processes: which they are, what they agree on, and models whose weights are sharded over them (FSDP2).
 
-Started by torchrun, every process ("rank") runs the same program on its own share of each step's questions. Ranks work
+torchrun starts every process ("rank") with the same program, on its own part of each step's questions. Ranks work
 alone while they roll out and score, and meet to update: FSDP gathers a block's weights just before they are used and
-adds up the ranks' gradients just after. In a single process nothing here does anything, and no process group exists.
+reduces the ranks' gradients just after. In a single process nothing here does anything, and no process group exists.
 
-Nothing else imports torch.distributed but checkpoint.py, whose storage is torch's. What this keeps to, each learnt from
-a failure:
-- Embedding, head and norms lie in the root unit: tied weights in two units are refused.
+Nothing else imports torch.distributed but lockstep.py, which watches FSDP's collectives, and checkpoint.py, whose
+storage is torch's. The rules here, each learnt from a failure:
+- Embedding, head and norms belong to the root unit: FSDP refuses tied weights in two units.
 - Inputs are not cast: rotary angles would arrive in bfloat16.
-- Every unit gives its weights back after each forward pass, the root too. Each forward and backward pass is then the
-  same row of collectives, which `Lockstep` relies on.
-- FSDP averages gradients and gloo refuses another divisor, so whoever wants the sum multiplies the loss by `size`.
-- Small facts (flags, sums, names) travel over gloo also where the weights travel over NCCL: they wait for no kernel.
+- Every unit reshards its weights after each forward pass, the root too. Each forward and backward pass is then the same
+  sequence of collectives, which `Lockstep` relies on.
+- FSDP averages gradients and gloo refuses another divisor, so a trainer that wants the sum multiplies its loss by
+  `size`.
+- Small facts (flags, sums, names) travel over gloo even where the weights travel over NCCL: they wait for no kernel.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     node_size: int = 1  # ranks on one machine
     timeout: float = 1800  # seconds that a rank waits for another
-    store: Any = field(default=None, repr=False, compare=False)  # what ranks can leave each other without meeting
+    store: Any = field(default=None, repr=False, compare=False)  # keys and values that any rank can set or wait for
 
     @property
     def main(self) -> bool:
@@ -74,7 +75,7 @@ class Ranks:
         return self.rank == 0
 
     def print(self, text: str) -> None:
-        """Print on the main rank what all ranks would say."""
+        """Print on the main rank only."""
         if self.main:
             print(text)
 
@@ -87,7 +88,7 @@ class Ranks:
         return values
 
     def gather(self, items: list[T]) -> list[T]:
-        """All ranks' items one after another on the main rank, nothing on the others."""
+        """The main rank gets all ranks' items in one list, ordered by rank; the others get an empty list."""
         if self.size == 1:
             return items
         parts: list[Any] | None = [None] * self.size if self.main else None
@@ -95,7 +96,7 @@ class Ranks:
         return [item for part in parts or () for item in part]
 
     def sum(self, values: Mapping[Any, float]) -> Mapping[Any, float]:
-        """Values added up by key. A rank may lack a key."""
+        """Sums over the ranks, by key. A rank may lack a key."""
         if self.size == 1:
             return values
         total: dict[Any, float] = {}
@@ -105,6 +106,7 @@ class Ranks:
         return total
 
     def max(self, value: float) -> float:
+        """The largest value of any rank."""
         if self.size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float64)
@@ -112,21 +114,25 @@ class Ranks:
         return largest.item()
 
     def raise_together(self, error: Exception | None) -> None:
-        """Continue only if no rank has an error: else the first of them raises its own, the others `OtherRankFailed`."""
+        """Return only if no rank has an error. Else the first rank with one raises it, the others OtherRankFailed."""
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        mine = None if error is None else (f"{type(error).__name__}: {error}", _exit_status(error))
+        mine = None
+        if error is not None:
+            mine = (f"{type(error).__name__}: {error}", _exit_status(error))
         for rank, failure in enumerate(self.all_gather(mine)):
-            if failure is not None and rank == self.rank:
+            if failure is None:
+                continue
+            if rank == self.rank:
                 raise error
-            if failure is not None:
-                raise OtherRankFailed(f"rank {rank} failed: {failure[0]}", failure[1])
+            message, status = failure
+            raise OtherRankFailed(f"rank {rank} failed: {message}", status)
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """For work without collectives inside: when all ranks have done with it, they agree on whether it succeeded."""
+        """For work without collectives inside: at its end, ranks tell each other errors (`raise_together`)."""
         failure = None
         try:
             yield
@@ -135,9 +141,9 @@ class Ranks:
         self.raise_together(failure)
 
     def main_process_first(self, name: str, work: Callable[[], T]) -> T:
-        """work() on the main rank, and on the others when it is done there: what it made lies on disk by then.
+        """work() on the main rank, then work() on the others, which find on disk what the main rank wrote.
 
-        They wait for as long as it takes, whatever the time-out. `name` may be used once.
+        The others wait without a time-out. Each `name` may be used once.
         """
         if self.size == 1:
             return work()
@@ -152,64 +158,91 @@ class Ranks:
 SINGLE = Ranks()
 
 
+def balanced_partition(loads: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices of `loads` in `parts` ascending lists whose lengths differ by at most one and whose loads balance.
+
+    Greedy: the heaviest first, each to the part with the smallest load among those that may grow.
+    """
+    partition: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    length, longer_parts = divmod(len(loads), parts)  # every part has `length` items, `longer_parts` have one more
+    heaviest_first = sorted(range(len(loads)), key=lambda i: (-loads[i], i))
+    for index in heaviest_first:
+        longer = sum(len(part) > length for part in partition)
+        limit = length + 1 if longer < longer_parts else length
+        lightest = -1
+        for i in range(parts):
+            may_grow = len(partition[i]) < limit
+            if may_grow and (lightest == -1 or totals[i] < totals[lightest]):
+                lightest = i
+        partition[lightest].append(index)
+        totals[lightest] += loads[index]
+    for part in partition:
+        part.sort()
+    return partition
+
+
+# ---- the beginning of a process
+
+
 @contextmanager
 def distributed(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, or be the only one. `timeout`: seconds that a rank waits for another.
+    """Join the processes that torchrun started; without torchrun, be the only one.
 
-    A failure in the block ends this process at once, after one rank has said what happened; of a single process it is
-    raised. SystemExit is no failure: let all ranks leave by it together. UserError for a device that is not there.
-    A program whose block has ended calls `exit_process`.
+    `timeout`: seconds that a rank waits for another. With several ranks, an exception in the block ends this process
+    at once, and one rank prints what happened; with one rank it is raised. SystemExit is no failure: let all ranks
+    raise it together. UserError for a device that does not exist. After the block call `exit_process`.
     """
     ranks = _init_ranks(device, timeout)
     if ranks.size == 1:
         yield ranks
         return
-    peers = ranks.all_gather(_identity(os.getpid()))
+    processes = ranks.all_gather(_identity(os.getpid()))
     try:
         yield ranks
     except SystemExit as stop:
         dist.destroy_process_group()
         exit_process(ranks, stop.code or 0)
     except BaseException as error:
-        _report_and_exit(ranks, error, peers)
+        _report_and_exit(ranks, error, processes)
     dist.destroy_process_group()
 
 
-def exit_process(ranks: Ranks, status: int = 0) -> None:
-    """End a process with this exit status if it is one of several ranks; a single one goes on and ends as ever.
-
-    An ordinary exit takes the interpreter apart while gloo's threads still let go of tensors, and now and then aborts.
-    """
-    if ranks.size > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-
-
 def _init_ranks(device: str, timeout: float) -> Ranks:
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its old name; read at the first allocation
-        # The cache, freed before every update and made anew for every rollout, would split the memory into pieces.
+    """Read torchrun's environment variables and make the process group."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's old name
+        # The cache is freed before every update and allocated again for every rollout: without expandable segments
+        # that would fragment the memory. torch reads the variable at the first allocation.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    place = _device(device, local if size > 1 else None)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    place = _device(device, local_rank if size > 1 else None)
     cuda = place.type == "cuda"
     if cuda:
         torch.cuda.set_device(place)  # graphs are captured on the current device
     if size == 1:
         return Ranks(device=place)
+
     limit = timedelta(seconds=timeout)
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    # torchrun's store outlives the processes that it restarts: keep these from the addresses that the dead ones left.
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    # torchrun's store outlives the processes that it restarts. A prefix per restart keeps these from reading the
+    # addresses of the dead ones.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"start {restarts}", store)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=place if cuda else None
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=place if cuda else None,
     )
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return Ranks(rank, size, place, node_size, timeout, dist.PrefixStore("mmsr", store))
 
 
 def _device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of that name with its number; the best there is for "". `local_rank` None: a single process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if local_rank is not None and ":" in name:
         raise UserError(f"--device {name}: with several processes each takes its own; leave the number out")
@@ -222,51 +255,80 @@ def _device(name: str, local_rank: int | None = None) -> torch.device:
         raise UserError(f"--device {name}: not usable here ({reason}); leave it out to take what there is") from None
 
 
+# ---- the end of a process
+
+
+def exit_process(ranks: Ranks, status: int = 0) -> None:
+    """End this process with `status` if it is one of several ranks. In a single process, return.
+
+    An ordinary exit takes the interpreter apart while gloo's threads still release tensors, and sometimes aborts.
+    """
+    if ranks.size > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _exit_status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return error.status if isinstance(error, OtherRankFailed) else 2 if isinstance(error, UserError) else 1
+    if isinstance(error, OtherRankFailed):
+        return error.status
+    if isinstance(error, UserError):
+        return 2
+    return 1
 
 
-def _report_and_exit(ranks: Ranks, error: BaseException, peers: Sequence[tuple]) -> NoReturn:
-    """Say what happened unless another rank has, and end this process.
+def _report_and_exit(ranks: Ranks, error: BaseException, processes: Sequence[tuple]) -> NoReturn:
+    """Print the failure unless another rank has printed one, and end this process.
 
-    Not by an ordinary exit: that would wait for tools in their threads, and for collectives that cannot finish. Who has
-    waited for another rank in vain ends the others of its machine too: torchrun would give one that hangs 30 seconds.
+    `processes` are the identities of all ranks. An ordinary exit would wait for tools in their threads, and for
+    collectives that cannot finish. A rank that lost another also kills the ranks of its machine: one may hang, and
+    torchrun would give it 30 seconds.
     """
     first = not isinstance(error, OtherRankFailed) and _first_to_fail(ranks)
     if first:
         print(failure_message(f"rank {ranks.rank} of {ranks.size}", error), file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     if not first or _lost_another_rank(error):
-        time.sleep(3)  # torchrun ends all when it sees one end, and names that one: let it be the one that failed
+        time.sleep(3)  # torchrun names the rank that ends first, and ends the others: let it be the one that failed
     if _lost_another_rank(error):
-        for peer in peers:
-            if peer != _identity(os.getpid()) and peer == _identity(peer[1]):
-                os.kill(peer[1], signal.SIGKILL)
+        own = _identity(os.getpid())
+        for process in processes:
+            _, pid, _ = process
+            still_runs_here = process == _identity(pid)
+            if process != own and still_runs_here:
+                os.kill(pid, signal.SIGKILL)
     os._exit(_exit_status(error))
 
 
 def _identity(pid: int) -> tuple[str, int, str | None]:
-    """(machine, process, when it began): numbers of processes are used again."""
+    """(machine, process id, start time). The start time tells a process from a later one with the same id."""
+    machine = socket.gethostname()
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # gone, or no Linux
-        return socket.gethostname(), pid, None
-    return socket.gethostname(), pid, stat.rpartition(")")[2].split()[19]
+    except OSError:  # the process has ended, or this is not Linux
+        return machine, pid, None
+    after_name = stat.rpartition(")")[2].split()
+    return machine, pid, after_name[19]
 
 
 def _first_to_fail(ranks: Ranks) -> bool:
-    """What follows on other ranks (lost connections) is no news."""
+    """Whether no rank has failed before. The lost connections that follow on other ranks need no message."""
     try:
         return ranks.store.add("failures", 1) == 1
-    except RuntimeError:  # the store was the main rank's, and went with it
+    except RuntimeError:  # the main rank held the store, and has ended
         return False
 
 
 def _lost_another_rank(error: BaseException) -> bool:
-    """Whether a collective failed, for want of another rank."""
-    return isinstance(error, RuntimeError) and "c10d" in traceback.extract_tb(error.__traceback__)[-1].filename
+    """Whether the error is that of a collective: another rank ended, or did not come in time."""
+    if not isinstance(error, RuntimeError):
+        return False
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return "c10d" in raised_in
 
 
 def failure_message(who: str, error: BaseException) -> str:
@@ -279,42 +341,29 @@ def failure_message(who: str, error: BaseException) -> str:
     return f"{who} failed:\n{''.join(traceback.format_exception(error))}"
 
 
-def balanced_partition(loads: Sequence[float], parts: int) -> list[list[int]]:
-    """Indices of `loads` in `parts` ascending lists whose lengths differ by at most one and whose loads balance.
-
-    Heaviest first, each to the part that has least and still has room.
-    """
-    hands: list[list[int]] = [[] for _ in range(parts)]
-    totals = [0.0] * parts
-    least, more = divmod(len(loads), parts)
-    for index in sorted(range(len(loads)), key=lambda i: (-loads[i], i)):
-        full = sum(len(hand) > least for hand in hands)  # of these there may be `more`
-        open_parts = [p for p in range(parts) if len(hands[p]) < least + (full < more)]
-        part = min(open_parts, key=lambda p: (totals[p], p))
-        hands[part].append(index)
-        totals[part] += loads[index]
-    return [sorted(hand) for hand in hands]
-
-
 # ---- sharded models
 
 
 def shard(model: AnyModule, ranks: Ranks, compute: torch.dtype, across: str = "node") -> AnyModule:
-    """Spread the weights of `model` (a Qwen2_5_VL, on the meta device or in memory) over the ranks, in place.
+    """Shard the weights of `model` (a Qwen2_5_VL, on the meta device or in memory) over the ranks, in place.
 
-    Units: each decoder block, each vision block, and the root with all the rest. Weights are kept in the dtype they
-    have, used in `compute`, and their gradients added up in fp32. `across` "all": one shard per rank. "node": one per
-    rank of a machine, the machines holding copies, which spares the slower network between them.
+    FSDP units: each decoder block, each vision block, and the root with the rest. Weights keep their dtype, are
+    gathered in `compute`, and their gradients are summed in fp32. `across` "all": one shard per rank. "node": one shard
+    per rank of a machine, and every machine holds all of them, which spares the slower network between machines.
     """
     if ranks.size == 1:
         return model
     stored = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute == stored else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if compute == stored else compute,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     options: dict[str, Any] = dict(mesh=_mesh(ranks, across), mp_policy=policy, reshard_after_forward=True)
-    for block in (*model.visual.blocks, *model.model.layers):
+    for block in model.visual.blocks:
         fully_shard(block, **options)
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "encode_images")
     return model
@@ -322,28 +371,35 @@ def shard(model: AnyModule, ranks: Ranks, compute: torch.dtype, across: str = "n
 
 @lru_cache
 def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
-    """Of one dimension, "shard", over all ranks, or of two, "replicate" over the machines and "shard" within each.
+    """One dimension, "shard", over all ranks; or two, "replicate" over the machines and "shard" within each.
 
-    Its groups are made here, because those that `init_device_mesh` makes wait NCCL's 10 minutes, whatever the time-out.
+    The groups are made here, because those of `init_device_mesh` wait for NCCL's 10 minutes, whatever the time-out.
     """
-    nodes, place = ranks.size // ranks.node_size, ranks.device.type
+    nodes = ranks.size // ranks.node_size
+    device_type = ranks.device.type
     if across == "all" or nodes == 1 or ranks.node_size == 1:
-        return DeviceMesh.from_group(dist.group.WORLD, place, mesh_dim_names=("shard",))
-    grid, limit = torch.arange(ranks.size).view(nodes, ranks.node_size), timedelta(seconds=ranks.timeout)
-    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)[0] for rows in (grid.T, grid)]
-    return DeviceMesh.from_group(groups, place, grid, mesh_dim_names=("replicate", "shard"))
+        return DeviceMesh.from_group(dist.group.WORLD, device_type, mesh_dim_names=("shard",))
+    grid = torch.arange(ranks.size).view(nodes, ranks.node_size)  # (machines, ranks of one)
+    limit = timedelta(seconds=ranks.timeout)
+    replicate_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=limit)
+    shard_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=limit)
+    groups = [replicate_group, shard_group]
+    return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=("replicate", "shard"))
 
 
 def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
-    """Give a sharded model on the meta device its weights, read on the main rank alone, one tensor at a time.
+    """Fill a sharded model that is on the meta device. The main rank reads the weights, one tensor at a time.
 
-    `weights` (name, whole tensor) is not looked at on the other ranks. Beside its shards no rank holds more than one
-    whole tensor. An error of the reading is raised on all ranks.
+    `weights` gives (name, full tensor); other ranks do not use it. Beside its shards no rank holds more than one full
+    tensor. A UserError of the reading is raised on all ranks.
     """
     model.to_empty(device=ranks.device)
-    parameters, source = dict(model.named_parameters()), iter(weights)
+    parameters = dict(model.named_parameters())
+    source = iter(weights)
     while True:
-        name, tensor, failure = None, None, None
+        name = None
+        tensor = None
+        failure = None
         if ranks.main:
             try:
                 name, tensor = next(source, (None, None))
@@ -355,35 +411,35 @@ def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks:
             return model
         target = parameters[name]
         if tensor is None:
-            whole = torch.empty(target.shape, dtype=target.dtype, device=ranks.device)
+            full = torch.empty(target.shape, dtype=target.dtype, device=ranks.device)
         else:
-            whole = tensor.to(ranks.device, target.dtype).contiguous()
+            full = tensor.to(ranks.device, target.dtype).contiguous()
         with torch.no_grad():
-            target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))
+            target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
 
 
 def full_state_dict(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Whole weights by name, in `dtype` on the CPU of the main rank; nothing on the others. Collective.
+    """Full weights by name, in `dtype` on the CPU of the main rank; an empty dict on the others. Collective.
 
     In a single process the model's own state dict.
     """
     if ranks.size == 1:
         return model.state_dict()
-    whole = {}
+    weights = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().full_tensor()
         if ranks.main:
-            whole[name] = tensor.to("cpu", dtype)
-    return whole
+            weights[name] = tensor.to("cpu", dtype)
+    return weights
 
 
 @contextmanager
 def unsharded(model: AnyModule) -> Iterator[AnyModule]:
-    """`model` with all of its weights whole, to run any number of forward passes (no gradient) without other ranks.
+    """The model with full weights on every rank: any number of forward passes (no gradient), without other ranks.
 
-    Of a sharded model that is a second one, without FSDP's hooks: they cost each decode step some thousands of calls,
-    and cannot be captured in a CUDA graph. Its parameters are the very tensors that FSDP gathered, so it takes no
-    memory of its own. They are emptied when the block ends: nothing may use the model, or graphs of it, after that.
+    For a sharded model this gives a second model without FSDP's hooks. They cost each decode step some thousands of
+    calls, and cannot be captured in a CUDA graph. Its parameters are the tensors that FSDP gathered, so it takes no
+    memory of its own. They are freed when the block ends: do not use the model, or graphs of it, after that.
     """
     if not isinstance(model, FSDPModule):
         yield model
@@ -398,14 +454,15 @@ def unsharded(model: AnyModule) -> Iterator[AnyModule]:
 
 
 def _unsharded_copy(model: AnyModule) -> AnyModule:
-    """A model of the same class whose parameters are those of `model`, gathered at this moment."""
-    # FSDP has made a class of its own and put it first.
-    kind: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    """A model of the original class whose parameters are those of `model`, gathered at this moment."""
+    # FSDP has changed the model's class to a subclass of its own and the original one.
+    original_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
-        twin = kind(model.config)
-    whole = {name: p.detach() for name, p in model.named_parameters()}  # FSDP's own must keep asking for gradients
-    twin.load_state_dict(whole, assign=True)
-    return twin.requires_grad_(False)
+        copy = original_class(model.config)
+    # Detached, because FSDP's own parameters must still require gradients.
+    gathered = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    copy.load_state_dict(gathered, assign=True)
+    return copy.requires_grad_(False)
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:

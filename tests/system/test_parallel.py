@@ -210,7 +210,7 @@ class Heard(dict):
     """Keeps every row of collectives that a pass of a name has had."""
 
     def setdefault(self, name, row):
-        super().setdefault(name, set()).add(tuple((str(call.op), call.size_in, call.dtype) for call in row))
+        super().setdefault(name, set()).add(tuple((str(call.op), call.input_size, call.dtype) for call in row))
 
 
 def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
@@ -591,7 +591,8 @@ def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path, whole):
 
 BROKEN = """
 import os, sys, train
-from mmsr import episode, rollout, update
+from mmsr import rollout, update
+from mmsr.system import errors
 
 def broken(self, *args, **kwargs):
     if os.environ["RANK"] == "1":
@@ -607,7 +608,7 @@ train.main(sys.argv[1:])
 @pytest.mark.parametrize(
     "place, error, status",
     [
-        ("rollout.Rollout.__call__", "episode.UserError('row 7 is broken; mend it')", 2),
+        ("rollout.Rollout.__call__", "errors.UserError('row 7 is broken; mend it')", 2),
         ("update.Trainer.forward_backward", "ValueError('a bug')", 1),
     ],
 )
