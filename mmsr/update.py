@@ -1,10 +1,10 @@
 """The update: from episodes with advantages to a step of the optimizer.
 
-    freeze π_old
-    for each mini-batch:                                    Trainer.step
-        for each micro-batch:                               Trainer.update, Trainer.accumulate_gradient
+    freeze π_old                                            Trainer.step
+    for each mini-batch:
+        for each micro-batch:                               Trainer.accumulate_gradient
             forward pass, loss (1) to (4), backward pass    Trainer.forward_backward
-        clip the gradient
+        clip the gradient                                   Trainer.update
         step of the optimizer
 
 The equations are those of grpo.py. The gradient of an update is a sum over its trained tokens, so it does not depend on
@@ -79,7 +79,7 @@ class MicroBatch:
 
 
 def split(episodes: Sequence[Episode], parts: int, groups: int) -> list[list[Episode]]:
-    """Split into `parts` mini-batches of whole groups, by group id: 0 … `groups` − 1, of which a rank may have some."""
+    """Split into `parts` mini-batches of whole groups. Group ids are 0 … `groups` − 1; a rank has only some of them."""
     groups_per_part = math.ceil(groups / parts)
     mini_batches: list[list[Episode]] = [[] for _ in range(parts)]
     for episode in episodes:
@@ -256,19 +256,19 @@ class Trainer:
             if batch.tokens:
                 batches.append(batch)
 
-        # π_old of (3) is the policy at this moment, before any of the updates. For the first update it is π itself.
-        first_passes = Stats()
+        # Freeze π_old of (3): the policy at this moment, before all updates. For the first update it is π itself.
+        old_stats = Stats()
         all_old_logps: list[list[Tensor] | None] = [None]
         for batch in batches[1:]:
-            all_old_logps.append(self.old_logps(batch, first_passes))
+            all_old_logps.append(self.old_logps(batch, old_stats))
 
-        stats = first_passes.all_reduce(self.ranks)
+        stats = old_stats.all_reduce(self.ranks)
         for batch, old_logps in zip(batches, all_old_logps):
             self.update(batch, old_logps, lr, stats)
         return stats.metrics()
 
     def update(self, batch: LocalBatch, old_logps: list[Tensor] | None, lr: float, stats: Stats) -> None:
-        """Gradient, clipping, step of the optimizer: one update. It is skipped if a value is not finite."""
+        """One update: gradient, clipping, step of the optimizer. Skipped on all ranks if a value is not finite."""
         if batch.non_finite:
             self._skip_update(stats)
             return
@@ -329,7 +329,7 @@ class Trainer:
         batch = micro_batch.pack
         logps, entropy = self.log_probs(self.model, batch, features)  # (R,), (R,)
         if old_logps is None:
-            old = logps.detach()  # (R,) ρ = 1, but its gradient is that of π
+            old = logps.detach()  # (R,) so ρ = 1, and its gradient is that of log π
         else:
             old = torch.cat([old_logps[i] for i in micro_batch.indices])  # (R,)
         ref = None
@@ -355,6 +355,7 @@ class Trainer:
 
     @staticmethod
     def _record(stats: Stats, batch: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
+        """Add a micro-batch's sums to `stats`."""
         gap = (old - batch.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
         stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
         stats.add(tokens=len(gap), trained=len(batch.input_ids))
@@ -381,12 +382,12 @@ class Trainer:
         """log π_old of every episode's trained tokens, one tensor per episode, the dummy's last."""
         while True:
             try:
-                return self._first_passes(batch, stats)
+                return self._compute_old_logps(batch, stats)
             except RankOutOfMemory as error:
                 self._use_smaller_micro_batches(error)
 
     @torch.no_grad()
-    def _first_passes(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
+    def _compute_old_logps(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
         """`old_logps` once. Kept per episode, because the update may cut its micro-batches in another way."""
         micro_batches = self._micro_batches(batch.episodes)
         with self.lockstep.guard("first vision pass"):
@@ -475,7 +476,7 @@ class Trainer:
     def _dry_run(self) -> None:
         """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
         nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
-        self._first_passes(nothing, Stats())
+        self._compute_old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)
         self.dry_run_done = True

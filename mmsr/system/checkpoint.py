@@ -1,18 +1,23 @@
-"""Verified, atomic checkpoints of a training run: save one, and resume from the newest that is sound.
+"""Verified, atomic checkpoints of a training run: save one, and resume from the newest sound one.
 
-    checkpoints/step-000060/shard-00001-model-00001-of-00003.safetensors ...   what rank 0 holds of every tensor
-                            state.json      what the training loop wants back (step, sampler cursor, ...)
+    checkpoints/step-000060/shard-00001-model-00001-of-00003.safetensors ...   rank 0's part of every tensor
+                            state.json      the training loop's own state (step, sampler cursor, ...)
                             manifest.json   size and SHA-256 of every other file
 
-A single flipped bit goes unnoticed by every reader of tensors, and a crash leaves half a folder. So a checkpoint is
-written as `step-000060.tmp`, each file synced, the manifest last; it is read back, renamed and the parent synced, and
-only then are older ones removed. Resuming hashes every byte before it reads one, and takes the previous checkpoint
-where the newest is not sound.
+A checkpoint is sound if every byte is as it was saved. Readers of tensors do not notice a flipped bit, and a crash
+leaves half a folder. So a checkpoint is saved in these steps:
 
-`torch.distributed.checkpoint` cuts and joins the tensors, so that another number of ranks resumes too: plain tensors
-and DTensors, with and without a process group. Its usual format keeps an index in a pickle, which runs whatever code
-stands in it; its safetensors storage, used here, has JSON and bytes only. Nothing here ever unpickles a file: a forged
-checkpoint with a fitting manifest gives wrong numbers at worst.
+1. write all files into the temporary folder `step-000060.tmp`, sync each to the disk, the manifest last;
+2. read everything back and compare it with the manifest;
+3. rename the folder to `step-000060`, and sync its parent folder;
+4. remove older checkpoints.
+
+Resuming hashes every byte before any is used, and takes the previous checkpoint where the newest is not sound.
+
+`torch.distributed.checkpoint` (DCP) splits the tensors over the ranks' files and puts them together again, so another
+number of ranks can resume: plain tensors and DTensors, with and without a process group. DCP's usual format keeps an
+index in a pickle, and a pickle can run any code. Its safetensors storage, used here, has only JSON and bytes. Nothing
+here ever unpickles a file: the worst that a forged checkpoint with a matching manifest can do is give wrong numbers.
 
 `save` and `resume` are collective: all ranks call them, on a file system that all of them see.
 """
@@ -45,8 +50,9 @@ if TYPE_CHECKING:
     from mmsr.system.optimizer import MasterWeights
 
 FORMAT = 1
-STATE, MANIFEST = "state.json", "manifest.json"
-FILE_BYTES = 2 * 2**30  # of one rank's file; a file is put together in memory, twice over
+STATE = "state.json"
+MANIFEST = "manifest.json"
+FILE_BYTES = 2 * 2**30  # of one rank's file; a file is built in memory, in two copies
 T = TypeVar("T")
 
 
@@ -64,22 +70,24 @@ def save(
 ) -> None:
     """Write `root/step-NNNNNN` with all weights, masters and moments and the JSON object `state`.
 
-    The newest `keep` (at least 2) sound checkpoints stay, older ones are removed. Raises UserError on all ranks, and
-    leaves older checkpoints as they are, when the new one cannot be written or does not read back as written.
+    The newest `keep` (at least 2) sound checkpoints are kept, older ones removed. When the new one cannot be written,
+    or does not read back as written, raises UserError on all ranks and leaves the older ones as they are.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 there is nothing to fall back on")
-    final, side = root / f"step-{step:06d}", root / f"step-{step:06d}.tmp"
+    final = root / f"step-{step:06d}"
+    temporary = root / f"step-{step:06d}.tmp"
     try:
-        _on_main(ranks, lambda: _clear_side(root, side))
-        _write(side, _tensors(model, optimizer), state, ranks)
-        if problem := _problem(side, ranks):
+        _on_main(ranks, lambda: _make_temporary(root, temporary))
+        _write(temporary, _tensors(model, optimizer), state, ranks)
+        problem = _problem(temporary, ranks)
+        if problem is not None:
             raise OSError(f"{problem} when read back")
-        _on_main(ranks, lambda: _publish(side, final))
-        _purge(final, keep, ranks)
+        _on_main(ranks, lambda: _publish(temporary, final))
+        _remove_older(final, keep, ranks)
     except OSError as error:
         if ranks.main:
-            shutil.rmtree(side, ignore_errors=True)  # what was written takes room that others may be short of
+            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full: free what was written
         complaint = f"checkpoint {final} could not be saved ({_reason(error)})"
         raise UserError(f"{complaint}: older ones are intact; mend that, then go on with --resume") from error
 
@@ -87,20 +95,21 @@ def save(
 def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks = SINGLE) -> dict[str, Any] | None:
     """Load the newest sound checkpoint under `root` into `model` and `optimizer`, in place; returns its state.
 
-    None where there is no checkpoint. One that is not sound is named on standard error and passed over. Raises
-    UserError when none of those there are is sound, or when it is of another model, precision or optimizer.
+    None if there is no checkpoint. A checkpoint that is not sound is named on standard error and left out. Raises
+    UserError when there are checkpoints but none is sound, or when it is of another model, precision or optimizer.
     """
     found = _on_main(ranks, lambda: _checkpoints(root))
     for folder in found:
         problem = _problem(folder, ranks)
-        if problem is None:
-            try:
-                _load(folder, model, optimizer, ranks)
-                return json.loads((folder / STATE).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"checkpoint {folder} is not of this program's making ({_reason(error)})") from error
-        if ranks.main:
-            print(f"warning: checkpoint {folder} is not used: {problem}", file=sys.stderr)
+        if problem is not None:
+            if ranks.main:
+                print(f"warning: checkpoint {folder} is not used: {problem}", file=sys.stderr)
+            continue
+        try:
+            _load(folder, model, optimizer, ranks)
+            return json.loads((folder / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint {folder} was not written by this program ({_reason(error)})") from error
     if found:
         raise UserError(f"{root}: none of its {len(found)} checkpoints is sound: start afresh with another --out")
     return None
@@ -110,28 +119,44 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
-    """What makes a run: the model's weights, and all that its optimizer keeps.
-
-    The tensors themselves, so that loading into them is loading the run.
-    """
-    tensors = {f"weight.{name}": tensor for name, tensor in model.state_dict().items()}
-    return {name: tensor.detach() for name, tensor in (tensors | optimizer.tensors()).items()}
+    """The model's weights and all that its optimizer keeps. The tensors themselves: `_load` writes into them."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensors[f"weight.{name}"] = tensor.detach()
+    for name, tensor in optimizer.tensors().items():
+        tensors[name] = tensor.detach()
+    return tensors
 
 
 # ---- the tensors of a folder
 
 
-def _write(side: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    """Fill the side folder; when this returns, all of it is on the disk."""
-    writer = HuggingFaceStorageWriter(str(side), _file_numbers(tensors), save_distributed=True)
+def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
+    """Fill the temporary folder. When this returns, all of it is on the disk."""
+    writer = HuggingFaceStorageWriter(str(temporary), _file_numbers(tensors), save_distributed=True)
     with _plain_errors():
         dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
-    _on_main(ranks, lambda: (side / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8"))
-    names = _on_main(ranks, lambda: sorted(file.name for file in side.iterdir()))
-    parts = _together(ranks, lambda: {name: _synced(side / name) for name in names[ranks.rank :: ranks.size]})
-    files = {name: entry for part in parts for name, entry in part.items()}
-    _on_main(ranks, lambda: (side / MANIFEST).write_text(_manifest_text(_step_of(side), files), encoding="utf-8"))
-    _on_main(ranks, lambda: (_synced(side / MANIFEST), _sync_folder(side)))
+    text = json.dumps(state, indent=2) + "\n"
+    _on_main(ranks, lambda: (temporary / STATE).write_text(text, encoding="utf-8"))
+
+    names = _on_main(ranks, lambda: sorted(file.name for file in temporary.iterdir()))
+
+    def sync_my_part() -> dict[str, dict[str, Any]]:
+        entries = {}
+        for name in names[ranks.rank :: ranks.size]:
+            entries[name] = _synced(temporary / name)
+        return entries
+
+    files: dict[str, dict[str, Any]] = {}
+    for entries in _together(ranks, sync_my_part):
+        files |= entries
+    _on_main(ranks, lambda: _write_manifest(temporary, files))
+
+
+def _write_manifest(temporary: Path, files: dict[str, dict[str, Any]]) -> None:
+    (temporary / MANIFEST).write_text(_manifest_text(_step_of(temporary), files), encoding="utf-8")
+    _synced(temporary / MANIFEST)
+    _sync_folder(temporary)
 
 
 def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks) -> None:
@@ -142,12 +167,16 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks
     optimizer.make_state()
     for name, state in optimizer.states():
         if not any(f"optimizer.{key}.{name}" in stored for key in state):
-            state.clear()  # had no gradient before the save
+            state.clear()  # the parameter had no gradient before the save
     tensors = _tensors(model, optimizer)
     for name in sorted(tensors.keys() | stored.keys()):
-        here = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
-        kept: Any = stored.get(name)
-        there = (tuple(kept.size), kept.properties.dtype) if name in stored else "nothing"
+        here: Any = "nothing"
+        there: Any = "nothing"
+        if name in tensors:
+            here = (tuple(tensors[name].shape), tensors[name].dtype)
+        if name in stored:
+            kept: Any = stored[name]
+            there = (tuple(kept.size), kept.properties.dtype)
         if here != there:
             raise UserError(f"{folder}: {name} is {there} there and {here} in this run: resume with equal options")
     with _plain_errors():
@@ -156,11 +185,14 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks
 
 def _file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Which file, counted from 1, holds (a rank's part of) each tensor: about FILE_BYTES a file."""
-    numbers, number, size = {}, 1, 0
+    numbers = {}
+    number = 1
+    size = 0
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if size and size + local.nbytes > FILE_BYTES:
-            number, size = number + 1, 0
+            number += 1
+            size = 0
         numbers[name] = number
         size += local.nbytes
     return numbers
@@ -168,7 +200,7 @@ def _file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """DCP hands errors over as a BaseException with all ranks' tracebacks: a failing file system becomes OSError."""
+    """DCP wraps errors in a BaseException with all ranks' tracebacks. Unwrap it; a failing file system is OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
@@ -185,24 +217,25 @@ def _plain_errors() -> Iterator[None]:
 # ---- files
 
 
-def _clear_side(root: Path, side: Path) -> None:
+def _make_temporary(root: Path, temporary: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     _sync_folder(root.parent)
-    for stale in root.glob("step-*.tmp"):  # of a save or a removal that was cut short
+    for stale in root.glob("step-*.tmp"):  # of a save or a removal that was interrupted
         _remove(stale)
-    side.mkdir()
+    temporary.mkdir()
 
 
-def _publish(side: Path, final: Path) -> None:
-    for later in _checkpoints(final.parent):
-        if _step_of(later) >= _step_of(final):  # resume went back behind it: what it holds has not happened
-            _discard(later)
-    side.rename(final)
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename, so that the checkpoint is there as a whole or not at all."""
+    for other in _checkpoints(final.parent):
+        if _step_of(other) >= _step_of(final):  # saved before the run went back to an older one
+            _discard(other)
+    temporary.rename(final)
     _sync_folder(final.parent)
 
 
-def _purge(newest: Path, keep: int, ranks: Ranks) -> None:
-    """Remove what is older than the `keep` last sound checkpoints, of which `newest` is known to be one."""
+def _remove_older(newest: Path, keep: int, ranks: Ranks) -> None:
+    """Remove what is older than the last `keep` sound checkpoints; `newest` is known to be sound."""
     sound = 1
     for folder in _on_main(ranks, lambda: _checkpoints(newest.parent)[1:]):
         if sound == keep:
@@ -212,21 +245,26 @@ def _purge(newest: Path, keep: int, ranks: Ranks) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a checkpoint so that it is there whole or not at all: cut short, the rest is of a side folder's name."""
+    """Remove a checkpoint. It is renamed first: what an interrupted removal leaves has a temporary folder's name."""
     doomed = folder.with_name(f"{folder.name}.old.tmp")
     folder.rename(doomed)
     _remove(doomed)
 
 
 def _remove(path: Path) -> None:
-    """Of a link, which may lead to another disk, the link alone: what it leads to is not ours."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    """Remove a file, a folder, or a link. A link may lead to another disk: what it leads to is not ours."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Whatever is named like a checkpoint, the newest first."""
-    entries = root.iterdir() if root.is_dir() else ()
-    return sorted((p for p in entries if re.fullmatch(r"step-\d{6,}", p.name)), key=_step_of, reverse=True)
+    """All that is named like a checkpoint, the newest first."""
+    found: list[Path] = []
+    if root.is_dir():
+        found += [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -234,9 +272,9 @@ def _step_of(folder: Path) -> int:
 
 
 def _synced(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file that is then on the disk, and no longer in memory: reading it again reads the disk.
+    """Sync a file to the disk, drop it from the page cache, and return its size and SHA-256.
 
-    DCP syncs what it writes, but before the last of it has left Python's buffer.
+    Reading it again then reads the disk. DCP syncs its files too, but before the last bytes have left Python's buffer.
     """
     entry = _entry(file)
     with open(file, "rb") as opened:
@@ -258,22 +296,26 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _problem(folder: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint; None where every byte is as it was saved. The ranks share the hashing."""
+    """What is wrong with a checkpoint; None if it is sound. Each rank hashes a part of the files."""
+    for problem in _together(ranks, lambda: _local_problem(folder, ranks)):
+        if problem is not None:
+            return problem
+    return None
 
-    def look() -> str | None:
-        try:
-            files = _manifest(folder)
-            mine = sorted(files)[ranks.rank :: ranks.size]
-            wrong = [name for name in mine if _entry(folder / name) != files[name]]
-            return f"{wrong[0]} is not as it was saved" if wrong else None
-        except (OSError, ValueError) as error:
-            return _reason(error)
 
-    return next(filter(None, _together(ranks, look)), None)
+def _local_problem(folder: Path, ranks: Ranks) -> str | None:
+    try:
+        files = _manifest(folder)
+        for name in sorted(files)[ranks.rank :: ranks.size]:
+            if _entry(folder / name) != files[name]:
+                return f"{name} is not as it was saved"
+    except (OSError, ValueError) as error:
+        return _reason(error)
+    return None
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """{"size", "sha256"} by file name. ValueError where the manifest or the folder's list of files is not in order."""
+    """{"size", "sha256"} by file name. ValueError if the manifest is damaged or does not list the folder's files."""
     text = (folder / MANIFEST).read_bytes()
     try:
         files = json.loads(text)["files"]
@@ -282,10 +324,13 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST} is damaged") from None
     if text != _manifest_text(_step_of(folder), files).encode() or STATE not in files:
         raise ValueError(f"{MANIFEST} is damaged, or of another version of this program")
-    if alien := [name for name in files if name != STATE and not name.endswith(".safetensors")]:
-        raise ValueError(f"{alien[0]} is no file of a checkpoint")
-    if odd := sorted(expected ^ {file.name for file in folder.iterdir()}):
-        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'none of its files'}")
+    for name in files:
+        if name != STATE and not name.endswith(".safetensors"):
+            raise ValueError(f"{name} is no file of a checkpoint")
+    present = {file.name for file in folder.iterdir()}
+    if expected != present:
+        name = sorted(expected ^ present)[0]
+        raise ValueError(f"{name} is {'missing' if name in expected else 'none of its files'}")
     return files
 
 
@@ -294,7 +339,9 @@ def _manifest_text(step: int, files: dict[str, dict[str, Any]]) -> str:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
+    """A file's size and SHA-256: its entry in the manifest."""
+    digest = hashlib.sha256()
+    size = 0
     with open(file, "rb") as opened:
         while piece := opened.read(2**20):
             digest.update(piece)
@@ -303,7 +350,7 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line."""
+    """The error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return first_line(error)
@@ -313,17 +360,24 @@ def _reason(error: BaseException) -> str:
 
 
 def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Every rank's value of `work`, on every rank. An OSError on any of them is raised on all."""
+    """work() on every rank; returns all ranks' results, by rank. An OSError on any of them is raised on all."""
+    result: Any = None
+    failure = None
     try:
-        mine = work(), None
+        result = work()
     except OSError as error:
-        mine = None, _reason(error)
-    every = ranks.all_gather(mine)
-    if failed := [error for _, error in every if error is not None]:
-        raise OSError(failed[0])
-    return [value for value, _ in every]
+        failure = _reason(error)
+    results = []
+    failures = []
+    for other_result, other_failure in ranks.all_gather((result, failure)):
+        results.append(other_result)
+        if other_failure is not None:
+            failures.append(other_failure)
+    if failures:
+        raise OSError(failures[0])
+    return results
 
 
 def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
-    """The main rank's value of `work`, which no other rank runs."""
+    """work() on the main rank alone; returns its result on every rank."""
     return _together(ranks, lambda: work() if ranks.main else None)[0]

@@ -55,7 +55,14 @@ def join_fp32(bf16: Tensor, low_bits: Tensor) -> Tensor:
 def stochastic_round(value: Tensor, seed: int) -> Tensor:
     """fp32 → bfloat16, up or down with the probabilities that keep the mean. Equal seeds round equally."""
     generator = torch.Generator(value.device).manual_seed(seed)
-    noise = torch.randint(2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    # A carry into the upper half rounds up. Its probability is the lower half's share of one unit.
+    noise = torch.randint(
+        2**16,
+        value.shape,
+        generator=generator,
+        device=value.device,
+        dtype=torch.int32,
+    )
     upper_half = (value.view(torch.int32) + noise) >> 16
     return upper_half.to(torch.int16).view(torch.bfloat16)
 
@@ -101,7 +108,11 @@ class MasterWeights:
         self.fp32_adamw: torch.optim.AdamW | None = None
         if self.fp32_params:
             self.fp32_adamw = torch.optim.AdamW(
-                list(self.fp32_params.values()), betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+                list(self.fp32_params.values()),
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                fused=fused,
             )
         self.low_bits: dict[str, Tensor] = {}
         self.bf16_state: dict[str, dict[str, Tensor]] = {}  # of each parameter: what torch's AdamW keeps, in bfloat16
@@ -155,7 +166,13 @@ class MasterWeights:
         state["step"] += 1
 
     def _adamw(
-        self, weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: float
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        lr: float,
     ) -> None:
         """Update `weight`, `exp_avg` and `exp_avg_sq`, all (n,) fp32, in place. `step` is j − 1, and becomes j."""
         adamw(

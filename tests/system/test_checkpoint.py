@@ -288,7 +288,7 @@ def test_pickle_in_place_of_a_shard_is_refused(tmp_path):
     saved_runs(tmp_path, range(1, 2))
     next((tmp_path / "step-000001").glob("*.safetensors")).write_bytes(pickle.dumps(Bomb()))
     forge_manifest(tmp_path / "step-000001")
-    with pytest.raises(UserError, match="step-000001 is not of this program's making"):
+    with pytest.raises(UserError, match="step-000001 was not written by this program"):
         taken(tmp_path)
 
 
