@@ -81,8 +81,8 @@ def linear_positions() -> None:
 
 def ban_nothing() -> None:
     """The model may say <|image_pad|> and the other control tokens."""
-    plain = Chat.suppressed
-    Chat.suppressed = lambda self, vocab_size: torch.zeros_like(plain(self, vocab_size))
+    plain = Chat.suppressed_tokens
+    Chat.suppressed_tokens = lambda self, vocab_size: torch.zeros_like(plain(self, vocab_size))
 
 
 def opaque_reasons() -> None:

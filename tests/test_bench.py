@@ -442,7 +442,7 @@ def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path,
         *((Trainer, name) for name in ("step", "_micro_batches", "forward_backward")),
         (what_breaks.grpo, "group_advantages"),
         (what_breaks.pack, "mrope_positions"),
-        (what_breaks.Chat, "banned"),
+        (what_breaks.Chat, "suppressed_tokens"),
     ):
         monkeypatch.setattr(place, name, getattr(place, name))  # to be put back
     getattr(what_breaks, bend)()
