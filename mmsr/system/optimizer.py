@@ -142,7 +142,7 @@ class MasterWeights:
         """AdamW on the fp32 master of one bfloat16 parameter, piece by piece."""
         state = self.bf16_state[name]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
 

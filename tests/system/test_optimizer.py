@@ -27,8 +27,8 @@ def test_master_is_taken_apart_and_put_together_without_loss():
     values = torch.cat([exponents.exp(), -exponents.exp(), torch.tensor([0.0, -0.0, 1e-42])])
     ties = (torch.arange(-40_000, 40_000, dtype=torch.int32) << 16) + 2**15
     values = torch.cat([values, ties.view(torch.float32)[ties.view(torch.float32).isfinite()]])
-    weight, rest = split_fp32(values)
-    assert torch.equal(join_fp32(weight, rest).view(torch.int32), values.view(torch.int32))
+    weight, low_bits = split_fp32(values)
+    assert torch.equal(join_fp32(weight, low_bits).view(torch.int32), values.view(torch.int32))
     cast, finite = values.bfloat16(), weight.isfinite() & values.bfloat16().isfinite()
     away, near = (weight.double() - values.double()).abs(), (cast.double() - values.double()).abs()
     assert torch.equal(away[finite], near[finite]), "the weight is a nearest bfloat16"
@@ -87,7 +87,7 @@ def test_moments_fall_when_gradients_stop(record_property):
     assert stuck * 0.999 == stuck, "to the nearest"
 
 
-def test_dithering_keeps_the_mean_and_equal_seeds_round_equally():
+def test_stochastic_rounding_keeps_the_mean_and_equal_seeds_round_equally():
     value = torch.full((200_000,), 1.003)
     rounded = stochastic_round(value, 1)
     assert set(rounded.tolist()) == {1.0, 1.0078125}
@@ -110,8 +110,13 @@ def test_bytes_per_parameter_are_those_promised(dtype, micro_tokens, most, recor
     subject = MasterWeights(model)
     trainer = Trainer(model, subject, SUPPRESSED, micro_tokens=micro_tokens)
     counted = []
-    step = subject.step
-    subject.step = lambda lr: (step(lr), counted.append(held(model, subject)))
+    plain_step = subject.step
+
+    def step(lr: float) -> None:
+        plain_step(lr)
+        counted.append(held(model, subject))
+
+    subject.step = step
     trainer.step([made()], 1e-3)
     report(record_property, f"bytes a parameter, {dtype}, micro-batches of {micro_tokens}", counted[0])
     assert counted == [most]
@@ -149,7 +154,7 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32(monkeypatch, record_pro
     assert lost > 2e-3
 
 
-def test_resumed_masters_go_on_bit_for_bit():
+def test_resumed_masters_continue_bit_for_bit():
     """The low halves and the count that seeds the rounding are state like any other."""
     model = tiny_model(1).bfloat16()
     subject = MasterWeights(model)

@@ -1,4 +1,4 @@
-"""Ranks against a single process: equal gradients and tokens however work is dealt, and nobody left waiting."""
+"""Ranks against a single process: equal gradients and tokens however work is distributed, and no rank waits forever."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def texts(group: int, members: int = 2) -> list[Episode]:
     return episodes
 
 
-# How groups 0 … 4 (3 and 4 without pictures) are dealt: rank of each group.
-DEALS = {
+# The rank of each of the groups 0 … 4. Groups 3 and 4 have no pictures.
+ASSIGNMENTS = {
     "even": [0, 1, 0, 1, 0],
     "one rank has text only": [0, 0, 0, 1, 1],
     "one rank has nothing": [0, 0, 0, 0, 0],
@@ -76,8 +76,8 @@ def batch() -> list[Episode]:
     return [*made(), *texts(3), *texts(4)]
 
 
-def share(ranks: Ranks, deal: str) -> list[Episode]:
-    return [e for e in batch() if ranks.size == 1 or DEALS[deal][e.group_id] == ranks.rank]
+def local_episodes(ranks: Ranks, assignment: str) -> list[Episode]:
+    return [e for e in batch() if ranks.size == 1 or ASSIGNMENTS[assignment][e.group_id] == ranks.rank]
 
 
 def sharded(ranks: Ranks, seed: int, dtype=torch.float32, across="node", **changes):
@@ -102,12 +102,12 @@ def whole_gradient(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def gradient(ranks: Ranks, deal: str, options=None, changes=None, recompute=False, across="node"):
+def gradient(ranks: Ranks, assignment: str, options=None, changes=None, recompute=False, across="node"):
     """Gradient of one update, whole, and the metrics."""
     trainer = build(ranks, options or {}, changes or {}, recompute, across)
     kept = {}
     trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
-    metrics = trainer.step([share(ranks, deal)], 0.1)
+    metrics = trainer.step([local_episodes(ranks, assignment)], 0.1)
     return kept, metrics
 
 
@@ -121,9 +121,9 @@ def check_gradient(crew, record_property, what: str, *args) -> None:
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
 
 
-@pytest.mark.parametrize("deal", [d for d in DEALS if d != "four"])
-def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, deal, record_property):
-    check_gradient(pair, record_property, deal, deal, {"kl": 0.3})
+@pytest.mark.parametrize("assignment", [d for d in ASSIGNMENTS if d != "four"])
+def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, assignment, record_property):
+    check_gradient(pair, record_property, assignment, assignment, {"kl": 0.3})
 
 
 def test_gradient_of_tied_head_token_mean_and_recomputed_blocks(pair, record_property):
@@ -161,7 +161,7 @@ def fail_in(trainer: Trainer, place: str, once: Once) -> None:
         inner.register_forward_pre_hook(once)
 
 
-def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, tokens: int = 120, dealt="even"):
+def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, tokens: int = 120, assignment="even"):
     """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
     trainer = build(ranks, {"kl": 0.3, "micro_tokens": tokens}, {})
     trainer.step([[]], 0.0)  # the dry run
@@ -169,7 +169,7 @@ def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, t
     kept = []
     trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
     for _ in range(2):
-        trainer.step([share(ranks, dealt)], 0.0)
+        trainer.step([local_episodes(ranks, assignment)], 0.0)
     return kept, trainer.micro_tokens
 
 
@@ -199,10 +199,10 @@ def test_out_of_memory_in_one_episode_is_a_user_error_on_all_ranks(pair):
 
 def message_of_running_out(ranks: Ranks, place: str) -> str:
     trainer = build(ranks, {"micro_tokens": 1}, {})
-    trainer.step([[e for e in share(ranks, "even") if e.group_id > 2]], 0.0)  # no picture on any rank
+    trainer.step([[e for e in local_episodes(ranks, "even") if e.group_id > 2]], 0.0)  # no picture on any rank
     fail_in(trainer, place, Once(int(ranks.rank == 1), torch.OutOfMemoryError))
     with pytest.raises(UserError) as error:
-        trainer.step([share(ranks, "even")], 0.0)
+        trainer.step([local_episodes(ranks, "even")], 0.0)
     return str(error.value)
 
 
@@ -216,12 +216,14 @@ class Heard(dict):
 def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
     trainer = build(ranks, {"kl": 0.3}, {})
     trainer.lockstep.recorded = Heard()
-    for dealt in ("even", "one rank has text only", "one rank has nothing"):
+    for assignment in ("even", "one rank has text only", "one rank has nothing"):
         model = trainer.model
         with unsharded(model) as whole:
             test_engine.run(whole, test_engine.groups(1 + ranks.rank, 2))
-        half = [[e for e in share(ranks, dealt) if (e.group_id < 2) == first] for first in (True, False)]
-        trainer.step(half, 0.1)
+        episodes = local_episodes(ranks, assignment)
+        first = [e for e in episodes if e.group_id < 2]
+        second = [e for e in episodes if e.group_id >= 2]
+        trainer.step([first, second], 0.1)
     return dict(trainer.lockstep.recorded)
 
 
@@ -236,7 +238,7 @@ def skipped(ranks: Ranks, what: str):
     trainer = build(ranks, {"max_skipped": 2}, {})
     before = full_state_dict(trainer.model, ranks, torch.float32)
     before = {name: value.clone() for name, value in before.items()}
-    bad, good = share(ranks, "even"), share(ranks, "even")
+    bad, good = local_episodes(ranks, "even"), local_episodes(ranks, "even")
     if ranks.rank == ranks.size - 1:
         if what == "loss":
             bad[0].logps = [math.nan] * len(bad[0].logps)
@@ -266,9 +268,11 @@ def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
     model = shard(tiny_model(1).to(dtype).to(stored), ranks, dtype)
     optimizer = MasterWeights(model, weight_decay=0.0)
     trainer = Trainer(model, optimizer, SUPPRESSED, micro_tokens=60, max_grad_norm=0.5, ranks=ranks)
-    episodes = share(ranks, "even")
+    episodes = local_episodes(ranks, "even")
+    first = [e for e in episodes if e.group_id < 2]
+    second = [e for e in episodes if e.group_id >= 2]
     for _ in range(steps):
-        trainer.step([[e for e in episodes if e.group_id < 2], [e for e in episodes if e.group_id >= 2]], 1e-4)
+        trainer.step([first, second], 1e-4)
     return full_state_dict(model, ranks, dtype)
 
 
@@ -293,20 +297,20 @@ def test_shards_used_in_bf16_are_fp32_masters(pair):
 
 
 def generated(ranks: Ranks, dtype=torch.float32):
-    """Tokens of groups dealt unevenly, rounds of training in between; the second round has one rank idle."""
+    """Tokens of groups assigned unevenly, with training between the rounds; in the second one rank has no group."""
     model = tiny_model(4)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     model = shard(model, ranks, dtype)
     trainer = Trainer(model, SGD(model), SUPPRESSED, ranks=ranks)
     found, steps = {}, []
-    for dealt in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
-        mine = range(4) if ranks.size == 1 else dealt[ranks.rank]
+    for assignment in ({0: [0], 1: [1, 2, 3]}, {0: [], 1: [0, 1, 2, 3]}, {0: [3, 1, 0], 1: [2]}):
+        mine = range(4) if ranks.size == 1 else assignment[ranks.rank]
         batch = [group for i in mine for group in test_engine.groups(1, 3, first=i)]
         with unsharded(model) as whole:
             steps.append(test_engine.run(whole, batch).counts["decode_steps"] if batch else 0)
         found.setdefault("tokens", []).append(dict(zip(mine, test_engine.texts(batch)[::3])))
-        trainer.step([share(ranks, "even")], 0.05)
+        trainer.step([local_episodes(ranks, "even")], 0.05)
     return found["tokens"], steps
 
 
@@ -358,7 +362,7 @@ def through_twin_and_fsdp(ranks: Ranks, tied: bool) -> list[dict]:
                     test_engine.run(whole, batch, temperature=temperature)
                 seen[how, route] = test_engine.texts(batch)
         found.append(seen)
-        trainer.step([share(ranks, "even")], 0.05)
+        trainer.step([local_episodes(ranks, "even")], 0.05)
     return found
 
 
@@ -381,7 +385,7 @@ def in_bf16(ranks: Ranks):
     trainer = Trainer(model, optimizer, SUPPRESSED, max_grad_norm=1e9, ranks=ranks)
     kept = {}
     trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
-    trainer.step([share(ranks, "even")], 0.1)
+    trainer.step([local_episodes(ranks, "even")], 0.1)
     with unsharded(model) as plain:
         whole = {p.dtype for p in plain.parameters()}
     return kept, whole, {p.dtype for p in model.parameters()}
@@ -452,16 +456,17 @@ def test_a_rank_that_lost_another_says_so_even_where_the_error_says_nothing():
 
 
 def test_groups_are_dealt_evenly_by_load():
-    assert (
-        balanced_partition([1, 1, 1], 1) == [[0, 1, 2]]
-        and balanced_partition([], 2) == [[], []]
-        and balanced_partition([5], 2) == [[0], []]
-    )
+    assert balanced_partition([1, 1, 1], 1) == [[0, 1, 2]]
+    assert balanced_partition([], 2) == [[], []]
+    assert balanced_partition([5], 2) == [[0], []]
     loads = [(37 * i) % 23 + 1 for i in range(41)]
-    hands = balanced_partition(loads, 4)
-    assert sorted(i for hand in hands for i in hand) == list(range(41))
-    assert {len(hand) for hand in hands} == {10, 11} and all(hand == sorted(hand) for hand in hands)
-    sums = [sum(loads[i] for i in hand) for hand in hands]
+    parts = balanced_partition(loads, 4)
+    assert sorted(i for part in parts for i in part) == list(range(41))
+    assert {len(part) for part in parts} == {10, 11}
+    assert all(part == sorted(part) for part in parts)
+    sums = []
+    for part in parts:
+        sums.append(sum(loads[i] for i in part))
     assert max(sums) - min(sums) <= max(loads) / 2, sums
 
 
@@ -499,10 +504,10 @@ def test_a_group_of_the_mesh_has_another_timeout_than_the_run(four, across, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("across", ["all", "node"])
-@pytest.mark.parametrize("deal_", ["four", "one rank has nothing"])
-def test_gradient_on_four_ranks(four, deal_, across, record_property):
+@pytest.mark.parametrize("assignment", ["four", "one rank has nothing"])
+def test_gradient_on_four_ranks(four, assignment, across, record_property):
     """`node`: two machines of two ranks each, which hold copies of each other's shards."""
-    check_gradient(four, record_property, f"{deal_}, {across}", deal_, {"kl": 0.3}, {}, False, across)
+    check_gradient(four, record_property, f"{assignment}, {across}", assignment, {"kl": 0.3}, {}, False, across)
 
 
 @pytest.mark.slow
