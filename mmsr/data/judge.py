@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from mmsr.system.errors import UserError
-from mmsr.system.kept import Kept, key_of
+from mmsr.system.journal import Journal, key_of
 
 PROMPT = Path(__file__).parents[1] / "prompts" / "judge.txt"
 AT_ONCE = 16
@@ -44,7 +44,7 @@ class Judge:
     """Verdicts of one model. `name` tells it from other models in `kept`, a JSON lines file of verdicts."""
 
     def __init__(self, complete: Complete, name: str, kept: Path):
-        self.complete, self.name, self.kept = complete, name, Kept(kept)
+        self.complete, self.name, self.kept = complete, name, Journal(kept)
         self.template = PROMPT.read_text(encoding="utf-8")
         self.failure = ""  # the first, in words
 

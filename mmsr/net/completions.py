@@ -17,7 +17,7 @@ from mmsr.net.http import Answer, environment_key, failure, keep_secret, proxy_f
 from mmsr.net.refusals import complaint_of, json_of, told_status
 from mmsr.system.credentials import refuse_credentials
 from mmsr.system.images import media_type, without_metadata
-from mmsr.system.kept import key_of
+from mmsr.system.journal import key_of
 
 # What chat servers do not all take. They refuse it in ever new words, so that naming a field is enough, but for the
 # number of tokens: it is also named where the conversation is too long, which no other name would mend.

@@ -26,7 +26,7 @@ def key_of(*asked: Any) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-class Kept:
+class Journal:
     """A file of lines {"key", …}. Safe in any number of threads; processes may append to the same.
 
     A line that a crash cut short, or that is none of ours, is as good as none. Lone surrogates, which UTF-8 cannot
