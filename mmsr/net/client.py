@@ -20,7 +20,7 @@ from typing import Any, Callable, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
 from mmsr.net.http import Answer, Unsent, exchange, failure, public_authorities, require_public
-from mmsr.net.refusals import complaint_of, json_of, kind_of
+from mmsr.net.server_errors import error_text, failure_kind, json_or_none
 from mmsr.system.credentials import hidden
 from mmsr.tools import ToolFailure
 
@@ -86,7 +86,7 @@ class Client:
         All tries and the pauses between them take at most `seconds`; each try gets an even share of what is left.
         `spend(provider)` is called before every try that may have to be paid: the first, and one after a try of which
         nobody knows whether it was charged. `status_of` gives the status that the JSON object of a 2xx reply stands for
-        (`told_status`): one of 400 and more is treated as if it had been sent. Redirects are not followed. Raises
+        (`status_in_body`): one of 400 and more is treated as if it had been sent. Redirects are not followed. Raises
         ToolFailure, Refusal where the server has answered.
         """
 
@@ -232,12 +232,12 @@ def _verdict(
     if isinstance(answer, ToolFailure):
         return answer, answer.kind in ("timeout", "network")
     status = answer.status
-    if status < 300 and status_of and isinstance(reply := json_of(answer.body), dict):
+    if status < 300 and status_of and isinstance(reply := json_or_none(answer.body), dict):
         status = status_of(reply)
     if status < 300:
         return None, False
-    complaint = complaint_of(answer.body)
-    kind = kind_of(status, complaint)
+    complaint = error_text(answer.body)
+    kind = failure_kind(status, complaint)
     said = f"HTTP {status}" if status == answer.status else f"error {status} in a reply of HTTP {answer.status}"
     said += f", through the proxy {answer.proxy}" if answer.proxy else ""
     refused = failure(kind, f"{provider or host_of(answer.url)}: {said}: {_advice(answer)}{complaint}", Refusal)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from mmsr.net.client import Client, Refusal, below, host_of
 from mmsr.net.http import Answer, environment_key, failure, keep_secret, proxy_for
-from mmsr.net.refusals import complaint_of, json_of, told_status
+from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.system.credentials import refuse_credentials
 from mmsr.system.images import media_type, without_metadata
 from mmsr.system.journal import key_of
@@ -118,7 +118,7 @@ class ChatServer:
         if any(message.get(name) for name in ("reasoning_content", "reasoning")):
             raise failure("format", f"{who} gave thoughts and no answer")
         if text is None:
-            raise failure("format", f"{self.provider}: no answer in it: {complaint_of(json.dumps(reply).encode())}")
+            raise failure("format", f"{self.provider}: no answer in it: {error_text(json.dumps(reply).encode())}")
         raise failure("format", f"{who} gave no answer")
 
     def _ask(self, body: dict[str, Any]) -> Answer:
@@ -148,7 +148,7 @@ def _refused_fields(refused: Refusal, sent: dict[str, Any]) -> set[str]:
     """The optional fields of a request that its refusal names, and that it may do without."""
     if refused.kind != "status":
         return set()
-    text = json.dumps(json_of(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
+    text = json.dumps(json_or_none(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
     text = text.replace("enable_thinking", "chat_template_kwargs")  # which holds nothing else
     named = {name for name in OPTIONAL if name in sent and re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
     if re.search(SIZE, text, re.IGNORECASE) and not re.search(FOREIGN, text, re.IGNORECASE):
@@ -157,8 +157,8 @@ def _refused_fields(refused: Refusal, sent: dict[str, Any]) -> set[str]:
 
 
 def _chat_status(reply: dict[str, Any]) -> int:
-    told = told_status(reply)
-    return 503 if told == 200 and _choice(reply)[1] in BROKEN_OFF else told
+    status = status_in_body(reply)
+    return 503 if status == 200 and _choice(reply)[1] in BROKEN_OFF else status
 
 
 def _choice(reply: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -34,7 +34,7 @@ from mmsr.episode import Hit, Observation
 from mmsr.net.client import FATAL, Client, below, host_of, web_address
 from mmsr.net.completions import ChatServer
 from mmsr.net.http import environment_key, failure, proxy_for
-from mmsr.net.refusals import complaint_of, json_of, told_status
+from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.search import bm25
 from mmsr.system.credentials import server_address
 from mmsr.system.errors import UserError
@@ -282,7 +282,7 @@ class Live:
         spend = self.spend if service.key else None
         request = partial(
             self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend,
-            status_of=told_status,
+            status_of=status_in_body,
         )  # fmt: skip
         if "#" in link or re.search(r"\\|%5c|%2f", urlsplit(link).path, re.IGNORECASE):  # not what it was in a path
             answer = request("POST", f"{service.url}/", data={"url": link})
@@ -294,7 +294,7 @@ class Live:
         if ERROR_PAGE.search(warning):
             raise failure("status", f"jina: {link}: {warning}")
         if not text.strip():
-            raise failure("format", f"jina: no text of {link}: {complaint_of(answer.body)}")
+            raise failure("format", f"jina: no text of {link}: {error_text(answer.body)}")
         return _text(data.get("title")), text[:PAGE_CHARACTERS]
 
     def _digest(self, query: str, title: str, page: str, prompt: str) -> str:
@@ -318,11 +318,11 @@ def passages(query: str, page: str) -> str:
 
 
 def _search_status(reply: dict[str, Any]) -> int:
-    """As `told_status`; SerpApi says beside it whether a search has been made."""
+    """As `status_in_body`; SerpApi says beside it whether a search has been made."""
     metadata = reply.get("search_metadata")
     state = metadata.get("status") if isinstance(metadata, dict) else None
-    told = told_status(reply)
-    return 503 if told == 200 and state in ("Error", "Processing", "Queued") else told
+    status = status_in_body(reply)
+    return 503 if status == 200 and state in ("Error", "Processing", "Queued") else status
 
 
 def _found_nothing(reply: dict[str, Any]) -> bool:
@@ -391,9 +391,9 @@ class Remote:
 
     def _ask(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The reply, and the list in it."""
-        content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": told_status}
+        content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": status_in_body}
         answer = self.client.request(self.name, "POST", below(self.url, path), **content)
-        alone = json_of(answer.body)
+        alone = json_or_none(answer.body)
         reply = {"result": alone} if isinstance(alone, list) else answer.json()
         listed = next((reply[name] for name in LISTS if isinstance(reply.get(name), list)), None)
         if listed is None:
@@ -414,7 +414,7 @@ class Remote:
 
     def _check_error(self, reply: dict[str, Any]) -> None:
         if error := reply.get("error") or reply.get("errors") or reply.get("detail"):
-            raise failure("format", f"{self.name}: {complaint_of(json.dumps({'error': error}).encode())}")
+            raise failure("format", f"{self.name}: {error_text(json.dumps({'error': error}).encode())}")
 
 
 def _remote_match(entry: object) -> Hit | None:

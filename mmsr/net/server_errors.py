@@ -36,7 +36,7 @@ MESSAGES = ("error", "message", "detail", "msg", "error_msg", "status_msg", "bas
 ADDRESS = re.compile(r"https?://[^\s\"]+", re.IGNORECASE)
 
 
-def kind_of(status: int, complaint: str) -> str:
+def failure_kind(status: int, complaint: str) -> str:
     """A failure's kind. What a provider means by a status is in its text: 400 and 429 may be an empty account.
 
     Addresses in it are none of its words: a reader names the page that it could not read.
@@ -49,7 +49,7 @@ def kind_of(status: int, complaint: str) -> str:
     return {401: "auth", 403: "forbidden", 429: "rate", 451: "blocked"}.get(status, "status")
 
 
-def told_status(reply: dict[str, Any]) -> int:
+def status_in_body(reply: dict[str, Any]) -> int:
     """The status of the error in a reply that was sent as a success; 200 where there is none that is understood.
 
     Gateways put the failure of a server behind them into a 200: {"error": {"code": 429, "message": …}}, also beside or
@@ -74,9 +74,9 @@ def _errors(reply: dict[str, Any]) -> Iterator[Any]:
         yield choices[0].get("error")
 
 
-def complaint_of(body: bytes) -> str:
+def error_text(body: bytes) -> str:
     """An error's text: nested under `error`, flat, in a list, or whatever the body begins with."""
-    return _words(json_of(body), 4) or body[:200].decode(errors="replace")
+    return _words(json_or_none(body), 4) or body[:200].decode(errors="replace")
 
 
 def _words(value: Any, depth: int) -> str:
@@ -93,7 +93,7 @@ def _words(value: Any, depth: int) -> str:
     return ""
 
 
-def json_of(body: bytes) -> Any:
+def json_or_none(body: bytes) -> Any:
     """The value in a body; None where that is no JSON."""
     try:
         return json.loads(body)
