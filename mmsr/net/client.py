@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Callable, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
-from mmsr.net.http import Answer, Unsent, exchange, failure, public_authorities, require_public
+from mmsr.net.http import Response, Unsent, failure, public_authorities, require_public, send_request
 from mmsr.net.server_errors import error_text, failure_kind, json_or_none
 from mmsr.system.credentials import hidden
 from mmsr.tools import ToolFailure
@@ -80,7 +80,7 @@ class Client:
         spend: Callable[[str], None] | None = None,
         status_of: StatusOf | None = None,
         **content: Any,
-    ) -> Answer:
+    ) -> Response:
         """The reply (2xx) of a configured service. `content` is what requests.Request takes: params, headers, json, …
 
         All tries and the pauses between them take at most `seconds`; each try gets an even share of what is left.
@@ -90,27 +90,27 @@ class Client:
         ToolFailure, Refusal where the server has answered.
         """
 
-        def attempt(share: float) -> Answer | ToolFailure:
-            return exchange(method, url, seconds=share, limit=limit, tls=self.tls, resolve=self.resolve, **content)
+        def attempt(share: float) -> Response | ToolFailure:
+            return send_request(method, url, seconds=share, limit=limit, tls=self.tls, resolve=self.resolve, **content)
 
         return self._persist(provider, attempt, seconds, tries, spend, status_of)
 
-    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2) -> Answer:
+    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2) -> Response:
         """What is at a stranger's address (http or https), redirects followed. Raises ToolFailure, "blocked" for an
         address that is, or leads to, anything but a public one."""
         return self._persist("", lambda share: self._follow(url, share), seconds, tries, None)
 
-    def _follow(self, url: str, seconds: float) -> Answer | ToolFailure:
+    def _follow(self, url: str, seconds: float) -> Response | ToolFailure:
         end, location = time.monotonic() + seconds, url
         for _ in range(HOPS + 1):
             url = web_address(location, url)
             if not url:
                 return failure("blocked", f"not a plain http or https address: {location!s:.100}")
-            answer = exchange(
+            answer = send_request(
                 "GET", url, seconds=end - time.monotonic(), limit=BODY_BYTES, tls=self.tls, resolve=self.resolve,
                 check=require_public,
             )  # fmt: skip
-            if not isinstance(answer, Answer) or answer.status not in (301, 302, 303, 307, 308):
+            if not isinstance(answer, Response) or answer.status not in (301, 302, 303, 307, 308):
                 return answer
             location = answer.headers.get("location")
             if location is None:
@@ -120,12 +120,12 @@ class Client:
     def _persist(
         self,
         provider: str,
-        attempt: Callable[[float], Answer | ToolFailure],
+        attempt: Callable[[float], Response | ToolFailure],
         seconds: float,
         tries: int,
         spend: Callable[[str], None] | None,
         status_of: StatusOf | None = None,
-    ) -> Answer:
+    ) -> Response:
         """Try until there is a good reply, a lasting failure, or no time. `provider` "" is nobody's: no breaker."""
         end, reserved = self.clock() + seconds, False
         for left in range(tries, 0, -1):
@@ -136,13 +136,13 @@ class Client:
             refused, transient = _verdict(provider, answer, status_of)
             self._note(provider, refused, transient)
             if refused is None:
-                return cast(Answer, answer)  # a failure is always refused
+                return cast(Response, answer)  # a failure is always refused
             pause = self.jitter() * min(BACKOFF, 2.0 ** (tries - left))
-            if isinstance(answer, Answer):
+            if isinstance(answer, Response):
                 pause = max(pause, _retry_after(answer.headers.get("retry-after", "")))
             if not transient or left == 1 or self.clock() + pause >= end:
                 raise refused
-            reserved = isinstance(answer, (Answer, Unsent))  # refused or never sent: the next try may have its money
+            reserved = isinstance(answer, (Response, Unsent))  # refused or never sent: the next try may have its money
             self.sleep(pause)
         raise ValueError("tries must be 1 or more")
 
@@ -219,14 +219,14 @@ def host_of(address: str) -> str:
     return urlsplit(address).netloc.rpartition("@")[2]
 
 
-def below(address: str, path: str) -> str:
+def join_url(address: str, path: str) -> str:
     """The address of `path` under another, which may have a path and a query of its own."""
     parts = urlsplit(address)
     return parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
 
 
 def _verdict(
-    provider: str, answer: Answer | ToolFailure, status_of: StatusOf | None
+    provider: str, answer: Response | ToolFailure, status_of: StatusOf | None
 ) -> tuple[ToolFailure | None, bool]:
     """What is wrong with an answer, if anything, and whether it may pass."""
     if isinstance(answer, ToolFailure):
@@ -245,7 +245,7 @@ def _verdict(
     return refused, kind == "rate" or status == 408 or status >= 500
 
 
-def _advice(answer: Answer) -> str:
+def _advice(answer: Response) -> str:
     """What a status alone does not tell: where a service has gone, and what was asked where nothing is."""
     if answer.status in (301, 302, 303, 307, 308) and (location := answer.headers.get("location")):
         there = hidden(urljoin(answer.url, location))

@@ -12,8 +12,8 @@ import re
 from typing import Any, Callable, Sequence
 from urllib.parse import urlsplit
 
-from mmsr.net.client import Client, Refusal, below, host_of
-from mmsr.net.http import Answer, environment_key, failure, keep_secret, proxy_for
+from mmsr.net.client import Client, Refusal, host_of, join_url
+from mmsr.net.http import Response, environment_key, failure, keep_secret, proxy_for
 from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.system.credentials import refuse_credentials
 from mmsr.system.images import media_type, without_metadata
@@ -56,8 +56,8 @@ def chat_address(address: str) -> str:
     """
     path = urlsplit(address).path.rstrip("/")
     if path.endswith("/chat/completions"):
-        return below(address, "")
-    return below(address, "/chat/completions" if path else "/v1/chat/completions")
+        return join_url(address, "")
+    return join_url(address, "/chat/completions" if path else "/v1/chat/completions")
 
 
 class ChatServer:
@@ -121,7 +121,7 @@ class ChatServer:
             raise failure("format", f"{self.provider}: no answer in it: {error_text(json.dumps(reply).encode())}")
         raise failure("format", f"{who} gave no answer")
 
-    def _ask(self, body: dict[str, Any]) -> Answer:
+    def _ask(self, body: dict[str, Any]) -> Response:
         """Post. A field that the server refuses is renamed or left out; what has helped is left out from then on."""
         foreign = self.foreign
         while True:

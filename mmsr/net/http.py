@@ -1,16 +1,16 @@
-"""One HTTP exchange with a server that nobody vouches for, and the keys that must not come out of it.
+"""One HTTP request to a server that nobody trusts, and the keys that must not leak from it.
 
-`exchange` has a deadline from the name's look-up to the last byte, and a cap on decoded bytes. With `require_public` as
-its check it connects to nothing but public addresses, and to the very address that was checked: a name may resolve
-differently the second time. Every error text, log line, header and body passes `redact`.
+`send_request` has a deadline, which covers everything from the DNS look-up to the last byte, and a limit on the decoded
+bytes. With `check=require_public` it connects to public addresses only, and to exactly the address that was checked: a
+second look-up of the name could give another one. Every error text, log line, header and body passes `redact`.
 
-Traps learnt: the time-out of requests is per read, so a server that drips its handshake, headers or body holds a call
-for ever; the texts of its exceptions hold whole addresses with the api_key in them, and so do the chained causes, which
-is why a failure is returned here and raised by the caller, where no other exception is being handled. requests prepares
-the messages, urllib3 carries them; no netrc or cookie of the environment is used.
+Traps. The timeout of requests applies to each read, so a server that sends one byte now and then can hold a call for
+ever. The texts of its exceptions contain whole addresses, with the api_key in them, and so do their chained causes;
+therefore a failure is returned here and raised by the caller, outside of any exception handler. requests prepares the
+messages and urllib3 sends them; netrc files and cookies are not used.
 
-A service that the user names is asked through the proxy that the environment names. A stranger's address never is: a
-proxy looks names up by itself, inside the user's network, where no check of ours can see what they lead to.
+A service that the user configured is asked through the proxy that the environment names. An untrusted address is never
+asked through a proxy: the proxy would look the name up itself, inside the user's network, where we cannot check it.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _excepts(entry: str, host: str, address: Any, port: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A server's reply, whatever its status."""
 
     status: int
@@ -400,7 +400,7 @@ class _Unzip:
         return bytes(found)
 
 
-def exchange(
+def send_request(
     method: str,
     url: str,
     *,
@@ -410,7 +410,7 @@ def exchange(
     resolve: Callable = socket.getaddrinfo,
     check: Callable[[str], None] | None = None,
     **content: Any,
-) -> Answer | ToolFailure:
+) -> Response | ToolFailure:
     """What the server answered, or why there is no whole answer. `content` is what requests.Request takes.
 
     `check(address)` raises ToolFailure for an address that may not be connected to; with it no proxy is used. Raises
@@ -435,7 +435,7 @@ def exchange(
             return failure("auth", f"{where}: {UNKNOWN_TO_PROXY}", Unsent)
         if not wire.expired:  # a body of unknown length seems to end where the wire was cut
             headers = {name.lower(): redact(value) for name, value in reply.headers.items()}
-            return Answer(reply.status, headers, _redacted(body), redact(sent.url), str(proxy or ""))
+            return Response(reply.status, headers, _redacted(body), redact(sent.url), str(proxy or ""))
         kind, why = "timeout", ""
     except ToolFailure as failed:
         return failed

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from mmsr.episode import Hit, Observation
-from mmsr.net.client import FATAL, Client, below, host_of, web_address
+from mmsr.net.client import FATAL, Client, host_of, join_url, web_address
 from mmsr.net.completions import ChatServer
 from mmsr.net.http import environment_key, failure, proxy_for
 from mmsr.net.server_errors import error_text, json_or_none, status_in_body
@@ -392,7 +392,7 @@ class Remote:
     def _ask(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The reply, and the list in it."""
         content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": status_in_body}
-        answer = self.client.request(self.name, "POST", below(self.url, path), **content)
+        answer = self.client.request(self.name, "POST", join_url(self.url, path), **content)
         alone = json_or_none(answer.body)
         reply = {"result": alone} if isinstance(alone, list) else answer.json()
         listed = next((reply[name] for name in LISTS if isinstance(reply.get(name), list)), None)
