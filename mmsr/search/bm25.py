@@ -73,7 +73,7 @@ def tokens(text: str) -> list[str]:
     return found
 
 
-def asked(query: str) -> list[str]:
+def query_tokens(query: str) -> list[str]:
     """The tokens that a query asks for, each once."""
     found = []
     for run in RUN.findall(fold(query)):
@@ -92,7 +92,7 @@ def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
     lengths = [count.total() for count in counts]
     mean = sum(lengths) / max(len(lengths), 1) or 1.0
     scores = [0.0] * len(documents)
-    for word in asked(query):
+    for word in query_tokens(query):
         holders = [index for index, count in enumerate(counts) if word in count]
         rarity = math.log(1 + (len(documents) - len(holders) + 0.5) / (len(holders) + 0.5))
         for index in holders:
@@ -115,6 +115,6 @@ def searchable(text: str) -> str:
 
 def sqlite_query(text: str) -> str:
     """An FTS5 query for any of the words of a text; empty where it has none. Whatever the text, it is only words."""
-    found = asked(text)
+    found = query_tokens(text)
     telling = [word for word in found if word not in COMMON] or found
     return " OR ".join(f'"{word}"' for word in telling[:QUERY_WORDS])

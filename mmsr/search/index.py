@@ -337,7 +337,7 @@ def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
 
 def _matched(query: str, texts: list[str]) -> set[str]:
     """The tokens of some texts that a query asks for. Only SQLite knows, as it strips English endings."""
-    starts = {word[:2] for word in bm25.asked(query)}  # these no ending takes, and most words have others
+    starts = {word[:2] for word in bm25.query_tokens(query)}  # these no ending takes, and most words have others
     tokens = {token for text in texts for token in bm25.tokens(text) if token[:2] in starts}
     with closing(sqlite3.connect(":memory:")) as db:
         db.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, {bm25.STEMMED})")
