@@ -136,7 +136,7 @@ class _Run:
         return ((key_of(self.settings, item), item) for item in self.items)
 
     def _left(self) -> Iterator[tuple[str, dict]]:
-        return ((key, item) for key, item in self.keyed() if key not in self.journal.places)
+        return ((key, item) for key, item in self.keyed() if key not in self.journal.offsets)
 
     def _work(self) -> None:
         try:

@@ -35,13 +35,13 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path, self.lock, self.synced = path, threading.Lock(), 0.0
-        self.places: dict[str, int] = {}
+        self.offsets: dict[str, int] = {}
         self.flights: dict[str, Future[dict[str, Any]]] = {}
         with open(path, "rb") if path.exists() else nullcontext(()) as written:
             place = 0
             for line in written:
                 with suppress(ValueError, TypeError, KeyError):
-                    self.places[json.loads(line)["key"]] = place
+                    self.offsets[json.loads(line)["key"]] = place
                 place += len(line)
 
     def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Journal:
         """
         with self.lock:
             flight = self.flights.get(key)
-            if first := flight is None and key not in self.places:
+            if first := flight is None and key not in self.offsets:
                 flight = self.flights[key] = Future()
         if flight is None:
             return self.get(key)
@@ -69,10 +69,10 @@ class Journal:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The line of a key."""
-        if key not in self.places:
+        if key not in self.offsets:
             return None
         with open(self.path, "rb") as file:
-            file.seek(self.places[key])
+            file.seek(self.offsets[key])
             return json.loads(file.readline())
 
     def add(self, key: str, **fields: Any) -> None:
@@ -85,7 +85,7 @@ class Journal:
                         file.write(b"\n")
                     if file.write(line) < len(line):
                         raise OSError("no room for a whole line")
-                    self.places[key] = file.tell() - len(line)  # not the end of before: others may have appended
+                    self.offsets[key] = file.tell() - len(line)  # not the end of before: others may have appended
                     if time.monotonic() - self.synced > SYNC:
                         os.fsync(file.fileno())
                         self.synced = time.monotonic()

@@ -19,7 +19,7 @@ def test_what_is_kept_reads_the_same_again(tmp_path):
     for n, text in enumerate(texts):
         kept.add(f"k{n}", reply=text, more=n)
     for read in (kept, Journal(tmp_path / "kept.jsonl")):
-        assert list(map(read.get, read.places)) == [
+        assert list(map(read.get, read.offsets)) == [
             {"key": f"k{n}", "reply": text, "more": n} for n, text in enumerate(texts)
         ]
     assert kept.get("another") is None
@@ -34,14 +34,14 @@ def test_a_line_cut_short_takes_no_other_with_it(tmp_path, cut):
     again = Journal(path)
     again.add("k3", reply="y")
     whole = {"k0", "k1", "k3"} | ({"k2"} if cut == 1 else set())  # without its line break it is still whole
-    assert again.places.keys() == Journal(path).places.keys() == whole
+    assert again.offsets.keys() == Journal(path).offsets.keys() == whole
     assert again.get("k3")["reply"] == Journal(path).get("k3")["reply"] == "y"
 
 
 def test_foreign_lines_are_no_answers(tmp_path):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(b'3\n[]\n{"k": "a"}\n\xff\n\n{"key": "b", "reply": 1}\n\0\0{"key": "c"}\n')
-    assert Journal(path).places.keys() == {"b"}
+    assert Journal(path).offsets.keys() == {"b"}
 
 
 def test_what_another_process_appends_does_not_shift_what_is_read(tmp_path):
@@ -65,7 +65,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
     Journal(path).add("k2", reply="z")
-    assert Journal(path).places.keys() == {"k0", "k2"}
+    assert Journal(path).offsets.keys() == {"k0", "k2"}
 
 
 def test_threads_write_whole_lines(tmp_path):
