@@ -1,7 +1,8 @@
-"""What was paid for or worked out, by key, in a file of JSON lines that is only ever appended to.
+"""A journal: results by key, in a file of JSON lines that is only ever appended to.
 
-A line is in the file before anybody sees what it says, so a killed process loses none and nothing is paid for twice; a
-loss of power may cost the last second. Memory holds keys and places alone.
+It keeps what was paid for or took long to compute. A line is in the file before its result is used, so a killed process
+loses no result and no call is paid for twice; a power failure may lose the last second. In memory are only the keys and
+the offsets of their lines.
 """
 
 from __future__ import annotations
@@ -18,57 +19,61 @@ from typing import Any, Callable
 
 from mmsr.system.errors import UserError
 
-SYNC = 1.0  # seconds of work that a loss of power may cost
+SYNC_SECONDS = 1.0  # between two fsync: the work that a power failure may cost
 
 
-def key_of(*asked: Any) -> str:
-    """Names what was asked: equal JSON, equal key."""
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+def key_of(*request: Any) -> str:
+    """The key of a request: equal JSON gives equal keys."""
+    return hashlib.sha256(json.dumps(request).encode()).hexdigest()
 
 
 class Journal:
-    """A file of lines {"key", …}. Safe in any number of threads; processes may append to the same.
+    """A file of lines {"key": …, …}. Any number of threads may use it, and several processes may append to the file.
 
-    A line that a crash cut short, or that is none of ours, is as good as none. Lone surrogates, which UTF-8 cannot
-    hold, stay escaped.
+    A line that a crash cut short, or that has another form, is ignored. Lone surrogates, which UTF-8 cannot encode, are
+    written as escapes.
     """
 
     def __init__(self, path: Path):
-        self.path, self.lock, self.synced = path, threading.Lock(), 0.0
-        self.offsets: dict[str, int] = {}
-        self.flights: dict[str, Future[dict[str, Any]]] = {}
+        self.path = path
+        self.lock = threading.Lock()
+        self.synced = 0.0  # the time of the last fsync
+        self.offsets: dict[str, int] = {}  # key → first byte of its line
+        self.in_flight: dict[str, Future[dict[str, Any]]] = {}  # key → the result that a thread is working on
         with open(path, "rb") if path.exists() else nullcontext(()) as written:
-            place = 0
+            offset = 0
             for line in written:
                 with suppress(ValueError, TypeError, KeyError):
-                    self.offsets[json.loads(line)["key"]] = place
-                place += len(line)
+                    self.offsets[json.loads(line)["key"]] = offset
+                offset += len(line)
 
     def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is kept under a key, or else what `work` gives, which one thread does while others wait for it.
+        """The result of a key: the recorded one, or else what `work` returns.
 
-        It is in the file before anybody sees it. What `work` raises is not, and is raised in all of them.
+        One thread calls `work`; others that ask for the same key meanwhile wait for it. Its result is in the file
+        before any of them gets it. An exception of `work` is not recorded; it is raised in all of them.
         """
         with self.lock:
-            flight = self.flights.get(key)
-            if first := flight is None and key not in self.offsets:
-                flight = self.flights[key] = Future()
-        if flight is None:
+            future = self.in_flight.get(key)
+            first = future is None and key not in self.offsets
+            if first:
+                future = self.in_flight[key] = Future()
+        if future is None:
             return self.get(key)
         if first:
             try:
                 fields = work()
                 self.add(key, **fields)
-                flight.set_result(fields)
+                future.set_result(fields)
             except BaseException as error:
-                flight.set_exception(error)
+                future.set_exception(error)
             finally:
                 with self.lock:
-                    del self.flights[key]
-        return flight.result()
+                    del self.in_flight[key]
+        return future.result()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The line of a key."""
+        """The line of a key; None for an unknown key."""
         if key not in self.offsets:
             return None
         with open(self.path, "rb") as file:
@@ -76,7 +81,7 @@ class Journal:
             return json.loads(file.readline())
 
     def add(self, key: str, **fields: Any) -> None:
-        """Raises UserError where the line cannot be written."""
+        """Append a line. Raises UserError where it cannot be written."""
         line = (json.dumps({"key": key, **fields}, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with self.lock:
             try:
@@ -85,8 +90,9 @@ class Journal:
                         file.write(b"\n")
                     if file.write(line) < len(line):
                         raise OSError("no room for a whole line")
-                    self.offsets[key] = file.tell() - len(line)  # not the end of before: others may have appended
-                    if time.monotonic() - self.synced > SYNC:
+                    # Counted from the end after the write: another process may have appended just before it.
+                    self.offsets[key] = file.tell() - len(line)
+                    if time.monotonic() - self.synced > SYNC_SECONDS:
                         os.fsync(file.fileno())
                         self.synced = time.monotonic()
             except OSError as error:
@@ -95,6 +101,7 @@ class Journal:
 
 
 def _cut_short(file: Any) -> bool:
+    """Whether the file's last line has no line end."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     return file.read(1) not in (b"", b"\n")

@@ -1224,7 +1224,7 @@ def test_refusal_that_only_mentions_a_field_is_final_and_not_remembered(web, cod
     web.always("openai", status(code, {"error": {"message": words}}))
     server = chat(web)
     assert kind(server.complete, USER, 9000) in ("status", "forbidden") and len(web.seen) == asked
-    assert not server.foreign
+    assert not server.refused_fields
 
 
 def test_hundreds_of_calls_in_flight_get_each_its_own_answer(web):
