@@ -19,10 +19,8 @@ import numpy as np
 USER, MODEL, SYSTEM = ("user", "human"), ("assistant", "gpt", "model", "bot"), ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
-# The first key with a value counts.
-PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path", "source")
-# Of Search-R1, InfoSeek's numbers, VQAv2, SQuAD, TriviaQA.
-ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")
+PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path", "source")  # the first with a value
+ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")  # Search-R1, InfoSeek's numbers, VQAv2, SQuAD, TriviaQA
 # The marks for a picture in the text of some exports: <image>, <Image 1>, <|image_1|>, <image-placeholder>.
 MARKER = re.compile(
     r"<\|?image(?:[ _-]?(?:\d+|placeholder|here))?\|?>"
@@ -142,29 +140,24 @@ def instructs(value: Any) -> bool:
 
 
 def answers(value: Any, listed: bool = False) -> list[str]:
-    """The accepted answers, without empty ones: a value, the items of a list, or the model's last turn in a chat.
-
-    Text is one answer, unless it is a list of quoted texts or an object with a key of ANSWER_KEYS. With `listed`, text
-    must be a list.
-    """
+    """The accepted answers, without empty ones: a value, the items of a list, or the model's last turn in a chat. Text
+    is one answer, unless it is a list of quoted texts or an object with a key of ANSWER_KEYS. With `listed`, text must
+    be a list."""
     turns = conversation(value)
     if turns is not None:
         replies = [turn.content for turn in turns if turn.role in MODEL]
         value = "\n".join(_parts(replies[-1])[0]) if replies else None
-    if isinstance(value, str):
-        value = _required_list(value) if listed else _list_or_object(value)
+    if isinstance(value, str) and not listed:
+        value = _list_or_object(value)
+    elif isinstance(value, str):
+        text, value = value, _list_in(value or "[]")
+        if value is None:
+            raise Unclear(f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
     value = _unwrapped(value)
     found: list[str] = []
     for item in value if isinstance(value, list) else [value]:
         found += _texts(_unwrapped(item))
     return [text for text in found if text.strip()]
-
-
-def _required_list(text: str) -> list[Any]:
-    found = _list_in(text or "[]")
-    if found is None:
-        raise Unclear(f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
-    return found
 
 
 def _list_or_object(text: str) -> Any:
@@ -260,8 +253,8 @@ def picture(value: Any) -> bytes | str | None:
                     value += _parts(turn.content)[1]
         if isinstance(value, str):
             value = _list_in(value) or value.strip() if value.startswith("[") else value.strip()
-        if isinstance(value, list) and value and _are_bytes(value):
-            value = bytes(value)
+        if isinstance(value, list) and value and all(type(byte) is int and 0 <= byte < 256 for byte in value):
+            value = bytes(value)  # JSON and pandas write a file's bytes as numbers
         if isinstance(value, list):
             filled = [item for item in value if item]
             if len(filled) > 1:
@@ -274,8 +267,3 @@ def picture(value: Any) -> bytes | str | None:
     if value and not isinstance(value, bytes | str):
         raise Unclear("no image bytes; embed the picture itself, or name its file")
     return value or None
-
-
-def _are_bytes(values: list[Any]) -> bool:
-    """Whether a list holds a file's bytes as numbers, as JSON and pandas write them."""
-    return all(type(value) is int and 0 <= value < 256 for value in values)

@@ -2,8 +2,7 @@
 
 A layout is an entry of `FORMATS`: which columns hold what. It is named or detected; `--columns` renames columns. The
 form of a cell is detected, too (`cells.py`). Where there is no column of ids, the row numbers are the ids. The text of
-a data set is checked when it is opened, a row's picture when the row is used. Both errors name file, row and column;
-rows count from 0.
+a data set is checked when it is opened, a row's picture when it is used. Errors name file, row (from 0) and column.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 @dataclass(frozen=True)
 class Format:
-    """Which columns hold what an `Example` needs.
-
-    `a|b` is a, or b where a row has nothing in a; `column.field.field` is a field inside a column.
-    """
+    """Which columns hold what an `Example` needs. `a|b` is a, or b where a row has nothing in a; `column.field.field`
+    is a field inside a column."""
 
     id: str
     question: str
@@ -56,9 +53,8 @@ TRUTH, CANDIDATES = "reward_model.ground_truth", "reward_model.candidate_answers
 FORMATS = {
     "fvqa": Format("data_id", "prompt", (TRUTH, CANDIDATES), "images", "category", listed=(CANDIDATES,)),
     "infoseek": Format("data_id", "question", ("answer", "answer_eval"), "image_id", "data_split"),
-    "mmsearch": Format(
-        "sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area", some_pictureless=True
-    ),
+    "mmsearch": Format("sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area",
+        some_pictureless=True),
     "livevqa": Format("sample_id", "query", ("gt_answer",), "query_image", "topic", details="qa_detailed.json"),
     "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category", needs_id=True),
     "verl": Format(
@@ -78,12 +74,10 @@ FORMATS = {
 
 
 def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
-    """The data set in a .parquet, .jsonl or .json file.
-
-    `format` names its layout (empty: it is detected), `columns` renames columns ("question=q,answers=a.b"), `images` is
-    the folder of its picture files (empty: the file's own folder). Raises UserError for a file that is missing or not
-    in its format, lacks columns, or has a row with unusable text, and for unknown names.
-    """
+    """The data set in a .parquet, .jsonl or .json file. `format` names its layout (empty: it is detected), `columns`
+    renames columns ("question=q,answers=a.b"), `images` is the folder of its picture files (empty: the file's own
+    folder). Raises UserError for a file that is missing or not in its format, lacks columns, or has a row with unusable
+    text, and for unknown names."""
     path = Path(path)
     if format and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
@@ -152,12 +146,10 @@ def _missing_share(layout: Format, table: Table) -> float:
 
 
 class Dataset(Sequence):
-    """Examples on disk, each read when it is used: `len(data)`, `data[index]`, iteration.
-
-    `rows[index]` is the row in the file; indices differ from rows where some rows are left out. `notes` are lines about
-    what the user may have meant otherwise. `data[index]` raises UserError where the row's picture is missing or not a
-    JPEG, PNG, WEBP or GIF file.
-    """
+    """Examples on disk, each read when it is used: `len(data)`, `data[index]`, iteration. `rows[index]` is the row in
+    the file; indices differ from rows where some rows are left out. `notes` are lines about what the user may have
+    meant otherwise. `data[index]` raises UserError where the row's picture is missing or not a JPEG, PNG, WEBP or GIF
+    file."""
 
     def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
@@ -169,7 +161,10 @@ class Dataset(Sequence):
         if self.numbered:
             what = "the column of ids is empty" if _has(layout.id, table) else "there is no column of ids"
             self.notes[f"{what}, so its rows' numbers are the ids"] = None
-        self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
+        rows: Iterable[int] = range(len(table))
+        if layout.some_pictureless:
+            rows = [row for row in rows if self._picture_cell(row)[1] is not None]
+        self.rows = array("Q", rows)
         self.left_out = len(table) - len(self.rows)
         for row in self.rows:
             self.text(row)
@@ -326,10 +321,6 @@ class Dataset(Sequence):
     @cached_property
     def _subfolders(self) -> list[Path]:
         return sorted(entry for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
-
-    def _pictured(self) -> list[int]:
-        """The rows that have a picture."""
-        return [row for row in range(len(self.table)) if self._picture_cell(row)[1] is not None]
 
     def _refuse(self, row: int, column: str, complaint: str) -> NoReturn:
         raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")

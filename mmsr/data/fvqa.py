@@ -18,8 +18,7 @@ from mmsr.system.images import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"
 TITLES, THUMBNAILS = "tool_returned_web_title_list", "tool_returned_images_urls"
-# A name with one of these endings is a path, also where there is no such file.
-DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".jsonlines", ".ndjson", ".json")
+DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".jsonlines", ".ndjson", ".json")  # a name with one is always a path
 MOST_PIXELS = 4096 * 4096  # of a thumbnail
 MOST_HITS = 1_000_000  # of all searches together; the published file has 25,000
 
@@ -41,11 +40,9 @@ def fetched_file(repository: str, file: str) -> Path:
 
 
 def search_results(path: Path | str) -> dict[str, Observation]:
-    """The results of FactualVQA's image searches, by example id, from the published pickle.
-
-    A thumbnail is an address, which is not followed, or a pickled picture, which becomes a JPEG file. Raises UserError
-    for a file that is missing, damaged or of another form, or that needs more than plain values and pictures.
-    """
+    """The results of FactualVQA's image searches, by example id, from the published pickle. A thumbnail is an address,
+    which is not followed, or a pickled picture, which becomes a JPEG file. Raises UserError for a file that is missing,
+    damaged or of another form, or that needs more than plain values and pictures."""
     found = read_plain(path)  # alive to the end of this function, because `pictures` is keyed by ids of its objects
     pictures: dict[int, bytes | None] = {}
     try:

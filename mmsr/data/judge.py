@@ -49,10 +49,8 @@ class Judge:
         self.failure = ""  # the first one's text
 
     def __call__(self, lines: Sequence[Mapping[str, Any]]) -> list[bool | None]:
-        """The verdict on each of an evaluation's lines ("question", "answers", "answer"): right, wrong or None.
-
-        Raises UserError where no further call can succeed (a refused key).
-        """
+        """The verdict on each of an evaluation's lines ("question", "answers", "answer"): right, wrong or None. Raises
+        UserError where no further call can succeed (a refused key)."""
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge") as pool:
             verdicts = [pool.submit(self._verdict, line) for line in lines]
             try:
@@ -64,7 +62,8 @@ class Judge:
     def _verdict(self, line: Mapping[str, Any]) -> bool | None:
         if not (line["answer"] or "").strip():
             return False
-        prompt = self._prompt(line)
+        fields = {name: json.dumps(line[name], ensure_ascii=False) for name in ("question", "answers", "answer")}
+        prompt = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], self.template)
 
         def ask() -> dict[str, Any]:
             reply = self.complete([{"role": "user", "content": prompt}])
@@ -77,10 +76,6 @@ class Judge:
         except Exception as error:  # the callable may be anybody's, and may raise anything
             self.failure = self.failure or f"{type(error).__name__}: {error}"[:300]
             return None
-
-    def _prompt(self, line: Mapping[str, Any]) -> str:
-        fields = {name: json.dumps(line[name], ensure_ascii=False) for name in ("question", "answers", "answer")}
-        return re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], self.template)
 
 
 def _right(reply: str) -> bool:

@@ -40,10 +40,8 @@ class _Refused(Exception):
 
 
 def read_plain(path: Path | str) -> Any:
-    """The value in a pickle file. UserError where it is damaged, too large or deep, or names a class or function.
-
-    The value may be nested without limit: look only at the levels that you expect.
-    """
+    """The value in a pickle file. UserError where it is damaged, too large or deep, or names a class or function. The
+    value may be nested without limit: look only at the levels that you expect."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Machine().run(content)
@@ -78,10 +76,8 @@ class _Machine:
                 stack.append(value)
             case _ if name in CONSTANTS:
                 stack.append(CONSTANTS[name])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
+            case "EMPTY_DICT" | "EMPTY_LIST":
+                stack.append({} if name == "EMPTY_DICT" else [])
             case "DICT" | "LIST":  # protocol 0 makes them empty, and adds the items later
                 if self.take(None):
                     raise ValueError("not as Python writes it")

@@ -23,12 +23,9 @@ class RecordedTurn:
 
 
 def recorded_turns(path: str | Path) -> dict[str, list[RecordedTurn]]:
-    """The turns of each example id in a transcripts file such as `mmsearch_r1_7b_transcripts.jsonl`.
-
-    Thumbnails are recorded as addresses, which are not followed, so an image search gives titles only. A page without a
-    summary gives its snippet. Where an id occurs twice, the last line counts. Raises `UserError` for a missing or
-    malformed file.
-    """
+    """The turns of each example id in a transcripts file such as `mmsearch_r1_7b_transcripts.jsonl`. Thumbnails are
+    recorded as addresses, which are not followed, so an image search gives titles only. A page without a summary gives
+    its snippet. Where an id occurs twice, the last line counts. Raises `UserError` for a missing or malformed file."""
     path, recorded = Path(path), {}
     for row, (_, line) in enumerate(lines(path)):
         transcript = json_object(path, row, line)
@@ -44,11 +41,9 @@ def recorded_turns(path: str | Path) -> dict[str, list[RecordedTurn]]:
 
 
 def demonstrations(paths: Sequence[str | Path]) -> dict[str, list[list[str]]]:
-    """The model's turns in each conversation about an example id; equal conversations once.
-
-    The files are rollouts (`rollouts/*.jsonl`, `episodes.jsonl`) or transcripts as `recorded_turns` reads them. Raises
-    `UserError` for a missing or malformed file.
-    """
+    """The model's turns in each conversation about an example id; equal conversations once. The files are rollouts
+    (`rollouts/*.jsonl`, `episodes.jsonl`) or transcripts as `recorded_turns` reads them. Raises `UserError` for a
+    missing or malformed file."""
     found: dict[str, list[list[str]]] = defaultdict(list)
     for path in map(Path, paths):
         for row, (_, line) in enumerate(lines(path)):

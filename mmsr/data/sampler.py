@@ -9,11 +9,9 @@ from mmsr.system.errors import UserError
 
 
 class Sampler:
-    """Endless shuffled epochs over `size` examples, as a pure function of (seed, cursor).
-
-    `cursor`, the number of examples drawn so far, is the only state; set it to resume. Each epoch draws every example
-    once, and one `take` may cross the end of an epoch. Raises `UserError` for an empty data set.
-    """
+    """Endless shuffled epochs over `size` examples, as a pure function of (seed, cursor). `cursor`, the number of
+    examples drawn so far, is the only state; set it to resume. Each epoch draws every example once, and one `take` may
+    cross the end of an epoch. Raises `UserError` for an empty data set."""
 
     def __init__(self, size: int, seed: int):
         if size < 1:
@@ -29,7 +27,6 @@ class Sampler:
 
 @lru_cache(2)  # a `take` may need two epochs
 def _epoch(size: int, seed: int, epoch: int) -> list[int]:
-    """The rows in the order of this epoch."""
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order

@@ -73,29 +73,23 @@ def open_table(path: Path) -> Table:
         raise UserError(f"{path}: a packed file; unpack it, and give the .parquet, .jsonl or .json file that is in it")
     if ending not in kinds:
         complaint = f"{ending or 'a name without an ending'} tells no kind of data that is read here"
-        raise UserError(
-            f"{path}: {complaint}; give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
-        )
-    if _begins(path, POINTER):
+        advice = "give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
+        raise UserError(f"{path}: {complaint}; {advice}")
+    with opened(path) as file:
+        pointer = file.read(len(POINTER)) == POINTER
+    if pointer:
         kind = "JSON" if kinds[ending] is _json_table else "Parquet"
         complaint = f"not a {kind} file, or cut short: Git LFS's pointer to one; fetch it with: git lfs pull"
         raise UserError(f"{path}: {complaint}")
     return kinds[ending](path)
 
 
-def _begins(path: Path, with_these: bytes) -> bool:
-    with opened(path) as file:
-        return file.read(len(with_these)) == with_these
-
-
 # ---- fields in fields
 
 
 def inside(value: Any, name: str) -> Any:
-    """The value of a column, or of a field `column.field.field`, in a row; None where there is none.
-
-    The name of a column may contain dots, as in flattened tables, and an object may be written as JSON text.
-    """
+    """The value of a column, or of a field `column.field.field`, in a row; None where there is none. The name of a
+    column may contain dots, as in flattened tables, and an object may be written as JSON text."""
     value = _object(value)
     if not name:  # R writes row numbers into a column without a name, which nobody asks for
         return None
@@ -186,9 +180,8 @@ class Parquet:
 
     def _require_unique(self, column: str) -> None:
         if column in self.doubled:
-            raise UserError(
-                f"{self.path}: {self.names.count(column)} columns named {column}; rename or drop all but one"
-            )
+            count = self.names.count(column)
+            raise UserError(f"{self.path}: {count} columns named {column}; rename or drop all but one")
 
     def _value(self, row: int, column: str, cell: pa.Scalar) -> Any:
         try:
@@ -266,10 +259,8 @@ class Parquet:
         return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
 
     def _stored_bytes(self, file: pq.ParquetFile, column: str, group: int) -> int:
-        """Bytes that a row group of a column takes when it is read: its decompressed pages, and 8 for each value.
-
-        A value of fixed length takes its length instead of 8, because such values are not shared.
-        """
+        """Bytes that a row group of a column takes when it is read: its decompressed pages, and 8 for each value. A
+        value of fixed length takes its length instead of 8, because such values are not shared."""
         schema = file.metadata.schema
         lengths = {leaf.path: max(8, leaf.length or 0) for leaf in map(schema.column, range(len(schema)))}
         chunks = self._chunks(file, column, group)
@@ -282,9 +273,7 @@ class Parquet:
 
     def _in_small_groups(self, column: str) -> pq.ParquetFile:
         """The file, if its row groups are small; else a copy of the column in small groups, in a temporary file.
-
-        UserError where the column is compressed so much that it cannot contain pictures.
-        """
+        UserError where the column is compressed so much that it cannot contain pictures."""
         unpacked, packed, largest = 0, 0, 0
         for group in range(self.plain.num_row_groups):
             chunks = self._chunks(self.plain, column, group)

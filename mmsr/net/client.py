@@ -35,9 +35,6 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 StatusOf = Callable[[dict[str, Any]], int]  # the status that a JSON body means, see `server_errors.status_in_body`
 
 
-# ---- calls
-
-
 class Refusal(ToolFailure):
     """The server answered with an error. `body` is the whole reply, the message one short line of it."""
 
@@ -46,8 +43,6 @@ class Refusal(ToolFailure):
 
 @dataclass
 class _Provider:
-    """The state of one provider's circuit breaker."""
-
     failures: int = 0  # in a row
     open_until: float = 0.0  # no calls before this time
     stopped: ToolFailure | None = None  # why it is not called any more in this process
@@ -64,10 +59,7 @@ class Client:
         jitter: Callable[[], float] = random.random,
         resolve: Callable = socket.getaddrinfo,
     ):
-        self.clock = clock
-        self.sleep = sleep
-        self.jitter = jitter
-        self.resolve = resolve
+        self.clock, self.sleep, self.jitter, self.resolve = clock, sleep, jitter, resolve
         self.tls = public_authorities()
         self._providers: dict[str, _Provider] = defaultdict(_Provider)
         self._lock = threading.Lock()
@@ -152,7 +144,7 @@ class Client:
             self.sleep(pause)
         raise ValueError("tries must be 1 or more")
 
-    # ---- the breaker
+    # ---- circuit breaker
 
     def check(self, *providers: str) -> None:
         """Raise the ToolFailure that stopped one of the providers, before anything is paid that needs all of them."""
@@ -186,9 +178,7 @@ class Client:
 
 def web_address(link: Any, base: str = "") -> str:
     """The absolute address of a link in data or on a page, as a browser requests it: "." and ".." resolved in its path.
-
-    "" unless it is http or https, has a host and no user name, and contains no control characters.
-    """
+    "" unless it is http or https, has a host and no user name, and contains no control characters."""
     try:
         url = urljoin(base, link.strip())
         parts = urlsplit(url)
@@ -203,11 +193,9 @@ def web_address(link: Any, base: str = "") -> str:
 
 
 def _without_dots(path: str) -> str:
-    """A path with its segments "." and ".." resolved, also where a dot is written %2e.
-
-    Page addresses are appended to the address of a reader (Jina): there, ".." would lead to another address of the
-    reader's server, which would be requested with our key.
-    """
+    """A path with its segments "." and ".." resolved, also where a dot is written %2e. Page addresses are appended to
+    the address of a reader (Jina): there, ".." would lead to another address of the reader's server, which would be
+    requested with our key."""
     if not re.search(r"(^|/)(\.|%2e){1,2}(/|$)", path, re.IGNORECASE):
         return path
     resolved: list[str] = []
@@ -265,11 +253,10 @@ def _advice(answer: Response) -> str:
 def _retry_after(value: str) -> float:
     """The pause in seconds that a Retry-After header asks for, as a number or a date; at most MAX_RETRY_AFTER."""
     try:
-        seconds = float(value) if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value) else _seconds_until(value)
+        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+            seconds = float(value)
+        else:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
-
-
-def _seconds_until(date: str) -> float:
-    return parsedate_to_datetime(date).timestamp() - time.time()

@@ -31,8 +31,7 @@ WITHHELD = re.compile(
     "content.?(filter|policy)|sensitive|safety|prohibited|blocklist|recitation|refusal|guardrail", re.IGNORECASE
 )
 CUT_OFF = ("length", "max_tokens", "model_length")
-# Finish reasons. With one of ABORTED another try may succeed.
-ABORTED = ("error", "network_error", "insufficient_system_resource", "abort")
+ABORTED = ("error", "network_error", "insufficient_system_resource", "abort")  # after these, another try may succeed
 THOUGHT = re.compile(r"[<◁](think(?:ing)?)[>▷].*?([<◁]/\1[>▷]|$)", re.DOTALL)
 THOUGHT_ENDS = re.compile(r"[<◁]/think(?:ing)?[>▷]")
 
@@ -52,9 +51,7 @@ def open_server(address: str, model: str) -> ChatServer:
 
 def chat_address(address: str) -> str:
     """The address for chat completions; `address` may be the host alone, the base of its API, or already that address.
-
-    Only a bare host gets /v1, because https://open.bigmodel.cn/api/paas/v4 has its version elsewhere. A query stays.
-    """
+    Only a bare host gets /v1, because https://open.bigmodel.cn/api/paas/v4 has its version elsewhere. A query stays."""
     path = urlsplit(address).path.rstrip("/")
     if path.endswith("/chat/completions"):
         return join_url(address, "")
@@ -84,11 +81,8 @@ class ChatServer:
         refuse_credentials("the chat server", base_url, "OPENAI_API_KEY")
         proxy_for(base_url)  # raises here, not only at the first call
         self.url = chat_address(base_url.strip())
-        self.model = model
         self.key = keep_secret(key)
-        self.client = client
-        self.seconds = seconds
-        self.whole = whole
+        self.model, self.client, self.seconds, self.whole = model, client, seconds, whole
         self.spend = spend if self.key else None
         self.provider = provider or host_of(self.url)
         self.refused_fields: frozenset[str] = frozenset()  # by this server, so far
@@ -97,17 +91,10 @@ class ChatServer:
             self.headers["api-key"] = self.key
 
     def complete(self, messages: Sequence[dict], max_tokens: int) -> str:
-        """The answer's text without the model's thoughts.
-
-        Raises ToolFailure: "format" where no answer is left, "blocked" where a filter or the model itself withheld it.
-        """
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
+        """The answer's text without the model's thoughts. Raises ToolFailure: "format" where no answer is left,
+        "blocked" where a filter or the model itself withheld it."""
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens}
+        body |= {"temperature": 0.0, "chat_template_kwargs": {"enable_thinking": False}}
         return self._answer(self._ask(body).json(), max_tokens)
 
     def _answer(self, reply: dict[str, Any], max_tokens: int) -> str:

@@ -55,7 +55,6 @@ NOT_PUBLIC = [
     for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2002::/16", "2001::/23", "3fff::/20")
 ]
 PUBLIC_V6 = ipaddress.ip_network("2000::/3")
-
 AUTHORITIES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # the first one that is set
 
 _untrusted_lookups = threading.BoundedSemaphore(64)  # at a time: the name servers of others may never answer
@@ -77,10 +76,8 @@ def keep_secret(key: str) -> str:
 
 
 def environment_key(variable: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The key in an environment variable, "" for none; `redact` replaces it from now on.
-
-    Raises UserError for one with characters that no header takes: the error about the header would quote the key.
-    """
+    """The key in an environment variable, "" for none; `redact` replaces it from now on. Raises UserError for one with
+    characters that no header takes: the error about the header would quote the key."""
     key = keep_secret(environ.get(variable, ""))
     if not re.fullmatch("[!-~]*", key):
         raise UserError(f"{variable}: has blanks or characters that no key has; copy the key again")
@@ -94,14 +91,12 @@ def redact(text: str) -> str:
     return text
 
 
-class _Redacting(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = redact(record.getMessage())
-        record.args = ()
-        return True
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
-logging.getLogger("urllib3.connectionpool").addFilter(_Redacting())  # its DEBUG lines contain whole addresses
+logging.getLogger("urllib3.connectionpool").addFilter(_redact_record)  # its DEBUG lines contain whole addresses
 
 
 class Unsent(ToolFailure):
@@ -129,12 +124,9 @@ class Proxy:
 
 
 def proxy_for(url: str) -> Proxy | None:
-    """The proxy for a service that the user configured; None: a direct connection.
-
-    It is HTTPS_PROXY or HTTP_PROXY, by the address's scheme, else ALL_PROXY, with exceptions in NO_PROXY; the variables
-    in lower case come first. Loopback never has a proxy. Raises UserError for a proxy of another kind (SOCKS) and for a
-    value that is not an address.
-    """
+    """The proxy for a service that the user configured; None: a direct connection. It is HTTPS_PROXY or HTTP_PROXY, by
+    the address's scheme, else ALL_PROXY, with exceptions in NO_PROXY; the variables in lower case come first. Loopback
+    never has a proxy. Raises UserError for a proxy of another kind (SOCKS) and for a value that is not an address."""
     variable, value = _proxy_variable(url)
     if not value:
         return None
@@ -146,11 +138,9 @@ def proxy_for(url: str) -> Proxy | None:
     except ValueError:
         sound = False
     if not sound:  # the value may hold a password
-        raise UserError(
-            f"{variable}: not the address of an HTTP proxy; give http://HOST:PORT, or except hosts by NO_PROXY"
-        )
-    user = unquote(parts.username or "")
-    password = unquote(parts.password or "")
+        advice = "give http://HOST:PORT, or except hosts by NO_PROXY"
+        raise UserError(f"{variable}: not the address of an HTTP proxy; {advice}")
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
     headers = {}
     if user or password:
         token = base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -242,15 +232,12 @@ def require_public(address: str) -> None:
 
 
 class _Dialer:
-    """Makes the connections of one request, to addresses that `check` allows, and cuts them at the deadline.
-
-    Another thread cuts them, on a duplicate of the socket, so that nothing that a server does can prevent it.
-    """
+    """Makes the connections of one request, to addresses that `check` allows, and cuts them at the deadline. Another
+    thread cuts them, on a duplicate of the socket, so that nothing that a server does can prevent it."""
 
     def __init__(self, seconds: float, resolve: Callable, check: Callable[[str], None] | None):
         self.deadline = time.monotonic() + seconds
-        self.resolve = resolve
-        self.check = check
+        self.resolve, self.check = resolve, check
         self.expired = False
         self.connections: list[tuple[threading.Timer, socket.socket]] = []
 
@@ -282,11 +269,8 @@ class _Dialer:
         raise error
 
     def _look_up(self, host: str, port: int) -> list:
-        """What `resolve` gives. It runs in a thread that is abandoned at the deadline: a look-up cannot be stopped.
-
-        Only look-ups of untrusted names are limited in number, so that those of services never wait for them.
-        """
-        untrusted = self.check is not None
+        """What `resolve` gives. It runs in a thread that is abandoned at the deadline: a look-up cannot be stopped."""
+        untrusted = self.check is not None  # only these are limited in number: services must not wait for them
         found: Future = Future()
         if untrusted and not _untrusted_lookups.acquire(timeout=self.seconds_left()):
             raise TimeoutError("too many names are being looked up")
@@ -324,9 +308,7 @@ class _Dialer:
 
 def public_authorities() -> ssl.SSLContext:
     """TLS that trusts the certificate authorities in AUTHORITIES or, where no variable is set, those of requests.
-
-    Raises UserError where a named file contains no certificates.
-    """
+    Raises UserError where a named file contains no certificates."""
     variable = next((name for name in AUTHORITIES if os.environ.get(name)), "")
     return _load_authorities(variable, os.environ.get(variable) or requests.certs.where())  # type: ignore[attr-defined]
 
@@ -337,9 +319,8 @@ def _load_authorities(variable: str, path: str) -> ssl.SSLContext:
         folder = all(map(os.path.isdir, path.split(os.pathsep)))  # SSL_CERT_DIR may name several
         return ssl.create_default_context(cafile=None if folder else path, capath=path if folder else None)
     except OSError as error:
-        raise UserError(
-            f"{variable} {path}: no certificates can be read ({error.strerror or error}); name a PEM file"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"{variable} {path}: no certificates can be read ({why}); name a PEM file") from None
 
 
 def _connection(kind: type[HTTPConnection], dialer: _Dialer, **options: Any) -> HTTPConnection:
@@ -384,10 +365,8 @@ def _body(reply: urllib3.BaseHTTPResponse, limit: int, dialer: _Dialer) -> bytes
 
 
 class _Unzip:
-    """Decompresses, piece by piece, gzip, zlib's format and the raw deflate stream that some servers send.
-
-    A gzip stream may have several members. Bytes after the last member are ignored, as in browsers; then it is `over`.
-    """
+    """Decompresses, piece by piece, gzip, zlib's format and the raw deflate stream that some servers send. A gzip
+    stream may have several members. Bytes after the last member are ignored, as in browsers; then it is `over`."""
 
     def __init__(self) -> None:
         self.stream: Any = None
@@ -426,10 +405,8 @@ def send_request(
     **content: Any,
 ) -> Response | ToolFailure:
     """The server's reply, or the failure where there is no whole reply. `content` is what requests.Request takes.
-
     `check(address)` raises ToolFailure for an address that must not be connected to; with it no proxy is used. Raises
-    UserError as `proxy_for` does.
-    """
+    UserError as `proxy_for` does."""
     dialer = _Dialer(seconds, resolve, check)
     server = "the address"
     try:
@@ -459,20 +436,16 @@ def _transfer(
     message: requests.PreparedRequest, dialer: _Dialer, tls: ssl.SSLContext, proxy: Proxy | None, limit: int
 ) -> tuple[urllib3.BaseHTTPResponse, bytes]:
     """Send a message; the reply and its decoded body."""
+    target = message.path_url
+    if proxy and message.url.startswith("http:"):  # an https request goes through a tunnel
+        target = requests.utils.urldefragauth(message.url)  # type: ignore[attr-defined]
     with _pool(message.url, dialer, tls, proxy) as pool:
         reply = pool.urlopen(
-            message.method, _target(message, proxy), message.body, message.headers, retries=False, redirect=False,
+            message.method, target, message.body, message.headers, retries=False, redirect=False,
             assert_same_host=False, preload_content=False, decode_content=False, timeout=dialer.seconds_left(),
         )  # fmt: skip
         with closing(reply):
             return reply, _body(reply, limit, dialer)
-
-
-def _target(message: requests.PreparedRequest, proxy: Proxy | None) -> str:
-    """The request line's target: a path; for an http request through a proxy (https has a tunnel) the whole address."""
-    if proxy and message.url.startswith("http:"):
-        return requests.utils.urldefragauth(message.url)  # type: ignore[attr-defined]
-    return message.path_url
 
 
 def _explain(error: Exception, dialer: _Dialer) -> tuple[str, str]:

@@ -37,10 +37,8 @@ ADDRESS = re.compile(r"https?://[^\s\"]+", re.IGNORECASE)
 
 
 def failure_kind(status: int, complaint: str) -> str:
-    """The kind of the failure that a status and the error's text mean.
-
-    Addresses in the text are ignored: a reader's error names the page that it could not read.
-    """
+    """The kind of the failure that a status and the error's text mean. Addresses in the text are ignored: a reader's
+    error names the page that it could not read."""
     complaint = ADDRESS.sub("", complaint)
     if status == 402 or status < 500 and CREDITS.search(complaint) and not SOON.search(complaint):
         return "credits"
@@ -50,11 +48,9 @@ def failure_kind(status: int, complaint: str) -> str:
 
 
 def status_in_body(reply: dict[str, Any]) -> int:
-    """The status of the error in the body of a 200 reply; 200 where it contains no error that is understood.
-
-    Gateways report the failure of a server behind them as {"error": {"code": 429, "message": …}}, also beside or inside
-    the choices of a chat. Codes count before words.
-    """
+    """The status of the error in the body of a 200 reply; 200 where it contains no error that is understood. Gateways
+    report the failure of a server behind them as {"error": {"code": 429, "message": …}}, also beside or inside the
+    choices of a chat. Codes count before words."""
     errors = [error for error in _errors(reply) if error]
     for part in [reply, *errors]:
         if not isinstance(part, dict):

@@ -23,7 +23,6 @@ from mmsr.system.files import cache_folder
 from mmsr.tools import Backend, NoSearch
 
 KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
-
 PATIENCE = 360.0  # seconds that a search waits for the same search of another process: more than `web.LONGEST`
 
 
@@ -38,11 +37,9 @@ class Search:
 def open_backend(
     options: Options, examples: Iterable[Example] = (), ledger: Path | None = None, quiet: bool = False
 ) -> Search:
-    """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls.
-
-    Some recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example
-    has an address decides which keys a live search needs. Raises UserError.
-    """
+    """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls. Some
+    recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example has
+    an address decides which keys a live search needs. Raises UserError."""
     kind, colon, where = options.search.partition(":")
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
         raise UserError(f"--search {options.search}: not complete; give {KNOWN}")
@@ -115,11 +112,9 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
 
 
 def import_searches(store: Store, file: str | Path, examples: Iterable[Example]) -> str:
-    """Record the searches in a file; returns a sentence about what it contained. Raises UserError.
-
-    A .pkl has FVQA's published image-search results, a .jsonl recorded conversations or exported searches; any other
-    file is a store. Conversations and published results are joined by id to the pictures of `examples`.
-    """
+    """Record the searches in a file; returns a sentence about what it contained. Raises UserError. A .pkl has FVQA's
+    published image-search results, a .jsonl recorded conversations or exported searches; any other file is a store.
+    Conversations and published results are joined by id to the pictures of `examples`."""
     if str(file).endswith(".pkl"):
         from mmsr.data import fvqa
 

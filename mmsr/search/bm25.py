@@ -5,8 +5,8 @@ Arabic and Hebrew, but with the vowel signs of Indian scripts. Scripts without b
 nor has Korean, whose particles are written at the ends of words: of their runs, every character is a token, and every
 pair of neighbours. A query asks for the pairs, or for a character that is alone.
 
-Trap: SQLite's own tokenizers fold differently and have no pairs. Therefore text is written into FTS5 as `searchable`
-returns it, with a tokenizer that only splits at blanks.
+Trap: SQLite's own tokenizers fold differently and have no pairs. So FTS5 gets the text as `searchable` returns it, and
+a tokenizer that only splits at blanks.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _pairs(characters: Sequence[str]) -> list[str]:
 
 def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
     """(index, BM25 score) of the documents that share a token with the query, the best first, equals in their order.
-
-    BM25 = Σ over tokens of idf · tf · (k1 + 1) / (tf + k1 · (1 - b + b · length / mean length)).
-    """
+    BM25 = Σ over tokens of idf · tf · (k1 + 1) / (tf + k1 · (1 - b + b · length / mean length))."""
     counts = [Counter(tokens(document)) for document in documents]
     lengths = [count.total() for count in counts]
     mean = sum(lengths) / max(len(lengths), 1) or 1.0

@@ -1,9 +1,8 @@
 """A search engine in front of a store of results (`Cached`), and one that only replays the store (`Replayed`).
 
 `Cached` answers recorded searches from the file, waits where another thread or process makes the same search, and
-records a new result on disk before it returns it, so that a resumed run gets the same results. Results can also be
-imported from recorded conversations, other stores and JSON lines, and exported as such lines. All of this can be
-repeated: the first recording of a search stays.
+records a new result on disk before it returns it, so that a resumed run gets the same results. Results are also
+imported from recorded conversations, stores and JSON lines, and exported. The first recording of a search stays.
 """
 
 from __future__ import annotations
@@ -21,20 +20,8 @@ from typing import Literal
 
 from mmsr.episode import Example, Hit, Observation
 from mmsr.search import bm25
-from mmsr.search.store import (
-    Key,
-    Record,
-    Store,
-    demand,
-    demand_number,
-    image_key,
-    observation,
-    plain,
-    refuse_pickle,
-    sha256,
-    storable,
-    text_key,
-)
+from mmsr.search import store as stores
+from mmsr.search.store import Key, Record, Store, image_key, refuse_pickle, sha256, storable, text_key
 from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
@@ -151,10 +138,8 @@ class _Pages:
 
 
 def import_transcripts(store: Store, path: str | Path, examples: Iterable[Example]) -> int:
-    """Record the searches of a transcripts file (see `recorded.recorded_turns`); returns how many were new.
-
-    Image searches are joined by id to the pictures of `examples`, which are read once.
-    """
+    """Record the searches of a transcripts file (see `recorded.recorded_turns`); returns how many were new. Image
+    searches are joined by id to the pictures of `examples`, which are read once."""
     from mmsr.data.recorded import recorded_turns
 
     refuse_pickle(Path(path))
@@ -192,7 +177,7 @@ def export_jsonl(store: Store, path: str | Path) -> int:
     written = 0
     with beside(Path(path)) as side, side.open("w", encoding="ascii") as file:
         for key, seen, when in store.records():
-            line = key._asdict() | {"time": when} | plain(seen, lambda image: base64.b64encode(image).decode())
+            line = key._asdict() | {"time": when} | stores.plain(seen, lambda image: base64.b64encode(image).decode())
             file.write(json.dumps(line) + "\n")
             written += 1
     return written
@@ -211,9 +196,9 @@ def _exported(path: Path) -> Iterator[Record]:
         try:
             found = json.loads(line)
             key = Key(*(found[name] for name in Key._fields))
-            demand(str, *key)
-            when = demand_number(found["time"])
-            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), when
+            stores.demand(str, *key)
+            when = stores.demand_number(found["time"])
+            yield key, stores.observation(found, lambda text: base64.b64decode(text, validate=True)), when
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{path}: row {row}: no exported result ({what:.100}); correct the line") from None

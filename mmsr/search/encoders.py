@@ -1,9 +1,8 @@
 """Encoders of pictures, for the local image index: pictures that look alike get similar vectors.
 
 An encoder takes n RGB pictures and returns (n, d) float32 rows of length 1. There are three. `builtin` has no weights:
-it finds the same photograph after cropping, rotation, scaling, recolouring and compression, but does not know what a
-picture shows. `hf:NAME` is a Hugging Face vision model, `tower:FOLDER` the policy's vision tower; only these import
-torch.
+it finds the same photograph after cropping, rotation, scaling, recolouring and compression, but does not know what is
+in it. `hf:NAME` is a Hugging Face vision model, `tower:FOLDER` the policy's vision tower; only these import torch.
 """
 
 from __future__ import annotations
@@ -46,10 +45,8 @@ SHAPE_WEIGHT = 0.5  # a larger one tolerates other colours better, a smaller one
 
 
 def _describe(picture: PIL.Image.Image) -> np.ndarray:
-    """(567,) of length 1: histograms of colours in 3 × 3 cells, and of edge directions in 6 × 6 cells.
-
-    Colours alone find nearly every crop, but not a picture whose colours were changed. For edges it is the reverse.
-    """
+    """(567,) of length 1: histograms of colours in 3 × 3 cells, and of edge directions in 6 × 6 cells. Colours alone
+    find nearly every crop, but not a picture whose colours were changed. For edges it is the reverse."""
     small = picture.resize((SIDE, SIDE), PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
     red, green, blue = np.moveaxis(np.asarray(small, dtype=np.float32) / 255, -1, 0)  # (SIDE, SIDE) each
     light = (red + green + blue) / 3
@@ -118,13 +115,11 @@ def _hugging_face(name: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         # No pickles. float32, because half precision is slow on CPUs. Missing weights would be random: refused below.
-        model, report = AutoModel.from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, report = AutoModel.from_pretrained(name, **options)
     except Exception as error:  # the hub's client, the file system and transformers raise many kinds
-        raise UserError(
-            f"--encoder hf:{name} cannot be opened ({first_line(error)}): check the name, or give a folder"
-        ) from error
+        what = f"--encoder hf:{name} cannot be opened ({first_line(error)})"
+        raise UserError(f"{what}: check the name, or give a folder") from error
     missing = set(report["missing_keys"])
     if any("pooler" not in key for key in missing):
         raise UserError(f"--encoder hf:{name}: {len(missing)} weights are missing ({min(missing)}): give another model")

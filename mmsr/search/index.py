@@ -6,9 +6,8 @@ batches. Each is committed, so that after an interruption the next run continues
 hash of its bytes, not its file name: equal bytes are encoded once, even with several titles.
 
 Traps. Every word of a query must be quoted, or FTS5 reads it as its query language. FTS5's tokenizers do not find
-Chinese, so the full-text table holds the tokens of `bm25.py`; the words of a file from an earlier version are indexed
-again when it is opened. An index is useless with another encoder, so the file holds the vector of a test picture, which
-is compared when it is opened.
+Chinese, so the full-text table holds the tokens of `bm25.py`; a file from an earlier version is indexed again when it
+is opened. An index is useless with another encoder, so it holds the vector of a test picture, which is compared.
 """
 
 from __future__ import annotations
@@ -64,11 +63,9 @@ def build(
     file: str | Path, encoder: str, images: str | Path | None, titles: str | Path | None, pages: str | Path | None
 ) -> Counter:
     """Add to the index `file`, which is created if needed: the pictures of the folder `images` that the lines of
-    `titles` name ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}).
-
-    Returns counts of what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read
-    (`broken`; each is reported). Raises UserError for a wrong line, an index of another encoder, or nothing to add.
-    """
+    `titles` name ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}). Returns counts
+    of what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read (`broken`; each
+    is reported). Raises UserError for a wrong line, an index of another encoder, or nothing to add."""
     file = Path(file)
     counts: Counter[str] = Counter()
     listed = _Records(titles, ("file", "title"), "url", "picture")
@@ -269,10 +266,8 @@ def _test_picture() -> PIL.Image.Image:
 
 
 class Local:
-    """A back-end for an index `file`, as it is when opened; `k` hits per search. Many threads may call it.
-
-    All vectors are in memory as float32: 227 MB for 100,000 pictures with the built-in encoder.
-    """
+    """A back-end for an index `file`, as it is when opened; `k` hits per search. Many threads may call it. All vectors
+    are in memory as float32: 227 MB for 100,000 pictures with the built-in encoder."""
 
     def __init__(self, file: str | Path, k: int = 5):
         self.file, self.k, self.source = Path(file), k, f"local:{file}"

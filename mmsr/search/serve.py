@@ -38,7 +38,6 @@ ROUTES = {("POST", "/retrieve"): "retrieve", ("POST", "/image_search"): "image_s
 # The spellings of true and false that Search-R1's server accepts.
 YES, NO = ("true", "t", "1", "1.0", "yes", "y", "on"), ("false", "f", "0", "0.0", "no", "n", "off", "none", "")
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)  # in a Host header
 
 

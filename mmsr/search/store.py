@@ -84,12 +84,10 @@ def image_key(image: bytes, form: str | None = "", question: str = "") -> Key:
 
 
 class Store:
-    """The file. Without a path it is temporary; with `readonly` it is only read. Any thread may use any method.
-
-    A damaged file is moved aside, and what can be read of it is copied into a new one. A file that cannot be written
+    """The file. Without a path it is temporary; with `readonly` it is only read. Any thread may use any method. A
+    damaged file is moved aside, and what can be read of it is copied into a new one. A file that cannot be written
     gives one StoreWarning; everything but a `Budget` works without recording. Raises UserError for a file of another
-    kind and, with `readonly`, for one that is missing or damaged.
-    """
+    kind and, with `readonly`, for one that is missing or damaged."""
 
     def __init__(self, path: str | Path | None, readonly: bool = False):
         self._folder = None
@@ -413,12 +411,10 @@ class Store:
 
 
 class Budget:
-    """The paid calls of a run: at most `total`, and at most `per_step` in a step unless that is 0.
-
-    Each call is reserved in a store before it is made, so that a crash may waste one call but never overspends.
-    `ledger` is the store, or its file, which is created by the first paid call, so that a run which is refused before
-    it starts leaves no file. None: a temporary store.
-    """
+    """The paid calls of a run: at most `total`, and at most `per_step` in a step unless that is 0. Each call is
+    reserved in a store before it is made, so that a crash may waste one call but never overspends. `ledger` is the
+    store, or its file, which is created by the first paid call, so that a run which is refused before it starts leaves
+    no file. None: a temporary store."""
 
     def __init__(self, ledger: Store | Path | None, run: str, total: int, per_step: int = 0):
         self.ledger, self.run, self.total, self.per_step = ledger, run, total, per_step
@@ -454,9 +450,8 @@ class Budget:
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"
         spent, in_step = db.execute(sums, [self.step, self.run]).fetchone()
         if db.execute("SELECT 1 FROM spend WHERE run=? AND (typeof(n) != 'integer' OR n < 0)", [self.run]).fetchone():
-            raise ToolFailure(
-                "budget", f"a count of paid calls of run {self.run} is damaged; remove its row from the table spend"
-            )
+            what = f"a count of paid calls of run {self.run} is damaged"
+            raise ToolFailure("budget", f"{what}; remove its row from the table spend")
         if spent >= self.total:
             raise ToolFailure("budget", f"all {self.total} paid calls of run {self.run} are spent")
         if self.per_step and in_step >= self.per_step:

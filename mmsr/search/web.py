@@ -96,13 +96,10 @@ class Found:
 
 
 class Live:
-    """The web as a search back-end.
-
-    `form` is what an image search returns: "thumbnails", titles and pictures of the `results` best matches, or
-    "summary", what their pages say about the question. `spend(provider)` is called before every paid request and raises
-    ToolFailure("budget") when nothing is left. A search takes at most LONGEST seconds. `counts` says how many pages and
-    thumbnails were fetched, and how many failed.
-    """
+    """The web as a search back-end. `form` is what an image search returns: "thumbnails", titles and pictures of the
+    `results` best matches, or "summary", what their pages say about the question. `spend(provider)` is called before
+    every paid request and raises ToolFailure("budget") when nothing is left. A search takes at most LONGEST seconds.
+    `counts` says how many pages and thumbnails were fetched, and how many failed."""
 
     def __init__(
         self,
@@ -133,18 +130,14 @@ class Live:
         environ: Mapping[str, str] = os.environ,
         client: Client | None = None,
     ) -> Live:
-        """With the keys of the environment. `images`: pictures without an address will be searched for.
-
-        Raises UserError with the name of the variable where a key is missing.
-        """
+        """With the keys of the environment. `images`: pictures without an address will be searched for. Raises
+        UserError with the name of the variable where a key is missing."""
         services = {name: Service.from_environment(name, environ) for name in SERVICES}
         if not services["serpapi"].key and not services["serper"].key:
             raise UserError("--search live: neither SERPAPI_API_KEY nor SERPER_API_KEY is set; export one of them")
         if images and not services["serpapi"].key:
-            raise UserError(
-                "--search live: SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only; "
-                "export it, or name the column of addresses: --columns address=…"
-            )
+            what = "SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only"
+            raise UserError(f"--search live: {what}; export it, or name the column of addresses: --columns address=…")
         client = client or Client()
         openai = services["openai"]
         summarizer = None
@@ -369,18 +362,14 @@ def _text(value: object) -> str:
 
 
 class Remote:
-    """Any server of Search-R1's protocol: POST /retrieve and, where it has that, POST /image_search.
-
-    Servers agree on little more than these paths: documents have several names, with or without scores.
-    """
+    """Any server of Search-R1's protocol: POST /retrieve and, where it has that, POST /image_search. Servers agree on
+    little more than these paths: documents have several names, with or without scores."""
 
     def __init__(self, url: str, client: Client | None = None, results: int = 5):
         parts = urlsplit(server_address(url, "--search remote:"))
         self.url = parts._replace(path=parts.path.rstrip("/").removesuffix("/retrieve")).geturl()
         proxy_for(self.url)  # raises here, not only at the first search
-        self.client = client or Client()
-        self.results = results
-        self.name = host_of(self.url)
+        self.client, self.results, self.name = client or Client(), results, host_of(self.url)
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         try:

@@ -1,8 +1,7 @@
 """A journal: results by key, in a file of JSON lines that is only ever appended to.
 
 It keeps what was paid for or took long to compute. A line is in the file before its result is used, so a killed process
-loses no result and no call is paid for twice; a power failure may lose the last second. In memory are only the keys and
-the offsets of their lines.
+loses no result and no call is paid for twice; a power failure may lose the last second. Memory holds keys and offsets.
 """
 
 from __future__ import annotations
@@ -28,11 +27,9 @@ def key_of(*request: Any) -> str:
 
 
 class Journal:
-    """A file of lines {"key": …, …}. Any number of threads may use it, and several processes may append to the file.
-
-    A line that a crash cut short, or that has another form, is ignored. Lone surrogates, which UTF-8 cannot encode, are
-    written as escapes.
-    """
+    """A file of lines {"key": …, …}. Any number of threads may use it, and several processes may append to the file. A
+    line that a crash cut short, or that has another form, is ignored. Lone surrogates, which UTF-8 cannot encode, are
+    written as escapes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,11 +45,9 @@ class Journal:
                 offset += len(line)
 
     def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a key: the recorded one, or else what `work` returns.
-
-        One thread calls `work`; others that ask for the same key meanwhile wait for it. Its result is in the file
-        before any of them gets it. An exception of `work` is not recorded; it is raised in all of them.
-        """
+        """The result of a key: the recorded one, or else what `work` returns. One thread calls `work`; others that ask
+        for the same key meanwhile wait for it. Its result is in the file before any of them gets it. An exception of
+        `work` is not recorded; it is raised in all of them."""
         with self.lock:
             future = self.in_flight.get(key)
             first = future is None and key not in self.offsets
