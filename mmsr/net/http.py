@@ -4,8 +4,8 @@
 bytes. With `check=require_public` it connects to public addresses only, and to exactly the address that was checked: a
 second look-up of the name could give another one. Every error text, log line, header and body passes `redact`.
 
-Traps. The timeout of requests applies to each read, so a server that sends one byte now and then can hold a call for
-ever. The texts of its exceptions contain whole addresses, with the api_key in them, and so do their chained causes;
+Traps. The timeout of requests applies to each read, so a server that sends one byte now and then can block a call
+without limit. The texts of its exceptions contain whole addresses, with the api_key, and so do their chained causes;
 therefore a failure is returned here and raised by the caller, outside of any exception handler. requests prepares the
 messages and urllib3 sends them; netrc files and cookies are not used.
 

@@ -100,7 +100,7 @@ class Store:
         self._local = threading.local()  # each thread's connection, as `db`
         self._connections: list[sqlite3.Connection] = []
         self._in_flight: dict[Key, Future[Observation]] = {}  # searches that a thread is making
-        self._locks: Any = None  # a file; whoever makes a search locks one byte of it
+        self._locks: Any = None  # a file; each search that is being made locks one byte
         self._warned = False
         refuse_pickle(self.path)
         if readonly:
@@ -517,7 +517,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def _waited(patience: float) -> ToolFailure:
-    return ToolFailure("timeout", f"the same search has been under way elsewhere for {patience:g} s")
+    return ToolFailure("timeout", f"the same search has been running elsewhere for {patience:g} s")
 
 
 def _checksum(fields: Iterable[Any]) -> str:
