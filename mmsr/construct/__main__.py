@@ -36,7 +36,7 @@ from mmsr.search.store import Budget, Store
 from mmsr.search.web import Service
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_file
-from mmsr.system.kept import Kept
+from mmsr.system.journal import Journal
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
 
 # ---- the whole
@@ -58,7 +58,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
         finder = finder or open_finder(o.search, budget.spend, client)
         drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
         server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, budget.spend, "openai")
-        calls = Calls(server, Kept(folder / "work" / "calls.jsonl"))
+        calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
         backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
         stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
         check_answers(calls)
@@ -69,7 +69,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
             write_parquet(folder / f"{split}.parquet", chosen, shelf)
         if o.record:
             factory.stage("recorded", splits["train"] + splits["test"], stages.record)
-        cost = {"answers": len(calls.kept.places), "paid calls": budget.spent}
+        cost = {"answers": len(calls.kept.offsets), "paid calls": budget.spent}
         write_card(folder, splits, factory.report, cost, shelf)
     for split, chosen in splits.items():
         print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")

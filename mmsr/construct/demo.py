@@ -21,7 +21,7 @@ import numpy as np
 
 from mmsr.construct.sources import Picture
 from mmsr.episode import Hit, Observation
-from mmsr.system.kept import key_of
+from mmsr.system.journal import key_of
 from mmsr.toy import world as toy
 
 ABSTRACT = ("quickly", "beautiful", "running", "idea", "2021", "nevertheless")

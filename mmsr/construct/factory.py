@@ -26,7 +26,7 @@ from mmsr.net.client import FATAL
 from mmsr.net.completions import ChatServer
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock, write_whole
-from mmsr.system.kept import Kept, key_of
+from mmsr.system.journal import Journal, key_of
 from mmsr.tools import ToolFailure
 
 PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
@@ -45,7 +45,7 @@ class LeftOut(Exception):
 class Calls:
     """A chat server that is asked nothing twice: every answer is kept before anybody sees it."""
 
-    def __init__(self, server: ChatServer, kept: Kept):
+    def __init__(self, server: ChatServer, kept: Journal):
         self.server, self.kept = server, kept
 
     def complete(self, messages: list[dict], max_tokens: int) -> str:
@@ -91,7 +91,7 @@ class Factory:
         promise equal results for equal items. Raises UserError where no call can succeed any more, or many in a row
         did not.
         """
-        run = _Run(name, items, work, key_of(settings), Kept(self.folder / "work" / f"{name}.jsonl"))
+        run = _Run(name, items, work, key_of(settings), Journal(self.folder / "work" / f"{name}.jsonl"))
         run.go(workers or self.workers)
         return self._finish(run)
 
@@ -111,7 +111,7 @@ class Factory:
 class _Run:
     """The threads of one stage. Each takes an item when it is idle, so no more than that many are in memory."""
 
-    def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Kept):
+    def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
         self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
         self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
         self.failed_in_a_row = 0
@@ -136,7 +136,7 @@ class _Run:
         return ((key_of(self.settings, item), item) for item in self.items)
 
     def _left(self) -> Iterator[tuple[str, dict]]:
-        return ((key, item) for key, item in self.keyed() if key not in self.journal.places)
+        return ((key, item) for key, item in self.keyed() if key not in self.journal.offsets)
 
     def _work(self) -> None:
         try:

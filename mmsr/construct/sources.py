@@ -18,7 +18,7 @@ from mmsr.search.web import Live
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
 from mmsr.system.images import without_metadata
-from mmsr.system.kept import key_of
+from mmsr.system.journal import key_of
 from mmsr.tools import Backend
 
 

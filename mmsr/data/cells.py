@@ -1,7 +1,7 @@
-"""Reads a cell of a data file by its shape: a question, accepted answers, or a picture.
+"""Reads a cell of a data file by its form: a question, accepted answers, or a picture.
 
-Data sets write the same thing in many forms. Each reader here understands all of them, and raises `Unclear` (one line,
-to which the caller adds file, row and column) for what is not plainly one question, one list of answers or one picture.
+Data sets write the same thing in many forms. Each reader here understands all of them. It raises `Unclear` (one line,
+to which the caller adds file, row and column) for a cell that is not clearly a question, a list of answers, a picture.
 """
 
 from __future__ import annotations
@@ -19,19 +19,9 @@ import numpy as np
 USER, MODEL, SYSTEM = ("user", "human"), ("assistant", "gpt", "model", "bot"), ("system", "developer")
 TEXT_PARTS = ("text", "input_text", "output_text")
 PICTURE_PARTS = ("image", "image_url", "input_image")
-PICTURE_KEYS = (
-    "bytes",
-    "image",
-    "image_url",
-    "url",
-    "data",
-    "base64",
-    "path",
-    "source",
-)  # the first that is filled counts
-# Search-R1's, InfoSeek's numbers, VQAv2's, SQuAD's, TriviaQA's
-ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")
-# What some exports leave in the text where the picture goes: <image>, <Image 1>, <|image_1|>, <image-placeholder>.
+PICTURE_KEYS = ("bytes", "image", "image_url", "url", "data", "base64", "path", "source")  # the first with a value
+ANSWER_KEYS = ("target", "wikidata", "answer", "text", "value")  # Search-R1, InfoSeek's numbers, VQAv2, SQuAD, TriviaQA
+# The marks for a picture in the text of some exports: <image>, <Image 1>, <|image_1|>, <image-placeholder>.
 MARKER = re.compile(
     r"<\|?image(?:[ _-]?(?:\d+|placeholder|here))?\|?>"
     r"|(?:<\|vision_start\|>)?(?:<\|image_pad\|>)++(?:<\|vision_end\|>)?",
@@ -40,12 +30,12 @@ MARKER = re.compile(
 OTHER_MARKER = re.compile(r"<\|?(?:video|audio)(?:_pad|[ _-]?\d+)?\|?>", re.IGNORECASE)
 WHOLE_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 NUMPY = re.compile(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", re.DOTALL)
-# An item of a list as Python or NumPy prints it, and what follows it: a comma, or only blanks.
+# An item of a list as Python or NumPy prints it, followed by a comma or only by blanks.
 ITEM = re.compile(r"""\s*('(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[^\s,'"]++)(?:\s*+,|\s++|$)""", re.DOTALL)
 
 
 class Unclear(ValueError):
-    """One line about a cell: what is wrong with it, and how to mend it."""
+    """One line about a cell: what is wrong with it, and how to correct it."""
 
 
 class Turn(NamedTuple):
@@ -57,7 +47,7 @@ class Turn(NamedTuple):
 
 
 def conversation(value: Any) -> list[Turn] | None:
-    """The turns of chat messages, {role, content} or ShareGPT's {from, value}; None where the value is no chat."""
+    """The turns of chat messages, {role, content} or ShareGPT's {from, value}; None for another value."""
     value = parsed(value)
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
@@ -72,7 +62,7 @@ def conversation(value: Any) -> list[Turn] | None:
 
 
 def parsed(value: Any) -> Any:
-    """A list or object that is written as text, in JSON or as Python prints it; anything else as it is."""
+    """A list or object that is written as text, in JSON or as Python prints it; any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -89,14 +79,14 @@ def _literal(text: str) -> Any:
     """A value as Python prints it. ValueError for anything else."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a backslash that Python would not have printed
+            warnings.simplefilter("ignore")  # about invalid escapes, which Python itself does not print
             return ast.literal_eval(text)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from None
 
 
 def _parts(content: Any) -> tuple[list[str], list[Any]]:
-    """The texts of a message's content, and its pictures: None for one that is stored elsewhere."""
+    """The texts of a message's content and its pictures, with None for a picture that is stored elsewhere."""
     texts, pictures = [], []
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, str):
@@ -110,7 +100,7 @@ def _parts(content: Any) -> tuple[list[str], list[Any]]:
             else:
                 raise Unclear(f"a part of the type {kind!r:.40}; a question is text about one picture, drop the row")
         elif part is not None:
-            raise Unclear(f"{part!r:.60} is no part of a message; write text")
+            raise Unclear(f"{part!r:.60} is not a part of a message; write text")
     return texts, pictures
 
 
@@ -125,14 +115,15 @@ def question(value: Any) -> str:
             raise Unclear(f"{value!r:.60} is neither text nor chat messages; write the question")
         texts, pictures = [value or ""], []
     else:
-        asked = [turn.content for turn in turns if turn.role in USER]
-        if len(asked) > 1:
-            raise Unclear(f"{len(asked)} messages of the user; give one question a row, without what went before")
-        texts, pictures = _parts(asked[0] if asked else None)
+        messages = [turn.content for turn in turns if turn.role in USER]
+        if len(messages) > 1:
+            raise Unclear(f"{len(messages)} messages of the user; give one question a row, without what went before")
+        texts, pictures = _parts(messages[0] if messages else None)
     text = "\n".join(filter(None, map(str.strip, texts)))
     if other := OTHER_MARKER.search(text):
         raise Unclear(f"{other[0]} in the question; a question is text about one picture, drop the row")
-    if (places := max(len(MARKER.findall(text)), len(pictures))) > 1:
+    places = max(len(MARKER.findall(text)), len(pictures))
+    if places > 1:
         raise Unclear(f"{places} places for pictures; a question has one picture, drop the row")
     text = MARKER.sub("", text).strip()
     if not text:
@@ -149,41 +140,37 @@ def instructs(value: Any) -> bool:
 
 
 def answers(value: Any, listed: bool = False) -> list[str]:
-    """The accepted answers, without empty ones: of a value, of a list, or what a model said last in a conversation.
-
-    Text is one answer, unless it is a list of quoted texts or an object with a `target`; where it is `listed`, it has
-    to be a list.
-    """
-    if (turns := conversation(value)) is not None:
-        said = [turn.content for turn in turns if turn.role in MODEL]
-        value = "\n".join(_parts(said[-1])[0]) if said else None
-    if isinstance(value, str):
-        value = _listed(value) if listed else _meant(value)
+    """The accepted answers, without empty ones: a value, the items of a list, or the model's last turn in a chat. Text
+    is one answer, unless it is a list of quoted texts or an object with a key of ANSWER_KEYS. With `listed`, text must
+    be a list."""
+    turns = conversation(value)
+    if turns is not None:
+        replies = [turn.content for turn in turns if turn.role in MODEL]
+        value = "\n".join(_parts(replies[-1])[0]) if replies else None
+    if isinstance(value, str) and not listed:
+        value = _list_or_object(value)
+    elif isinstance(value, str):
+        text, value = value, _list_in(value or "[]")
+        if value is None:
+            raise Unclear(f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
     value = _unwrapped(value)
     found: list[str] = []
-    for each in value if isinstance(value, list) else [value]:
-        found += _texts(_unwrapped(each))
+    for item in value if isinstance(value, list) else [value]:
+        found += _texts(_unwrapped(item))
     return [text for text in found if text.strip()]
 
 
-def _listed(text: str) -> list[Any]:
-    found = _list_in(text or "[]")
-    if found is None:
-        raise Unclear(f'{text!r:.60} is not a JSON list; write one such as ["Tagus"]')
-    return found
-
-
-def _meant(text: str) -> Any:
-    """The list or object that a text plainly represents, or the text itself: "[1, 2]" may be the answer."""
+def _list_or_object(text: str) -> Any:
+    """The list or object that a text clearly represents, or the text itself: "[1, 2]" may be the answer."""
     found = _list_in(text)
-    if found and all(isinstance(each, str | None) for each in found):
+    if found and all(isinstance(item, str | None) for item in found):
         return found
     value = parsed(text)
     return value if isinstance(value, dict) and any(key in value for key in ANSWER_KEYS) else text
 
 
 def _list_in(text: str) -> list[Any] | None:
-    """The list that a text is: in JSON, or of texts and numbers as Python or NumPy prints it; None where it is none."""
+    """The list that a text contains, in JSON or as Python or NumPy prints texts and numbers; None for other text."""
     try:
         found = json.loads(text)
         return found if isinstance(found, list) else None
@@ -193,37 +180,40 @@ def _list_in(text: str) -> list[Any] | None:
     text = array[1] if array else text.strip()
     if text[:1] + text[-1:] not in ("[]", "()"):
         return None
-    inside, items, place = text[1:-1].rstrip(), [], 0
-    while place < len(inside):
-        item = ITEM.match(inside, place)
+    inside = text[1:-1].rstrip()
+    items = []
+    position = 0
+    while position < len(inside):
+        item = ITEM.match(inside, position)
         if item is None:
             return None
         try:
             items.append(_literal("None" if item[1] == "nan" else item[1]))
         except ValueError:
             return None
-        place = item.end()
+        position = item.end()
     return items
 
 
 def _unwrapped(value: Any) -> Any:
-    """What an object says the answer is."""
+    """The answer in an object, with TriviaQA's aliases; any other value unchanged."""
     key = next((key for key in ANSWER_KEYS if key in value), None) if isinstance(value, dict) else None
     if key is None:
         return value
-    aliases = value.get("aliases")  # TriviaQA's
+    aliases = value.get("aliases")
     return [value[key], *aliases] if isinstance(aliases, list) and not isinstance(value[key], list) else value[key]
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of an answer. True in the data means that "yes" and "true" are both right."""
+    """An answer as text, in all its accepted forms: for True, "yes" and "true"; no form for None and NaN."""
     match value:
         case None:
             return []
         case bool():
             return ["yes", "true"] if value else ["no", "false"]
         case str():
-            whole = WHOLE_ANSWER.findall("".join(value.rpartition("</answer>")[:2]))  # in linear time
+            # Cut behind the last end tag, the pattern takes linear time.
+            whole = WHOLE_ANSWER.findall("".join(value.rpartition("</answer>")[:2]))
             return [whole[0].strip() if len(whole) == 1 else value]
         case int():
             return [str(value)]
@@ -233,8 +223,8 @@ def _texts(value: Any) -> list[str]:
             return [str(int(value))]
         case float() if abs(value) != float("inf"):
             with np.errstate(over="ignore", under="ignore"):
-                half = np.float32(value)  # 1.7000000476837158 is what is left of 1.7 in 32 bits
-            return [np.format_float_positional(half if float(half) == value else value, trim="-")]
+                single = np.float32(value)  # 1.7 that was stored in 32 bits reads as 1.7000000476837158
+            return [np.format_float_positional(single if float(single) == value else value, trim="-")]
         case Decimal() if value.is_finite():
             text = f"{value:f}"
             return [text.rstrip("0").rstrip(".") if "." in text else text]
@@ -253,17 +243,20 @@ def _texts(value: Any) -> list[str]:
 
 
 def picture(value: Any) -> bytes | str | None:
-    """A picture's bytes, or the text that represents it: base64, a file's name, an address; None for no picture."""
-    for _ in range(6):  # a list of an object of an object, each with one thing inside
+    """A picture's bytes, or the text that represents it: base64, a file name or an address. None for no picture."""
+    for _ in range(6):  # lists and objects around the picture, at most
         turns = conversation(value) if isinstance(value, list | str) else None
         if turns is not None:
-            value = [each for turn in turns if turn.role in USER for each in _parts(turn.content)[1]]
+            value = []
+            for turn in turns:
+                if turn.role in USER:
+                    value += _parts(turn.content)[1]
         if isinstance(value, str):
             value = _list_in(value) or value.strip() if value.startswith("[") else value.strip()
-        if isinstance(value, list) and value and _are_bytes(value):
-            value = bytes(value)
+        if isinstance(value, list) and value and all(type(byte) is int and 0 <= byte < 256 for byte in value):
+            value = bytes(value)  # JSON and pandas write a file's bytes as numbers
         if isinstance(value, list):
-            filled = [each for each in value if each]
+            filled = [item for item in value if item]
             if len(filled) > 1:
                 raise Unclear(f"{len(filled)} pictures; a question has one, drop the others")
             value = filled[0] if filled else None
@@ -274,8 +267,3 @@ def picture(value: Any) -> bytes | str | None:
     if value and not isinstance(value, bytes | str):
         raise Unclear("no image bytes; embed the picture itself, or name its file")
     return value or None
-
-
-def _are_bytes(values: list[Any]) -> bool:
-    """Whether a list is a file, a number for each byte, as JSON and pandas write bytes."""
-    return all(type(each) is int and 0 <= each < 256 for each in values)

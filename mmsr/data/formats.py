@@ -1,9 +1,8 @@
-"""Questions from files: the benchmarks' published layouts, one's own JSON lines, and the order they are drawn in.
+"""Questions from files: the benchmarks' published layouts, and JSON lines of the user.
 
-A layout is an entry of `FORMATS`: which columns hold what. It is told by the columns, or named; `--columns` renames
-what differs. What a cell holds is told by its shape (`cells.py`). A file without a column of ids has its rows' numbers
-for ids. A data set's text is checked when it is opened, a row's picture when the row is used; both errors name file,
-row and column, and rows count from 0.
+A layout is an entry of `FORMATS`: which columns hold what. It is named or detected; `--columns` renames columns. The
+form of a cell is detected, too (`cells.py`). Where there is no column of ids, the row numbers are the ids. The text of
+a data set is checked when it is opened, a row's picture when it is used. Errors name file, row (from 0) and column.
 """
 
 from __future__ import annotations
@@ -25,40 +24,37 @@ from mmsr.system import images as pictures
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_file
 
-ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # "": the name has its own
-BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how the four formats begin in base64
+ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # tried after a file name
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # of JPEG, PNG, WEBP and GIF in base64
 ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 
 @dataclass(frozen=True)
 class Format:
-    """Which columns hold what an `Example` needs.
-
-    `a|b` is a, or b where a row has nothing in a; `column.field.field` is inside of a column.
-    """
+    """Which columns hold what an `Example` needs. `a|b` is a, or b where a row has nothing in a; `column.field.field`
+    is a field inside a column."""
 
     id: str
     question: str
     answers: tuple[str, ...]  # the ground truth's column, then those of accepted aliases
     image: str
-    category: str = ""  # may be missing in the file
-    address: str = "image_url"  # of the picture; may be missing, too
-    aliases: str = ""  # more accepted answers; may be missing, too
-    listed: tuple[str, ...] = ()  # of the answers' columns, those where text is no answer but a list of them
-    needs_id: bool = False  # without its id it is not told from others
-    some_pictureless: bool = False  # rows without a picture are part of the benchmark, but not ours
+    category: str = ""  # optional in the file
+    address: str = "image_url"  # of the picture; optional
+    aliases: str = ""  # more accepted answers; optional
+    listed: tuple[str, ...] = ()  # the columns of answers whose text is always a list, never one answer
+    needs_id: bool = False  # only its column of ids distinguishes it from other layouts
+    some_pictureless: bool = False  # the benchmark has rows without a picture, which are left out here
     details: str = ""  # a JSON file beside the data with the category of each id
 
 
 TRUTH, CANDIDATES = "reward_model.ground_truth", "reward_model.candidate_answers"
 
-# Told in this order: a layout comes before those that ask for fewer columns.
+# Detected in this order: a layout comes before those that need fewer columns.
 FORMATS = {
     "fvqa": Format("data_id", "prompt", (TRUTH, CANDIDATES), "images", "category", listed=(CANDIDATES,)),
     "infoseek": Format("data_id", "question", ("answer", "answer_eval"), "image_id", "data_split"),
-    "mmsearch": Format(
-        "sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area", some_pictureless=True
-    ),
+    "mmsearch": Format("sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area",
+        some_pictureless=True),
     "livevqa": Format("sample_id", "query", ("gt_answer",), "query_image", "topic", details="qa_detailed.json"),
     "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category", needs_id=True),
     "verl": Format(
@@ -73,51 +69,52 @@ FORMATS = {
     "trl": Format("id", "prompt|problem", ("solution|answer|ground_truth|completion",), "image|images|prompt"),
     "openai": Format("id", "messages", ("answers|answer|solution|messages",), "image|images|messages"),
     "sharegpt": Format("id", "conversations", ("answers|answer|conversations",), "image|images|conversations"),
-    "civqa": Format("id", "question", ("answer",), "image", "category", needs_id=True),  # gated: for --columns to say
+    "civqa": Format("id", "question", ("answer",), "image", "category", needs_id=True),  # gated, so a guess
 }  # fmt: skip
 
 
 def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
-    """The data set in a .parquet, .jsonl or .json file.
-
-    `format` names its layout (empty: told by the columns), `columns` renames some ("question=q,answers=a.b"), `images`
-    is the folder of picture files that it names (empty: its own). Raises UserError for a file that is missing or not in
-    its format, lacks columns, or has a row with unusable text, and for unknown names.
-    """
+    """The data set in a .parquet, .jsonl or .json file. `format` names its layout (empty: it is detected), `columns`
+    renames columns ("question=q,answers=a.b"), `images` is the folder of its picture files (empty: the file's own
+    folder). Raises UserError for a file that is missing or not in its format, lacks columns, or has a row with unusable
+    text, and for unknown names."""
     path = Path(path)
     if format and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
     table = open_table(path)
-    names = [format] if format else ["plain", *FORMATS] if columns else FORMATS  # any layout fits if all is renamed
-    layouts = {name: FORMATS[name] for name in names}
     if format:
-        layouts[format] = replace(layouts[format], needs_id=False)
+        layouts = {format: replace(FORMATS[format], needs_id=False)}
+    elif columns:  # with every column renamed any layout fits, so the plain one comes first
+        layouts = {"plain": FORMATS["plain"], **FORMATS}
+    else:
+        layouts = FORMATS
     layouts = {name: _renamed(layout, columns) for name, layout in layouts.items()}
-    name = _told(layouts, table)
-    if not name:
-        usual = "fvqa" if isinstance(table, Parquet) and not format else format or "plain"
-        name = (
-            usual
-            if not len(table)
-            else min(layouts, key=lambda name: (_share(layouts[name], table), name not in (usual, "plain")))
-        )
-    if len(table) and (lacking := _lacking(layouts[name], table)):
-        what = (
-            f"row 0, column {', '.join(lacking)}: missing (found {', '.join(table.names)}; it looks most like {name})"
-        )
-        raise UserError(f"{path}: {what}; add it, or say what stands for it: --columns question=…,answers=…")
+    name = _fitting(layouts, table) or _nearest(layouts, table, format)
+    missing = _missing(layouts[name], table)
+    if len(table) and missing:
+        found = f"found {', '.join(table.names)}; it looks most like {name}"
+        advice = "add it, or name another column for it: --columns question=…,answers=…"
+        raise UserError(f"{path}: row 0, column {', '.join(missing)}: missing ({found}); {advice}")
     return Dataset(path, table, name, layouts[name], Path(images) if images else path.parent)
 
 
-def _told(layouts: dict[str, Format], table: Table) -> str:
-    """The first layout that the table's columns fit, one with its id before one without."""
-    fitting = [name for name, layout in layouts.items() if not _lacking(layout, table)]
-    whole = [name for name in fitting if _there(layouts[name].id, table)]
-    return next(iter(whole or fitting), "")
+def _fitting(layouts: dict[str, Format], table: Table) -> str:
+    """The first layout whose columns the table has; those whose ids it has, too, come first. "" for none."""
+    fitting = [name for name, layout in layouts.items() if not _missing(layout, table)]
+    with_id = [name for name in fitting if _has(layouts[name].id, table)]
+    return next(iter(with_id or fitting), "")
+
+
+def _nearest(layouts: dict[str, Format], table: Table, format: str) -> str:
+    """The layout that lacks the smallest share of its columns; the usual one for an empty table."""
+    usual = "fvqa" if isinstance(table, Parquet) and not format else format or "plain"
+    if not len(table):
+        return usual
+    return min(layouts, key=lambda name: (_missing_share(layouts[name], table), name not in (usual, "plain")))
 
 
 def _renamed(layout: Format, columns: str) -> Format:
-    """`layout` with the columns of "question=q,answers=a" in their places."""
+    """`layout` with the columns that "question=q,answers=a" names."""
     names = [field.name for field in fields(Format)][:6]
     changes: dict[str, Any] = {}
     for part in filter(None, columns.split(",")):
@@ -131,39 +128,43 @@ def _renamed(layout: Format, columns: str) -> Format:
     return replace(layout, **changes, needs_id=layout.needs_id or "id" in changes)
 
 
-def _there(names: str, table: Table) -> bool:
+def _has(names: str, table: Table) -> bool:
     return any(name and name in table.fields for name in names.split("|"))
 
 
-def _lacking(layout: Format, table: Table) -> list[str]:
-    needed = [layout.id] * layout.needs_id + [layout.question, *layout.answers, layout.image]
-    return [names.partition("|")[0] for names in needed if not _there(names, table)]
+def _missing(layout: Format, table: Table) -> list[str]:
+    """The columns that a layout needs and the table lacks."""
+    needed = [layout.question, *layout.answers, layout.image]
+    if layout.needs_id:
+        needed = [layout.id, *needed]
+    return [names.partition("|")[0] for names in needed if not _has(names, table)]
 
 
-def _share(layout: Format, table: Table) -> float:
-    """Of the columns that a layout needs beside ids, those that the table lacks."""
-    return len(_lacking(replace(layout, needs_id=False), table)) / (2 + len(layout.answers))
+def _missing_share(layout: Format, table: Table) -> float:
+    """The share of missing columns among those that a layout needs; its id does not count."""
+    return len(_missing(replace(layout, needs_id=False), table)) / (2 + len(layout.answers))
 
 
 class Dataset(Sequence):
-    """Examples on disk, each read when asked for: `len(data)`, `data[place]`, iteration.
-
-    Places are rows, but for those left out (`rows[place]` is the file's row). `notes` are lines about what was read
-    otherwise than it may have been meant. `data[place]` raises UserError where the row's picture is missing or no JPEG,
-    PNG, WEBP or GIF.
-    """
+    """Examples on disk, each read when it is used: `len(data)`, `data[index]`, iteration. `rows[index]` is the row in
+    the file; indices differ from rows where some rows are left out. `notes` are lines about what the user may have
+    meant otherwise. `data[index]` raises UserError where the row's picture is missing or not a JPEG, PNG, WEBP or GIF
+    file."""
 
     def __init__(self, path: Path, table: Table, format: str, layout: Format, folder: Path):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
-        self.notes: dict[str, None] = {}  # a set that keeps its order
+        self.notes: dict[str, None] = {}  # an ordered set
         columns = [layout.id, layout.question, *layout.answers, layout.aliases, layout.category, layout.address]
         names = [name for column in columns for name in column.split("|") if name in table.fields]
         self.table.keep(dict.fromkeys(column_of(name, table.names) for name in names))
         self.numbered = len(table) > 0 and not self._has_ids()
         if self.numbered:
-            what = "the column of ids is empty" if _there(layout.id, table) else "there is no column of ids"
+            what = "the column of ids is empty" if _has(layout.id, table) else "there is no column of ids"
             self.notes[f"{what}, so its rows' numbers are the ids"] = None
-        self.rows = array("Q", self._pictured() if layout.some_pictureless else range(len(table)))
+        rows: Iterable[int] = range(len(table))
+        if layout.some_pictureless:
+            rows = [row for row in rows if self._picture_cell(row)[1] is not None]
+        self.rows = array("Q", rows)
         self.left_out = len(table) - len(self.rows)
         for row in self.rows:
             self.text(row)
@@ -171,51 +172,55 @@ class Dataset(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> Example:  # type: ignore[override]  # no slices
-        row = self.rows[place]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
+        row = self.rows[index]
         example_id, question, answers, category, address = self.text(row)
         return Example(example_id, self.picture(row), question, answers, category, address)
 
-    def keep(self, places: Iterable[int]) -> None:
-        """Forget all but these, which then have places in this order."""
-        self.rows = array("Q", [self.rows[place] for place in places])
+    def keep(self, indices: Iterable[int]) -> None:
+        """Keep only these examples, in this order."""
+        self.rows = array("Q", [self.rows[index] for index in indices])
 
     def _has_ids(self) -> bool:
-        """Whether any row has an id. Where --columns names its column, every row must have one."""
+        """Whether any row has an id. True where --columns names the column: then every row must have one."""
+        if self.layout.needs_id:
+            return True
         names = [name for name in self.layout.id.split("|") if name in self.table.fields]
-        rows = (self.table.text(row) for row in range(len(self.table)) if names)
-        return self.layout.needs_id or any(inside(there, name) is not None for there in rows for name in names)
+        if not names:
+            return False
+        records = (self.table.text(row) for row in range(len(self.table)))
+        return any(inside(record, name) is not None for record in records for name in names)
 
     # ---- text
 
     def text(self, row: int) -> tuple[str, str, tuple[str, ...], str, str]:
-        """The row's id, question, answers, category and picture's address."""
-        there, layout = self.table.text(row), self.layout
-        example_id = str(row) if self.numbered else self._id(row, there)
-        question = self._question(row, there)
-        category = inside(there, layout.category) or self.details.get(example_id, "")
-        address = inside(there, layout.address)
-        return example_id, question, self._answers(row, there), str(category or ""), str(address or "")
+        """The row's id, question, answers, category, and the picture's address."""
+        record = self.table.text(row)
+        example_id = str(row) if self.numbered else self._id(row, record)
+        question = self._question(row, record)
+        category = inside(record, self.layout.category) or self.details.get(example_id, "")
+        address = inside(record, self.layout.address)
+        return example_id, question, self._answers(row, record), str(category or ""), str(address or "")
 
-    def _cell(self, row: int, there: dict[str, Any], names: str) -> tuple[str, Any]:
-        """The first of the names `a|b` that has something in this row, and what it has."""
-        known = [name for name in names.split("|") if column_of(name, there) in there]
+    def _cell(self, row: int, record: dict[str, Any], names: str) -> tuple[str, Any]:
+        """The first of the names `a|b` that has a value in this row, and the value."""
+        known = [name for name in names.split("|") if column_of(name, record) in record]
         if not known:
             column = column_of(names.partition("|")[0], self.table.names)
-            self._refuse(row, column, f"missing (found {', '.join(there)}); add it")
-        found = [(name, inside(there, name)) for name in known]
+            self._refuse(row, column, f"missing (found {', '.join(record)}); add it")
+        found = [(name, inside(record, name)) for name in known]
         return next((pair for pair in found if pair[1] is not None), found[0])
 
-    def _id(self, row: int, there: dict[str, Any]) -> str:
-        name, value = self._cell(row, there, self.layout.id)
-        if isinstance(value, float) and value.is_integer():  # whole numbers, some of which were missing
+    def _id(self, row: int, record: dict[str, Any]) -> str:
+        name, value = self._cell(row, record, self.layout.id)
+        if isinstance(value, float) and value.is_integer():  # pandas makes floats of integers with missing values
             value = int(value)
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
             self._refuse(row, name, f"there is no id, but {value!r:.60}; give text or a whole number")
         return str(value)
 
-    def _question(self, row: int, there: dict[str, Any]) -> str:
-        name, value = self._cell(row, there, self.layout.question)
+    def _question(self, row: int, record: dict[str, Any]) -> str:
+        name, value = self._cell(row, record, self.layout.question)
         try:
             if cells.instructs(value):
                 self.notes[f"column {name}: system messages are left out; --prompts says what the model is told"] = None
@@ -223,23 +228,23 @@ class Dataset(Sequence):
         except cells.Unclear as error:
             self._refuse(row, name, str(error))
 
-    def _answers(self, row: int, there: dict[str, Any]) -> tuple[str, ...]:
-        """All accepted answers, each once, without blank ones (a blank alias would be matched by an empty answer)."""
+    def _answers(self, row: int, record: dict[str, Any]) -> tuple[str, ...]:
+        """All accepted answers, each once, without blank ones (an empty answer would match a blank alias)."""
         found: list[str] = []
-        more = [self.layout.aliases] if _there(self.layout.aliases, self.table) else []
+        more = [self.layout.aliases] if _has(self.layout.aliases, self.table) else []
         for names in [*self.layout.answers, *more]:
-            name, value = self._cell(row, there, names)
+            name, value = self._cell(row, record, names)
             try:
                 found += cells.answers(value, listed=name in self.layout.listed)
             except cells.Unclear as error:
                 self._refuse(row, name, str(error))
-            if not found:  # aliases of no ground truth are a damaged row
+            if not found:  # aliases without a ground truth mean a damaged row
                 self._refuse(row, name, "there is no answer; give one or drop the row")
         return tuple(dict.fromkeys(found))
 
     @cached_property
     def details(self) -> dict[str, str]:
-        """The category of each id, where a file beside the data tells it."""
+        """The category of each id, from the layout's file of details; empty where there is none."""
         path = self.path.parent / (self.layout.details or ".")
         if not path.is_file():
             return {}
@@ -252,9 +257,9 @@ class Dataset(Sequence):
     # ---- pictures
 
     def picture(self, row: int) -> bytes:
-        """The row's encoded picture, checked."""
+        """The row's picture file, checked."""
         name, value = self._picture_cell(row)
-        picture = value if isinstance(value, bytes) else self._fetched(row, name, value)
+        picture = value if isinstance(value, bytes) else self._read_picture(row, name, value)
         try:
             pictures.verify(picture)
         except ValueError as error:
@@ -263,13 +268,14 @@ class Dataset(Sequence):
         return picture
 
     def _picture_cell(self, row: int) -> tuple[str, bytes | str | None]:
-        """The first of the pictures' columns that has one in this row, and what it has."""
-        names, asked = self.layout.image.split("|"), self.layout.question.split("|")
+        """The first of the picture columns that has a value in this row, and the value."""
+        names = self.layout.image.split("|")
+        questions = self.layout.question.split("|")
         for name in names:
             column = column_of(name, self.table.names)
             value = inside({column: self.table.picture(row, column)}, name)
-            if name in asked and cells.conversation(value) is None:
-                continue  # a question's text names no picture, its messages may hold one
+            if name in questions and cells.conversation(value) is None:
+                continue  # chat messages of the question may contain the picture; its plain text does not
             try:
                 found = cells.picture(value)
             except cells.Unclear as error:
@@ -278,8 +284,8 @@ class Dataset(Sequence):
                 return name, found
         return next((name for name in names if name in self.table.fields), names[0]), None
 
-    def _fetched(self, row: int, column: str, text: str | None) -> bytes:
-        """The picture that a text stands for."""
+    def _read_picture(self, row: int, column: str, text: str | None) -> bytes:
+        """The picture that a text represents, in base64 or by its file's name."""
         if not text:
             self._refuse(row, column, "no image bytes; embed the picture itself, or name its file")
         if text.startswith(BASE64_STARTS) or text[:5].lower() == "data:":
@@ -295,12 +301,12 @@ class Dataset(Sequence):
             self._refuse(row, column, f"base64 text of {len(text)} characters is cut short; get it again")
 
     def _file(self, row: int, column: str, name: str) -> bytes:
-        """A file of the picture folder, or of a folder right in it; the name may lack its ending."""
+        """A file in the picture folder or in one of its subfolders; the name may lack its ending."""
         try:
             for folder in self._folders():
                 for ending in ENDINGS:
-                    for spelled in dict.fromkeys((name, name.lstrip("/"), name.replace("\\", "/"))):
-                        file = folder / f"{spelled}{ending}"
+                    for variant in dict.fromkeys((name, name.lstrip("/"), name.replace("\\", "/"))):
+                        file = folder / f"{variant}{ending}"
                         if file.is_file():
                             return file.read_bytes()
         except (OSError, ValueError):
@@ -310,15 +316,11 @@ class Dataset(Sequence):
 
     def _folders(self) -> Iterator[Path]:
         yield self.folder
-        yield from self._inner_folders  # not looked for until a file is not in the folder itself
+        yield from self._subfolders  # listed only when a file is not in the folder itself
 
     @cached_property
-    def _inner_folders(self) -> list[Path]:
+    def _subfolders(self) -> list[Path]:
         return sorted(entry for entry in self.folder.iterdir() if entry.is_dir()) if self.folder.is_dir() else []
-
-    def _pictured(self) -> list[int]:
-        """The rows that have a picture at all."""
-        return [row for row in range(len(self.table)) if self._picture_cell(row)[1] is not None]
 
     def _refuse(self, row: int, column: str, complaint: str) -> NoReturn:
         raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")

@@ -18,20 +18,13 @@ from mmsr.system.images import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"
 TITLES, THUMBNAILS = "tool_returned_web_title_list", "tool_returned_images_urls"
-DATA_ENDINGS = (
-    ".parquet",
-    ".pq",
-    ".jsonl",
-    ".jsonlines",
-    ".ndjson",
-    ".json",
-)  # a name with one is a path, be it there or not
+DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".jsonlines", ".ndjson", ".json")  # a name with one is always a path
 MOST_PIXELS = 4096 * 4096  # of a thumbnail
-MOST_HITS = 1_000_000  # of all searches; published are 25,000
+MOST_HITS = 1_000_000  # of all searches together; the published file has 25,000
 
 
 def hub_file(name: str) -> tuple[str, str] | None:
-    """(data set, file) that `owner/name` or `owner/name:FILE` means; None for what is a path."""
+    """(data set, file) of a hub name, `owner/name` or `owner/name:FILE`; None for a path."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+))?", name)
     if not match or Path(name).exists() or (not match[2] and Path(name).suffix in DATA_ENDINGS):
         return None
@@ -39,7 +32,7 @@ def hub_file(name: str) -> tuple[str, str] | None:
 
 
 def fetched_file(repository: str, file: str) -> Path:
-    """`file` of a data set of the hub, fetched unless it lies in the hub's cache. UserError where it cannot be."""
+    """The path of a data set's file in the hub's cache, downloaded if needed. UserError where that fails."""
     instead = "--search none or replay:FILE" if file.endswith(".pkl") else "--data FILE.parquet"
     advice = f"check the name (no such path is here) and the network, or give {instead}"
     where = dict(repo_id=repository, filename=file, repo_type="dataset")
@@ -47,15 +40,14 @@ def fetched_file(repository: str, file: str) -> Path:
 
 
 def search_results(path: Path | str) -> dict[str, Observation]:
-    """What FactualVQA's image searches gave, by example id, from the published pickle.
-
-    A thumbnail is an address, which is not followed, or a pickled picture, which becomes a JPEG file. Raises UserError
-    for a file that is missing, damaged or of another form, or that wants more than plain values and pictures.
-    """
-    found = read_plain(path)  # kept until the end, for pictures are told by their place in memory
+    """The results of FactualVQA's image searches, by example id, from the published pickle. A thumbnail is an address,
+    which is not followed, or a pickled picture, which becomes a JPEG file. Raises UserError for a file that is missing,
+    damaged or of another form, or that needs more than plain values and pictures."""
+    found = read_plain(path)  # alive to the end of this function, because `pictures` is keyed by ids of its objects
     pictures: dict[int, bytes | None] = {}
     try:
-        if sum(max(len(entry[TITLES] or ()), len(entry[THUMBNAILS] or ())) for entry in found.values()) > MOST_HITS:
+        hits = sum(max(len(entry[TITLES] or ()), len(entry[THUMBNAILS] or ())) for entry in found.values())
+        if hits > MOST_HITS:
             raise ValueError(f"over {MOST_HITS:,} results")
         return {str(key): _observation(entry, pictures) for key, entry in found.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -64,7 +56,7 @@ def search_results(path: Path | str) -> dict[str, Observation]:
 
 
 def _observation(entry: dict[str, Any], pictures: dict[int, bytes | None]) -> Observation:
-    """An entry's results. `pictures`: what has been made of pixels so far; a pickle may name the same ones often."""
+    """An entry's results. `pictures`: the JPEG files made so far, by the id() of their pixels, which hits may share."""
     hits = []
     for title, thumbnail in zip_longest(entry[TITLES] or (), entry[THUMBNAILS] or ()):
         if not isinstance(title, str | None):
@@ -74,9 +66,9 @@ def _observation(entry: dict[str, Any], pictures: dict[int, bytes | None]) -> Ob
 
 
 def _picture(state: Any, pictures: dict[int, bytes | None]) -> bytes | None:
-    """A JPEG file of the picture whose state Pillow pickled; None where it is not one's: the title stays."""
+    """A JPEG file of the picture whose state Pillow pickled; None where the state is not that of a picture."""
     try:
-        _, mode, (width, height), palette, pixels = state[:5]  # what follows differs between Pillow's versions
+        _, mode, (width, height), palette, pixels = state[:5]  # the rest differs between Pillow's versions
     except (TypeError, ValueError, IndexError):
         return None
     kinds = tuple(map(type, (mode, width, height, pixels)))
@@ -89,7 +81,8 @@ def _picture(state: Any, pictures: dict[int, bytes | None]) -> bytes | None:
 
 def _jpeg(mode: str, size: tuple[int, int], palette: Any, pixels: bytes) -> bytes | None:
     try:
-        if not 0 < size[0] * size[1] <= min(MOST_PIXELS, 8 * len(pixels)):  # Pillow allocates before it compares
+        # Pillow allocates the picture before it compares its size with the number of bytes.
+        if not 0 < size[0] * size[1] <= min(MOST_PIXELS, 8 * len(pixels)):
             return None
         picture = Image.frombytes(mode, size, pixels)
         if type(palette) is list and 0 < len(palette) <= 4 * 256 and mode in ("L", "LA", "P", "PA"):
@@ -97,5 +90,5 @@ def _jpeg(mode: str, size: tuple[int, int], palette: Any, pixels: bytes) -> byte
         file = BytesIO()
         to_rgb(picture).save(file, "JPEG", quality=90)
         return file.getvalue()
-    except Exception:  # Pillow's, about anything at all that a stranger wrote there
+    except Exception:  # an untrusted file can make Pillow raise anything
         return None

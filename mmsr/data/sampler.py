@@ -1,4 +1,4 @@
-"""Which questions a step asks: shuffled epochs that resume at any place."""
+"""Which questions a step asks: shuffled epochs that can resume at any point."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from mmsr.system.errors import UserError
 
 
 class Sampler:
-    """Endless shuffled epochs over `size` examples, as a pure function of (seed, cursor).
-
-    `cursor`, the number of examples drawn so far, is all the state there is: to resume, set it. Each epoch draws every
-    example once; a `take` may reach over its end. Raises `UserError` for an empty data set.
-    """
+    """Endless shuffled epochs over `size` examples, as a pure function of (seed, cursor). `cursor`, the number of
+    examples drawn so far, is the only state; set it to resume. Each epoch draws every example once, and one `take` may
+    cross the end of an epoch. Raises `UserError` for an empty data set."""
 
     def __init__(self, size: int, seed: int):
         if size < 1:
@@ -22,12 +20,12 @@ class Sampler:
 
     def take(self, n: int) -> list[int]:
         """The next n rows."""
-        places = [divmod(draw, self.size) for draw in range(self.cursor, self.cursor + n)]
+        draws = range(self.cursor, self.cursor + n)
         self.cursor += n
-        return [_epoch(self.size, self.seed, epoch)[place] for epoch, place in places]
+        return [_epoch(self.size, self.seed, draw // self.size)[draw % self.size] for draw in draws]
 
 
-@lru_cache(2)
+@lru_cache(2)  # a `take` may need two epochs
 def _epoch(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)

@@ -1,12 +1,12 @@
-"""Files of rows: Parquet, JSON lines, and a JSON array. Each row is read when it is asked for.
+"""Files of rows: Parquet, JSON lines, and a JSON array. Each row is read when it is used.
 
-Of a Parquet file the columns of text stay in memory and the pictures' column is read a row group at a time; of a JSON
-lines file only the lines' offsets stay. A JSON array stays whole: the published ones hold text and the names of picture
-files. Rows count from 0, in errors too.
+Of a Parquet file the text columns stay in memory, and the picture column is read one row group at a time. Of a JSON
+lines file only the offsets of the lines stay in memory. A JSON array stays as a whole: the published ones hold text and
+the names of picture files. Rows count from 0, in errors too.
 
-A trap: a Parquet file of a few kilobytes can stand for terabytes, because a value that many rows have is stored once,
-and runs and pages are packed. So such values stay shared here, and what a column would take is summed up before it is
-read, and what a row would take before it is made.
+Trap: a Parquet file of a few kilobytes can expand to terabytes, because a value that many rows share is stored once,
+and runs and pages are compressed. Therefore shared values stay shared in memory, and the expanded size is computed for
+a column before it is read, and for a row before it is made.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ from mmsr.system.errors import UserError
 from mmsr.system.files import json_file, json_object, lines, missing, opened
 
 GROUPS_KEPT = 4  # row groups of pictures in memory
-GROUP_BYTES = 128 << 20  # a pictures' column with a larger row group is cut up first
+GROUP_BYTES = 128 << 20  # a picture column with a larger row group is first copied into smaller groups
 ROWS_PER_CUT = 16
-MOST_COLUMN = 1 << 30  # bytes of a column of text, or of a row group of pictures, with all that is shared written out
+MOST_COLUMN = 1 << 30  # bytes of a text column, or of a row group of pictures, when every value is counted
 MOST_CELL = 256 << 20  # bytes of a row's pictures
-MOST_PACKED = 8  # times: pictures are packed already, so what shrinks further in a file is no pictures
-DEEPEST = 8  # names within names
-# Texts without what they begin with like the one before, and texts behind all their lengths: neither can stay shared.
+MOST_PACKED = 8  # compression ratio: pictures are compressed files, so a column that shrinks further has no pictures
+DEEPEST = 8  # levels of fields in fields
+# Encodings of texts whose equal values cannot stay shared.
 DELTAS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz")
 POINTER = b"version https://git-lfs."
-WRAPPERS = ("data", "rows", "examples", "questions", "annotations")  # a JSON object's names for its rows
+WRAPPERS = ("data", "rows", "examples", "questions", "annotations")  # keys under which a JSON object has its rows
 DAMAGE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises on a broken file (ValueError: bad UTF-8)
 
 
 class Table(Protocol):
-    """What a data set reads from."""
+    """A file of rows."""
 
-    names: list[str]  # of the columns; of a JSON file, of its first row
-    fields: set[str]  # the same, and what is inside of them, as `column.field.field`
+    names: list[str]  # of the columns; in a JSON file, those of the first row
+    fields: set[str]  # the names of columns and of the fields inside them, as `column.field.field`
 
     def __len__(self) -> int: ...
 
     def keep(self, columns: Iterable[str]) -> None:
-        """Make ready to read these columns of text."""
+        """Load these text columns."""
 
     def text(self, row: int) -> dict[str, Any]:
-        """The kept columns of a row at least."""
+        """The values of a row, at least those of the loaded columns."""
 
     def picture(self, row: int, column: str) -> Any:
-        """What stands in the column of pictures; None where there is no such column."""
+        """The row's value in a column of pictures; None where there is no such column."""
 
 
 def open_table(path: Path) -> Table:
-    """Raises UserError for a file that is missing, of another kind, or not what its name says."""
+    """The table in a file. Raises UserError for one that is missing, of another kind, or not what its name says."""
     kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".pq": Parquet}
     kinds |= dict.fromkeys([".jsonl", ".jsonlines", ".ndjson", ".json"], _json_table)
     ending = path.suffix.lower()
@@ -73,31 +73,25 @@ def open_table(path: Path) -> Table:
         raise UserError(f"{path}: a packed file; unpack it, and give the .parquet, .jsonl or .json file that is in it")
     if ending not in kinds:
         complaint = f"{ending or 'a name without an ending'} tells no kind of data that is read here"
-        raise UserError(
-            f"{path}: {complaint}; give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
-        )
-    if _begins(path, POINTER):
+        advice = "give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
+        raise UserError(f"{path}: {complaint}; {advice}")
+    with opened(path) as file:
+        pointer = file.read(len(POINTER)) == POINTER
+    if pointer:
         kind = "JSON" if kinds[ending] is _json_table else "Parquet"
         complaint = f"not a {kind} file, or cut short: Git LFS's pointer to one; fetch it with: git lfs pull"
         raise UserError(f"{path}: {complaint}")
     return kinds[ending](path)
 
 
-def _begins(path: Path, with_these: bytes) -> bool:
-    with opened(path) as file:
-        return file.read(len(with_these)) == with_these
-
-
-# ---- names within names
+# ---- fields in fields
 
 
 def inside(value: Any, name: str) -> Any:
-    """What `name` means in a row: a column, or `column.field.field`; None where there is nothing of the name.
-
-    A column may have dots in its name, as tables do that were flattened, and an object may be written as JSON text.
-    """
+    """The value of a column, or of a field `column.field.field`, in a row; None where there is none. The name of a
+    column may contain dots, as in flattened tables, and an object may be written as JSON text."""
     value = _object(value)
-    if not name:  # a column without a name, such as R's of row numbers, is nobody's
+    if not name:  # R writes row numbers into a column without a name, which nobody asks for
         return None
     if name in value:
         return value[name]
@@ -110,14 +104,17 @@ def inside(value: Any, name: str) -> Any:
 
 
 def column_of(name: str, columns: Container[str]) -> str:
-    """The column that `column.field.field` is in."""
+    """The column of `column.field.field`: the longest prefix that is a column."""
     parts = name.split(".")
-    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in columns), parts[0])
+    for count in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:count])
+        if prefix in columns:
+            return prefix
+    return parts[0]
 
 
 def names_in(value: Any, prefix: str = "") -> Iterator[str]:
-    """All names that `inside` knows in a row."""
+    """All names that `inside` finds in a row."""
     for name, inner in _object(value).items():
         yield f"{prefix}{name}"
         if prefix.count(".") < DEEPEST:
@@ -134,30 +131,32 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 class Parquet:
-    """A Parquet file. Its text is read when columns are kept, a picture when its row is used."""
+    """A Parquet file. Text columns are read by `keep`, a picture when its row is used."""
 
     def __init__(self, path: Path):
         self.path = path
         self.plain = self._open(path)
-        self.file = self._shared(path, self.plain)
+        self.file = self._open_shared(path, self.plain)
+        self.columns: pa.Table = pa.table({})  # of text, loaded by `keep`
         self.names = self.plain.schema_arrow.names
         self.doubled = {name for name, times in Counter(self.names).items() if times > 1}
         self.fields = set(self.names).union(*map(_fields, self.plain.schema_arrow), self._fields_in_text())
-        self.sources: dict[str, tuple[pq.ParquetFile, list[int]]] = {}
-        self.pictures = lru_cache(GROUPS_KEPT)(self._group)
+        self.sources: dict[str, tuple[pq.ParquetFile, list[int]]] = {}  # by picture column: file, first rows of groups
+        self.pictures = lru_cache(GROUPS_KEPT)(self._read_pictures)
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
 
     def keep(self, columns: Iterable[str]) -> None:
-        names, groups = list(columns), range(self.file.num_row_groups)
+        names = list(columns)
+        groups = range(self.file.num_row_groups)
         for name in names:
-            self._once(name)
-            self._bound(name, sum(self._weight(self.file, name, group) for group in groups))
+            self._require_unique(name)
+            self._check_size(name, sum(self._stored_bytes(self.file, name, group) for group in groups))
         empty = pa.table({name: [] for name in names})
         self.columns = self._read(self.file, groups, names) if groups else empty
         for name in names:
-            self._bound(name, _written_out(self.columns[name]))
+            self._check_size(name, _expanded_bytes(self.columns[name]))
 
     def text(self, row: int) -> dict[str, Any]:
         return {name: self._value(row, name, self.columns[name][row]) for name in self.columns.column_names}
@@ -166,23 +165,23 @@ class Parquet:
         if column not in self.names:
             return None
         if column not in self.sources:
-            self._once(column)
+            self._require_unique(column)
             file = self._in_small_groups(column)
             sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
             self.sources[column] = file, [0, *accumulate(sizes)]
         starts = self.sources[column][1]
         group = bisect_right(starts, row) - 1
         cell = self.pictures(group, column).slice(row - starts[group], 1)
-        if (size := _written_out(cell)) > MOST_CELL:
+        size = _expanded_bytes(cell)
+        if size > MOST_CELL:
             complaint = f"{size >> 20:,} MiB of pictures, more than {MOST_CELL >> 20}; give smaller ones"
             raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
         return cell[0].as_py()
 
-    def _once(self, column: str) -> None:
+    def _require_unique(self, column: str) -> None:
         if column in self.doubled:
-            raise UserError(
-                f"{self.path}: {self.names.count(column)} columns named {column}; rename or drop all but one"
-            )
+            count = self.names.count(column)
+            raise UserError(f"{self.path}: {count} columns named {column}; rename or drop all but one")
 
     def _value(self, row: int, column: str, cell: pa.Scalar) -> Any:
         try:
@@ -191,29 +190,29 @@ class Parquet:
             why = str(error).partition("\n")[0][:100]
             raise UserError(f"{self.path}: row {row}, column {column}: not a value of Python's ({why})") from None
 
-    def _group(self, group: int, column: str) -> pa.ChunkedArray:
+    def _read_pictures(self, group: int, column: str) -> pa.ChunkedArray:
         file, _ = self.sources[column]
-        self._bound(column, self._weight(file, column, group))
+        self._check_size(column, self._stored_bytes(file, column, group))
         return self._read(file, [group], [column])[column]
 
     def _open(self, source: Path | BinaryIO, **more: Any) -> pq.ParquetFile:
-        try:  # without pre-buffering and with a small buffer, batches of a huge row group need little memory
+        try:  # without pre-buffering and with a small buffer, reading a huge row group in batches needs little memory
             return pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, **more)
         except FileNotFoundError:
             raise missing(self.path) from None
         except DAMAGE as error:
             raise self._unreadable(error) from error
 
-    def _shared(self, source: Path | BinaryIO, plain: pq.ParquetFile) -> pq.ParquetFile:
-        """The same file, opened so that a text or picture that many rows have stands in memory once."""
+    def _open_shared(self, source: Path | BinaryIO, plain: pq.ParquetFile) -> pq.ParquetFile:
+        """The same file, opened so that a text or picture that many rows share is in memory once (as a dictionary)."""
         groups = [plain.metadata.row_group(group) for group in range(plain.num_row_groups)]
-        chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         texts = {chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"}
         deltas = {chunk.path_in_schema for chunk in chunks if DELTAS & {*chunk.encodings}}
         return self._open(source, metadata=plain.metadata, read_dictionary=list(texts - deltas))
 
     def _fields_in_text(self) -> set[str]:
-        """Names in the columns that hold objects as JSON text, as the first row has them."""
+        """The names of fields in columns that hold objects as JSON text, taken from the first row."""
         texts = [field.name for field in self.plain.schema_arrow if pa.types.is_string(field.type)]
         try:
             first = next(self.plain.iter_batches(1, columns=texts)).to_pylist() if texts and len(self) else []
@@ -223,19 +222,21 @@ class Parquet:
 
     def _read(self, file: pq.ParquetFile, groups: Iterable[int], columns: list[str]) -> pa.Table:
         try:
-            # one by one: each has dictionaries of its own, which pyarrow does not join inside of lists and structs
-            tables, size = [], 0
+            # One group at a time: each has its own dictionaries, which pyarrow cannot join inside lists and structs.
+            tables = []
+            size = 0
             for group in groups:
                 tables.append(self._read_group(file, group, columns, size))
                 size += tables[-1].nbytes
             table = pa.concat_tables(tables)
-            table.validate(full=True)  # most writers store no checksums
+            table.validate(full=True)  # as most writers store no checksums
             return table
         except DAMAGE as error:
             raise self._unreadable(error) from error
 
     def _read_group(self, file: pq.ParquetFile, group: int, columns: list[str], size: int) -> pa.Table:
-        """`size`: bytes of the groups before it. What does not stay shared is read little by little, and bounded."""
+        """One row group. Where values cannot stay shared it is read in batches, so that the sum of their sizes and
+        `size`, the bytes of the groups before it, can be checked."""
         chunks = [chunk for column in columns for chunk in self._chunks(file, column, group)]
         extended = any("extension<" in str(self.plain.schema_arrow.field(column).type) for column in columns)
         if not extended and not any(DELTAS & {*chunk.encodings} for chunk in chunks):
@@ -244,7 +245,7 @@ class Parquet:
         for batch in file.iter_batches(ROWS_PER_CUT, [group], columns):
             batches.append(batch)
             size += batch.nbytes
-            self._bound(", ".join(columns), size)
+            self._check_size(", ".join(columns), size)
         return pa.Table.from_batches(batches)
 
     def _unreadable(self, error: Exception) -> UserError:
@@ -252,38 +253,38 @@ class Parquet:
         return UserError(f"{self.path}: not a Parquet file, or cut short or damaged ({why}); get it again")
 
     def _chunks(self, file: pq.ParquetFile, column: str, group: int) -> list[pq.ColumnChunkMetaData]:
+        """The metadata of a column in a row group: several chunks where it has fields."""
         found = file.metadata.row_group(group)
-        chunks = (found.column(place) for place in range(found.num_columns))
+        chunks = [found.column(i) for i in range(found.num_columns)]
         return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
 
-    def _weight(self, file: pq.ParquetFile, column: str, group: int) -> int:
-        """Bytes that a row group of a column takes when it is read: its pages, unpacked, and 8 for each value.
-
-        Values of a fixed length take that, as they do not stay shared.
-        """
+    def _stored_bytes(self, file: pq.ParquetFile, column: str, group: int) -> int:
+        """Bytes that a row group of a column takes when it is read: its decompressed pages, and 8 for each value. A
+        value of fixed length takes its length instead of 8, because such values are not shared."""
         schema = file.metadata.schema
         lengths = {leaf.path: max(8, leaf.length or 0) for leaf in map(schema.column, range(len(schema)))}
         chunks = self._chunks(file, column, group)
         return sum(chunk.total_uncompressed_size + lengths[chunk.path_in_schema] * chunk.num_values for chunk in chunks)
 
-    def _bound(self, column: str, size: int) -> None:
+    def _check_size(self, column: str, size: int) -> None:
         if size > MOST_COLUMN:
             complaint = f"unpacks to {size / 1e9:.1f} GB, more than {MOST_COLUMN / 1e9:.1f}; cut the file up"
             raise UserError(f"{self.path}: column {column}: {complaint}")
 
     def _in_small_groups(self, column: str) -> pq.ParquetFile:
-        """The file; or, where all rows are in one group, the column's copy in small ones, in an unnamed temporary file.
-
-        UserError where what is to be copied is no pictures.
-        """
-        groups = [self._chunks(self.plain, column, group) for group in range(self.plain.num_row_groups)]
-        unpacked = [sum(chunk.total_uncompressed_size for chunk in chunks) for chunks in groups]
-        if max(unpacked, default=0) <= GROUP_BYTES:
+        """The file, if its row groups are small; else a copy of the column in small groups, in a temporary file.
+        UserError where the column is compressed so much that it cannot contain pictures."""
+        unpacked, packed, largest = 0, 0, 0
+        for group in range(self.plain.num_row_groups):
+            chunks = self._chunks(self.plain, column, group)
+            size = sum(chunk.total_uncompressed_size for chunk in chunks)
+            largest = max(largest, size)
+            unpacked += size
+            packed += sum(chunk.total_compressed_size for chunk in chunks)
+        if largest <= GROUP_BYTES:
             return self.file
-        if sum(unpacked) > MOST_PACKED * sum(chunk.total_compressed_size for chunks in groups for chunk in chunks):
-            complaint = (
-                f"unpacks to {sum(unpacked) / 1e9:.1f} GB, over {MOST_PACKED} times of what it takes in the file"
-            )
+        if unpacked > MOST_PACKED * packed:
+            complaint = f"unpacks to {unpacked / 1e9:.1f} GB, over {MOST_PACKED} times of what it takes in the file"
             raise UserError(f"{self.path}: column {column}: {complaint}: no pictures do; get it again")
         try:
             copy = tempfile.TemporaryFile()
@@ -294,31 +295,35 @@ class Parquet:
             folder, why = tempfile.gettempdir(), str(error).partition("\n")[0][:100]
             complaint = f"cannot cut up its large row groups in {folder} ({why}); free space there or set TMPDIR"
             raise UserError(f"{self.path}: {complaint}") from error
-        return self._shared(copy, self._open(copy))
+        return self._open_shared(copy, self._open(copy))
 
 
 def _fields(column: pa.Field, prefix: str = "") -> set[str]:
-    """The names of a struct's fields, and of structs within."""
-    kind, name = column.type, f"{prefix}{column.name}"
-    inner = [kind.field(place) for place in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    return {name}.union(*(_fields(field, f"{name}.") for field in inner))
+    """The names of a column and of all fields inside it."""
+    name = f"{prefix}{column.name}"
+    names = {name}
+    if pa.types.is_struct(column.type):
+        for i in range(column.type.num_fields):
+            names |= _fields(column.type.field(i), f"{name}.")
+    return names
 
 
-def _written_out(array: pa.Array | pa.ChunkedArray) -> int:
-    """Bytes that an array would take without anything shared."""
+def _expanded_bytes(array: pa.Array | pa.ChunkedArray) -> int:
+    """Bytes that an array would take if no value were shared."""
     kind = array.type
     if isinstance(array, pa.ChunkedArray):
-        return sum(map(_written_out, array.chunks))
+        return sum(map(_expanded_bytes, array.chunks))
     if pa.types.is_dictionary(kind):
         lengths = pc.binary_length(array.dictionary)
         return pc.sum(lengths.take(array.indices)).as_py() or 0
     if pa.types.is_struct(kind):
-        return sum(map(_written_out, array.flatten()))
+        return sum(map(_expanded_bytes, array.flatten()))
     if pa.types.is_map(kind):
-        first, last = array.offsets[0].as_py(), array.offsets[-1].as_py()
-        return sum(_written_out(inner.slice(first, last - first)) for inner in (array.keys, array.items))
+        first = array.offsets[0].as_py()
+        length = array.offsets[-1].as_py() - first
+        return _expanded_bytes(array.keys.slice(first, length)) + _expanded_bytes(array.items.slice(first, length))
     if hasattr(array, "flatten"):  # lists of all kinds
-        return 8 * len(array) + _written_out(array.flatten())
+        return 8 * len(array) + _expanded_bytes(array.flatten())
     return array.nbytes
 
 
@@ -326,7 +331,7 @@ def _written_out(array: pa.Array | pa.ChunkedArray) -> int:
 
 
 def _json_table(path: Path) -> Table:
-    """Told by how it begins, not by its name: many a `.json` holds an object a line."""
+    """A JSON file by its first characters, not by its name: many `.json` files have one object per line."""
     first = [line.removeprefix(b"\xef\xbb\xbf").lstrip() for _, line in islice(lines(path), 2)]
     array = bool(first) and first[0].startswith(b"[")
     if path.suffix.lower() == ".json" and not array:
@@ -335,7 +340,7 @@ def _json_table(path: Path) -> Table:
 
 
 class JsonLines:
-    """One JSON object a line; blank lines are no rows."""
+    """A file with one JSON object per line; blank lines are skipped."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -347,7 +352,7 @@ class JsonLines:
         return len(self.offsets)
 
     def keep(self, columns: Iterable[str]) -> None:
-        pass  # a line is read whole
+        pass  # `text` reads whole lines
 
     def text(self, row: int) -> dict[str, Any]:
         with opened(self.path) as file:
@@ -367,7 +372,7 @@ class JsonArray:
         if isinstance(self.rows, dict):
             lists = [self.rows[name] for name in WRAPPERS if isinstance(self.rows.get(name), list)]
             self.rows = next((rows for rows in lists if rows and isinstance(rows[0], dict)), self.rows)
-        if isinstance(self.rows, dict) and len(self.rows) > 2:  # a question, an answer and a picture: a single row
+        if isinstance(self.rows, dict) and len(self.rows) > 2:  # one row: at least question, answer and picture
             self.rows = [self.rows]
         if not isinstance(self.rows, list):
             raise UserError(f"{path}: not an array of rows; write [{{…}}, …], or a .jsonl file with one row a line")

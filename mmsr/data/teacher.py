@@ -25,7 +25,7 @@ from mmsr.net.completions import picture_part
 from mmsr.rollout import OVER_LIMIT, Limits
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
-from mmsr.system.kept import Kept, key_of
+from mmsr.system.journal import Journal, key_of
 from mmsr.tools import Call, Toolbox, ToolFailure
 
 AT_ONCE = 16  # conversations
@@ -43,7 +43,7 @@ class Teacher:
     def __init__(
         self, complete: Callable[[list[dict]], str], name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits
     ):
-        self.complete, self.name, self.kept = complete, name, Kept(kept)
+        self.complete, self.name, self.kept = complete, name, Journal(kept)
         self.chat, self.toolbox, self.limits = chat, toolbox, limits
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="teacher")
         self.failed = 0

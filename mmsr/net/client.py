@@ -1,8 +1,8 @@
-"""Guarded HTTP: what strangers' servers may do to a run, bounded here.
+"""HTTP calls with limits: no server, however slow or hostile, can hang or crash a run.
 
-`Client.request` speaks to a configured service: a deadline for the whole call, a cap on decoded bytes, retries, a
-circuit breaker per provider. `Client.fetch_public` reads addresses that came from data or from web pages, and connects
-to nothing but public ones. Whatever goes wrong is a `ToolFailure` of one of the kinds timeout, network, status, rate,
+`Client.request` calls a service that the user configured, with a deadline for the whole call, a limit on the decoded
+bytes, retries, and a circuit breaker per provider. `Client.fetch_public` reads addresses from data or from web pages,
+and connects to public ones only. Every failure is a `ToolFailure` of one of the kinds timeout, network, status, rate,
 auth, credits, forbidden, too-large, format, blocked, breaker, budget.
 """
 
@@ -19,26 +19,24 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Callable, cast
 from urllib.parse import unquote, urljoin, urlsplit
 
-from mmsr.net.http import Answer, Unsent, exchange, failure, public_authorities, require_public
-from mmsr.net.refusals import complaint_of, json_of, kind_of
+from mmsr.net.http import Response, Unsent, failure, public_authorities, require_public, send_request
+from mmsr.net.server_errors import error_text, failure_kind, json_or_none
 from mmsr.system.credentials import hidden
 from mmsr.tools import ToolFailure
 
-BODY_BYTES = 8 * 2**20  # decoded, by default
-HOPS = 5  # redirects followed
-RETRY_AFTER = 60.0  # seconds: what a server may ask for at most
-BACKOFF = 16.0  # seconds: the longest pause of our own
+BODY_BYTES = 8 * 2**20  # default limit of a decoded body
+MAX_REDIRECTS = 5
+MAX_RETRY_AFTER = 60.0  # seconds: a server may ask for a longer pause, but does not get it
+BACKOFF = 16.0  # seconds: the longest pause that we choose ourselves
 BREAKER_FAILURES, BREAKER_SECONDS = 8, 30.0
-FATAL = ("auth", "credits")  # no call of this provider can succeed any more
+FATAL = ("auth", "credits")  # kinds of failures after which no call of the provider can succeed
+REDIRECTS = (301, 302, 303, 307, 308)
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-StatusOf = Callable[[dict[str, Any]], int]  # the status that a reply stands for, whatever it was sent with
-
-
-# ---- calls
+StatusOf = Callable[[dict[str, Any]], int]  # the status that a JSON body means, see `server_errors.status_in_body`
 
 
 class Refusal(ToolFailure):
-    """A server's refusal. `body` is all that it said: the message is one short line of that."""
+    """The server answered with an error. `body` is the whole reply, the message one short line of it."""
 
     body = b""
 
@@ -46,15 +44,13 @@ class Refusal(ToolFailure):
 @dataclass
 class _Provider:
     failures: int = 0  # in a row
-    open_until: float = 0.0
-    stopped: ToolFailure | None = None  # for the rest of the process
+    open_until: float = 0.0  # no calls before this time
+    stopped: ToolFailure | None = None  # why it is not called any more in this process
 
 
 class Client:
-    """Calls in any number of threads; a provider that refuses the key or is out of credits is called no more.
-
-    `clock`, `sleep`, `jitter` and `resolve` are there to be replaced by tests.
-    """
+    """Calls servers, from any number of threads. A provider that refuses the key, or whose account is empty, is not
+    called again. `clock`, `sleep`, `jitter` and `resolve` are parameters so that tests can replace them."""
 
     def __init__(
         self,
@@ -80,109 +76,109 @@ class Client:
         spend: Callable[[str], None] | None = None,
         status_of: StatusOf | None = None,
         **content: Any,
-    ) -> Answer:
+    ) -> Response:
         """The reply (2xx) of a configured service. `content` is what requests.Request takes: params, headers, json, …
 
-        All tries and the pauses between them take at most `seconds`; each try gets an even share of what is left.
-        `spend(provider)` is called before every try that may have to be paid: the first, and one after a try of which
-        nobody knows whether it was charged. `status_of` gives the status that the JSON object of a 2xx reply stands for
-        (`told_status`): one of 400 and more is treated as if it had been sent. Redirects are not followed. Raises
-        ToolFailure, Refusal where the server has answered.
+        All tries and the pauses between them take at most `seconds`; each try gets an equal share of the time left.
+        `spend(provider)` is called before every try that may cost money: the first one, and each that follows a try
+        that may have been charged. `status_of` gives the status that the JSON object of a 2xx reply means: 400 and more
+        are treated as if the server had sent that status. Redirects are not followed. Raises ToolFailure; Refusal where
+        the server has answered.
         """
 
-        def attempt(share: float) -> Answer | ToolFailure:
-            return exchange(method, url, seconds=share, limit=limit, tls=self.tls, resolve=self.resolve, **content)
+        def attempt(share: float) -> Response | ToolFailure:
+            return send_request(method, url, seconds=share, limit=limit, tls=self.tls, resolve=self.resolve, **content)
 
-        return self._persist(provider, attempt, seconds, tries, spend, status_of)
+        return self._retry(provider, attempt, seconds, tries, spend, status_of)
 
-    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2) -> Answer:
-        """What is at a stranger's address (http or https), redirects followed. Raises ToolFailure, "blocked" for an
-        address that is, or leads to, anything but a public one."""
-        return self._persist("", lambda share: self._follow(url, share), seconds, tries, None)
+    def fetch_public(self, url: str, *, seconds: float = 20.0, tries: int = 2) -> Response:
+        """The reply of an untrusted http or https address; redirects are followed. Raises ToolFailure; "blocked" for an
+        address that is not public, or that redirects to one."""
+        return self._retry("", lambda share: self._follow(url, share), seconds, tries, None)
 
-    def _follow(self, url: str, seconds: float) -> Answer | ToolFailure:
-        end, location = time.monotonic() + seconds, url
-        for _ in range(HOPS + 1):
+    def _follow(self, url: str, seconds: float) -> Response | ToolFailure:
+        end = time.monotonic() + seconds
+        location = url
+        for _ in range(MAX_REDIRECTS + 1):
             url = web_address(location, url)
             if not url:
                 return failure("blocked", f"not a plain http or https address: {location!s:.100}")
-            answer = exchange(
+            answer = send_request(
                 "GET", url, seconds=end - time.monotonic(), limit=BODY_BYTES, tls=self.tls, resolve=self.resolve,
                 check=require_public,
             )  # fmt: skip
-            if not isinstance(answer, Answer) or answer.status not in (301, 302, 303, 307, 308):
+            if not isinstance(answer, Response) or answer.status not in REDIRECTS:
                 return answer
             location = answer.headers.get("location")
             if location is None:
                 return answer
-        return failure("blocked", f"more than {HOPS} redirects")
+        return failure("blocked", f"more than {MAX_REDIRECTS} redirects")
 
-    def _persist(
+    def _retry(
         self,
         provider: str,
-        attempt: Callable[[float], Answer | ToolFailure],
+        attempt: Callable[[float], Response | ToolFailure],
         seconds: float,
         tries: int,
         spend: Callable[[str], None] | None,
         status_of: StatusOf | None = None,
-    ) -> Answer:
-        """Try until there is a good reply, a lasting failure, or no time. `provider` "" is nobody's: no breaker."""
-        end, reserved = self.clock() + seconds, False
-        for left in range(tries, 0, -1):
-            self._admit(provider)
-            if spend and not reserved:
+    ) -> Response:
+        """Try until there is a good reply, a permanent failure, or no time. No breaker where `provider` is ""."""
+        end = self.clock() + seconds
+        paid = False  # whether the payment of the last try is still unused
+        for tries_left in range(tries, 0, -1):
+            self._check_breaker(provider)
+            if spend and not paid:
                 spend(provider)
-            answer = attempt((end - self.clock()) / left)
-            refused, transient = _verdict(provider, answer, status_of)
-            self._note(provider, refused, transient)
-            if refused is None:
-                return cast(Answer, answer)  # a failure is always refused
-            pause = self.jitter() * min(BACKOFF, 2.0 ** (tries - left))
-            if isinstance(answer, Answer):
+            answer = attempt((end - self.clock()) / tries_left)
+            failed, transient = _failure_of(provider, answer, status_of)
+            self._count_failures(provider, failed, transient)
+            if failed is None:
+                return cast(Response, answer)  # a ToolFailure is never None
+            pause = self.jitter() * min(BACKOFF, 2.0 ** (tries - tries_left))
+            if isinstance(answer, Response):
                 pause = max(pause, _retry_after(answer.headers.get("retry-after", "")))
-            if not transient or left == 1 or self.clock() + pause >= end:
-                raise refused
-            reserved = isinstance(answer, (Answer, Unsent))  # refused or never sent: the next try may have its money
+            if not transient or tries_left == 1 or self.clock() + pause >= end:
+                raise failed
+            paid = isinstance(answer, (Response, Unsent))  # an error reply, or nothing was sent: not charged
             self.sleep(pause)
         raise ValueError("tries must be 1 or more")
 
-    # ---- the breaker
+    # ---- circuit breaker
 
     def check(self, *providers: str) -> None:
-        """Raise the ToolFailure that stopped one of them: what is of no use without them need not be paid for."""
+        """Raise the ToolFailure that stopped one of the providers, before anything is paid that needs all of them."""
         for provider in providers:
             stopped = self._providers[provider].stopped
             if stopped is not None:
-                raise ToolFailure(stopped.kind, stopped.message)  # a fresh one: tracebacks would pile up
+                raise ToolFailure(stopped.kind, stopped.message)  # a new one: each raise adds to its traceback
 
-    def _admit(self, provider: str) -> None:
+    def _check_breaker(self, provider: str) -> None:
         with self._lock:
             self.check(provider)
             state = self._providers[provider]
             if state.failures >= BREAKER_FAILURES:
                 if self.clock() < state.open_until:
                     raise failure("breaker", f"{provider} failed {state.failures} times in a row and is given a rest")
-                state.open_until = self.clock() + BREAKER_SECONDS  # this call is the probe, the others still wait
+                state.open_until = self.clock() + BREAKER_SECONDS  # this call is a probe; others continue to wait
 
-    def _note(self, provider: str, refused: ToolFailure | None, transient: bool) -> None:
+    def _count_failures(self, provider: str, failed: ToolFailure | None, transient: bool) -> None:
         if not provider:
             return
         with self._lock:
             state = self._providers[provider]
-            if refused is not None and refused.kind in FATAL:
-                state.stopped = failure(refused.kind, f"no more calls of {provider}: {refused.message}")
+            if failed is not None and failed.kind in FATAL:
+                state.stopped = failure(failed.kind, f"no more calls of {provider}: {failed.message}")
             if not transient:
-                state.failures = 0  # it is alive, whatever it said
-            elif refused.kind != "rate":
+                state.failures = 0  # the server works, even where it refused this request
+            elif failed.kind != "rate":
                 state.failures += 1
                 state.open_until = self.clock() + BREAKER_SECONDS
 
 
 def web_address(link: Any, base: str = "") -> str:
-    """The whole address of a link found in data or on a page, as a browser would ask for it: without dots in its path.
-
-    "" unless it is http or https, has a host and no user name, and holds no control characters.
-    """
+    """The absolute address of a link in data or on a page, as a browser requests it: "." and ".." resolved in its path.
+    "" unless it is http or https, has a host and no user name, and contains no control characters."""
     try:
         url = urljoin(base, link.strip())
         parts = urlsplit(url)
@@ -197,70 +193,70 @@ def web_address(link: Any, base: str = "") -> str:
 
 
 def _without_dots(path: str) -> str:
-    """A path with its steps "." and ".." taken, also where their dots are written %2e.
-
-    Below the address of a reader they would lead out of it: to another page of the reader, asked with its key.
-    """
+    """A path with its segments "." and ".." resolved, also where a dot is written %2e. Page addresses are appended to
+    the address of a reader (Jina): there, ".." would lead to another address of the reader's server, which would be
+    requested with our key."""
     if not re.search(r"(^|/)(\.|%2e){1,2}(/|$)", path, re.IGNORECASE):
         return path
-    kept: list[str] = []
-    for step in path.split("/")[1:]:
-        dots = re.sub("%2e", ".", step, flags=re.IGNORECASE)
+    resolved: list[str] = []
+    for segment in path.split("/")[1:]:
+        dots = re.sub("%2e", ".", segment, flags=re.IGNORECASE)
         if dots == "..":
-            kept = kept[:-1]
+            resolved = resolved[:-1]
         elif dots != ".":
-            kept.append(step)
-    ends = [""] * (dots in (".", ".."))  # what is left is a folder
-    return "/" + "/".join(kept + ends)
+            resolved.append(segment)
+    if dots in (".", ".."):  # the result is a folder: it ends in a slash
+        resolved.append("")
+    return "/" + "/".join(resolved)
 
 
 def host_of(address: str) -> str:
-    """Host and port."""
+    """Host and port of an address."""
     return urlsplit(address).netloc.rpartition("@")[2]
 
 
-def below(address: str, path: str) -> str:
-    """The address of `path` under another, which may have a path and a query of its own."""
+def join_url(address: str, path: str) -> str:
+    """`address` with `path` appended to its path; its query stays."""
     parts = urlsplit(address)
     return parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
 
 
-def _verdict(
-    provider: str, answer: Answer | ToolFailure, status_of: StatusOf | None
+def _failure_of(
+    provider: str, answer: Response | ToolFailure, status_of: StatusOf | None
 ) -> tuple[ToolFailure | None, bool]:
-    """What is wrong with an answer, if anything, and whether it may pass."""
+    """The failure that an answer is (None: it is a good reply), and whether another try may succeed."""
     if isinstance(answer, ToolFailure):
         return answer, answer.kind in ("timeout", "network")
     status = answer.status
-    if status < 300 and status_of and isinstance(reply := json_of(answer.body), dict):
+    if status < 300 and status_of and isinstance(reply := json_or_none(answer.body), dict):
         status = status_of(reply)
     if status < 300:
         return None, False
-    complaint = complaint_of(answer.body)
-    kind = kind_of(status, complaint)
-    said = f"HTTP {status}" if status == answer.status else f"error {status} in a reply of HTTP {answer.status}"
-    said += f", through the proxy {answer.proxy}" if answer.proxy else ""
-    refused = failure(kind, f"{provider or host_of(answer.url)}: {said}: {_advice(answer)}{complaint}", Refusal)
-    cast(Refusal, refused).body = answer.body
-    return refused, kind == "rate" or status == 408 or status >= 500
+    complaint = error_text(answer.body)
+    kind = failure_kind(status, complaint)
+    what = f"HTTP {status}" if status == answer.status else f"error {status} in a reply of HTTP {answer.status}"
+    if answer.proxy:
+        what += f", through the proxy {answer.proxy}"
+    refusal = failure(kind, f"{provider or host_of(answer.url)}: {what}: {_advice(answer)}{complaint}", Refusal)
+    cast(Refusal, refusal).body = answer.body
+    return refusal, kind == "rate" or status == 408 or status >= 500
 
 
-def _advice(answer: Answer) -> str:
-    """What a status alone does not tell: where a service has gone, and what was asked where nothing is."""
-    if answer.status in (301, 302, 303, 307, 308) and (location := answer.headers.get("location")):
-        there = hidden(urljoin(answer.url, location))
-        return f"it has moved to {there}; configure that address. "
+def _advice(answer: Response) -> str:
+    """More than the status: the new address after a redirect, and the path that was not found."""
+    location = answer.headers.get("location")
+    if answer.status in REDIRECTS and location:
+        return f"it has moved to {hidden(urljoin(answer.url, location))}; configure that address. "
     return f"nothing at {urlsplit(answer.url).path}: " if answer.status == 404 else ""
 
 
 def _retry_after(value: str) -> float:
-    """Seconds that a server asks us to wait (a number or a date), capped."""
+    """The pause in seconds that a Retry-After header asks for, as a number or a date; at most MAX_RETRY_AFTER."""
     try:
-        seconds = float(value) if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value) else _seconds_until(value)
+        if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+            seconds = float(value)
+        else:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER)
-
-
-def _seconds_until(date: str) -> float:
-    return parsedate_to_datetime(date).timestamp() - time.time()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)

@@ -1,7 +1,7 @@
-"""Chat completions of any OpenAI-compatible server: a hosted model, or vLLM, SGLang, Ollama on a machine of one's own.
+"""Chat completions of any OpenAI-compatible server: a hosted model, or a vLLM, SGLang or Ollama server of the user.
 
-Trap: "compatible" is a family of dialects. Where chats are sent, which fields are refused and in what words, how an
-answer is withheld or cut off, and where an error hides in a success differ from server to server.
+Trap: "compatible" servers differ. Each has its own address for chats, refuses other fields in other words, and has its
+own way to say that an answer was withheld, was cut off, or failed although the HTTP status is 200.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import re
 from typing import Any, Callable, Sequence
 from urllib.parse import urlsplit
 
-from mmsr.net.client import Client, Refusal, below, host_of
-from mmsr.net.http import Answer, environment_key, failure, keep_secret, proxy_for
-from mmsr.net.refusals import complaint_of, json_of, told_status
+from mmsr.net.client import Client, Refusal, host_of, join_url
+from mmsr.net.http import Response, environment_key, failure, keep_secret, proxy_for
+from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.system.credentials import refuse_credentials
 from mmsr.system.images import media_type, without_metadata
-from mmsr.system.kept import key_of
+from mmsr.system.journal import key_of
 
-# What chat servers do not all take. They refuse it in ever new words, so that naming a field is enough, but for the
-# number of tokens: it is also named where the conversation is too long, which no other name would mend.
-RENAMED = "max_completion_tokens"  # what newer servers call max_tokens
+# Fields that some chat servers refuse. The wording varies, so an error that names a field counts as its refusal, except
+# for the number of tokens: that is also named where the conversation is too long, and renaming does not help there.
+RENAMED = "max_completion_tokens"  # the name of max_tokens in newer servers
 OPTIONAL = ("chat_template_kwargs", "temperature", "max_tokens", RENAMED)
 FOREIGN = (
     r"un(supported|recogni[sz]ed|known|expected)|not? (longer )?(supported|permitted|allowed)|extra|deprecated|instead"
@@ -31,42 +31,40 @@ WITHHELD = re.compile(
     "content.?(filter|policy)|sensitive|safety|prohibited|blocklist|recitation|refusal|guardrail", re.IGNORECASE
 )
 CUT_OFF = ("length", "max_tokens", "model_length")
-BROKEN_OFF = ("error", "network_error", "insufficient_system_resource", "abort")  # reasons to finish that may pass
+ABORTED = ("error", "network_error", "insufficient_system_resource", "abort")  # after these, another try may succeed
 THOUGHT = re.compile(r"[<◁](think(?:ing)?)[>▷].*?([<◁]/\1[>▷]|$)", re.DOTALL)
 THOUGHT_ENDS = re.compile(r"[<◁]/think(?:ing)?[>▷]")
 
 
 def picture_part(data: bytes) -> dict[str, Any]:
-    """A picture file, without its metadata, as a part of a chat message's content. ValueError where it is none."""
+    """A picture file, without its metadata, as a part of a chat message's content. ValueError for another file."""
     data = without_metadata(data)
     url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def open_server(address: str, model: str) -> ChatServer:
-    """A server named on the command line, with OPENAI_API_KEY where that is set; its answers are not counted, and one
-    that is cut off is a failure: half a turn is none, and half a judgement may say anything."""
+    """A server named on the command line, with the key OPENAI_API_KEY where that is set. Its calls are not counted. An
+    answer that was cut off is a failure, because half of a turn or of a judgement is of no use."""
     return ChatServer(address, model, environment_key("OPENAI_API_KEY"), Client(), whole=True)
 
 
 def chat_address(address: str) -> str:
-    """Where an OpenAI-compatible server takes chats: what is named may be its host alone, its API, or the very place.
-
-    Only a bare host gets /v1: https://open.bigmodel.cn/api/paas/v4 has its version elsewhere. A query stays.
-    """
+    """The address for chat completions; `address` may be the host alone, the base of its API, or already that address.
+    Only a bare host gets /v1, because https://open.bigmodel.cn/api/paas/v4 has its version elsewhere. A query stays."""
     path = urlsplit(address).path.rstrip("/")
     if path.endswith("/chat/completions"):
-        return below(address, "")
-    return below(address, "/chat/completions" if path else "/v1/chat/completions")
+        return join_url(address, "")
+    return join_url(address, "/chat/completions" if path else "/v1/chat/completions")
 
 
 class ChatServer:
     """A model behind any OpenAI-compatible server. Safe in any number of threads.
 
-    `base_url` is the server's, its API's, or the very place for chats. Without a `key` none is sent and nothing is
-    paid: `spend` is then not called. A request that is sent twice bears the same Idempotency-Key: servers that heed it
-    charge once. `whole`: an answer that was cut off after its last token is a failure. Raises UserError for an address
-    with a password in it, and for a proxy that cannot be used.
+    `base_url` is any address that `chat_address` takes. Without a `key` nothing has to be paid, and `spend` is not
+    called. A request that is sent twice has the same Idempotency-Key, so that servers which support it charge once.
+    With `whole`, an answer that was cut off at the token limit is a failure. Raises UserError for an address with a
+    password in it, and for a proxy that cannot be used.
     """
 
     def __init__(
@@ -81,36 +79,32 @@ class ChatServer:
         whole: bool = False,
     ):
         refuse_credentials("the chat server", base_url, "OPENAI_API_KEY")
-        proxy_for(base_url)  # refused now, and not at the first call
-        self.url, self.whole = chat_address(base_url.strip()), whole
-        self.model, self.key, self.client, self.seconds = model, keep_secret(key), client, seconds
+        proxy_for(base_url)  # raises here, not only at the first call
+        self.url = chat_address(base_url.strip())
+        self.key = keep_secret(key)
+        self.model, self.client, self.seconds, self.whole = model, client, seconds, whole
         self.spend = spend if self.key else None
         self.provider = provider or host_of(self.url)
-        self.foreign: frozenset[str] = frozenset()  # fields that this server has refused
+        self.refused_fields: frozenset[str] = frozenset()  # by this server, so far
         self.headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        if self.key and "api-version=" in urlsplit(self.url).query:  # Azure's deployments want the key there
+        if self.key and "api-version=" in urlsplit(self.url).query:  # Azure reads the key from this header
             self.headers["api-key"] = self.key
 
     def complete(self, messages: Sequence[dict], max_tokens: int) -> str:
-        """The answer's text, the model's thoughts taken out.
-
-        Raises ToolFailure: "format" where no answer is left, "blocked" where a filter or the model itself withheld it.
-        """
-        body = {
-            "model": self.model,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": 0.0,
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
+        """The answer's text without the model's thoughts. Raises ToolFailure: "format" where no answer is left,
+        "blocked" where a filter or the model itself withheld it."""
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens}
+        body |= {"temperature": 0.0, "chat_template_kwargs": {"enable_thinking": False}}
         return self._answer(self._ask(body).json(), max_tokens)
 
     def _answer(self, reply: dict[str, Any], max_tokens: int) -> str:
         message, finish = _choice(reply)
-        text, who = _text(message.get("content")), f"{self.provider}: {self.model}"
+        text = _text(message.get("content"))
+        who = f"{self.provider}: {self.model}"
         if WITHHELD.search(finish) or not text and message.get("refusal"):
             raise failure("blocked", f"{who} withheld its answer: {message.get('refusal') or finish}")
-        answer = THOUGHT_ENDS.split(THOUGHT.sub("", text or ""))[-1].strip()  # a template may have opened the thought
+        # Where the chat template opens the thought, the answer contains only the end tag.
+        answer = THOUGHT_ENDS.split(THOUGHT.sub("", text or ""))[-1].strip()
         if finish.lower() in CUT_OFF and (self.whole or not answer):
             raise failure("format", f"{who} gave no {'whole ' * bool(answer)}answer in {max_tokens} tokens")
         if answer:
@@ -118,51 +112,52 @@ class ChatServer:
         if any(message.get(name) for name in ("reasoning_content", "reasoning")):
             raise failure("format", f"{who} gave thoughts and no answer")
         if text is None:
-            raise failure("format", f"{self.provider}: no answer in it: {complaint_of(json.dumps(reply).encode())}")
+            raise failure("format", f"{self.provider}: no answer in it: {error_text(json.dumps(reply).encode())}")
         raise failure("format", f"{who} gave no answer")
 
-    def _ask(self, body: dict[str, Any]) -> Answer:
-        """Post. A field that the server refuses is renamed or left out; what has helped is left out from then on."""
-        foreign = self.foreign
+    def _ask(self, body: dict[str, Any]) -> Response:
+        """Send the request; again without the fields that the server refuses. After a success these stay left out."""
+        left_out = self.refused_fields
         while True:
-            wanted = {name: value for name, value in body.items() if name not in foreign}
-            if "max_tokens" in foreign and RENAMED not in foreign:
-                wanted[RENAMED] = body["max_tokens"]
-            headers = self.headers | {"Idempotency-Key": key_of(self.url, wanted)}
+            content = {name: value for name, value in body.items() if name not in left_out}
+            if "max_tokens" in left_out and RENAMED not in left_out:
+                content[RENAMED] = body["max_tokens"]
+            headers = self.headers | {"Idempotency-Key": key_of(self.url, content)}
             try:
                 answer = self.client.request(
-                    self.provider, "POST", self.url, headers=headers, json=wanted, seconds=self.seconds, tries=3,
+                    self.provider, "POST", self.url, headers=headers, json=content, seconds=self.seconds, tries=3,
                     spend=self.spend, status_of=_chat_status,
                 )  # fmt: skip
-            except Refusal as refused:
-                named = _refused_fields(refused, wanted)
+            except Refusal as refusal:
+                named = _refused_fields(refusal, content)
                 if not named:
                     raise
-                foreign |= named
+                left_out |= named
             else:
-                self.foreign |= foreign
+                self.refused_fields |= left_out
                 return answer
 
 
-def _refused_fields(refused: Refusal, sent: dict[str, Any]) -> set[str]:
-    """The optional fields of a request that its refusal names, and that it may do without."""
-    if refused.kind != "status":
+def _refused_fields(refusal: Refusal, content: dict[str, Any]) -> set[str]:
+    """The optional fields of a request that the refusal names."""
+    if refusal.kind != "status":
         return set()
-    text = json.dumps(json_of(refused.body), ensure_ascii=False) + refused.message  # its escapes are read
-    text = text.replace("enable_thinking", "chat_template_kwargs")  # which holds nothing else
-    named = {name for name in OPTIONAL if name in sent and re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
+    text = json.dumps(json_or_none(refusal.body), ensure_ascii=False) + refusal.message  # with JSON escapes decoded
+    text = text.replace("enable_thinking", "chat_template_kwargs")  # the only key in that field
+    named = {name for name in OPTIONAL if name in content and re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)}
     if re.search(SIZE, text, re.IGNORECASE) and not re.search(FOREIGN, text, re.IGNORECASE):
         named -= {"max_tokens", RENAMED}
     return named
 
 
 def _chat_status(reply: dict[str, Any]) -> int:
-    told = told_status(reply)
-    return 503 if told == 200 and _choice(reply)[1] in BROKEN_OFF else told
+    """The status that a 200 reply means: its error's, or 503 where the generation was aborted."""
+    status = status_in_body(reply)
+    return 503 if status == 200 and _choice(reply)[1] in ABORTED else status
 
 
 def _choice(reply: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Message and finish_reason of the first choice; {} and "" where it has none."""
+    """Message and finish_reason of the first choice; {} and "" where they are missing."""
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
@@ -172,7 +167,7 @@ def _choice(reply: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _text(content: Any) -> str | None:
-    """A message's content, a text or parts of which some are texts (others are thoughts); None where it is neither."""
+    """The text of a message's content, which is a text or a list of parts (texts, thoughts); None for anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

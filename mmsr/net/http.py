@@ -1,16 +1,16 @@
-"""One HTTP exchange with a server that nobody vouches for, and the keys that must not come out of it.
+"""One HTTP request to a server that nobody trusts, and the keys that must not leak from it.
 
-`exchange` has a deadline from the name's look-up to the last byte, and a cap on decoded bytes. With `require_public` as
-its check it connects to nothing but public addresses, and to the very address that was checked: a name may resolve
-differently the second time. Every error text, log line, header and body passes `redact`.
+`send_request` has a deadline, which covers everything from the DNS look-up to the last byte, and a limit on the decoded
+bytes. With `check=require_public` it connects to public addresses only, and to exactly the address that was checked: a
+second look-up of the name could give another one. Every error text, log line, header and body passes `redact`.
 
-Traps learnt: the time-out of requests is per read, so a server that drips its handshake, headers or body holds a call
-for ever; the texts of its exceptions hold whole addresses with the api_key in them, and so do the chained causes, which
-is why a failure is returned here and raised by the caller, where no other exception is being handled. requests prepares
-the messages, urllib3 carries them; no netrc or cookie of the environment is used.
+Traps. The timeout of requests applies to each read, so a server that sends one byte now and then can block a call
+without limit. The texts of its exceptions contain whole addresses, with the api_key, and so do their chained causes;
+therefore a failure is returned here and raised by the caller, outside of any exception handler. requests prepares the
+messages and urllib3 sends them; netrc files and cookies are not used.
 
-A service that the user names is asked through the proxy that the environment names. A stranger's address never is: a
-proxy looks names up by itself, inside the user's network, where no check of ours can see what they lead to.
+A service that the user configured is asked through the proxy that the environment names. An untrusted address is never
+asked through a proxy: the proxy would look the name up itself, inside the user's network, where we cannot check it.
 """
 
 from __future__ import annotations
@@ -43,44 +43,41 @@ from mmsr.system.errors import UserError
 from mmsr.tools import ToolFailure
 
 HEADERS = {"User-Agent": "mmsr (research on web search)", "Accept": "*/*", "Accept-Encoding": "gzip"}
-SHORTEST_SECRET = 8  # characters: "EMPTY", which local servers take as a key, must not be cut out of every page
+SHORTEST_SECRET = 8  # characters; shorter keys, such as the "EMPTY" of local servers, occur in ordinary text
 TRANSPORT = (
     requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError, zlib.error,
 )  # fmt: skip
 
-# Neither routed on the public internet nor what they seem: special uses that Python 3.11 takes for global, a cloud's
-# internal address, and ranges with an IPv4 address inside (6to4, Teredo). Of IPv6 only 2000::/3 is public at all.
+# Not public, although Python 3.11 says so: ranges for special uses, a cloud's internal address, and IPv6 ranges that
+# contain an IPv4 address (6to4, Teredo). Of IPv6 only 2000::/3 is public.
 NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2002::/16", "2001::/23", "3fff::/20")
 ]
 PUBLIC_V6 = ipaddress.ip_network("2000::/3")
-
 AUTHORITIES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # the first one that is set
 
-_strangers = threading.BoundedSemaphore(64)  # look-ups of their names at a time: their name servers may never answer
-_secrets: tuple[str, ...] = ()
-_keeping = threading.Lock()
+_untrusted_lookups = threading.BoundedSemaphore(64)  # at a time: the name servers of others may never answer
+_secrets: tuple[str, ...] = ()  # the longest first, as one may contain another
+_secrets_lock = threading.Lock()
 
 
 # ---- keys
 
 
 def keep_secret(key: str) -> str:
-    """The key without blanks around it; from now on `redact` knows it, in this process."""
+    """The key without blanks around it. From now on `redact` replaces it, in this process."""
     global _secrets
     key = key.strip()
     if len(key) >= SHORTEST_SECRET:
-        with _keeping:
+        with _secrets_lock:
             _secrets = tuple(sorted({*_secrets, key, quote(key, safe=""), quote_plus(key)}, key=len, reverse=True))
     return key
 
 
 def environment_key(variable: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The key that a variable holds, "" for none, which `redact` knows from now on.
-
-    Raises UserError for one that no header can carry: the complaint about the header would quote it.
-    """
+    """The key in an environment variable, "" for none; `redact` replaces it from now on. Raises UserError for one with
+    characters that no header takes: the error about the header would quote the key."""
     key = keep_secret(environ.get(variable, ""))
     if not re.fullmatch("[!-~]*", key):
         raise UserError(f"{variable}: has blanks or characters that no key has; copy the key again")
@@ -88,18 +85,18 @@ def environment_key(variable: str, environ: Mapping[str, str] = os.environ) -> s
 
 
 def redact(text: str) -> str:
+    """`text` with [key] for each secret."""
     for secret in _secrets:
         text = text.replace(secret, "[key]")
     return text
 
 
-class _Redacting(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
-        return True
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
-logging.getLogger("urllib3.connectionpool").addFilter(_Redacting())  # its DEBUG lines hold whole addresses
+logging.getLogger("urllib3.connectionpool").addFilter(_redact_record)  # its DEBUG lines contain whole addresses
 
 
 class Unsent(ToolFailure):
@@ -107,7 +104,7 @@ class Unsent(ToolFailure):
 
 
 def failure(kind: str, message: str, of: type[ToolFailure] = ToolFailure) -> ToolFailure:
-    """The one way to a failure: one printable line of limited length, without a key in it."""
+    """A failure whose message is one printable line of limited length without keys. All failures are made here."""
     line = "".join(letter if letter.isprintable() else " " for letter in redact(message))
     return of(kind, " ".join(line.split())[:400])
 
@@ -120,33 +117,29 @@ UNKNOWN_TO_PROXY = "the proxy wants a user name and password (407): give its add
 @dataclass(frozen=True)
 class Proxy:
     url: str  # without user name and password
-    headers: Mapping[str, str] = field(repr=False)  # which hold them
+    headers: Mapping[str, str] = field(repr=False)  # with them
 
     def __str__(self) -> str:
         return urlsplit(self.url).netloc
 
 
 def proxy_for(url: str) -> Proxy | None:
-    """The proxy through which a service that the user names is asked; None: it is asked directly.
-
-    The environment names it: HTTPS_PROXY or HTTP_PROXY by the address's scheme, or else ALL_PROXY, and the exceptions
-    in NO_PROXY; lower case goes before upper case. Loopback is always asked directly. Raises UserError for a proxy of
-    another kind (SOCKS), or what is no address.
-    """
+    """The proxy for a service that the user configured; None: a direct connection. It is HTTPS_PROXY or HTTP_PROXY, by
+    the address's scheme, else ALL_PROXY, with exceptions in NO_PROXY; the variables in lower case come first. Loopback
+    never has a proxy. Raises UserError for a proxy of another kind (SOCKS) and for a value that is not an address."""
     variable, value = _proxy_variable(url)
     if not value:
         return None
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
-        more = parts.path.strip("/") or parts.query or parts.fragment  # of a password, perhaps, that has a / or # in it
+        more = parts.path.strip("/") or parts.query or parts.fragment  # perhaps of a password with a / or # in it
         sound = parts.scheme in ("http", "https") and parts.hostname and not more
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         sound = False
     if not sound:  # the value may hold a password
-        raise UserError(
-            f"{variable}: not the address of an HTTP proxy; give http://HOST:PORT, or except hosts by NO_PROXY"
-        )
+        advice = "give http://HOST:PORT, or except hosts by NO_PROXY"
+        raise UserError(f"{variable}: not the address of an HTTP proxy; {advice}")
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     headers = {}
     if user or password:
@@ -158,12 +151,13 @@ def proxy_for(url: str) -> Proxy | None:
 
 
 def _proxy_variable(url: str) -> tuple[str, str]:
-    """The variable that names the proxy for an address, and what it says; "" where none does."""
+    """Name and value of the variable that gives the proxy for an address; "" and "" for a direct connection."""
     try:
         parts = urlsplit(url)
-        host, port = (parts.hostname or "").rstrip("."), parts.port or (443 if parts.scheme == "https" else 80)
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
-        return "", ""  # no address, as those will say who ask for it
+        return "", ""  # not an address: the request itself will say so
     if _is_direct(host, port):
         return "", ""
     for name in (f"{parts.scheme}_proxy", "all_proxy"):
@@ -174,7 +168,7 @@ def _proxy_variable(url: str) -> tuple[str, str]:
 
 
 def _is_direct(host: str, port: int) -> bool:
-    """Whether a host is this machine, or excepted by NO_PROXY: names (of domains, too), networks, host:port, or 10.*"""
+    """Whether a host is this machine or in NO_PROXY, which lists names, domains, networks, host:port and patterns."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -201,18 +195,18 @@ def _excepts(entry: str, host: str, address: Any, port: int) -> bool:
     return False
 
 
-# ---- one exchange
+# ---- one request
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A server's reply, whatever its status."""
+class Response:
+    """A server's reply of any status."""
 
     status: int
     headers: Mapping[str, str]  # names in lower case
     body: bytes  # decoded
     url: str
-    proxy: str = ""  # host and port of the one that was asked, who may have answered itself
+    proxy: str = ""  # host and port; a proxy may have answered instead of the server
 
     def json(self) -> dict[str, Any]:
         """The JSON object in the body. Raises ToolFailure("format")."""
@@ -220,7 +214,7 @@ class Answer:
             value, why = json.loads(self.body), "not an object"
         except RecursionError:
             value, why = None, "nested too deeply"
-        except ValueError:  # UnicodeDecodeError and integers of 5,000 digits too
+        except ValueError:  # also UnicodeDecodeError, and integers of more than 4,300 digits
             value, why = None, "not JSON"
         if not isinstance(value, dict):
             raise failure("format", f"{urlsplit(self.url).netloc}: {why}: {self.body[:80].decode(errors='replace')}")
@@ -228,7 +222,7 @@ class Answer:
 
 
 def require_public(address: str) -> None:
-    """Raise ToolFailure("blocked") unless a resolved address is a public one. MMSR_ALLOW_LOOPBACK=1 adds loopback."""
+    """Raise ToolFailure("blocked") unless an IP address is public. MMSR_ALLOW_LOOPBACK=1 allows loopback, too."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.is_loopback and os.environ.get("MMSR_ALLOW_LOOPBACK") == "1":
         return
@@ -237,37 +231,37 @@ def require_public(address: str) -> None:
         raise failure("blocked", f"{ip} is not a public address")
 
 
-class _Wire:
-    """Makes the connections of one exchange, each to an address that `check` has let pass, and cuts them in time.
-
-    The cut is made by another thread, on a duplicate of the socket: nothing that a server does can put it off.
-    """
+class _Dialer:
+    """Makes the connections of one request, to addresses that `check` allows, and cuts them at the deadline. Another
+    thread cuts them, on a duplicate of the socket, so that nothing that a server does can prevent it."""
 
     def __init__(self, seconds: float, resolve: Callable, check: Callable[[str], None] | None):
         self.deadline = time.monotonic() + seconds
         self.resolve, self.check = resolve, check
         self.expired = False
-        self.guards: list[tuple[threading.Timer, socket.socket]] = []
+        self.connections: list[tuple[threading.Timer, socket.socket]] = []
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("out of time")
         return left
 
     def dial(self, connection: HTTPConnection) -> socket.socket:
+        """A socket that is connected to the first address that accepts. Raises OSError where no address does."""
         found = self._look_up(connection.host, connection.port)
         if self.check:
             for *_, address in found:
                 self.check(address[0])
         error = OSError(f"{connection.host} has no address")
-        for rest, (family, kind, protocol, _, address) in zip(range(len(found), 0, -1), found):
+        for i, (family, kind, protocol, _, address) in enumerate(found):
             sock = socket.socket(family, kind, protocol)
             try:
-                sock.settimeout(self.left() / rest)  # an address that says nothing leaves time for the others
+                # An equal share of the time, so that an address that never answers leaves some for the others.
+                sock.settimeout(self.seconds_left() / (len(found) - i))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._guard(sock)
+                self._cut_at_deadline(sock)
                 return sock
             except OSError as refused:
                 sock.close()
@@ -275,9 +269,10 @@ class _Wire:
         raise error
 
     def _look_up(self, host: str, port: int) -> list:
-        """In a thread that the deadline leaves behind: nothing else ends a look-up. No service waits for strangers'."""
-        stranger, found = self.check is not None, Future()  # type: ignore[var-annotated]
-        if stranger and not _strangers.acquire(timeout=self.left()):
+        """What `resolve` gives. It runs in a thread that is abandoned at the deadline: a look-up cannot be stopped."""
+        untrusted = self.check is not None  # only these are limited in number: services must not wait for them
+        found: Future = Future()
+        if untrusted and not _untrusted_lookups.acquire(timeout=self.seconds_left()):
             raise TimeoutError("too many names are being looked up")
 
         def ask() -> None:
@@ -286,57 +281,56 @@ class _Wire:
             except BaseException as error:
                 found.set_exception(error)
             finally:
-                if stranger:
-                    _strangers.release()
+                if untrusted:
+                    _untrusted_lookups.release()
 
         threading.Thread(target=ask, name="lookup", daemon=True).start()
-        return found.result(self.left())
+        return found.result(self.seconds_left())
 
-    def _guard(self, sock: socket.socket) -> None:
-        timer = threading.Timer(self.left(), self._cut, [twin := sock.dup()])
+    def _cut_at_deadline(self, sock: socket.socket) -> None:
+        seconds = self.seconds_left()
+        duplicate = sock.dup()
+        timer = threading.Timer(seconds, self._cut, [duplicate])
         timer.daemon = True
-        self.guards.append((timer, twin))
+        self.connections.append((timer, duplicate))
         timer.start()
 
-    def _cut(self, twin: socket.socket) -> None:
+    def _cut(self, duplicate: socket.socket) -> None:
         self.expired = True
         with suppress(OSError):
-            twin.shutdown(socket.SHUT_RDWR)
+            duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        for timer, twin in self.guards:
+        for timer, duplicate in self.connections:
             timer.cancel()
-            twin.close()
+            duplicate.close()
 
 
 def public_authorities() -> ssl.SSLContext:
-    """TLS that trusts whom the environment names (AUTHORITIES) or, where it names nobody, whom requests trusts.
-
-    Raises UserError where a named file holds no certificates.
-    """
-    named = next((name for name in AUTHORITIES if os.environ.get(name)), "")
-    return _trusting(named, os.environ[named] if named else requests.certs.where())  # type: ignore[attr-defined]
+    """TLS that trusts the certificate authorities in AUTHORITIES or, where no variable is set, those of requests.
+    Raises UserError where a named file contains no certificates."""
+    variable = next((name for name in AUTHORITIES if os.environ.get(name)), "")
+    return _load_authorities(variable, os.environ.get(variable) or requests.certs.where())  # type: ignore[attr-defined]
 
 
-@cache  # reading them takes longer than many a call
-def _trusting(named: str, path: str) -> ssl.SSLContext:
+@cache  # reading the certificates takes longer than many calls
+def _load_authorities(variable: str, path: str) -> ssl.SSLContext:
     try:
         folder = all(map(os.path.isdir, path.split(os.pathsep)))  # SSL_CERT_DIR may name several
         return ssl.create_default_context(cafile=None if folder else path, capath=path if folder else None)
     except OSError as error:
-        raise UserError(
-            f"{named} {path}: no certificates can be read ({error.strerror or error}); name a PEM file"
-        ) from None
+        why = error.strerror or error
+        raise UserError(f"{variable} {path}: no certificates can be read ({why}); name a PEM file") from None
 
 
-def _connection(kind: type[HTTPConnection], wire: _Wire, **options: Any) -> HTTPConnection:
+def _connection(kind: type[HTTPConnection], dialer: _Dialer, **options: Any) -> HTTPConnection:
     connection = kind(**options)
-    connection._new_conn = partial(wire.dial, connection)  # type: ignore[method-assign]
+    connection._new_conn = partial(dialer.dial, connection)  # type: ignore[method-assign]
     return connection
 
 
-def _pool(url: str, wire: _Wire, tls: ssl.SSLContext, proxy: Proxy | None) -> urllib3.HTTPConnectionPool:
-    """For one request. TLS holds the certificate to the host's name, whatever address was dialled."""
+def _pool(url: str, dialer: _Dialer, tls: ssl.SSLContext, proxy: Proxy | None) -> urllib3.HTTPConnectionPool:
+    """A pool for one request. TLS compares the certificate with the host's name, not with the address."""
     parts = urllib3.util.parse_url(url)
     secure: dict[str, Any] = {"ssl_context": tls, "cert_reqs": "CERT_REQUIRED"}
     if proxy:
@@ -344,23 +338,24 @@ def _pool(url: str, wire: _Wire, tls: ssl.SSLContext, proxy: Proxy | None) -> ur
     else:
         manager = urllib3.PoolManager(**secure)
     pool = manager.connection_from_host(parts.host, parts.port, parts.scheme)
-    pool.ConnectionCls = partial(_connection, pool.ConnectionCls, wire)  # type: ignore[assignment,arg-type]
+    pool.ConnectionCls = partial(_connection, pool.ConnectionCls, dialer)  # type: ignore[assignment,arg-type]
     return pool
 
 
-def _body(reply: urllib3.BaseHTTPResponse, limit: int, wire: _Wire) -> bytes:
-    """The decoded body; never more than `limit` bytes of it are made, however small they were sent."""
+def _body(reply: urllib3.BaseHTTPResponse, limit: int, dialer: _Dialer) -> bytes:
+    """The decoded body. ToolFailure("too-large") as soon as it has more than `limit` bytes, however few were sent."""
     codings = [coding.strip().lower() for coding in reply.headers.get("Content-Encoding", "").split(",")]
     coding = ",".join(name for name in codings if name not in ("", "identity"))
     if coding not in ("", "gzip", "x-gzip", "deflate"):
         raise failure("format", f"content encoding {coding} was not asked for")
     unzip = _Unzip() if coding else None
-    body, sent = bytearray(), 0
+    body = bytearray()
+    sent = 0  # compressed bytes
     while piece := reply.read(2**16, decode_content=False):
-        wire.left()  # unpacking takes time, too
+        dialer.seconds_left()  # raises after the deadline: decompression takes time, too
         sent += len(piece)
         body += unzip(piece, limit + 1 - len(body)) if unzip else piece
-        if len(body) > limit or sent > 2 * limit + 2**16:  # compressed emptiness has no end either
+        if len(body) > limit or sent > 2 * limit + 2**16:  # compressed bytes may give no output
             raise failure("too-large", f"the reply is over the limit of {limit:,} bytes")
         if unzip and unzip.over:
             break
@@ -370,10 +365,8 @@ def _body(reply: urllib3.BaseHTTPResponse, limit: int, wire: _Wire) -> bytes:
 
 
 class _Unzip:
-    """Unpacks gzip, zlib's format and, as some servers understand `deflate`, the bare stream, piece by piece.
-
-    Members of gzip may follow each other. What follows the last one is ignored, as browsers do; then it is `over`.
-    """
+    """Decompresses, piece by piece, gzip, zlib's format and the raw deflate stream that some servers send. A gzip
+    stream may have several members. Bytes after the last member are ignored, as in browsers; then it is `over`."""
 
     def __init__(self) -> None:
         self.stream: Any = None
@@ -384,12 +377,12 @@ class _Unzip:
         return self.stream.eof
 
     def __call__(self, data: bytes, most: int) -> bytes:
-        """At most `most` bytes; where it is as many, there may be more, and no further call makes sense."""
+        """At most `most` bytes of output. Where it is exactly as many, input may be lost: do not call it again."""
         found = bytearray()
         while data and len(found) < most:
             if self.stream is None:
-                bare = data[0] & 15 != 8 and data[0] != 0x1F  # the first byte of zlib's format, and of gzip
-                self.stream = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+                raw = data[0] & 15 != 8 and data[0] != 0x1F  # neither the first byte of zlib's format nor of gzip
+                self.stream = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
             elif self.stream.eof:
                 if data[0] != 0x1F:
                     self.over = True
@@ -400,7 +393,7 @@ class _Unzip:
         return bytes(found)
 
 
-def exchange(
+def send_request(
     method: str,
     url: str,
     *,
@@ -410,66 +403,74 @@ def exchange(
     resolve: Callable = socket.getaddrinfo,
     check: Callable[[str], None] | None = None,
     **content: Any,
-) -> Answer | ToolFailure:
-    """What the server answered, or why there is no whole answer. `content` is what requests.Request takes.
-
-    `check(address)` raises ToolFailure for an address that may not be connected to; with it no proxy is used. Raises
-    UserError as `proxy_for` does.
-    """
-    wire, where = _Wire(seconds, resolve, check), "the address"
+) -> Response | ToolFailure:
+    """The server's reply, or the failure where there is no whole reply. `content` is what requests.Request takes.
+    `check(address)` raises ToolFailure for an address that must not be connected to; with it no proxy is used. Raises
+    UserError as `proxy_for` does."""
+    dialer = _Dialer(seconds, resolve, check)
+    server = "the address"
     try:
         headers = HEADERS | content.pop("headers", {})
-        sent = requests.Request(method, url, headers=headers, **content).prepare()
-        where = str(urlsplit(sent.url).hostname)
-        proxy = None if check else proxy_for(sent.url)
+        message = requests.Request(method, url, headers=headers, **content).prepare()
+        server = str(urlsplit(message.url).hostname)
+        proxy = None if check else proxy_for(message.url)
         if proxy:
-            where += f", through the proxy {proxy}"
-        with _pool(sent.url, wire, tls, proxy) as pool:
-            reply = pool.urlopen(
-                sent.method, _target(sent, proxy), sent.body, sent.headers, retries=False, redirect=False,
-                assert_same_host=False, preload_content=False, decode_content=False, timeout=wire.left(),
-            )  # fmt: skip
-            with closing(reply):
-                body = _body(reply, limit, wire)
+            server += f", through the proxy {proxy}"
+        reply, body = _transfer(message, dialer, tls, proxy, limit)
         if proxy and reply.status == 407:
-            return failure("auth", f"{where}: {UNKNOWN_TO_PROXY}", Unsent)
-        if not wire.expired:  # a body of unknown length seems to end where the wire was cut
+            return failure("auth", f"{server}: {UNKNOWN_TO_PROXY}", Unsent)
+        if not dialer.expired:  # a body of unknown length looks complete where the deadline cut the connection
             headers = {name.lower(): redact(value) for name, value in reply.headers.items()}
-            return Answer(reply.status, headers, _redacted(body), redact(sent.url), str(proxy or ""))
+            return Response(reply.status, headers, _redacted(body), redact(message.url), str(proxy or ""))
         kind, why = "timeout", ""
     except ToolFailure as failed:
         return failed
     except TRANSPORT as error:
-        cause = next((part for part in error.args if isinstance(part, Exception)), error)  # urllib3 wraps
-        kind = _kind(cause, wire)
-        why = "" if kind == "timeout" else getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+        kind, why = _explain(error, dialer)
     finally:
-        wire.close()
-    refused = "Tunnel connection failed" in why  # http.client's words: the proxy did not pass us on
-    if refused and "failed: 407" in why:
+        dialer.close()
+    return _no_reply(server, kind, why or f"no whole reply within {seconds:.1f} s", url, dialer)
+
+
+def _transfer(
+    message: requests.PreparedRequest, dialer: _Dialer, tls: ssl.SSLContext, proxy: Proxy | None, limit: int
+) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+    """Send a message; the reply and its decoded body."""
+    target = message.path_url
+    if proxy and message.url.startswith("http:"):  # an https request goes through a tunnel
+        target = requests.utils.urldefragauth(message.url)  # type: ignore[attr-defined]
+    with _pool(message.url, dialer, tls, proxy) as pool:
+        reply = pool.urlopen(
+            message.method, target, message.body, message.headers, retries=False, redirect=False,
+            assert_same_host=False, preload_content=False, decode_content=False, timeout=dialer.seconds_left(),
+        )  # fmt: skip
+        with closing(reply):
+            return reply, _body(reply, limit, dialer)
+
+
+def _explain(error: Exception, dialer: _Dialer) -> tuple[str, str]:
+    """Kind and text of what a transfer raised; no text for a timeout."""
+    cause = next((part for part in error.args if isinstance(part, Exception)), error)  # urllib3 wraps the cause
+    if dialer.expired or isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)):
+        return "timeout", ""
+    permanent = isinstance(cause, (ValueError, zlib.error)) and not isinstance(cause, OSError)
+    why = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}"
+    return "format" if permanent else "network", why
+
+
+def _no_reply(server: str, kind: str, why: str, url: str, dialer: _Dialer) -> ToolFailure:
+    """The failure of a request without a whole reply, with advice."""
+    refused_by_proxy = "Tunnel connection failed" in why  # the words of http.client
+    if refused_by_proxy and "failed: 407" in why:
         kind, why = "auth", UNKNOWN_TO_PROXY
-    why = why or f"no whole reply within {seconds:.1f} s"
-    if "CERTIFICATE_VERIFY_FAILED" in why and not check:
+    if "CERTIFICATE_VERIFY_FAILED" in why and not dialer.check:
         why += " (REQUESTS_CA_BUNDLE names a file of certificates that are to be trusted)"
-    if check and kind in ("timeout", "network") and (variable := _proxy_variable(url)[0]):
+    if dialer.check and kind in ("timeout", "network") and (variable := _proxy_variable(url)[0]):
         why += f" (addresses that others gave are not asked through the proxy of {variable})"
-    return failure(kind, f"{where}: {why}", Unsent if refused or not wire.guards else ToolFailure)
-
-
-def _target(sent: requests.PreparedRequest, proxy: Proxy | None) -> str:
-    """What the request line names: a path, to a proxy the whole address. Through the tunnel of https a path, too."""
-    forwarded = proxy and sent.url.startswith("http:")
-    return requests.utils.urldefragauth(sent.url) if forwarded else sent.path_url  # type: ignore[attr-defined]
-
-
-def _kind(cause: Exception, wire: _Wire) -> str:
-    if wire.expired or isinstance(cause, (TimeoutError, urllib3.exceptions.TimeoutError)):
-        return "timeout"
-    lasting = isinstance(cause, (ValueError, zlib.error)) and not isinstance(cause, OSError)
-    return "format" if lasting else "network"
+    return failure(kind, f"{server}: {why}", Unsent if refused_by_proxy or not dialer.connections else ToolFailure)
 
 
 def _redacted(body: bytes) -> bytes:
-    for secret in _secrets:  # a server may echo what it was sent
+    for secret in _secrets:  # a server may repeat what it was sent
         body = body.replace(secret.encode(), b"[key]")
     return body

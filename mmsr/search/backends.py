@@ -1,7 +1,7 @@
-"""`--search BACKEND` to a search engine, for every entry point.
+"""Opens the search engine that `--search` names, for every program.
 
-Whatever can be asked again for money or time (live, remote, local) is recorded in one file and answered from there.
-What a back-end needs is imported when it is opened: a search of a local index must not wait for torch.
+Results that would cost money or time again (live, remote, local) are recorded in one file and answered from there. The
+modules of a back-end are imported when it is opened, so that a search of a local index does not wait for torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from mmsr.system.files import cache_folder
 from mmsr.tools import Backend, NoSearch
 
 KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
-
-PATIENCE = 360.0  # seconds that a search waits for the same one under way: more than `web.LONGEST`
+PATIENCE = 360.0  # seconds that a search waits for the same search of another process: more than `web.LONGEST`
 
 
 @dataclass
 class Search:
-    """An opened search engine, and what it may spend where it can spend anything."""
+    """An opened search engine, and its budget where its searches cost money."""
 
     backend: Backend
     spending: Budget | None = None
@@ -38,11 +37,9 @@ class Search:
 def open_backend(
     options: Options, examples: Iterable[Example] = (), ledger: Path | None = None, quiet: bool = False
 ) -> Search:
-    """The search engine that `options.search` names. `ledger`: the file of the run's spending.
-
-    `examples` give the pictures to recordings that know image searches by a question's id only; the first one tells
-    whether pictures have addresses. Raises UserError.
-    """
+    """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls. Some
+    recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example has
+    an address decides which keys a live search needs. Raises UserError."""
     kind, colon, where = options.search.partition(":")
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
         raise UserError(f"--search {options.search}: not complete; give {KNOWN}")
@@ -68,7 +65,7 @@ def _toy() -> Backend:
     from mmsr.toy.world import FULL, World
 
     world = World(0, FULL)
-    _ = world.train  # the toy web knows a picture once it has been drawn
+    _ = world.train  # draws the pictures: the toy web knows only pictures that have been drawn
     return world.web
 
 
@@ -76,7 +73,7 @@ def _local(options: Options, file: str) -> Backend:
     from mmsr.search.index import Local
 
     local = Local(file, options.results)
-    made = os.stat(file).st_mtime_ns  # an index that has grown answers otherwise
+    made = os.stat(file).st_mtime_ns  # after an addition to the index, old recordings are no longer right
     return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
 
 
@@ -85,10 +82,11 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
 
     if not options.budget:
         raise UserError("--search live: every search costs money; give --budget N, the paid calls that it may make")
-    spending, form = Budget(ledger, "run", options.budget, options.step_budget), options.image_results
-    pictures = options.max_images > 0 and not addressed
-    live = Live.from_environment(form, options.results, spending.spend, pictures)
-    form, summary = f"live/{form}/{options.results}", form == "summary"
+    spending = Budget(ledger, "run", options.budget, options.step_budget)
+    uploads = options.max_images > 0 and not addressed
+    live = Live.from_environment(options.image_results, options.results, spending.spend, uploads)
+    form = f"live/{options.image_results}/{options.results}"
+    summary = options.image_results == "summary"
     return Search(_recorded(live, options, form, by_question=summary, imported=not summary), spending)
 
 
@@ -114,19 +112,17 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
 
 
 def import_searches(store: Store, file: str | Path, examples: Iterable[Example]) -> str:
-    """Record the searches of any file that has some, and say what was in it. Raises UserError.
-
-    A .pkl is FVQA's published image-search results, a .jsonl recorded conversations or exported searches, and anything
-    else another store. Conversations and published results are joined by id to the pictures of `examples`.
-    """
+    """Record the searches in a file; returns a sentence about what it contained. Raises UserError. A .pkl has FVQA's
+    published image-search results, a .jsonl recorded conversations or exported searches; any other file is a store.
+    Conversations and published results are joined by id to the pictures of `examples`."""
     if str(file).endswith(".pkl"):
-        from mmsr.data import fvqa as hub
+        from mmsr.data import fvqa
 
-        results = hub.search_results(file)
-        hits = [hit for seen in results.values() for hit in seen.hits]
+        results = fvqa.search_results(file)
+        hits = [hit for result in results.values() for hit in result.hits]
         new = import_results(store, results, examples)
-        bare = sum(hit.image is None for hit in hits)
-        thumbnails = f"{bare} of their {len(hits)} hits have no thumbnail (addresses are not followed)"
+        without = sum(hit.image is None for hit in hits)
+        thumbnails = f"{without} of their {len(hits)} hits have no thumbnail (addresses are not followed)"
         return f"image searches of {len(results)} questions, {new} of them new here; {thumbnails}"
     if not str(file).endswith(".jsonl"):
         new = merge(store, file)
@@ -138,7 +134,7 @@ def import_searches(store: Store, file: str | Path, examples: Iterable[Example])
 
 
 def _exported(file: str | Path) -> bool:
-    """Whether the first line is an exported search. What is no line at all is left to the reader to refuse."""
+    """Whether the first line is an exported search. False for a damaged line, which the reader then reports."""
     try:
         with open(file, "rb") as lines:
             return "tool" in json.loads(lines.readline())

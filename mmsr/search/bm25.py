@@ -1,13 +1,12 @@
-"""The words of a text, made alike of pages and of queries, and BM25 over a handful of documents in memory
-(Robertson and Zaragoza, 2009).
+"""The words of pages and of queries, and BM25 over a few documents in memory (Robertson and Zaragoza, 2009).
 
 A word is a run of letters, digits and their marks, folded: without case, ligatures, accents and the optional points of
-Arabic and Hebrew, but with the vowel signs of India's scripts. Scripts without blanks between words, and Korean, which
-writes particles at their ends, have no such words: of their runs every character is one, and every two neighbours. A
-query asks for the pairs, or for the character where it stands alone.
+Arabic and Hebrew, but with the vowel signs of Indian scripts. Scripts without blanks between words have no such words,
+nor has Korean, whose particles are written at the ends of words: of their runs, every character is a token, and every
+pair of neighbours. A query asks for the pairs, or for a character that is alone.
 
-Trap: SQLite's own tokenizers fold otherwise than Python and know no pairs. So text goes into FTS5 as `searchable` makes
-it, with a tokenizer that only cuts it at blanks.
+Trap: SQLite's own tokenizers fold differently and have no pairs. So FTS5 gets the text as `searchable` returns it, and
+a tokenizer that only splits at blanks.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from collections import Counter
 from itertools import chain, pairwise
 from typing import Sequence
 
-K1, B = 1.5, 0.75  # how soon repetition stops counting, how much length is held against a document
+K1, B = 1.5, 0.75  # k1: saturation of the term frequency; b: normalisation by the document's length
 QUERY_WORDS = 64
 COMMON = frozenset("a an and are as at by did do does for from how in is of on or the to was were what who".split())
 
-# Kana without ・ and ゠, ideographs; Thai, Lao, Burmese, Khmer; emoji.
+# Scripts without blanks: kana (without ・ and ゠), ideographs; Thai, Lao, Burmese, Khmer; emoji.
 UNSPACED = (
     "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
@@ -31,7 +30,7 @@ UNSPACED = (
     "\u1000-\u102a\u103f\u1050-\u1055\u1780-\u17b3\u17d7\u2600-\u27bf\U0001f1e6-\U0001faff"
 )
 HANGUL = "\u1100-\u11ff\uac00-\ud7a3"
-# Accents, points, and what is not seen; not the marks without which a word of their script is another one.
+# Accents, points and invisible characters; not the marks that distinguish words in their script.
 DROPPED = re.compile(
     "[\u00ad\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f"
     "\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0711\u0730-\u074a\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e"
@@ -41,7 +40,7 @@ KEPT = chain(range(0x07A6, 0x1AB0), range(0x1B00, 0x1D00), range(0xA800, 0xAC00)
 MARKS = "".join(chr(code) for code in KEPT if unicodedata.category(chr(code))[0] == "M")
 PLAIN_LETTERS = str.maketrans(
     {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
-    | {"ی": "ي", "ى": "ي", "ک": "ك"}  # Persian's letters and Arabic's
+    | {"ی": "ي", "ى": "ي", "ک": "ك"}  # Persian letters to Arabic ones
     | {chr(code): str(int(chr(code))) for code in range(0x660, 0x1E960) if chr(code).isdecimal()}
 )
 CHARACTER = re.compile(rf"[{UNSPACED}{HANGUL}][{MARKS}]*")
@@ -51,7 +50,7 @@ RUN = re.compile(rf"(?:[{UNSPACED}][{MARKS}]*)+|[{HANGUL}]+|{LETTER}+(?:[{MARKS}
 
 
 def fold(text: str) -> str:
-    """What the spellings of a word have in common: Straße and STRASSE, İzmir and izmir, Kraków and Krakow."""
+    """A form that is equal for all spellings of a word: Straße and STRASSE, İzmir and izmir, Kraków and Krakow."""
     if text.isascii():
         return text.lower()
     bare = DROPPED.sub("", unicodedata.normalize("NFKD", text)).casefold().translate(PLAIN_LETTERS)
@@ -59,13 +58,15 @@ def fold(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in their order; of a script without blanks, its characters."""
-    runs = RUN.findall(fold(text))
-    return list(chain.from_iterable(CHARACTER.findall(run) if BLANKLESS.match(run) else [run] for run in runs))
+    """The words of a text in order; of a script without blanks, its characters."""
+    found = []
+    for run in RUN.findall(fold(text)):
+        found += CHARACTER.findall(run) if BLANKLESS.match(run) else [run]
+    return found
 
 
 def tokens(text: str) -> list[str]:
-    """What a page is found by."""
+    """The tokens by which a page is found."""
     found = []
     for run in RUN.findall(fold(text)):
         characters = CHARACTER.findall(run)
@@ -73,7 +74,7 @@ def tokens(text: str) -> list[str]:
     return found
 
 
-def asked(query: str) -> list[str]:
+def query_tokens(query: str) -> list[str]:
     """The tokens that a query asks for, each once."""
     found = []
     for run in RUN.findall(fold(query)):
@@ -87,25 +88,26 @@ def _pairs(characters: Sequence[str]) -> list[str]:
 
 
 def rank(query: str, documents: Sequence[str]) -> list[tuple[int, float]]:
-    """(index, score) of the documents that share a word with the query, the best first; equals keep their order."""
+    """(index, BM25 score) of the documents that share a token with the query, the best first, equals in their order.
+    BM25 = Σ over tokens of idf · tf · (k1 + 1) / (tf + k1 · (1 - b + b · length / mean length))."""
     counts = [Counter(tokens(document)) for document in documents]
     lengths = [count.total() for count in counts]
     mean = sum(lengths) / max(len(lengths), 1) or 1.0
     scores = [0.0] * len(documents)
-    for word in asked(query):
-        holders = [index for index, count in enumerate(counts) if word in count]
-        rarity = math.log(1 + (len(documents) - len(holders) + 0.5) / (len(holders) + 0.5))
-        for index in holders:
-            times = counts[index][word]
-            scores[index] += rarity * times * (K1 + 1) / (times + K1 * (1 - B + B * lengths[index] / mean))
+    for token in query_tokens(query):
+        matching = [index for index, count in enumerate(counts) if token in count]
+        idf = math.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
+        for index in matching:
+            tf = counts[index][token]
+            scores[index] += idf * tf * (K1 + 1) / (tf + K1 * (1 - B + B * lengths[index] / mean))
     found = [(index, score) for index, score in enumerate(scores) if score > 0]
     return sorted(found, key=lambda pair: -pair[1])
 
 
-# For SQLite: columns of `searchable` texts, with the option TOKENIZE.
+# ---- SQLite's FTS5, for columns of `searchable` texts
 
 TOKENIZE = "tokenize = 'ascii'"
-STEMMED = "tokenize = 'porter ascii'"  # English endings do not matter
+STEMMED = "tokenize = 'porter ascii'"  # without English endings
 
 
 def searchable(text: str) -> str:
@@ -114,7 +116,7 @@ def searchable(text: str) -> str:
 
 
 def sqlite_query(text: str) -> str:
-    """An FTS5 query for any of the words of a text; empty where it has none. Whatever the text, it is only words."""
-    found = asked(text)
-    telling = [word for word in found if word not in COMMON] or found
-    return " OR ".join(f'"{word}"' for word in telling[:QUERY_WORDS])
+    """An FTS5 query for any of a text's tokens, "" for none. All are quoted: no text can use FTS5's query language."""
+    found = query_tokens(text)
+    informative = [token for token in found if token not in COMMON] or found
+    return " OR ".join(f'"{token}"' for token in informative[:QUERY_WORDS])

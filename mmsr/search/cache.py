@@ -1,9 +1,8 @@
-"""Search engines before and behind a store of results: `Cached` records, `Replayed` never calls anything.
+"""A search engine in front of a store of results (`Cached`), and one that only replays the store (`Replayed`).
 
-What was asked before is answered from the file; what is being asked by another thread or process is waited for; a new
-result is on the disk before its caller sees it, so that a resumed run sees the same. Results also come from recorded
-conversations, from another store, and from JSON lines, and go out as such lines. Everything can be repeated: the first
-recording of a search counts.
+`Cached` answers recorded searches from the file, waits where another thread or process makes the same search, and
+records a new result on disk before it returns it, so that a resumed run gets the same results. Results are also
+imported from recorded conversations, stores and JSON lines, and exported. The first recording of a search stays.
 """
 
 from __future__ import annotations
@@ -21,34 +20,22 @@ from typing import Literal
 
 from mmsr.episode import Example, Hit, Observation
 from mmsr.search import bm25
-from mmsr.search.store import (
-    Key,
-    Record,
-    Store,
-    demand,
-    demand_number,
-    image_key,
-    observation,
-    plain,
-    refuse_pickle,
-    sha256,
-    storable,
-    text_key,
-)
+from mmsr.search import store as stores
+from mmsr.search.store import Key, Record, Store, image_key, refuse_pickle, sha256, storable, text_key
 from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
-NEAREST = 5  # pages
+NEAREST = 5  # pages that Replayed("nearest") returns
 
 
 class Cached:
-    """A search engine that is asked only what is not recorded, and by one caller at a time.
+    """A search engine that is asked only what is not recorded, and each search by only one caller at a time.
 
-    `form` names how results are made ("thumbnails/5"), so that no other form is taken for them; with `by_question` an
-    image search's results are for its question only. With `imported` an imported image search, which has no form, will
-    do as well: where results are titles and thumbnails, as those are. Waiting for another's call ends after `patience`
-    seconds with ToolFailure("timeout"): give more than the engine's own deadline.
+    `form` names how results are made ("thumbnails/5"); results of another form are not used. With `by_question` the
+    results of an image search are used for its question only. With `imported` the results of an imported image search,
+    which have no form, are used as well: right where results are titles and thumbnails, as those are. A caller waits
+    `patience` seconds for another's search (ToolFailure("timeout")): more than the engine's own deadline.
     """
 
     def __init__(
@@ -60,8 +47,8 @@ class Cached:
         patience: float = 300.0,
         imported: bool = False,
     ):
-        self.backend, self.store, self.form = backend, store, form
-        self.by_question, self.patience, self.imported = by_question, patience, imported
+        self.backend, self.store, self.patience = backend, store, patience
+        self.form, self.by_question, self.imported = form, by_question, imported
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
         key = image_key(image, self.form, question if self.by_question else "")
@@ -78,29 +65,29 @@ class Cached:
         if not seen.cached:
             return seen
         self.store.count("hits", key.tool)
-        return replace(seen, seconds=0.0)  # the recorded seconds are not this caller's
+        return replace(seen, seconds=0.0)  # the recorded seconds are those of the first caller
 
     def _ask(self, key: Key, ask: Callable[[], Observation]) -> Observation:
-        if recorded := self.store.get(key):  # while this caller waited for its turn
+        if recorded := self.store.get(key):  # by another process, while this caller waited
             return recorded
-        start, ok = time.perf_counter(), False
+        start = time.perf_counter()
+        ok = False
         try:
             seen = ask()
             ok = seen.ok
         finally:
             self.store.count("calls" if ok else "failures", key.tool)
         self.store.put(key, replace(seen, seconds=seen.seconds or time.perf_counter() - start))
-        return replace(self.store.get(key) or seen, cached=False)  # as it is recorded, to the letter
+        return replace(self.store.get(key) or seen, cached=False)  # exactly as later callers will get it
 
 
 class Replayed:
-    """A search engine that answers from recorded results alone. What is not recorded is, by `miss`,
+    """A search engine that answers from recorded results only, of any form; those for the same question come first.
 
+    A search that is not recorded gives, by `miss`:
     - "error": ToolFailure("miss");
-    - "empty": an honest observation of nothing;
-    - "nearest": the nearest of all recorded pages, by BM25, for a text search; nothing for a picture.
-
-    A result of any form will do, one for the same question first.
+    - "empty": an observation without hits;
+    - "nearest": for a text search the nearest recorded pages, by BM25; for a picture no hits.
     """
 
     def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error"):
@@ -126,22 +113,22 @@ class Replayed:
 
 
 class _Pages:
-    """The pages of all recorded text searches, in a private full-text index."""
+    """The pages of all recorded text searches, in a full-text index of this process."""
 
     def __init__(self, store: Store):
         self.lock = threading.Lock()
         self.db = sqlite3.connect("", check_same_thread=False)
         self.db.execute("CREATE TABLE pages (id INTEGER PRIMARY KEY, title TEXT, text TEXT, url TEXT)")
         self.db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', {bm25.TOKENIZE})")
-        found = (hit for key, seen, _ in store.records() if key.tool == TEXT_SEARCH for hit in seen.hits)
-        pages = dict.fromkeys((storable(hit.title), storable(hit.text), storable(hit.url)) for hit in found)
+        hits = (hit for key, seen, _ in store.records() if key.tool == TEXT_SEARCH for hit in seen.hits)
+        pages = dict.fromkeys((storable(hit.title), storable(hit.text), storable(hit.url)) for hit in hits)
         for number, (title, text, url) in enumerate(pages):
             self.db.execute("INSERT INTO pages VALUES (?, ?, ?, ?)", (number, title, text, url))
             words = (number, bm25.searchable(title), bm25.searchable(text))
             self.db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", words)
 
     def nearest(self, query: str) -> tuple[Hit, ...]:
-        """The best pages for any of the query's words, with BM25 as score."""
+        """The best pages for any of the query's words, scored by BM25."""
         match = bm25.sqlite_query(query)
         sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON id = words.rowid
                  WHERE words MATCH ? ORDER BY rank, id LIMIT ?"""
@@ -151,14 +138,13 @@ class _Pages:
 
 
 def import_transcripts(store: Store, path: str | Path, examples: Iterable[Example]) -> int:
-    """Record the searches of a transcripts file (see `recorded.recorded_turns`); how many were new.
-
-    Image searches are joined by id to the pictures of `examples`, which are read once.
-    """
-    from mmsr.data.recorded import recorded_turns  # with it comes pyarrow, which no search waits for
+    """Record the searches of a transcripts file (see `recorded.recorded_turns`); returns how many were new. Image
+    searches are joined by id to the pictures of `examples`, which are read once."""
+    from mmsr.data.recorded import recorded_turns
 
     refuse_pickle(Path(path))
-    recorded, now = recorded_turns(path), time.time()
+    recorded = recorded_turns(path)
+    now = time.time()
 
     def searches() -> Iterator[Record]:
         for turns in recorded.values():
@@ -174,33 +160,34 @@ def import_transcripts(store: Store, path: str | Path, examples: Iterable[Exampl
 
 
 def import_results(store: Store, results: Mapping[str, Observation], examples: Iterable[Example]) -> int:
-    """Record image searches by the pictures of the examples whose ids they carry; how many were new."""
+    """Record image searches, given by example id, for the pictures of `examples`; returns how many were new."""
     now = time.time()
-    return store.add((image_key(e.image), results[e.id], now) for e in examples if e.id in results)
+    searches = ((image_key(example.image), results[example.id], now) for example in examples if example.id in results)
+    return store.add(searches)
 
 
 def merge(store: Store, path: str | Path) -> int:
-    """Record the results of another store's file; how many were new. Its counts and spend stay its own."""
+    """Record the results of another store's file; returns how many were new. Counts and spending are not merged."""
     with closing(Store(path, readonly=True)) as other:
         return store.add(other.records())
 
 
 def export_jsonl(store: Store, path: str | Path) -> int:
-    """Write all sound results as JSON lines, thumbnails in base64; how many. Whole or not at all."""
+    """Write all undamaged results as JSON lines, thumbnails in base64; returns how many. The file is atomic."""
     written = 0
     with beside(Path(path)) as side, side.open("w", encoding="ascii") as file:
         for key, seen, when in store.records():
-            line = key._asdict() | {"time": when} | plain(seen, lambda image: base64.b64encode(image).decode())
+            line = key._asdict() | {"time": when} | stores.plain(seen, lambda image: base64.b64encode(image).decode())
             file.write(json.dumps(line) + "\n")
             written += 1
     return written
 
 
 def import_jsonl(store: Store, path: str | Path) -> int:
-    """Record what `export_jsonl` wrote; how many were new. Raises UserError that names the row, and records nothing."""
+    """Record what `export_jsonl` wrote; returns how many were new. With a bad row it records nothing: UserError."""
     refuse_pickle(Path(path))
     for _ in _exported(Path(path)):
-        pass  # all rows are checked first
+        pass  # check all rows first
     return store.add(_exported(Path(path)))
 
 
@@ -209,9 +196,9 @@ def _exported(path: Path) -> Iterator[Record]:
         try:
             found = json.loads(line)
             key = Key(*(found[name] for name in Key._fields))
-            demand(str, *key)
-            when = demand_number(found["time"])
-            yield key, observation(found, lambda text: base64.b64decode(text, validate=True)), when
+            stores.demand(str, *key)
+            when = stores.demand_number(found["time"])
+            yield key, stores.observation(found, lambda text: base64.b64decode(text, validate=True)), when
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"{type(error).__name__}: {error}"
-            raise UserError(f"{path}: row {row}: no exported result ({what:.100}); mend the line") from None
+            raise UserError(f"{path}: row {row}: no exported result ({what:.100}); correct the line") from None

@@ -1,14 +1,13 @@
-"""The local search engine: pictures and pages of your own in one SQLite file, found without a network or a key.
+"""The local search engine: the user's pictures and pages in one SQLite file, without a network or a key.
 
-Pages are found by BM25 (SQLite's FTS5), pictures by comparing an encoder's vectors with every one in the index:
-100,000 pictures of 1,280 numbers are one product of a matrix and a vector, 30 ms on one core. `build` adds to a file,
-batch by batch; each is committed, so whatever ends it early, the next run goes on from there. Nothing is keyed by file
-name: the same bytes are encoded once, under however many titles.
+Pages are found by BM25 (SQLite's FTS5), pictures by comparing an encoder's vector with all vectors of the index: for
+100,000 pictures of 1,280 numbers that is one matrix-vector product, 30 ms on one core. `build` adds to a file in
+batches. Each is committed, so that after an interruption the next run continues from there. The key of a picture is the
+hash of its bytes, not its file name: equal bytes are encoded once, even with several titles.
 
-Traps: whatever a user types must be quoted word by word, or FTS5 reads it as its query language. Its tokenizers find no
-Chinese, so the full-text table holds the tokens that `bm25.py` makes; a file of an earlier version is indexed anew from
-its pages when it is opened. An index is worth nothing with another encoder, so the file holds the vector of a test
-picture, and opening it compares.
+Traps. Every word of a query must be quoted, or FTS5 reads it as its query language. FTS5's tokenizers do not find
+Chinese, so the full-text table holds the tokens of `bm25.py`; a file from an earlier version is indexed again when it
+is opened. An index is useless with another encoder, so it holds the vector of a test picture, which is compared.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ COMMIT;
 """
 WORDS = f"CREATE VIRTUAL TABLE words USING fts5 (title, text, content = '', {bm25.STEMMED})"
 PICTURES_PER_BATCH, PAGES_PER_BATCH = 32, 500
-ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side at most: of what is encoded, and of what is shown
+ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side, at most, for the encoder and for the thumbnail
 THUMBNAIL_BYTES = 2**18
-PASSAGE = 800  # characters of a page that a search shows at most
-REBUILDING = 3600  # seconds that one process waits while another indexes the words anew
+PASSAGE = 800  # characters of a page that a search returns at most
+REBUILDING = 3600  # seconds that one process waits while another indexes the words again
 
 
 # ---- building
@@ -63,13 +62,12 @@ REBUILDING = 3600  # seconds that one process waits while another indexes the wo
 def build(
     file: str | Path, encoder: str, images: str | Path | None, titles: str | Path | None, pages: str | Path | None
 ) -> Counter:
-    """Add to the index `file`, made where there is none: pictures of the folder `images` as the lines of `titles` name
-    them ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}).
-
-    Counts what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read (`broken`,
-    each reported on the way). Raises UserError for a wrong line, an index of another encoder, or nothing to add.
-    """
-    file, counts = Path(file), Counter()
+    """Add to the index `file`, which is created if needed: the pictures of the folder `images` that the lines of
+    `titles` name ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}). Returns counts
+    of what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read (`broken`; each
+    is reported). Raises UserError for a wrong line, an index of another encoder, or nothing to add."""
+    file = Path(file)
+    counts: Counter[str] = Counter()
     listed = _Records(titles, ("file", "title"), "url", "picture")
     texts = _Records(pages, ("url", "text"), "title", "page")
     if titles and not (images and Path(images).is_dir()):
@@ -85,7 +83,7 @@ def build(
             if not _size(db):
                 raise UserError(f"{file}: nothing could be indexed, so the index would be empty")
     except sqlite3.Error as error:
-        raise UserError(f"{file}: {error}; mend that and go on with the same command") from error
+        raise UserError(f"{file}: {error}; correct that and run the same command again") from error
     except UserError:
         if fresh and not (counts["titles"] or counts["pages"]):
             file.unlink(missing_ok=True)
@@ -94,17 +92,18 @@ def build(
 
 
 class _Records:
-    """The objects of a JSONL file, all checked before the first is used. No path: none. `optional` may be null."""
+    """The objects of a JSONL file, or none. All are checked before the first is used. `optional` may be null."""
 
     def __init__(self, path: str | Path | None, fields: tuple[str, ...], optional: str, unit: str):
-        self.path, self.fields, self.optional, self.unit = Path(path) if path else None, fields, optional, unit
-        self.total = sum(1 for _ in self)
+        self.path = Path(path) if path else None
+        self.fields, self.optional, self.unit = fields, optional, unit
+        self.total = sum(1 for _ in self)  # also the check of all lines
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         names = {*self.fields, self.optional}
         for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
             found = json_object(self.path, row, line)
-            if found.get(self.optional) is None:  # left out, or null
+            if found.get(self.optional) is None:  # missing, or null
                 found[self.optional] = ""
             if wrong := sorted(name for name in names if not isinstance(found.get(name), str)):
                 listed = ", ".join(self.fields)
@@ -120,14 +119,15 @@ class _Records:
 
 
 def _clean(text: str) -> str:
-    """Without control characters, and without lone surrogates, which SQLite refuses."""
+    """`text` without control characters and lone surrogates, which SQLite refuses."""
     text = text.encode("utf-8", "replace").decode()
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", text)
 
 
 def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch: list[dict], counts: Counter) -> None:
-    """One commit. A picture is known by its bytes; one that cannot be opened is reported and left out."""
-    digests, new = {}, {}
+    """One commit. A picture that cannot be opened is reported and left out."""
+    digests: dict[str, bytes] = {}  # by file name
+    new: dict[bytes, PIL.Image.Image] = {}  # by digest
     for name in dict.fromkeys(record["file"] for record in batch):
         try:
             data = (folder / name).read_bytes()
@@ -152,16 +152,16 @@ def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch:
 
 
 def _add_pages(db: sqlite3.Connection, batch: list[dict], counts: Counter) -> None:
-    """One commit. A page is known by address, title and text together: several passages may share an address."""
+    """One commit. The key of a page is address, title and text, because several passages may share an address."""
     with db:
         for page in batch:
-            row = (page["url"], page["title"], page["text"])
-            digest = hashlib.sha256(json.dumps(row).encode()).digest()
+            url, title, text = page["url"], page["title"], page["text"]
+            digest = hashlib.sha256(json.dumps((url, title, text)).encode()).digest()
             sql = "INSERT OR IGNORE INTO pages (digest, url, title, text) VALUES (?, ?, ?, ?)"
-            done = db.execute(sql, (digest, *row))
-            if done.rowcount:
-                _add_words(db, done.lastrowid, *row[1:])
-            counts["pages" if done.rowcount else "known"] += 1
+            added = db.execute(sql, (digest, url, title, text))
+            if added.rowcount:
+                _add_words(db, added.lastrowid, title, text)
+            counts["pages" if added.rowcount else "known"] += 1
 
 
 def _add_words(db: sqlite3.Connection, page: int, title: str, text: str) -> None:
@@ -175,7 +175,7 @@ def _known(db: sqlite3.Connection, table: str, digest: bytes) -> int | None:
 
 
 def _open_picture(data: bytes) -> PIL.Image.Image:
-    """The picture as it is encoded. Raises ValueError for what is none."""
+    """The picture at the size that is encoded. Raises ValueError for another file."""
     picture = decode(data)
     picture.thumbnail((ENCODED, ENCODED), PIL.Image.Resampling.BICUBIC, reducing_gap=2.0)
     return picture
@@ -185,7 +185,7 @@ def _open_picture(data: bytes) -> PIL.Image.Image:
 
 
 def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
-    """The index of a path; nothing is written unless it may be created. Raises UserError for what is no index."""
+    """The index in a file; without `create` it cannot be changed. Raises UserError for another file."""
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
     if create and not file.parent.is_dir():
@@ -193,7 +193,7 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
     if not create and not file.exists():
         raise UserError(f"{file}: no such index; make one with: python search.py index --out {file} …")
     try:
-        # Not "ro": after a kill in the middle of a batch, whoever opens the file next must be able to roll it back.
+        # Not "ro": after a kill in the middle of a batch, the next process that opens the file has to roll it back.
         address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
         db = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -207,29 +207,29 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
             db.execute("PRAGMA query_only = ON")
         return db
     except sqlite3.Error as error:
-        raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it anew") from None
+        raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it again") from None
 
 
 def _renew_words(db: sqlite3.Connection, file: Path) -> None:
-    """Make the full-text table of a new file, or that of an earlier version anew from its pages. One commit."""
+    """Make the full-text table of a new file, or make that of an earlier version again from its pages. One commit."""
     if _version(db) == VERSION:
         return
     try:
         db.execute(f"PRAGMA busy_timeout = {REBUILDING * 1000}")
         with db:
             db.execute("BEGIN IMMEDIATE")
-            if _version(db) == VERSION:  # by another process, meanwhile
+            if _version(db) == VERSION:  # another process has done it meanwhile
                 return
             db.execute("DROP TABLE IF EXISTS words")
             db.execute(WORDS)
             total = db.execute("SELECT count(*) FROM pages").fetchone()[0]
             pages = db.execute("SELECT id, title, text FROM pages")
-            for page in tqdm(pages, f"{file}: indexing its words anew, once", total, unit="page", disable=not total):
+            for page in tqdm(pages, f"{file}: indexing its words again, once", total, unit="page", disable=not total):
                 _add_words(db, *page)
             db.execute(f"PRAGMA user_version = {VERSION}")
     except sqlite3.OperationalError as error:
-        what = f"{file} is of an earlier version, and its words cannot be indexed anew ({error})"
-        raise UserError(f"{what}: open it once where it can be written, or make it anew") from None
+        what = f"{file} is of an earlier version, and its words cannot be indexed again ({error})"
+        raise UserError(f"{what}: open it once where it can be written, or make it again") from None
 
 
 def _version(db: sqlite3.Connection) -> int:
@@ -241,19 +241,19 @@ def _size(db: sqlite3.Connection) -> int:
 
 
 def _open_encoder(db: sqlite3.Connection, name: str | None = None) -> Encoder:
-    """The encoder of an index, compared with what it gave at first. Its `name` is given to write, and kept if new."""
-    kept = dict(db.execute("SELECT key, value FROM meta"))
-    encoder = open_encoder(name or kept["encoder"])
+    """The encoder of an index, compared with the one that made it. A new index records `name`, and its test vector."""
+    meta = dict(db.execute("SELECT key, value FROM meta"))
+    encoder = open_encoder(name or meta["encoder"])
     test = encoder.encode([_test_picture()])[0].astype(np.float32)
-    if not kept:
+    if not meta:
         with db:
             db.executemany("INSERT INTO meta VALUES (?, ?)", [("encoder", encoder.name), ("test", test.tobytes())])
         return encoder
-    if encoder.name != kept["encoder"]:
-        raise UserError(f"the index was made with --encoder {kept['encoder']}: give that, or another --out")
-    before = np.frombuffer(kept["test"], dtype=np.float32)
+    if encoder.name != meta["encoder"]:
+        raise UserError(f"the index was made with --encoder {meta['encoder']}: give that, or another --out")
+    before = np.frombuffer(meta["test"], dtype=np.float32)
     if before.shape != test.shape or not before @ test > 0.999:
-        raise UserError(f"encoder {encoder.name} has changed since the index was made with it: make the index anew")
+        raise UserError(f"encoder {encoder.name} has changed since the index was made with it: make the index again")
     return encoder
 
 
@@ -266,14 +266,12 @@ def _test_picture() -> PIL.Image.Image:
 
 
 class Local:
-    """A back-end over the index `file`, as it is when opened; `k` hits a search. Safe to call from many threads.
-
-    The pictures' vectors are held in memory as float32: 227 MB for 100,000 by the built-in encoder.
-    """
+    """A back-end for an index `file`, as it is when opened; `k` hits per search. Many threads may call it. All vectors
+    are in memory as float32: 227 MB for 100,000 pictures with the built-in encoder."""
 
     def __init__(self, file: str | Path, k: int = 5):
         self.file, self.k, self.source = Path(file), k, f"local:{file}"
-        self.connections = threading.local()  # one a thread: SQLite then searches in all of them at once
+        self.connections = threading.local()  # one for each thread, so that SQLite searches in parallel
         try:
             with closing(_connect(self.file)) as db:
                 if not _size(db):
@@ -281,21 +279,24 @@ class Local:
                 self.ids, self.vectors = _load(db)
                 self.encoder = _open_encoder(db) if len(self.ids) else None
         except (sqlite3.Error, ValueError, KeyError) as error:
-            raise UserError(f"{file}: the index is damaged ({error}); make it anew") from None
+            raise UserError(f"{file}: the index is damaged ({error}); make it again") from None
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
-        """The titles of the pictures that look most like this one, with cosines as scores."""
+        """The titles of the most similar pictures; scores are cosines."""
         if self.encoder is None:
             return Observation(source=self.source)
         try:
             picture = _open_picture(image)
         except ValueError as error:
             raise ToolFailure("image", str(error)) from None
-        scores = self.vectors @ self.encoder.encode([picture])[0].astype(np.float32)
+        scores = self.vectors @ self.encoder.encode([picture])[0].astype(np.float32)  # (n,)
         best = np.argpartition(-scores, min(self.k, len(scores)) - 1)[: self.k]
         best = best[np.argsort(-scores[best], kind="stable")]
-        hits = (hit for place in best for hit in self._titles(int(self.ids[place]), min(float(scores[place]), 1.0)))
-        return Observation(tuple(islice(hits, self.k)), source=self.source)
+        hits: list[Hit] = []
+        for i in best:
+            if len(hits) < self.k:
+                hits += self._titles(int(self.ids[i]), min(float(scores[i]), 1.0))
+        return Observation(tuple(hits[: self.k]), source=self.source)
 
     def _titles(self, picture: int, score: float) -> Iterator[Hit]:
         sql = "SELECT title, url, thumbnail FROM titles JOIN pictures ON id = picture WHERE id = ? ORDER BY 1, 2"
@@ -303,7 +304,7 @@ class Local:
             yield Hit(title, url, image=thumbnail, score=score)
 
     def text_search(self, query: str) -> Observation:
-        """The pages that fit the words best, each with the passage around them. Scores are BM25, titles twice."""
+        """The best pages for the query's words, each with the passage around them. BM25 counts titles twice."""
         words = bm25.sqlite_query(query)
         sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON pages.id = words.rowid
                  WHERE words MATCH ? AND rank MATCH 'bm25(2.0, 1.0)' ORDER BY rank LIMIT ?"""
@@ -324,20 +325,22 @@ class Local:
 def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n,) and vectors (n, d) float32 of all pictures. Raises ValueError where the vectors differ in length."""
     n, length = db.execute("SELECT count(*), max(length(vector)) FROM pictures").fetchone()
-    ids, vectors = np.zeros(n, dtype=np.int64), np.empty((n, (length or 0) // 2), dtype=np.float32)
+    ids = np.zeros(n, dtype=np.int64)
+    vectors = np.empty((n, (length or 0) // 2), dtype=np.float32)
     rows = db.execute("SELECT id, vector FROM pictures ORDER BY id LIMIT ?", (n,))
-    for place, (number, vector) in enumerate(rows):
-        ids[place], vectors[place] = number, np.frombuffer(vector, dtype=np.float16)
+    for i, (picture, vector) in enumerate(rows):
+        ids[i] = picture
+        vectors[i] = np.frombuffer(vector, dtype=np.float16)
     with np.errstate(invalid="ignore"):
-        sound = np.isfinite(vectors.sum())
-    if not sound:
+        finite = np.isfinite(vectors.sum())
+    if not finite:
         raise ValueError("a vector is not finite")
     return ids, vectors
 
 
 def _matched(query: str, texts: list[str]) -> set[str]:
-    """The tokens of some texts that a query asks for. Only SQLite knows, as it strips English endings."""
-    starts = {word[:2] for word in bm25.asked(query)}  # these no ending takes, and most words have others
+    """The tokens of `texts` that match the query. SQLite has to tell, because it removes English endings."""
+    starts = {word[:2] for word in bm25.query_tokens(query)}  # never part of an ending; leaves few tokens to try
     tokens = {token for text in texts for token in bm25.tokens(text) if token[:2] in starts}
     with closing(sqlite3.connect(":memory:")) as db:
         db.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, {bm25.STEMMED})")
@@ -347,18 +350,19 @@ def _matched(query: str, texts: list[str]) -> set[str]:
 
 
 def passage(text: str, matched: set[str], limit: int = PASSAGE) -> str:
-    """At most `limit` characters of a text, whole words, around the stretch with the most different matched tokens.
-
-    Where none is matched it is the text's beginning.
-    """
-    words = list(re.finditer(r"\S{1,100}", text))  # Chinese has no blanks, nor has an address
+    """At most `limit` characters of a text, in whole words, around the part with the most different matched tokens; the
+    beginning of the text where no token matches."""
+    words = list(re.finditer(r"\S{1,100}", text))  # cut at 100, because Chinese texts and addresses have no blanks
     if not words:
         return ""
-    starts, ends = [word.start() for word in words], [word.end() for word in words]
-    found = [(place, token) for place, word in enumerate(words) for token in matched.intersection(bm25.tokens(word[0]))]
+    starts = [word.start() for word in words]
+    ends = [word.end() for word in words]
+    found = []
+    for i, word in enumerate(words):
+        found += [(i, token) for token in matched.intersection(bm25.tokens(word[0]))]
     first, last = _densest(found, starts, limit - 100)
     grown = True
-    while grown:  # by a word on either side, as long as there is room
+    while grown:  # add a word on each side while there is room
         grown = False
         for before, after in ((0, 1), (1, 0)):
             left, right = first - before, last + after
@@ -369,15 +373,18 @@ def passage(text: str, matched: set[str], limit: int = PASSAGE) -> str:
 
 
 def _densest(found: list[tuple[int, str]], starts: list[int], limit: int) -> tuple[int, int]:
-    """The first and the last word of the shortest stretch with the most different tokens; `found`: (word, token)."""
-    best, chosen, left = 0, (0, 0), 0
-    inside: Counter = Counter()
+    """The first and the last word of the shortest part with the most different tokens; `found`: (word, token)."""
+    most = 0
+    chosen = (0, 0)
+    left = 0  # of the sliding window over `found`
+    inside: Counter = Counter()  # tokens in the window
     for word, token in found:
         inside[token] += 1
         while starts[word] - starts[found[left][0]] > limit or inside[found[left][1]] > 1:
             inside[found[left][1]] -= 1
             left += 1
-        distinct = len(+inside)
-        if distinct > best:
-            best, chosen = distinct, (found[left][0], word)
+        distinct = len(+inside)  # without zero counts
+        if distinct > most:
+            most = distinct
+            chosen = (found[left][0], word)
     return chosen

@@ -1,9 +1,9 @@
-"""Any back-end behind HTTP, for training code elsewhere: `POST /retrieve`, `POST /image_search`, `GET /health`.
+"""A search engine behind HTTP, for training code elsewhere: `POST /retrieve`, `POST /image_search`, `GET /health`.
 
-`/retrieve` speaks Search-R1's protocol, so code written for that finds this server in its place. Every reply is JSON,
-an error is {"error": …} with a status. The server trusts nobody: by default it listens on loopback only, where a web
-page in a browser could still reach it, so a foreign Host or any Origin is refused; bodies, requests at a time and the
-seconds that a client may take to send one are bounded. Each request has a connection of its own (HTTP/1.0).
+`/retrieve` speaks Search-R1's protocol, so that code written for its server works with this one. Every reply is JSON,
+an error is {"error": …} with a status. No client is trusted. By default the server listens on loopback only; as web
+pages in a browser can reach loopback, a foreign Host and any Origin are refused. Limited are the size of bodies, the
+number of requests at a time, and the time to send one. Each request has its own connection (HTTP/1.0).
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ from mmsr.system.images import decode
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, Call, Toolbox, search_tools
 
 MAX_BODY = 16 * 2**20  # bytes; a picture of 12 MiB
-MAX_HELD = 8 * MAX_BODY  # of all requests at a time; what is over is to come again
-MAX_COMMAS = MAX_BODY // 64  # in a body: an array's values may take thirty times their text
+MAX_HELD = 8 * MAX_BODY  # of all requests at a time; others get status 503
+MAX_COMMAS = MAX_BODY // 64  # in a body: the values of a JSON array can take thirty times the memory of their text
 MAX_QUERIES = 1024  # in a request
-MAX_RUNNING, MAX_OPENED = 32, 2  # requests at a time, and those among them whose bodies are being opened
-SECONDS_TO_SEND = 10.0  # for a whole request, however it drips
+MAX_RUNNING, MAX_OPENED = 32, 2  # requests at a time, and bodies that are decoded at a time
+SECONDS_TO_SEND = 10.0  # for a whole request, however slowly its bytes arrive
 ROUTES = {("POST", "/retrieve"): "retrieve", ("POST", "/image_search"): "image_search", ("GET", "/health"): "health"}
-# How truth is written, as Search-R1's server reads it.
+# The spellings of true and false that Search-R1's server accepts.
 YES, NO = ("true", "t", "1", "1.0", "yes", "y", "on"), ("false", "f", "0", "0.0", "no", "n", "off", "none", "")
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-
 LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)  # in a Host header
 
 
 class Refused(Exception):
-    """The request is answered with an error. `more` goes beside it."""
+    """The request is answered with an error; `more` are further fields of the reply."""
 
     def __init__(self, status: int, message: str, **more: str):
         super().__init__(message)
@@ -51,7 +50,7 @@ class Refused(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request in a thread. `server_close` waits for those that run."""
+    """Answers each request in a thread. `server_close` waits for the running ones."""
 
     daemon_threads = False
     request_queue_size = 128
@@ -63,17 +62,19 @@ class Server(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"--host {host} --port {port}: cannot listen there ({why}); give others") from None
-        self.name, self.toolbox = name, Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
-        self.private = ipaddress.ip_address(str(self.server_address[0])).is_loopback
-        self.room = threading.BoundedSemaphore(MAX_RUNNING)
-        self.opening = threading.BoundedSemaphore(MAX_OPENED)
-        self.held, self.counting = 0, threading.Lock()  # bytes of bodies
+        self.name = name
+        self.toolbox = Toolbox(search_tools(backend, 1, 1), inline=False, workers=MAX_RUNNING)
+        self.loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
+        self.running = threading.BoundedSemaphore(MAX_RUNNING)
+        self.decoding = threading.BoundedSemaphore(MAX_OPENED)
+        self.held = 0  # bytes of bodies in memory
+        self.held_lock = threading.Lock()
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are, which may hang
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up our own name in DNS, which may hang
 
     def process_request(self, request, client_address) -> None:
-        if self.room.acquire(blocking=False):
+        if self.running.acquire(blocking=False):
             return super().process_request(request, client_address)
         with suppress(OSError):
             request.settimeout(1)
@@ -84,30 +85,33 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.room.release()
+            self.running.release()
 
     def hold(self, size: int) -> bool:
-        """Count a body of `size` bytes (or, negative, take it off), unless there is no room for it."""
-        with self.counting:
+        """Reserve `size` bytes for a body; negative ones release them. False where that would exceed MAX_HELD."""
+        with self.held_lock:
             fits = self.held + size <= MAX_HELD
             self.held += size if fits else 0
             return fits
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away is no news; anything else is a bug, and the server goes on."""
+        """A closed connection is not reported; another exception is a bug: it is printed, and the server continues."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
     def search(self, tool: str, calls: list[Call]) -> list[tuple[Hit, ...]]:
-        """Hits of each call, all made at once. Raises Refused where the back-end fails one."""
+        """The hits of each call; the calls run in parallel. Raises Refused where one of them fails."""
         futures = [self.toolbox.call(tool, call) for call in calls]
-        for seen in (future.result() for future in futures):
+        results = []
+        for future in futures:
+            seen = future.result()
             if not seen.ok:
-                for future in futures:
-                    future.cancel()  # what has not begun need not be paid for
+                for other in futures:
+                    other.cancel()  # calls that have not started need not be paid for
                 kind, _, message = (seen.error or "error").partition(": ")
                 raise Refused(502, message or kind, kind=kind)
-        return [future.result().hits for future in futures]
+            results.append(seen.hits)
+        return results
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -117,7 +121,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.held = 0  # bytes of this request that the server counts
+        self.held = 0  # bytes that the server has reserved for this request
+        self.unread: int | None = None  # bytes of the body that have not arrived; None: its length is not known
         self.deadline = threading.Timer(SECONDS_TO_SEND, self._cut_off)
         self.deadline.daemon = True
         self.deadline.start()
@@ -129,17 +134,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _cut_off(self) -> None:
         with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RD)  # what waits for the client reads an end
+            self.connection.shutdown(socket.SHUT_RD)  # a pending read then returns the end of the stream
 
     def do_GET(self) -> None:
         length = self.headers.get("Content-Length", "")
-        self.unread = int(length) if re.fullmatch("[0-9]{1,12}", length) else None  # bytes of the body
+        self.unread = int(length) if re.fullmatch("[0-9]{1,12}", length) else None
         try:
             self._check_origin()
             method = "GET" if self.command == "HEAD" else self.command
             route = ROUTES.get((method, self.path.partition("?")[0].rstrip("/")))
             if route is None:
-                raise Refused(404, f"only these are here: {', '.join(' '.join(known) for known in ROUTES)}")
+                raise Refused(404, f"only these are here: {', '.join(map(' '.join, ROUTES))}")
             self._reply(200, getattr(self, route)())
         except Refused as refused:
             self._discard()
@@ -148,14 +153,15 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_HEAD = do_GET
 
     def _check_origin(self) -> None:
-        """Pages in a browser cannot hide where they come from, nor under which name they found a loopback server."""
+        """Refuse web pages: a browser always sends their Origin, and the Host by which they reached this server."""
         host = self.headers.get("Host", "localhost").strip()
-        if self.server.private and not LOOPBACK.fullmatch(host):
+        if self.server.loopback and not LOOPBACK.fullmatch(host):
             raise Refused(403, "foreign Host: this server answers on loopback only")
         if "Origin" in self.headers:
             raise Refused(403, "requests from web pages are refused")
 
     def _body(self) -> dict[str, Any]:
+        """The JSON object in the request's body."""
         if self.unread is None:
             raise Refused(411, "Content-Length is missing or no number")
         if self.unread > MAX_BODY:
@@ -171,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         if data.count(b",") > MAX_COMMAS:
             raise Refused(413, f"the body has more than {MAX_COMMAS:,} commas: send fewer or shorter queries")
         try:
-            with self.server.opening:
+            with self.server.decoding:
                 body = json.loads(data)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is not JSON") from None
@@ -180,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def _discard(self) -> None:
-        """Read on for a while: a client that is still sending when the connection closes never sees the answer."""
+        """Read the rest of the body: a client that is still sending when the connection closes misses the reply."""
         left = min(self.unread or 0, 4 * MAX_BODY)
         while left > 0 and (piece := self.rfile.read1(min(left, 1 << 16))):
             left -= len(piece)
@@ -196,27 +202,32 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, '"queries" must be a list of texts')
         if len(queries) > MAX_QUERIES:
             raise Refused(400, f"{len(queries):,} queries are over the limit of {MAX_QUERIES:,}")
-        most, scored = _top_k(body), _flag(body, "return_scores")
-        found = self.server.search(TEXT_SEARCH, [Call(query, b"", query) for query in queries])
-        return {"result": [[_document(hit, scored) for hit in hits[:most]] for hits in found]}
+        top_k = _top_k(body)
+        scored = _flag(body, "return_scores")
+        result = []
+        for hits in self.server.search(TEXT_SEARCH, [Call(query, b"", query) for query in queries]):
+            result.append([_document(hit, scored) for hit in hits[:top_k]])
+        return {"result": result}
 
     def image_search(self) -> dict:
         body = self._body()
-        encoded, question, most = body.pop("image", None), body.get("question") or "", _top_k(body)
+        encoded = body.pop("image", None)
+        question = body.get("question") or ""
+        top_k = _top_k(body)
         if not isinstance(encoded, str) or not isinstance(question, str):
             raise Refused(400, '"image" must be base64 text, and "question", if given, text')
         try:
-            with self.server.opening:
+            with self.server.decoding:
                 image = _decoded(encoded)
                 decode(image)
         except ValueError as error:
             raise Refused(400, f'"image": {error}') from None
-        del encoded  # a search may take minutes: it holds the picture alone
+        del encoded  # frees it: a search may take minutes
         (hits,) = self.server.search(IMAGE_SEARCH, [Call("<img>", image, question)])
-        return {"results": [image_result(hit) for hit in hits[:most]]}
+        return {"results": [image_result(hit) for hit in hits[:top_k]]}
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses: a malformed request, another method."""
+        """For requests that http.server itself refuses: malformed ones, or another method."""
         self._reply(code, {"error": message or self.responses.get(code, ("error",))[0]})
 
     def _reply(self, status: int, body: dict) -> None:
@@ -231,31 +242,31 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A client may have put a key into its address."""
+        """Log without keys, which a client may have put into the address."""
         super().log_message("%s", hidden(format % args))
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Thousands of good requests say nothing."""
+        """Log errors only."""
         if int(code) >= 400:
             super().log_request(code, size)
 
 
 def _top_k(body: dict[str, Any]) -> int | None:
-    most = body.get("topk")
-    if most is not None and (type(most) is not int or most < 1):
+    top_k = body.get("topk")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise Refused(400, '"topk" must be a whole number, 1 or more')
-    return most
+    return top_k
 
 
 def _flag(body: dict[str, Any], name: str) -> bool:
-    said = str(body.get(name)).strip().lower()
-    if said not in (*YES, *NO):
+    value = str(body.get(name)).strip().lower()
+    if value not in (*YES, *NO):
         raise Refused(400, f'"{name}" must be true or false')
-    return said in YES
+    return value in YES
 
 
 def _decoded(encoded: str) -> bytes:
-    """The bytes behind base64, which may be wrapped into lines or stand in a data URL. ValueError where it is none."""
+    """The bytes of base64 text, which may be wrapped into lines or be a data URL. ValueError for other text."""
     prefix = DATA_URL.match(encoded)
     text = encoded[prefix.end() :] if prefix else encoded
     return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
@@ -278,8 +289,9 @@ def _finite(score: float | None) -> float | None:
 
 
 def serve(backend: Backend, name: str, host: str, port: int) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what runs. A second signal ends the program at once."""
-    server, stop = Server(backend, name, host, port), threading.Event()
+    """Serve until SIGTERM or Ctrl-C, then finish the running requests. A second signal ends the program at once."""
+    server = Server(backend, name, host, port)
+    stop = threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,13 +1,13 @@
-"""Search results, and what was paid for them, in one SQLite file that processes share.
+"""Search results and counts of paid calls, in one SQLite file that several processes can share.
 
-A result is known by its `Key`: the tool, the normalised query or the SHA-256 of the picture's bytes, the form it was
-made in (thumbnails, summaries, …) and, where that guided it, the question. Rows are JSON with a checksum, thumbnails
-stand once under their digest. A row that does not fit its checksum is set aside and counts as not recorded; nothing is
-ever unpickled. Failures are not stored, nothing found is.
+The key of a result is the tool, the normalised query or the SHA-256 of the picture's bytes, the form of the result
+(thumbnails, summaries, …) and, where the result depends on it, the question. Rows are JSON with a checksum. Each
+thumbnail is stored once, by digest. A row with a wrong checksum is moved aside and counts as not recorded. Nothing is
+unpickled. Failures are not stored; empty results are.
 
 Traps. A transaction that reads and then writes needs BEGIN IMMEDIATE: with a plain BEGIN most fail under contention.
 Write-ahead logging needs shared memory: processes of one machine may share a file, machines on a network drive may not.
-Open a file once per process, after a fork and not before: closing a second copy lets go of the first one's locks.
+Open a file once per process, after a fork and not before: closing a second handle releases the first one's locks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from itertools import count, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,31 +51,31 @@ FIND = """
 SELECT * FROM results WHERE tool=? AND query=? AND form=COALESCE(?, form) AND question IN ('', ?)
 ORDER BY question DESC, id
 """
-DAMAGE = (sqlite3.DatabaseError, UnicodeError)  # the latter where an error message quotes damaged text
+DAMAGE = (sqlite3.DatabaseError, UnicodeError)  # UnicodeError: an error message that quotes damaged text
 BUSY = 30.0  # seconds that one write waits for another
-POLL = 0.02  # seconds between two looks at a lock that another process holds
+POLL = 0.02  # seconds between two tries to get a lock that another process holds
 UNWRITTEN = 500  # counts that a kill may lose
 BATCH = 200  # rows in one transaction
 
 
 class StoreWarning(RuntimeWarning):
-    """A file of recorded searches is not what it should be; the run goes on."""
+    """A file of recorded searches cannot be used fully; the run continues."""
 
 
 class Key(NamedTuple):
-    """What a result is known by."""
+    """The key of a result."""
 
     tool: str
     query: str  # normalised, or the picture's SHA-256
-    form: str | None = ""  # None, in a look-up: whichever there is
-    question: str = ""  # a digest, where results were made for one question
+    form: str | None = ""  # None, in a look-up: any form
+    question: str = ""  # a digest, where the result is for one question
 
 
-Record = tuple[Key, Observation, float]  # the last is when it was recorded, in seconds since 1970
+Record = tuple[Key, Observation, float]  # the time of recording is in seconds since 1970
 
 
 def text_key(query: str, form: str | None = "") -> Key:
-    """Letter case and blanks make no difference."""
+    """Queries that differ only in letter case and blanks have the same key."""
     return Key(TEXT_SEARCH, " ".join(query.casefold().split()), form)
 
 
@@ -84,12 +84,10 @@ def image_key(image: bytes, form: str | None = "", question: str = "") -> Key:
 
 
 class Store:
-    """The file. Without a path, a private one that goes with the process; with `readonly`, one to replay from.
-
-    One that is no database or damaged is moved aside, and what can be read of it is kept. One that cannot be written is
-    told of once, as a StoreWarning, and everything but a `Budget` goes on without. Raises UserError for a file of
-    another kind and, with `readonly`, for one that is missing or damaged. Any thread may use any method.
-    """
+    """The file. Without a path it is temporary; with `readonly` it is only read. Any thread may use any method. A
+    damaged file is moved aside, and what can be read of it is copied into a new one. A file that cannot be written
+    gives one StoreWarning; everything but a `Budget` works without recording. Raises UserError for a file of another
+    kind and, with `readonly`, for one that is missing or damaged."""
 
     def __init__(self, path: str | Path | None, readonly: bool = False):
         self._folder = None
@@ -97,18 +95,22 @@ class Store:
             self._folder = tempfile.TemporaryDirectory(prefix="mmsr-searches-", ignore_cleanup_errors=True)
             path = Path(self._folder.name) / "searches.sqlite"
         self.path, self.readonly = Path(path), readonly
-        self.counts: Counter[tuple[str, str]] = Counter()  # (name, tool) that are not yet in the file
-        self._lock, self._local = threading.Lock(), threading.local()
+        self.counts: Counter[tuple[str, str]] = Counter()  # by (name, tool), not yet in the file
+        self._lock = threading.Lock()
+        self._local = threading.local()  # each thread's connection, as `db`
         self._connections: list[sqlite3.Connection] = []
-        self._flights: dict[Key, Future[Observation]] = {}
-        self._locks: Any = None  # a file, every byte of which stands for a search under way
+        self._in_flight: dict[Key, Future[Observation]] = {}  # searches that a thread is making
+        self._locks: Any = None  # a file; each search that is being made locks one byte
         self._warned = False
         refuse_pickle(self.path)
-        self._open_to_replay() if readonly else self._open_to_record()
+        if readonly:
+            self._open_to_replay()
+        else:
+            self._open_to_record()
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Write the counts and let go of the file. A store is not used after that."""
+        """Write the counts and close the file. The store cannot be used after that."""
         atexit.unregister(self.close)
         with suppress(sqlite3.Error):
             self._write(self._write_counts)
@@ -130,25 +132,31 @@ class Store:
     # ---- results
 
     def get(self, key: Key) -> Observation | None:
-        """The recorded result, as it was but for `cached`; None where there is none, or no sound one."""
+        """The recorded result, with `cached` set; None where there is none, or only a damaged one."""
         key = Key(*(part and storable(part) for part in key))
         try:
             rows = self._db.execute(FIND, key).fetchall()
         except sqlite3.Error as error:
             self._warn("cannot be read", error)
             return None
-        meant = (row for row in rows if row[1:3] == key[:2])  # a damaged index gives rows of other keys
-        return next(filter(None, map(self._sound, meant)), None)
+        for row in rows:
+            if row[1:3] == key[:2] and (seen := self._checked(row)):  # a damaged index may give rows of other keys
+                return seen
+        return None
 
     def put(self, key: Key, seen: Observation) -> bool:
-        """Record a result; on the disk when this returns. False where there is one already or it is not recorded."""
+        """Record a result, on disk when this returns. False where there is one already, or it cannot be recorded."""
         return self.add([(key, seen, time.time())]) == 1
 
     def add(self, records: Iterable[Record]) -> int:
-        """Record results, and return how many were new. Failures and ill-formed ones are passed over."""
-        new, records = 0, iter(records)
+        """Record results, except failures and malformed ones; returns how many were new."""
+        new = 0
+        records = iter(records)
         while batch := list(islice(records, BATCH)):
-            rows = [row for row in (self._row(*record) for record in batch) if row]
+            rows = []
+            for record in batch:
+                if row := self._row(*record):
+                    rows.append(row)
             try:
                 new += self._write(self._insert, rows)
             except sqlite3.Error as error:
@@ -156,13 +164,13 @@ class Store:
         return new
 
     def records(self) -> Iterator[Record]:
-        """All sound results, in the order of their recording."""
+        """All undamaged results, in the order of their recording."""
         for row in self._db.execute("SELECT * FROM results ORDER BY id"):
-            if seen := self._sound(row):
+            if seen := self._checked(row):
                 yield Key(*row[1:5]), seen, row[6]
 
     def _row(self, key: Key, seen: Observation, when: float) -> tuple[tuple, dict[str, bytes]] | None:
-        """A result's row and its thumbnails by digest. What could not be read back is not written."""
+        """A result's row and its thumbnails by digest. None for a failure, and for what could not be read back."""
         thumbnails = {sha256(hit.image): hit.image for hit in seen.hits if isinstance(hit.image, bytes)}
         try:
             payload = json.dumps(plain(seen, sha256), default=float)
@@ -170,8 +178,10 @@ class Store:
         except (ValueError, TypeError):
             self.count("unstorable", key.tool)
             return None
+        if not seen.ok:
+            return None
         fields = (*map(storable, key), payload, float(when))
-        return ((None, *fields, _checksum(fields)), thumbnails) if seen.ok else None
+        return (None, *fields, _checksum(fields)), thumbnails
 
     def _insert(self, db: sqlite3.Connection, rows: list[tuple[tuple, dict[str, bytes]]]) -> int:
         new = 0
@@ -181,8 +191,8 @@ class Store:
         self._write_counts(db)
         return new
 
-    def _sound(self, row: tuple) -> Observation | None:
-        """A row's result; an unsound row is set aside."""
+    def _checked(self, row: tuple) -> Observation | None:
+        """A row's result; a damaged row gives None and is moved to the table `quarantine`."""
         number, tool, *_, payload, when, checksum = row
         try:
             if checksum != _checksum(row[1:-1]):
@@ -192,8 +202,8 @@ class Store:
             return observation(json.loads(payload), lambda name: self._thumbnail(name, tool))
         except (ValueError, TypeError, KeyError, RecursionError):
             self.count("damaged_rows", str(tool))
-        with suppress(sqlite3.Error):  # in a file that cannot be written it stays, and is passed over again
-            self._write(_set_aside, number)
+        with suppress(sqlite3.Error):  # in a file that cannot be written it stays where it is
+            self._write(_quarantine, number)
         return None
 
     def _thumbnail(self, name: str, tool: str) -> bytes | None:
@@ -207,40 +217,42 @@ class Store:
     # ---- one caller at a time
 
     def once(self, key: Key, work: Callable[[], Observation], patience: float) -> Observation:
-        """`work()`, while nobody else does the same: threads that come meanwhile share its result or exception, other
-        processes wait for it to end or its process to die. ToolFailure("timeout") after `patience` seconds of that.
-        """
+        """`work()`, called by one thread of one process at a time for each key. Threads that call this meanwhile share
+        its result or exception; other processes wait until it ends or its process dies. ToolFailure("timeout") after
+        `patience` seconds of waiting."""
         with self._lock:
-            flight = self._flights.get(key)
-            if first := flight is None:
-                flight = self._flights[key] = Future()
+            future = self._in_flight.get(key)
+            first = future is None
+            if first:
+                future = self._in_flight[key] = Future()
         if first:
-            self._lead(flight, key, work, patience)
-        elif not wait([flight], patience).done:
+            self._work(future, key, work, patience)
+            return future.result()
+        if not wait([future], patience).done:
             raise _waited(patience)
-        return flight.result() if first else replace(flight.result(), cached=True)
+        return replace(future.result(), cached=True)
 
-    def _lead(self, flight: Future[Observation], key: Key, work: Callable[[], Observation], patience: float) -> None:
+    def _work(self, future: Future[Observation], key: Key, work: Callable[[], Observation], patience: float) -> None:
         try:
-            with self._alone(1 + int(sha256(ascii(key).encode())[:15], 16), patience):
-                flight.set_result(work())
+            with self._locked(1 + int(sha256(ascii(key).encode())[:15], 16), patience):
+                future.set_result(work())
         except BaseException as error:
-            flight.set_exception(error)
+            future.set_exception(error)
         finally:
             with self._lock:
-                del self._flights[key]
+                del self._in_flight[key]
 
     @contextmanager
-    def _alone(self, place: int, patience: float) -> Iterator[None]:
-        """Hold a byte of the lock file; the system lets go of it when this process dies, however it dies."""
+    def _locked(self, offset: int, patience: float) -> Iterator[None]:
+        """Lock one byte of the lock file. The system releases it when this process dies, even by kill -9."""
         deadline = time.monotonic() + patience
         while self._locks:
             try:
-                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    break  # a file system without locks: searches may then be made twice
+                    break  # a file system without locks: a search may then be made twice
                 if time.monotonic() > deadline:
                     raise _waited(patience) from None
                 time.sleep(POLL)
@@ -249,12 +261,12 @@ class Store:
         finally:
             if self._locks:
                 with suppress(OSError):
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, offset)
 
     # ---- counts and money
 
     def count(self, name: str, tool: str) -> None:
-        """Add one. Counts reach the file with the next result, when there are many, and on `close`."""
+        """Add one. Counts are written with the next result, when there are UNWRITTEN of them, and by `close`."""
         with self._lock:
             self.counts[name, tool] += 1
             many = self.counts.total() % UNWRITTEN == 0
@@ -273,20 +285,20 @@ class Store:
         return dict(self._db.execute("SELECT provider, SUM(n) FROM spend WHERE run=? GROUP BY 1 ORDER BY 1", [run]))
 
     def stats(self) -> dict[str, Any]:
-        """What the file holds, as JSON: `results` by tool and source, counts by name and tool, `spent` by run."""
+        """The file's contents in numbers: `results` by tool and source, `counts` by name and tool, `spent` by run."""
         source = "CASE WHEN json_valid(payload) THEN json_extract(payload, '$.source') END"
         tables: dict[str, dict[str, dict[str, int]]] = {"results": {}, "counts": {}}
         for tool, name, n in self._db.execute(f"SELECT tool, {source}, COUNT(*) FROM results GROUP BY 1, 2"):
             tables["results"].setdefault(str(tool), {})[str(name)] = n
         counts = self.counts.copy()
-        sound = "typeof(name) = 'text' AND typeof(tool) = 'text' AND typeof(n) = 'integer'"
-        kept = self._db.execute(f"SELECT name, tool, n FROM counters WHERE {sound}")
-        counts.update({(name, tool): n for name, tool, n in kept})
+        undamaged = "typeof(name) = 'text' AND typeof(tool) = 'text' AND typeof(n) = 'integer'"
+        rows = self._db.execute(f"SELECT name, tool, n FROM counters WHERE {undamaged}")
+        counts.update({(name, tool): n for name, tool, n in rows})
         for (name, tool), n in sorted(counts.items()):
             tables["counts"].setdefault(name, {})[tool] = n
         runs = [run for (run,) in self._db.execute("SELECT DISTINCT run FROM spend ORDER BY 1")]
-        rows = "(SELECT COUNT(*) FROM thumbnails), (SELECT COUNT(*) FROM quarantine)"
-        thumbnails, quarantined = self._db.execute(f"SELECT {rows}").fetchone()
+        sizes = "SELECT (SELECT COUNT(*) FROM thumbnails), (SELECT COUNT(*) FROM quarantine)"
+        thumbnails, quarantined = self._db.execute(sizes).fetchone()
         size = sum(file.stat().st_size for file in self._files() if file.exists())
         spent = {run: self.spent(run) for run in runs}
         return {"bytes": size, "thumbnails": thumbnails, "quarantined": quarantined, "spent": spent, **tables}
@@ -306,18 +318,18 @@ class Store:
         modes = ["mode=ro"] if self.readonly else ["mode=rwc", "mode=ro"]
         journal = self._files()[1]
         if not (journal.exists() and journal.stat().st_size):
-            modes.append("mode=ro&immutable=1")  # for a folder that cannot be written; it would not see a journal
+            modes.append("mode=ro&immutable=1")  # for a folder that cannot be written; this mode ignores a journal
         for mode in modes:
             try:
                 db = _opened(self.path, mode)
-                db.execute("SELECT 1 FROM sqlite_master")  # only this really opens the file
+                db.execute("SELECT 1 FROM sqlite_master")  # `connect` alone does not open the file
                 return db
             except sqlite3.OperationalError as error:
                 problem = error
         raise problem
 
     def _write(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        with self._db as db:  # commits, or rolls back what raised
+        with self._db as db:  # commits, or rolls back after an exception
             db.execute("BEGIN IMMEDIATE")
             return work(db, *arguments)
 
@@ -342,47 +354,51 @@ class Store:
             self._locks = open(f"{self.path}.lock", "ab")
         except OSError as error:
             self._warn("cannot be locked", error)
-        with self._alone(0, BUSY):  # one at a time sees the damage and moves it aside
+        with self._locked(0, BUSY):  # only one process moves a damaged file aside
             try:
                 self._prepare()
             except sqlite3.OperationalError as error:
                 self._warn("results are not recorded", error)
             except DAMAGE as error:
-                self._start_anew(error)
+                self._replace_damaged(error)
 
     def _prepare(self) -> None:
         """Check the file, or make its tables. sqlite3.DatabaseError where it is damaged."""
         db = self._db
-        ours, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
         fresh = not self.readonly and not db.execute("SELECT 1 FROM sqlite_master").fetchone()
-        if not fresh and ours != APPLICATION:
+        if not fresh and application != APPLICATION:
             raise UserError(f"{self.path}: a database of something else; name a file of recorded searches")
         if not fresh and version != VERSION:
             raise UserError(f"{self.path}: has version {version}, this program reads {VERSION}; name another file")
         if fresh:
             db.execute("PRAGMA journal_mode=WAL")
-            header = f"PRAGMA application_id={APPLICATION}", f"PRAGMA user_version={VERSION}"
-            self._write(lambda db: [db.execute(statement) for statement in (*TABLES, *header)])
+            self._write(_make_tables)
         if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(" ".join(found.split()))
-        made = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
-        if not {*TABLES} <= {sql for *_, sql in made}:
+        objects = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        if not {*TABLES} <= {sql for *_, sql in objects}:
             raise sqlite3.DatabaseError("a table is not as it was made")
-        for kind, name, sql in made:  # a trigger, say, may undo what was just written
+        for kind, name, sql in objects:  # nothing else may be there: a trigger could undo what was just written
             if sql not in TABLES and (kind in ("trigger", "view") or not str(name).startswith("sqlite_")):
-                raise sqlite3.DatabaseError(f"the {kind} {name!r:.60} is none of ours")
+                raise sqlite3.DatabaseError(f"the {kind} {name!r:.60} is not one of ours")
 
-    def _start_anew(self, error: Exception) -> None:
-        """Move a damaged file aside, and take over what can be read of it."""
+    def _replace_damaged(self, error: Exception) -> None:
+        """Move a damaged file aside, and copy what can be read of it into a new one."""
         for connection in self._connections:
             connection.close()
-        self._connections, self._local = [], threading.local()
-        aside = next(name for n in count(1) if not os.path.exists(name := f"{self.path}.damaged-{n}"))
+        self._connections = []
+        self._local = threading.local()
+        n = 1
+        while os.path.exists(aside := f"{self.path}.damaged-{n}"):
+            n += 1
         for file, suffix in zip(self._files(), ("", "-wal", "-shm")):
             with suppress(FileNotFoundError):
                 file.rename(aside + suffix)
         self._prepare()
-        complaint = f"damaged ({error}): moved to {aside}, {self._write(_salvage, Path(aside))} results kept"
+        copied = self._write(_salvage, Path(aside))
+        complaint = f"damaged ({error}): moved to {aside}, {copied} results kept"
         warnings.warn(f"{self.path}: {complaint}", StoreWarning, stacklevel=5)
 
     def _files(self) -> list[Path]:
@@ -391,16 +407,14 @@ class Store:
     def _warn(self, what: str, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self.path}: {what} ({error}); the run goes on", StoreWarning, stacklevel=3)
+            warnings.warn(f"{self.path}: {what} ({error}); the run continues", StoreWarning, stacklevel=3)
 
 
 class Budget:
-    """The paid calls of a run: at most `total`, and in a step at most `per_step` unless that is 0.
-
-    Each is reserved in a store before it is made, so that a crash may waste one and nothing can overspend.
-    `ledger` is the store, or its file, which is made when the first call is to be paid: a run that is refused before it
-    starts leaves none. None: a private one.
-    """
+    """The paid calls of a run: at most `total`, and at most `per_step` in a step unless that is 0. Each call is
+    reserved in a store before it is made, so that a crash may waste one call but never overspends. `ledger` is the
+    store, or its file, which is created by the first paid call, so that a run which is refused before it starts leaves
+    no file. None: a temporary store."""
 
     def __init__(self, ledger: Store | Path | None, run: str, total: int, per_step: int = 0):
         self.ledger, self.run, self.total, self.per_step = ledger, run, total, per_step
@@ -408,7 +422,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def begin_step(self, step: str | int) -> None:
-        """What is spent from now on belongs to this step."""
+        """Count the calls from now on for this step."""
         self.step = step
 
     def spend(self, provider: str) -> None:
@@ -420,7 +434,7 @@ class Budget:
 
     @property
     def spent(self) -> dict[str, int]:
-        """Paid calls by provider, of all processes and from before a resume; none where there is no file to read."""
+        """Paid calls by provider, of all processes and from before a resume; empty where there is no readable file."""
         if isinstance(self.ledger, Store) or self.ledger and self.ledger.exists():
             with suppress(sqlite3.Error):
                 return self._store().spent(self.run)
@@ -436,9 +450,8 @@ class Budget:
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"
         spent, in_step = db.execute(sums, [self.step, self.run]).fetchone()
         if db.execute("SELECT 1 FROM spend WHERE run=? AND (typeof(n) != 'integer' OR n < 0)", [self.run]).fetchone():
-            raise ToolFailure(
-                "budget", f"a count of paid calls of run {self.run} is damaged; remove its row from the table spend"
-            )
+            what = f"a count of paid calls of run {self.run} is damaged"
+            raise ToolFailure("budget", f"{what}; remove its row from the table spend")
         if spent >= self.total:
             raise ToolFailure("budget", f"all {self.total} paid calls of run {self.run} are spent")
         if self.per_step and in_step >= self.per_step:
@@ -451,13 +464,13 @@ class Budget:
 
 
 def plain(seen: Observation, image: Callable[[bytes], str]) -> dict[str, Any]:
-    """A result as JSON; `image` gives what stands for a thumbnail."""
+    """A result as a JSON object; `image` gives the text for a thumbnail."""
     hits = [asdict(hit) | {"image": None if hit.image is None else image(hit.image)} for hit in seen.hits]
     return {"source": seen.source, "seconds": seen.seconds, "hits": hits}
 
 
 def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation:
-    """`plain` reversed. TypeError or KeyError where anything is missing or not of its type."""
+    """The inverse of `plain`. TypeError or KeyError where a field is missing or has a wrong type."""
     hits = []
     demand(list, found["hits"])
     for given in found["hits"]:
@@ -474,14 +487,14 @@ def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation
 
 
 def demand(kind: Any, *values: object) -> None:
-    """Raises TypeError for a value of another type; True is no number."""
+    """Raises TypeError for a value of another type; True and False are not numbers."""
     for value in values:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise TypeError(f"{value!r:.60} is of the wrong type")
 
 
 def demand_number(value: Any, finite: bool = True) -> float:
-    """The number as a float. TypeError for anything else, and for one that a float cannot hold: 400 digits, say."""
+    """The number as a float. TypeError for anything else, and for a number that is too large for a float."""
     demand((int, float), value)
     if isinstance(value, int) and value.bit_length() > 1000 or finite and not math.isfinite(value):
         raise TypeError("the number is out of bounds")
@@ -493,7 +506,7 @@ def sha256(data: bytes) -> str:
 
 
 def storable(text: str) -> str:
-    """Text that SQLite takes: lone surrogates are spelled out."""
+    """Text that SQLite accepts: lone surrogates become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -504,38 +517,43 @@ def refuse_pickle(path: Path) -> None:
 
 
 def _waited(patience: float) -> ToolFailure:
-    return ToolFailure("timeout", f"the same search has been under way elsewhere for {patience:g} s")
+    return ToolFailure("timeout", f"the same search has been running elsewhere for {patience:g} s")
 
 
 def _checksum(fields: Iterable[Any]) -> str:
     return sha256(ascii(tuple(fields)).encode())
 
 
-def _set_aside(db: sqlite3.Connection, number: int) -> None:
+def _quarantine(db: sqlite3.Connection, number: int) -> None:
     db.execute("INSERT INTO quarantine SELECT * FROM results WHERE id=?", [number])
-    db.execute("DELETE FROM results WHERE id=?", [number])  # AUTOINCREMENT: no other row ever gets this id
+    db.execute("DELETE FROM results WHERE id=?", [number])  # because of AUTOINCREMENT no other row gets this id
+
+
+def _make_tables(db: sqlite3.Connection) -> None:
+    for statement in (*TABLES, f"PRAGMA application_id={APPLICATION}", f"PRAGMA user_version={VERSION}"):
+        db.execute(statement)
 
 
 def _salvage(db: sqlite3.Connection, damaged: Path) -> int:
-    """Copy what can be read, of each table the rows before the damage and, from the end, those behind it."""
-    kept: Counter[str] = Counter()
+    """Copy what can be read; returns the number of results. Each table is read from both ends up to the damage."""
+    copied: Counter[str] = Counter()
     with suppress(*DAMAGE), closing(_opened(damaged, "mode=ro")) as old:
-        old.execute("PRAGMA writable_schema=ON")  # a table whose definition is damaged must not hide the others
+        old.execute("PRAGMA writable_schema=ON")  # else one damaged table definition makes all tables unreadable
         tables = {name for (name,) in old.execute("SELECT name FROM sqlite_master WHERE type='table'")}  # no views
         for table, order in product(("spend", "results", "thumbnails"), ("ASC", "DESC")):
             if table not in tables:
                 continue
             with suppress(*DAMAGE):
-                columns = [name for (_, name, *_) in db.execute(f"PRAGMA table_info({table})")]  # others are left out
+                columns = [name for (_, name, *_) in db.execute(f"PRAGMA table_info({table})")]
                 values = ",".join("?" * len(columns))
                 for row in old.execute(f"SELECT {','.join(columns)} FROM {table} ORDER BY rowid {order}"):
-                    kept[table] += db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({values})", row).rowcount
-    return kept["results"]
+                    copied[table] += db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({values})", row).rowcount
+    return copied["results"]
 
 
 def _opened(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?{mode}"
     db = sqlite3.connect(uri, BUSY, isolation_level=None, check_same_thread=False, uri=True)
-    db.execute("PRAGMA trusted_schema=OFF")  # what a stranger wrote into it calls no function
-    db.text_factory = lambda raw: raw.decode(errors="backslashreplace")  # what is damaged fails its checksum later
+    db.execute("PRAGMA trusted_schema=OFF")  # the schema of an untrusted file must not call functions
+    db.text_factory = lambda raw: raw.decode(errors="backslashreplace")  # damaged text fails its checksum later
     return db

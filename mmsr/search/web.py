@@ -1,13 +1,13 @@
-"""Search on the live web, and on search servers elsewhere.
+"""Search on the live web, and on search servers of others.
 
-`Live` finds pictures through SerpApi's Google Lens (Serper's, where only an address is given) and pages through SerpApi
-or Serper, reads the pages with Jina Reader and has them summarised by any OpenAI-compatible server, or takes their best
-passages by BM25 where there is none. `Remote` asks a server that speaks Search-R1's protocol, ours or another's.
+`Live` finds pictures with Google Lens (of SerpApi, or of Serper for pictures with an address) and pages with SerpApi or
+Serper. It reads the pages with Jina Reader, and has them summarised by an OpenAI-compatible server or, where there is
+none, takes their best passages by BM25. `Remote` asks a server that speaks Search-R1's protocol, such as `serve.py`.
 
-Traps learnt: SerpApi answers 200 with an `error` where it found nothing; Lens takes no `data:` address, so a picture is
-uploaded, as a JPEG of at most 500 KB; Jina Reader sends JSON only where Accept is exactly that, and an error page as if
-it were the page, with a warning. Every field of every answer may be missing or of another type. Nothing found is what a
-server says so clearly; what is not understood is a failure, for results are recorded for good.
+Traps. SerpApi answers 200 with an `error` where it found nothing. Lens takes no `data:` address, so a picture is
+uploaded, as a JPEG of at most 500 KB. Jina Reader sends JSON only where Accept is exactly that, and sends an error page
+like any page, but with a warning. Any field of any reply may be missing or of another type. Only a clear statement of
+the server counts as "nothing found"; a reply that is not understood is a failure, because results are recorded.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from mmsr.episode import Hit, Observation
-from mmsr.net.client import FATAL, Client, below, host_of, web_address
+from mmsr.net.client import FATAL, Client, host_of, join_url, web_address
 from mmsr.net.completions import ChatServer
 from mmsr.net.http import environment_key, failure, proxy_for
-from mmsr.net.refusals import complaint_of, json_of, told_status
+from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.search import bm25
 from mmsr.system.credentials import server_address
 from mmsr.system.errors import UserError
@@ -48,25 +48,22 @@ SERVICES = {
     "jina": "https://r.jina.ai",
     "openai": "https://api.openai.com",
 }
-READERS = ("jina", "openai")  # without whom found pages are of no use
-SUMMARIZER = "gpt-4o-mini"  # the model, where OPENAI_MODEL names none
+READERS = ("jina", "openai")  # needed by every search for pages: without them the pages cannot be used
+SUMMARIZER = "gpt-4o-mini"  # the model where OPENAI_MODEL is not set
 UPLOAD_BYTES, UPLOAD_SIDE = 500_000, 1600
 PAGE_CHARACTERS = 30_000  # of a page that are read
 SUMMARY_TOKENS, SUMMARY_CHARACTERS = 400, 2_000
 UPLOAD_SECONDS, SEARCH_SECONDS, PAGE_SECONDS, SUMMARY_SECONDS = 30.0, 90.0, 60.0, 90.0
-MORE_SECONDS = 60.0  # after which no further pages are begun
-LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMARY_SECONDS  # a search takes
+MORE_SECONDS = 60.0  # after this time no further pages are started
+LONGEST = UPLOAD_SECONDS + SEARCH_SECONDS + MORE_SECONDS + PAGE_SECONDS + SUMMARY_SECONDS  # of a whole search
 WORKERS = 320  # five pages for each thread of a toolbox
 PASSAGES, PASSAGE_CHARACTERS = 3, 500
-REMOTE_CHARACTERS = 8_000  # of a document from a server elsewhere
-# Under which such a server gives what it found, and a document's text.
-LISTS = tuple("result results documents docs passages hits data".split())
-DOCUMENTS = tuple("contents content text passage page_content snippet body chunk paragraph".split())
-MATCHES = ("title", "link", "text", "thumbnail")  # of a picture, what may be there
-FOUND, TITLE_CHARACTERS = 20, 300  # of a search engine's list that are looked at
-NOTHING = re.compile(  # was found, in words
-    r"(n't|not) (return|match|find|found)(ed)? any|no results|fully empty", re.IGNORECASE
-)
+REMOTE_CHARACTERS = 8_000  # of a remote server's document
+LISTS = tuple("result results documents docs passages hits data".split())  # keys of its list of results
+DOCUMENTS = tuple("contents content text passage page_content snippet body chunk paragraph".split())  # of a text
+MATCHES = ("title", "link", "text", "thumbnail")  # keys of an entry that an image search found, all optional
+FOUND, TITLE_CHARACTERS = 20, 300  # entries of a search engine's list that are read, at most
+NOTHING_FOUND = re.compile(r"(n't|not) (return|match|find|found)(ed)? any|no results|fully empty", re.IGNORECASE)
 ERROR_PAGE = re.compile(r"returned error|captcha", re.IGNORECASE)  # in the reader's warning about a page
 
 
@@ -78,16 +75,14 @@ class Service:
 
     @staticmethod
     def from_environment(name: str, environ: Mapping[str, str]) -> Service:
-        """As NAME_API_KEY and NAME_BASE_URL say. Raises UserError for what can be neither."""
+        """Key and address from NAME_API_KEY and NAME_BASE_URL. Raises UserError for malformed ones."""
         variable = name.upper()
         key = environment_key(f"{variable}_API_KEY", environ)
         given = environ.get(f"{variable}_BASE_URL", "").strip() or SERVICES[name]
         url = server_address(given, f"{variable}_BASE_URL=", f"{variable}_API_KEY")
-        proxy_for(url)  # refused now, and not at the first search
+        proxy_for(url)  # raises here, not only at the first search
         if name != "openai" and set("?#") & set(url):
-            raise UserError(
-                f"{variable}_BASE_URL: ends in a query, and paths are to follow; give what stands before it"
-            )
+            raise UserError(f"{variable}_BASE_URL: ends in a query, but paths are appended; give the part before it")
         return Service(name, url.rstrip("/"), key)
 
 
@@ -97,17 +92,14 @@ class Found:
 
     title: str
     link: str
-    thumbnail: str  # its address
+    thumbnail: str  # the address
 
 
 class Live:
-    """The web as a search back-end.
-
-    `form` is what an image search gives: "thumbnails", titles and pictures of the `results` best matches, or "summary",
-    what the pages behind them say about the question. `spend(provider)` is called before every paid request and raises
-    ToolFailure("budget") when nothing is left. A search takes LONGEST seconds at most. `counts` says how many pages and
-    thumbnails came, and how many failed.
-    """
+    """The web as a search back-end. `form` is what an image search returns: "thumbnails", titles and pictures of the
+    `results` best matches, or "summary", what their pages say about the question. `spend(provider)` is called before
+    every paid request and raises ToolFailure("budget") when nothing is left. A search takes at most LONGEST seconds.
+    `counts` says how many pages and thumbnails were fetched, and how many failed."""
 
     def __init__(
         self,
@@ -138,19 +130,17 @@ class Live:
         environ: Mapping[str, str] = os.environ,
         client: Client | None = None,
     ) -> Live:
-        """With the keys of the environment. `images` says whether pictures will be searched that have no address.
-
-        Raises UserError, naming the variable, where a key is missing.
-        """
+        """With the keys of the environment. `images`: pictures without an address will be searched for. Raises
+        UserError with the name of the variable where a key is missing."""
         services = {name: Service.from_environment(name, environ) for name in SERVICES}
         if not services["serpapi"].key and not services["serper"].key:
             raise UserError("--search live: neither SERPAPI_API_KEY nor SERPER_API_KEY is set; export one of them")
         if images and not services["serpapi"].key:
-            raise UserError(
-                "--search live: SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only; "
-                "export it, or name the column of addresses: --columns address=…"
-            )
-        client, openai, summarizer = client or Client(), services["openai"], None
+            what = "SERPAPI_API_KEY is not set, and Serper finds pictures by their addresses only"
+            raise UserError(f"--search live: {what}; export it, or name the column of addresses: --columns address=…")
+        client = client or Client()
+        openai = services["openai"]
+        summarizer = None
         if openai.key or environ.get("OPENAI_BASE_URL"):
             model = environ.get("OPENAI_MODEL") or SUMMARIZER
             summarizer = ChatServer(openai.url, model, openai.key, client, SUMMARY_SECONDS, spend, "openai")
@@ -159,15 +149,16 @@ class Live:
     # ---- the two searches
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
-        """By the picture's address, and where it has none or a dead one by an upload, which SerpApi alone takes."""
+        """By the picture's address; where it has none, or it gives nothing, by an upload, which only SerpApi takes."""
         if self.form == "summary":
             self.client.check(*READERS)
-        by_upload, found = bool(self.services["serpapi"].key), []
+        can_upload = bool(self.services["serpapi"].key)
+        found: list[Found] = []
         if web_address(image_url):
-            found = self._lens_address(image_url) if by_upload else _found(self.serper("/lens", {"url": image_url}))
-        elif not by_upload:
+            found = self._lens_address(image_url) if can_upload else _found(self.serper("/lens", {"url": image_url}))
+        elif not can_upload:
             raise failure("auth", "SERPAPI_API_KEY is not set, and Serper needs an address, which this picture lacks")
-        if by_upload and not found:
+        if can_upload and not found:
             found = self._lens({"image_id": self._upload(image)})
         hits = self._pages(found, question, "image") if self.form == "summary" else self._thumbnails(found)
         return Observation(hits, source=self.engine.name)
@@ -188,8 +179,8 @@ class Live:
         except ValueError as error:
             raise failure("format", str(error)) from None
         service = self.services["serpapi"]
-        files, data = {"image": ("image.jpg", small, "image/jpeg")}, {"api_key": service.key}
-        form: dict[str, Any] = {"files": files, "data": data, "seconds": UPLOAD_SECONDS, "tries": 3}
+        files = {"image": ("image.jpg", small, "image/jpeg")}
+        form: dict[str, Any] = {"files": files, "data": {"api_key": service.key}, "seconds": UPLOAD_SECONDS, "tries": 3}
         name = self.client.request(service.name, "POST", f"{service.url}/image", **form).json().get("image_id")
         if isinstance(name, str) and name:
             return name
@@ -200,7 +191,7 @@ class Live:
         return _found(self.serpapi("visual_matches", params | kind))
 
     def _lens_address(self, address: str) -> list[Found]:
-        """Nothing, too, where the answer is not understood: an upload may mend that."""
+        """Empty where the answer is not understood: an upload may still succeed."""
         try:
             return self._lens({"url": address})
         except ToolFailure as error:
@@ -209,29 +200,31 @@ class Live:
             return []
 
     def serpapi(self, name: str, params: dict[str, str]) -> list[dict]:
-        """The entries of the list `name` in the answer."""
+        """The entries of the list `name` in SerpApi's reply."""
         service = self.services["serpapi"]
         return self._list(service, name, "GET", "/search", params=params | {"hl": "en", "api_key": service.key})
 
     def serper(self, path: str, body: dict[str, Any], name: str = "organic") -> list[dict]:
-        """The entries of the list `name` in the answer."""
+        """The entries of the list `name` in Serper's reply."""
         service = self.services["serper"]
         body = body | {"hl": "en"}
         return self._list(service, name, "POST", path, headers={"X-API-KEY": service.key}, json=body)
 
     def _list(self, service: Service, name: str, method: str, path: str, **content: Any) -> list[dict]:
-        """Where the engine says that it found nothing, an empty list. Raises ToolFailure where there is no list."""
+        """The first FOUND entries; empty where the engine says that it found nothing. Else ToolFailure("format")."""
         content |= {"seconds": SEARCH_SECONDS, "tries": 3, "spend": self.spend, "status_of": _search_status}
         reply = self.client.request(service.name, method, service.url + path, **content).json()
         listed = reply.get(name)
         if listed is None and _found_nothing(reply):
             return []
-        entries = [entry for entry in listed[:FOUND] if isinstance(entry, dict)] if isinstance(listed, list) else []
+        entries = []
+        if isinstance(listed, list):
+            entries = [entry for entry in listed[:FOUND] if isinstance(entry, dict)]
         if listed != [] and not entries:
             raise failure("format", f"{service.name}: no {name} in the reply; {_shape(reply)}")
         return entries
 
-    # ---- what stands behind the results
+    # ---- the pages and thumbnails of results
 
     def _thumbnails(self, found: list[Found]) -> tuple[Hit, ...]:
         found = found[: self.results]
@@ -249,15 +242,19 @@ class Live:
         return image
 
     def _pages(self, found: list[Found], query: str, prompt: str) -> tuple[Hit, ...]:
-        """What the first `results` readable pages say. Raises the first ToolFailure where all of them failed."""
+        """Texts of the first `results` readable pages. Raises the first ToolFailure where all pages failed."""
         waiting = iter({entry.link: entry for entry in found if entry.link}.values())  # each page once
-        hits, failures, until = [], [], self.client.clock() + MORE_SECONDS
+        hits: list[Hit] = []
+        failures: list[ToolFailure] = []
+        end = self.client.clock() + MORE_SECONDS
         while batch := list(islice(waiting, self.results - len(hits))):
-            tried = list(self._pool.map(partial(self._page, query=query, prompt=prompt), batch))
-            hits += [hit for hit in tried if isinstance(hit, Hit)]
-            failures += [error for error in tried if isinstance(error, ToolFailure)]
+            for page in self._pool.map(partial(self._page, query=query, prompt=prompt), batch):
+                if isinstance(page, Hit):
+                    hits.append(page)
+                else:
+                    failures.append(page)
             hopeless = any(error.kind in (*FATAL, "budget", "breaker") for error in failures)
-            if hopeless or self.client.clock() > until:
+            if hopeless or self.client.clock() > end:
                 break
         if failures and not hits:
             raise failure(failures[0].kind, f"none of {len(failures)} pages could be read: {failures[0].message}")
@@ -274,35 +271,36 @@ class Live:
         return seen
 
     def _read(self, link: str) -> tuple[str, str]:
-        """Title and text of a page, by Jina Reader."""
+        """Title and text of a page, from Jina Reader."""
         service = self.services["jina"]
         headers = {"Accept": "application/json", "X-Retain-Images": "none"}
         if service.key:
             headers["Authorization"] = f"Bearer {service.key}"
-        spend = self.spend if service.key else None
-        request = partial(
-            self.client.request, service.name, headers=headers, seconds=PAGE_SECONDS, tries=2, spend=spend,
-            status_of=told_status,
-        )  # fmt: skip
-        if "#" in link or re.search(r"\\|%5c|%2f", urlsplit(link).path, re.IGNORECASE):  # not what it was in a path
-            answer = request("POST", f"{service.url}/", data={"url": link})
+        content: dict[str, Any] = {"headers": headers, "seconds": PAGE_SECONDS, "tries": 2, "status_of": status_in_body}
+        if service.key:
+            content["spend"] = self.spend
+        # As part of a path, a link with these characters would change its meaning.
+        if "#" in link or re.search(r"\\|%5c|%2f", urlsplit(link).path, re.IGNORECASE):
+            answer = self.client.request(service.name, "POST", f"{service.url}/", data={"url": link}, **content)
         else:
-            answer = request("GET", f"{service.url}/{link}")
-        reply = answer.json()
-        data = reply.get("data")
-        text, warning = (_text(data.get(key)) if isinstance(data, dict) else "" for key in ("content", "warning"))
+            answer = self.client.request(service.name, "GET", f"{service.url}/{link}", **content)
+        data = answer.json().get("data")
+        if not isinstance(data, dict):
+            data = {}
+        text = _text(data.get("content"))
+        warning = _text(data.get("warning"))
         if ERROR_PAGE.search(warning):
             raise failure("status", f"jina: {link}: {warning}")
         if not text.strip():
-            raise failure("format", f"jina: no text of {link}: {complaint_of(answer.body)}")
+            raise failure("format", f"jina: no text of {link}: {error_text(answer.body)}")
         return _text(data.get("title")), text[:PAGE_CHARACTERS]
 
     def _digest(self, query: str, title: str, page: str, prompt: str) -> str:
         if self.summarizer is None:
             return passages(query, page)
         fields = {"query": query, "title": title, "page": page}
-        asked = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self._prompts[prompt])
-        summary = self.summarizer.complete([{"role": "user", "content": asked}], SUMMARY_TOKENS)
+        content = re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], self._prompts[prompt])
+        summary = self.summarizer.complete([{"role": "user", "content": content}], SUMMARY_TOKENS)
         return _text(summary[:SUMMARY_CHARACTERS])
 
     def _count(self, what: str) -> None:
@@ -311,32 +309,35 @@ class Live:
 
 
 def passages(query: str, page: str) -> str:
-    """The stretches of a page that have most to do with the query, in the page's order; its beginning if none has."""
-    stretches = textwrap.wrap(" ".join(page.split()), PASSAGE_CHARACTERS)
-    best = sorted(index for index, _ in bm25.rank(query, stretches)[:PASSAGES])
-    return " … ".join(stretches[index] for index in best or [0])
+    """The PASSAGES parts of a page that match the query best, in the page's order; its beginning if none matches."""
+    parts = textwrap.wrap(" ".join(page.split()), PASSAGE_CHARACTERS)
+    best = sorted(index for index, _ in bm25.rank(query, parts)[:PASSAGES])
+    return " … ".join(parts[index] for index in best or [0])
 
 
 def _search_status(reply: dict[str, Any]) -> int:
-    """As `told_status`; SerpApi says beside it whether a search has been made."""
+    """As `status_in_body`; SerpApi also reports whether the search was made."""
     metadata = reply.get("search_metadata")
     state = metadata.get("status") if isinstance(metadata, dict) else None
-    told = told_status(reply)
-    return 503 if told == 200 and state in ("Error", "Processing", "Queued") else told
+    status = status_in_body(reply)
+    return 503 if status == 200 and state in ("Error", "Processing", "Queued") else status
 
 
 def _found_nothing(reply: dict[str, Any]) -> bool:
-    """Whether a search engine says that it has no results: in `error`, or in a state of `search_information`."""
+    """Whether a search engine says that it has no results: in `error`, or in a value of `search_information`."""
     information = reply.get("search_information")
-    states = information.values() if isinstance(information, dict) else ()
-    return any(isinstance(said, str) and NOTHING.search(said) for said in (reply.get("error"), *states))
+    messages = [reply.get("error")]
+    if isinstance(information, dict):
+        messages += information.values()
+    return any(isinstance(message, str) and NOTHING_FOUND.search(message) for message in messages)
 
 
 def _found(listed: list[dict]) -> list[Found]:
-    """What is usable of a search engine's entries. Raises ToolFailure where there are some, and none is."""
+    """The usable entries of a search engine. Raises ToolFailure where there are entries, but no usable ones."""
     found = []
     for entry in listed:
-        title, link = _text(entry.get("title"))[:TITLE_CHARACTERS], web_address(entry.get("link"))
+        title = _text(entry.get("title"))[:TITLE_CHARACTERS]
+        link = web_address(entry.get("link"))
         if title or link:
             picture = web_address(_text(entry.get("thumbnail")) or entry.get("thumbnailUrl"))
             found.append(Found(title, link, picture))
@@ -346,30 +347,28 @@ def _found(listed: list[dict]) -> list[Found]:
 
 
 def _shape(value: object) -> str:
-    """What is there instead of what was expected, in words."""
+    """A value's type or keys, in words, for a message about an unexpected reply."""
     if not isinstance(value, dict):
         return f"it is a {type(value).__name__}"
     return f"it has {', '.join(list(value)[:12]) or 'no keys'}"
 
 
 def _text(value: object) -> str:
-    """Text that every file and tokenizer takes, of a field that may hold anything."""
+    """Valid UTF-8 from a field of any type; "" where it is not text."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-# ---- a search server elsewhere
+# ---- a search server of others
 
 
 class Remote:
-    """Any server of Search-R1's protocol: POST /retrieve, and POST /image_search where it has that.
-
-    Servers agree on little more than these paths: documents come under several names, with or without scores.
-    """
+    """Any server of Search-R1's protocol: POST /retrieve and, where it has that, POST /image_search. Servers agree on
+    little more than these paths: documents have several names, with or without scores."""
 
     def __init__(self, url: str, client: Client | None = None, results: int = 5):
         parts = urlsplit(server_address(url, "--search remote:"))
         self.url = parts._replace(path=parts.path.rstrip("/").removesuffix("/retrieve")).geturl()
-        proxy_for(self.url)  # refused now, and not at the first search
+        proxy_for(self.url)  # raises here, not only at the first search
         self.client, self.results, self.name = client or Client(), results, host_of(self.url)
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
@@ -385,25 +384,25 @@ class Remote:
         reply, listed = self._ask("/retrieve", {"queries": [query], "topk": self.results, "return_scores": True})
         if len(listed) == 1 and isinstance(listed[0], list):
             return self._seen(reply, listed[0], _remote_document)
-        if listed and all(not isinstance(entry, list) or _pair(entry) for entry in listed):  # not a list a query
+        if listed and all(not isinstance(entry, list) or _pair(entry) for entry in listed):  # documents, not a list
             return self._seen(reply, listed, _remote_document)
         raise failure("format", f"{self.name}: not one list of documents for one query")
 
     def _ask(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The reply, and the list in it."""
-        content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": told_status}
-        answer = self.client.request(self.name, "POST", below(self.url, path), **content)
-        alone = json_of(answer.body)
-        reply = {"result": alone} if isinstance(alone, list) else answer.json()
-        listed = next((reply[name] for name in LISTS if isinstance(reply.get(name), list)), None)
-        if listed is None:
-            self._check_error(reply)
-            said = _text(reply.get("message")) or _text(reply.get("msg"))
-            raise failure("format", f"{self.name}{path}: no list of results in the reply; {_shape(reply)} {said}")
-        return reply, listed
+        content: dict[str, Any] = {"json": body, "seconds": 120, "tries": 3, "status_of": status_in_body}
+        answer = self.client.request(self.name, "POST", join_url(self.url, path), **content)
+        value = json_or_none(answer.body)
+        reply = {"result": value} if isinstance(value, list) else answer.json()
+        for name in LISTS:
+            if isinstance(reply.get(name), list):
+                return reply, reply[name]
+        self._check_error(reply)
+        message = _text(reply.get("message")) or _text(reply.get("msg"))
+        raise failure("format", f"{self.name}{path}: no list of results in the reply; {_shape(reply)} {message}")
 
     def _seen(self, reply: dict[str, Any], entries: list[Any], read: Callable[[Any], Hit | None]) -> Observation:
-        """What `read` makes of the entries. Raises ToolFailure where there are some, and none is understood."""
+        """The hits that `read` makes of the entries. Raises ToolFailure where none of the entries is understood."""
         usable = (hit for hit in map(read, entries) if hit and (hit.title or hit.text or hit.image))
         hits = tuple(islice(usable, self.results))
         if not hits:
@@ -414,26 +413,25 @@ class Remote:
 
     def _check_error(self, reply: dict[str, Any]) -> None:
         if error := reply.get("error") or reply.get("errors") or reply.get("detail"):
-            raise failure("format", f"{self.name}: {complaint_of(json.dumps({'error': error}).encode())}")
+            raise failure("format", f"{self.name}: {error_text(json.dumps({'error': error}).encode())}")
 
 
 def _remote_match(entry: object) -> Hit | None:
-    """None for what is no match of a picture."""
+    """A hit of an image search; None for any other value."""
     if not isinstance(entry, dict) or not any(isinstance(entry.get(name), str) for name in MATCHES):
         return None
     try:
         image = thumbnail(base64.b64decode(entry["thumbnail"], validate=True))
     except (KeyError, TypeError, ValueError):
         image = None
-    title, link, text = (_text(entry.get(name)) for name in ("title", "link", "text"))
-    return Hit(title[:TITLE_CHARACTERS], link, text[:REMOTE_CHARACTERS], image, score=_number(entry.get("score")))
+    title = _text(entry.get("title"))[:TITLE_CHARACTERS]
+    text = _text(entry.get("text"))[:REMOTE_CHARACTERS]
+    return Hit(title, _text(entry.get("link")), text, image, score=_number(entry.get("score")))
 
 
 def _remote_document(entry: Any) -> Hit | None:
-    """A document: fields or a text, alone, in a pair with its score, or as `document` beside it. None for what is none.
-
-    Search-R1's `contents` are a quoted title, a line end and the text.
-    """
+    """A document: an object or a text, alone, in a pair with its score, or under `document` beside its score. None for
+    any other value. Search-R1's `contents` are a quoted title, a line end and the text."""
     score = entry.get("score") if isinstance(entry, dict) else None
     if pair := _pair(entry):
         entry, score = pair
@@ -446,11 +444,13 @@ def _remote_document(entry: Any) -> Hit | None:
     if not any(isinstance(entry.get(name), str) for name in ("title", *DOCUMENTS)):
         return None
     name = next((name for name in DOCUMENTS if _text(entry.get(name))), "")
-    title, text = _text(entry.get("title")), _text(entry.get(name))
-    head, parted, body = text.partition("\n")
-    if parted and (name == "contents" or re.fullmatch(r'\s*".*"\s*', head)):
-        title, text = head.strip().strip('"') or title, body
-    url = next(filter(None, (web_address(entry.get(name)) for name in ("url", "link", "id"))), "")
+    title = _text(entry.get("title"))
+    text = _text(entry.get(name))
+    head, line_end, body = text.partition("\n")
+    if line_end and (name == "contents" or re.fullmatch(r'\s*".*"\s*', head)):
+        title = head.strip().strip('"') or title
+        text = body
+    url = web_address(entry.get("url")) or web_address(entry.get("link")) or web_address(entry.get("id"))
     return Hit(title[:TITLE_CHARACTERS], url, text[:REMOTE_CHARACTERS], score=_number(score))
 
 
@@ -458,11 +458,12 @@ def _pair(entry: Any) -> tuple[Any, float] | None:
     """A document and its score, in either order."""
     if not isinstance(entry, list) or len(entry) != 2:
         return None
-    first, second = map(_number, entry)
+    first, second = _number(entry[0]), _number(entry[1])
     if (first is None) == (second is None):
         return None
     return (entry[0], second) if first is None else (entry[1], first)
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # no NaN either
+    """A finite number; None for any other value (a comparison with NaN is false)."""
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None

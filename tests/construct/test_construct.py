@@ -33,7 +33,7 @@ from mmsr.net.completions import ChatServer
 from mmsr.search.cache import Cached
 from mmsr.search.store import Store
 from mmsr.system.errors import UserError
-from mmsr.system.kept import Kept
+from mmsr.system.journal import Journal
 from mmsr.tools import ToolFailure
 
 ROOT = Path(__file__).parents[2]
@@ -203,7 +203,7 @@ def test_one_question_of_many_threads_is_one_call_and_none_the_next_time(tmp_pat
         web.delay = 0.1
         for _ in range(2):
             server = ChatServer(web.url, "m", "", Client())
-            calls = Calls(server, Kept(tmp_path / "calls"))
+            calls = Calls(server, Journal(tmp_path / "calls"))
             with ThreadPoolExecutor(16) as pool:
                 asked = [pool.submit(calls.complete, [{"role": "user", "content": "hello"}], 9) for _ in range(16)]
             assert {one.result() for one in asked} == {"The bridge crosses the Tagus."}
@@ -212,7 +212,7 @@ def test_one_question_of_many_threads_is_one_call_and_none_the_next_time(tmp_pat
 
 def test_an_answer_is_on_the_disk_before_it_is_used_and_a_failure_is_not(tmp_path):
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Client()), Kept(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Client()), Journal(tmp_path / "calls"))
         web.then("openai", raw(b"<html>rubbish"))
         with pytest.raises(ToolFailure, match="format"):
             calls.complete([{"role": "user", "content": "hello"}], 9)
@@ -224,7 +224,7 @@ def test_an_answer_is_on_the_disk_before_it_is_used_and_a_failure_is_not(tmp_pat
 def test_a_busy_server_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("mmsr.construct.factory.time.sleep", lambda seconds: None)
     with FakeWeb() as web:
-        calls = Calls(ChatServer(web.url, "m", "", Client(sleep=lambda seconds: None)), Kept(tmp_path / "calls"))
+        calls = Calls(ChatServer(web.url, "m", "", Client(sleep=lambda seconds: None)), Journal(tmp_path / "calls"))
         web.then("openai", *[status(429, {"error": "slow down"}) for _ in range(7)])
         assert calls.complete([{"role": "user", "content": "a"}], 9) == "The bridge crosses the Tagus."
 

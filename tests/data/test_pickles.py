@@ -181,7 +181,7 @@ def test_doubling_is_walked(tmp_path):
     assert len(read_plain(written(tmp_path, program))) == 2
     doubled = b"\x80\x04)" + b"q\x00h\x00\x86" * 60
     for module, kind in ((doubled, b"\x8c\x01x"), (b"\x8c\x02os", doubled[2:]), (b"\x8c\x05PIL.x", doubled[2:])):
-        refused(written(tmp_path, module + kind + b"\x93."), "a name that is no text")
+        refused(written(tmp_path, module + kind + b"\x93."), "a name that is not text")
 
 
 MERSENNE = 2**61 - 1  # what Python takes numbers modulo, for a hash

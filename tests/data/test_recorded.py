@@ -93,7 +93,7 @@ def test_recorded_turns_join_summaries_by_rank(tmp_path):
         (3, "TypeError"),
         ([{"action": "answer"}], "KeyError: 'response'"),
         ([SEARCHES[0] | {"tool_result": "none"}], "TypeError"),
-        *(([SEARCHES[1] | {name: 5}], "TypeError: 5 is no text") for name in ("response", "action", "query")),
+        *(([SEARCHES[1] | {name: 5}], "TypeError: 5 is not text") for name in ("response", "action", "query")),
         *(([SEARCHES[0] | {"tool_result": {"titles": titles}}], "TypeError") for titles in (5, "two", [5], {"a": 1})),
         ([SEARCHES[1] | {"tool_result": {"documents": [{"rank": 1, "title": []}], "summaries": []}}], "TypeError"),
     ],

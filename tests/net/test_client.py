@@ -26,7 +26,7 @@ from mmsr.net import http as wire
 from mmsr.net.client import BREAKER_FAILURES, BREAKER_SECONDS, Client, web_address
 from mmsr.net.completions import ChatServer, chat_address, open_server, picture_part
 from mmsr.net.http import keep_secret, proxy_for, redact, require_public
-from mmsr.net.refusals import told_status
+from mmsr.net.server_errors import status_in_body
 from mmsr.search.web import Remote, Service
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
@@ -170,7 +170,7 @@ FATAL = [
 def test_what_will_pass_or_the_name_of_a_page_stops_a_provider_for_good(web, time_, code, message, expected):
     web.always("file", status(code, {"error": {"message": message}}))
     assert kind(get, time_.client(), web) == expected
-    assert told_status({"error": "could not open https://a.example/insufficient-balance"}) == 200
+    assert status_in_body({"error": "could not open https://a.example/insufficient-balance"}) == 200
 
 
 @pytest.mark.parametrize("code, body, expected", FATAL)
@@ -1224,7 +1224,7 @@ def test_refusal_that_only_mentions_a_field_is_final_and_not_remembered(web, cod
     web.always("openai", status(code, {"error": {"message": words}}))
     server = chat(web)
     assert kind(server.complete, USER, 9000) in ("status", "forbidden") and len(web.seen) == asked
-    assert not server.foreign
+    assert not server.refused_fields
 
 
 def test_hundreds_of_calls_in_flight_get_each_its_own_answer(web):

@@ -3,7 +3,7 @@
 import pytest
 from helpers import SEARCHES
 
-from mmsr.search.bm25 import asked, rank, sqlite_query, tokens, words
+from mmsr.search.bm25 import query_tokens, rank, sqlite_query, tokens, words
 
 PAGES = ["The bridge crosses the Tagus river.", "A river in Spain.", "Bread and olives.", ""]
 
@@ -53,9 +53,9 @@ def test_words_of_any_script(text, expected):
 
 def test_a_run_without_blanks_is_one_word():
     assert tokens("塔霍河 Tajo") == ["塔", "霍", "河", "塔霍", "霍河", "tajo"]
-    assert asked("塔霍河 Tajo 塔霍") == ["塔霍", "霍河", "tajo"], "the characters alone would find every page"
-    assert asked("塔") == ["塔"], "but one that stands alone is asked for"
-    assert asked("한강은") == ["한강", "강은"], "as a page may say 한강의"
+    assert query_tokens("塔霍河 Tajo 塔霍") == ["塔霍", "霍河", "tajo"], "the characters alone would find every page"
+    assert query_tokens("塔") == ["塔"], "but one that stands alone is asked for"
+    assert query_tokens("한강은") == ["한강", "강은"], "as a page may say 한강의"
 
 
 @pytest.mark.parametrize("query, page", SEARCHES, ids=[page[:8] for _, page in SEARCHES])

@@ -241,7 +241,7 @@ def test_a_server_for_others_refuses_their_name_for_it():
 def test_it_listens_to_others_by_default():
     server = serve.Server(Engine(), "test", port=0)
     server.server_close()
-    assert server.server_address[0] == "127.0.0.1" and server.private
+    assert server.server_address[0] == "127.0.0.1" and server.loopback
 
 
 def test_a_huge_body_is_read_into_memory(server, monkeypatch):
@@ -319,10 +319,10 @@ def test_a_dripping_client_holds_a_thread_for_good(server, monkeypatch):
         answer = raw(server, head, *[b"x"] * 200, pause=0.05)  # 10 s if nobody stops it
         assert time.monotonic() - start < 11 and answer[:30].split()[1:2] in ([], [b"408"], [b"400"])
     for _ in range(100):
-        if server.room._value == serve.MAX_RUNNING:
+        if server.running._value == serve.MAX_RUNNING:
             break
         time.sleep(0.05)
-    assert server.room._value == serve.MAX_RUNNING and alive(server)
+    assert server.running._value == serve.MAX_RUNNING and alive(server)
 
 
 def test_a_search_is_cut_off_with_the_clients_time(server, monkeypatch):

@@ -530,8 +530,8 @@ def test_a_ledger_with_a_foreign_object_in_it_is_believed(tmp_path, kind):
         Budget(store, "run", 2).spend("serpapi")
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(FOREIGN[kind])
-    refused(lambda: Store(path, readonly=True), str(path), f"the {kind} '", "none of ours")
-    with pytest.warns(RuntimeWarning, match=f"the {kind} '.*none of ours.* moved to .*, 3 results kept"):
+    refused(lambda: Store(path, readonly=True), str(path), f"the {kind} '", "not one of ours")
+    with pytest.warns(RuntimeWarning, match=f"the {kind} '.*not one of ours.* moved to .*, 3 results kept"):
         store = Store(path)
     with closing(store):
         Budget(store, "run", 2).spend("serper")
@@ -633,7 +633,7 @@ def record_in_vain(path: Path, there: bool = True) -> None:
             Budget(store, "run", 9).spend("serpapi")
         assert same(store.once(text_key("new"), lambda: found(5), 1), found(5))
         store.close()
-    assert len(told) == 1 and "the run goes on" in str(told[0].message)
+    assert len(told) == 1 and "the run continues" in str(told[0].message)
 
 
 def replay_only(path: Path) -> None:
@@ -659,7 +659,7 @@ def test_a_full_disk_lets_the_run_go_on_and_recording_too_once_there_is_room(tmp
     with closing(Store(path)) as store:
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count={pages}")
-        with pytest.warns(RuntimeWarning, match="not recorded .*full.* goes on") as told:
+        with pytest.warns(RuntimeWarning, match="not recorded .*full.* continues") as told:
             for number in range(3):
                 assert not store.put(text_key(f"new {number}"), found(number, bytes(9000)))
         assert len(told) == 1

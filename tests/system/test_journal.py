@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mmsr.system.errors import UserError
-from mmsr.system.kept import Kept, key_of
+from mmsr.system.journal import Journal, key_of
 
 
 def test_what_is_kept_reads_the_same_again(tmp_path):
     texts = ["plain", "zwei\nZeilen\r\u2028", "\ud83d alone", "ünïcödé 漢字", ""]
-    kept = Kept(tmp_path / "kept.jsonl")
+    kept = Journal(tmp_path / "kept.jsonl")
     for n, text in enumerate(texts):
         kept.add(f"k{n}", reply=text, more=n)
-    for read in (kept, Kept(tmp_path / "kept.jsonl")):
-        assert list(map(read.get, read.places)) == [
+    for read in (kept, Journal(tmp_path / "kept.jsonl")):
+        assert list(map(read.get, read.offsets)) == [
             {"key": f"k{n}", "reply": text, "more": n} for n, text in enumerate(texts)
         ]
     assert kept.get("another") is None
@@ -29,23 +29,23 @@ def test_what_is_kept_reads_the_same_again(tmp_path):
 def test_a_line_cut_short_takes_no_other_with_it(tmp_path, cut):
     path = tmp_path / "kept.jsonl"
     for n in range(3):
-        Kept(path).add(f"k{n}", reply="x" * 40)
+        Journal(path).add(f"k{n}", reply="x" * 40)
     path.write_bytes(path.read_bytes()[:-cut])
-    again = Kept(path)
+    again = Journal(path)
     again.add("k3", reply="y")
     whole = {"k0", "k1", "k3"} | ({"k2"} if cut == 1 else set())  # without its line break it is still whole
-    assert again.places.keys() == Kept(path).places.keys() == whole
-    assert again.get("k3")["reply"] == Kept(path).get("k3")["reply"] == "y"
+    assert again.offsets.keys() == Journal(path).offsets.keys() == whole
+    assert again.get("k3")["reply"] == Journal(path).get("k3")["reply"] == "y"
 
 
 def test_foreign_lines_are_no_answers(tmp_path):
     path = tmp_path / "kept.jsonl"
     path.write_bytes(b'3\n[]\n{"k": "a"}\n\xff\n\n{"key": "b", "reply": 1}\n\0\0{"key": "c"}\n')
-    assert Kept(path).places.keys() == {"b"}
+    assert Journal(path).offsets.keys() == {"b"}
 
 
 def test_what_another_process_appends_does_not_shift_what_is_read(tmp_path):
-    first, second = Kept(tmp_path / "kept.jsonl"), Kept(tmp_path / "kept.jsonl")
+    first, second = Journal(tmp_path / "kept.jsonl"), Journal(tmp_path / "kept.jsonl")
     for n in range(6):
         (first if n % 3 else second).add(f"k{n}", reply=n)
     assert [(second if n % 3 == 0 else first).get(f"k{n}")["reply"] for n in range(6)] == list(range(6))
@@ -53,23 +53,23 @@ def test_what_another_process_appends_does_not_shift_what_is_read(tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     path = tmp_path / "kept.jsonl"
-    Kept(path).add("k0", reply="x")
+    Journal(path).add("k0", reply="x")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limit[1]))
         for _ in range(2):
             with pytest.raises(UserError, match="cannot be written .*make room"):
-                Kept(path).add("k1", reply="y" * 100)
+                Journal(path).add("k1", reply="y" * 100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
-    Kept(path).add("k2", reply="z")
-    assert Kept(path).places.keys() == {"k0", "k2"}
+    Journal(path).add("k2", reply="z")
+    assert Journal(path).offsets.keys() == {"k0", "k2"}
 
 
 def test_threads_write_whole_lines(tmp_path):
-    kept = Kept(tmp_path / "kept.jsonl")
+    kept = Journal(tmp_path / "kept.jsonl")
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda n: kept.add(f"k{n}", reply="x" * 20_000), range(64)))
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_threads_write_whole_lines(tmp_path):
 
 
 def test_what_many_threads_want_at_once_is_asked_for_once_and_a_failure_again(tmp_path):
-    kept, begun, asked = Kept(tmp_path / "kept.jsonl"), threading.Barrier(8), []
+    kept, begun, asked = Journal(tmp_path / "kept.jsonl"), threading.Barrier(8), []
 
     def work():
         asked.append(1)
@@ -94,7 +94,7 @@ def test_what_many_threads_want_at_once_is_asked_for_once_and_a_failure_again(tm
         with pytest.raises(ValueError, match="busy"):
             list(pool.map(want, range(8)))
         assert [found["reply"] for found in pool.map(want, range(8))] == ["x"] * 8
-    assert len(asked) == 2 and Kept(tmp_path / "kept.jsonl").once("k", work)["reply"] == "x" and len(asked) == 2
+    assert len(asked) == 2 and Journal(tmp_path / "kept.jsonl").once("k", work)["reply"] == "x" and len(asked) == 2
 
 
 def test_keys_tell_what_was_asked_apart():
