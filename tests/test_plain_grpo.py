@@ -1,6 +1,11 @@
-"""examples/plain_grpo.py against mmsr: the plain form and the fast one sample the same tokens and learn the same."""
+"""examples/plain_grpo.py against mmsr: the plain form and the fast one sample the same tokens and learn the same.
+
+They share the forward pass, `Packed`, `mrope_positions` and the tokenizer, which other tests hold to transformers.
+"""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,7 +199,7 @@ def test_a_step_of_the_program_prints_nothing(folder, capsys, monkeypatch):
     assert line.startswith("step 1: reward ") and "accuracy" in line and "searches" in line
 
 
-@pytest.mark.parametrize("options", [["--steps", "many"], ["--stepz", "1"], ["--model", "nowhere"]])
+@pytest.mark.parametrize("options", [["--steps", "many"], ["--steps", "0"], ["--stepz", "1"], ["--model", "nowhere"]])
 def test_a_wrong_option_is_not_told_in_one_line(options, capsys):
     with pytest.raises(SystemExit) as end:
         plain_grpo.main(options)
@@ -203,6 +208,13 @@ def test_a_wrong_option_is_not_told_in_one_line(options, capsys):
     assert line.startswith("plain_grpo.py: error: ")
 
 
-def test_the_file_that_is_read_first_is_long():
-    lines = open(plain_grpo.__file__, encoding="utf-8").read().splitlines()
-    assert len(lines) <= 200
+def test_the_file_that_is_read_first_is_long_or_names_lines_that_are_not_there():
+    source = Path(plain_grpo.__file__).read_text(encoding="utf-8")
+    _, table, code = re.split(r"\n\| the plain line .*|\n\"\"\"\n", source, maxsplit=2)
+    assert len(source.splitlines()) <= 200
+    rows = re.findall(r"^\| ([^-].*?) +\|.*: (.*?) +\|$", table, re.M)
+    assert len(rows) == 7
+    for line, files in rows:
+        assert line.removesuffix("...)") in code
+        for file in re.split(", ", files):
+            assert (Path(attention.__file__).parent / file).is_file()
