@@ -45,7 +45,7 @@ GROUP_SIZE = 8  # G
 MAX_TURNS = 2  # a search, then an answer
 TURN_TOKENS = 32
 GROUP_EPS = 0.05  # ε
-CLIP = 0.2  # ε_low and ε_high
+CLIP_LOW, CLIP_HIGH = 0.2, 0.2  # ε_low, ε_high
 KL = 0.001  # β
 
 
@@ -143,7 +143,7 @@ def sampled_logps(policy, episode):
 def token_losses(logps, old, ref, advantage):
     """(1) and (3) for the sampled tokens of a rollout, (n,)."""
     ratio = (logps - old).exp()  # ρ
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
     surrogate = torch.minimum(ratio * advantage, clipped * advantage)
     gap = (ref - logps).clamp(-20, 20)  # d
     k3 = (gap.exp() - gap - 1).clamp(max=10)

@@ -15,12 +15,13 @@ from examples import plain_grpo
 from examples.plain_grpo import Policy, add_gradient, roll_out, sampled_logps, set_advantages, set_reward
 from mmsr import attention
 from mmsr.engine import Engine, sampling_key
-from mmsr.episode import Episode
+from mmsr.episode import Episode, Example, Observation, Turn
 from mmsr.grpo import group_advantages
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout
 from mmsr.system.optimizer import MasterWeights
 from mmsr.tools import IMAGE_SEARCH, Toolbox, search_tools
+from mmsr.toy.world import LOOK_IT_UP
 from mmsr.update import Trainer, split
 
 LR = 0.3  # of plain gradient descent: far enough for the clip to act in a second update
@@ -56,9 +57,14 @@ def fast_rollouts(policy: Policy, world, examples, group_size: int, temperature:
     """The same by engine and rollout. Few slots, so that sequences of other groups take those that get free."""
     turns = plain_grpo.MAX_TURNS
     engine = Engine(
-        policy.model, policy.chat.stop_id, policy.suppressed, slots=5, max_tokens=256,
-        turn_tokens=plain_grpo.TURN_TOKENS, temperature=temperature,
-    )  # fmt: skip
+        policy.model,
+        policy.chat.stop_id,
+        policy.suppressed,
+        slots=5,
+        max_tokens=256,
+        turn_tokens=plain_grpo.TURN_TOKENS,
+        temperature=temperature,
+    )
     image_search, _ = search_tools(world.web, turns - 1, 0)
     rollout = Rollout(engine, policy.chat, Toolbox([image_search], inline=True), Limits(turns, 56 * 56, 56 * 56))
     return rollout(examples, group_size, (0, 1))
@@ -85,9 +91,17 @@ def fast_gradients(policy, reference, episodes, updates: int) -> tuple[list[tupl
     model = copy.deepcopy(policy.model)
     optimizer = MasterWeights(model, lambda parameters: torch.optim.SGD(parameters, lr=LR))
     trainer = Trainer(
-        model, optimizer, policy.suppressed, reference=reference.model if plain_grpo.KL else None, kl=plain_grpo.KL,
-        clip_low=plain_grpo.CLIP, clip_high=plain_grpo.CLIP, loss_norm="sequence", micro_tokens=500, max_grad_norm=1e9,
-    )  # fmt: skip
+        model,
+        optimizer,
+        policy.suppressed,
+        reference=reference.model if plain_grpo.KL else None,
+        kl=plain_grpo.KL,
+        clip_low=plain_grpo.CLIP_LOW,
+        clip_high=plain_grpo.CLIP_HIGH,
+        loss_norm="sequence",
+        micro_tokens=500,
+        max_grad_norm=1e9,
+    )
     found = []
     step = optimizer.step
 
@@ -127,6 +141,7 @@ def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 def test_trainer_has_another_gradient_than_the_plain_form(policy, batch, kl, updates, monkeypatch, record_property):
     """The second update of a batch is far from π_old, so that ratios differ from 1 and some are clipped."""
     monkeypatch.setattr(plain_grpo, "KL", kl)
+    monkeypatch.setattr(plain_grpo, "CLIP_HIGH", 0.1)
     reference = with_own_weights(policy)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
@@ -177,16 +192,29 @@ def test_engine_samples_other_tokens_than_the_plain_form(policy, world, temperat
     assert sum(episode.searches(IMAGE_SEARCH) for episode in fast) > 0
 
 
-def test_reward_of_the_toy_recipe_is_another_than_that_of_the_plain_form(policy, world):
-    episodes = fast_rollouts(policy, world, questions(world, 8), 4)
-    score(episodes, RewardRule("paper"), policy.chat.well_formed)
-    for episode in episodes:
-        plain = copy.copy(episode)
-        plain.turns = [turn for turn in episode.turns if turn.role == "assistant"]
-        reward, right, searched = set_reward(plain, policy.chat)
-        assert reward == pytest.approx(episode.reward)
-        assert right == episode.reward_parts["accuracy"] and searched == episode.searches()
-    assert len({episode.reward for episode in episodes}) > 1
+# ---- the reward
+
+RIGHT = "<reason> so . </reason> <answer> mafiku </answer>"
+WRONG = "<reason> so . </reason> <answer> vevu </answer>"
+TWO_REASONS = "<reason> so . </reason> <reason> so . </reason> <answer> mafiku </answer>"
+NOTHING = "I do not know"
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("last", [RIGHT, WRONG, TWO_REASONS, NOTHING, LOOK_IT_UP])
+def test_reward_of_the_toy_recipe_is_another_than_that_of_the_plain_form(policy, last, searched):
+    said = [LOOK_IT_UP, last] if searched else [last]
+    plain = Episode(Example("e", b"", "what is this ?", ("mafiku",)), 0, 0)
+    for text in said:
+        action = policy.chat.parse(text)
+        plain.turns.append(Turn("assistant", text, 0, 0, action.name, action.query))
+    fast = copy.deepcopy(plain)
+    if searched:
+        fast.turns.insert(1, Turn("tool", "", 0, 0, IMAGE_SEARCH, observation=Observation(source="toy")))
+    score([fast], RewardRule("paper"), policy.chat.well_formed)
+    reward, right, counted = set_reward(plain, policy.chat)
+    assert reward == plain.reward == pytest.approx(fast.reward)
+    assert (right, counted) == (fast.reward_parts["accuracy"], fast.searches())
 
 
 # ---- the program
