@@ -1,0 +1,200 @@
+"""GRPO for a model that searches, in one file and in its plainest form. Read this first: nothing here is clever.
+
+A step samples a group of rollouts for each question, rewards them, compares each with its group, and makes the tokens
+of the better ones likelier. A rollout may stop in the middle to search. Equation numbers: docs/algorithm.md.
+Shapes: N tokens of a rollout, n sampled ones, M image tokens, V words of the vocabulary, d model size, G rollouts.
+
+    python examples/plain_grpo.py --steps 5
+
+Every step asks the same 8 questions, so that its numbers compare: reward .74 in step 1 and .84 in step 5, accuracy .77
+and .89, in half a minute on one core. (The toy base model is made first, in minutes, and kept.) train.py samples the
+same tokens and computes the same gradient, 20 times faster: 256 rollouts take it 1.3 seconds, and this file 25. Why:
+
+| the plain line                   | what it wastes                         | what saves it, in mmsr/                  |
+|----------------------------------|----------------------------------------|------------------------------------------|
+| policy.log_probs(episode)[-1]    | all past tokens again, for each token  | keys and values are cached: engine.py    |
+| for episode in group             | a device that could decode 256 at once | slots: engine.py, system/graphs.py       |
+| web.image_search(example.image)  | time, as everything waits for it       | the other slots decode on: rollout.py    |
+| for episode in episodes          | the same prompt, G times               | once per group: pack.py, attention.py    |
+| self.model.encode_images(...)    | the same image, in every pass          | once per update: update.py               |
+| log_softmax(-1)                  | N x V numbers, of which n are read     | n rows, a tile at a time: model.py       |
+| optimizer.step()                 | 16 bytes a weight, as all is fp32      | 10 to 12, in bf16: system/optimizer.py   |
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mmsr.attention import Packed
+from mmsr.chat import ANSWER, PROMPTS, STOP, Chat
+from mmsr.engine import sampling_key, uniform
+from mmsr.episode import Episode, Turn
+from mmsr.model import mrope_positions
+from mmsr.pretrained import load
+from mmsr.system.errors import UserError
+from mmsr.tools import IMAGE_SEARCH, search_tools
+from mmsr.toy.base import base_model
+from mmsr.toy.world import World
+from mmsr.vision import load_image
+
+GROUP_SIZE = 8  # G
+MAX_TURNS = 2  # a search, then an answer
+TURN_TOKENS = 32
+GROUP_EPS = 0.05  # ε
+CLIP_LOW, CLIP_HIGH = 0.2, 0.2  # ε_low, ε_high
+KL = 0.001  # β
+
+
+class Policy:  # π: a model, and the format of its conversations
+    def __init__(self, folder, web):
+        self.model = load(folder)
+        image_search, text_search = search_tools(web, 1, 0)
+        self.chat = Chat(folder, PROMPTS / "toy", [image_search])
+        self.suppressed = self.chat.suppressed_tokens(self.model.config.vocab_size)  # (V,) bool
+
+    def log_probs(self, episode):
+        """log π(· | all tokens up to here) at every place of the sequence, (N, V)."""
+        grids = [(start, image.grid) for start, image in episode.images]
+        places = [torch.arange(start, start + image.tokens) for start, image in episode.images]
+        features = self.model.encode_images([image for start, image in episode.images])  # (M, d)
+        ids = torch.tensor(episode.input_ids)  # (N,)
+        positions, end = mrope_positions(len(ids), grids)  # (3, N)
+        hidden = self.model(ids, positions, Packed([len(ids)], "cpu"), features, torch.cat(places))  # (N, d)
+        logits = hidden @ self.model.head_weight.T  # (N, V)
+        return logits.masked_fill(self.suppressed, -1e9).log_softmax(-1)
+
+
+def draw(logps, key, index):
+    """The token at which the running sum of the probabilities passes a uniform number."""
+    noise = uniform(torch.tensor(key), torch.tensor(index))  # in [0, 1), from (key, index) alone
+    mass = logps.double().exp().cumsum(-1)  # (V,)
+    return int(torch.searchsorted(mass, noise * mass[-1], right=True))
+
+
+def sample_turn(policy, episode, key):
+    """Sample one token after another, up to the stop token. Returns what the turn asks for."""
+    start = len(episode.input_ids)
+    for end in range(start, start + TURN_TOKENS):
+        logps = policy.log_probs(episode)[-1]  # (V,)
+        token = draw(logps, key, end - episode.prompt_length)
+        episode.input_ids.append(token)
+        episode.loss_mask.append(1)
+        episode.logps.append(float(logps[token]))  # log π_old
+        if token == policy.chat.stop_id:
+            break
+    text = policy.chat.decode(episode.input_ids[start:]).removesuffix(STOP)
+    action = policy.chat.parse(text)
+    episode.turns.append(Turn("assistant", text, start, end + 1, action.name, action.query))
+    return action.name if token == policy.chat.stop_id else None
+
+
+def append(episode, piece):
+    """Append a prompt, or what a search found. The model did not sample it: mask 0."""
+    for offset, image in piece.images:
+        episode.images.append((len(episode.input_ids) + offset, image))
+    episode.input_ids += piece.ids
+    episode.loss_mask += [0] * len(piece.ids)
+    episode.logps += [0.0] * len(piece.ids)
+
+
+@torch.no_grad()
+def roll_out(policy, web, episode, key):
+    """Ask the episode's question. As long as the model asks for a search, give it what that finds."""
+    example = episode.example
+    image = load_image(example.image, 56 * 56, 56 * 56)
+    append(episode, policy.chat.prompt(example.question, image))
+    episode.prompt_length = len(episode.input_ids)
+    while sample_turn(policy, episode, key) == IMAGE_SEARCH and len(episode.turns) < MAX_TURNS:
+        found = web.image_search(example.image)
+        append(episode, policy.chat.observation(IMAGE_SEARCH, found, [None] * len(found.hits), example.question))
+
+
+def set_reward(episode, chat):
+    """(6): R = .9 s .9^c + .1 f, where s is right, c searched, f well formed. Returns R, s and c."""
+    answered = episode.turns[-1].action == ANSWER
+    right = answered and episode.turns[-1].query in episode.example.answers
+    searched = len(episode.turns) > 1
+    formed = answered and all(chat.well_formed(turn.text) for turn in episode.turns)
+    episode.reward = 0.9 * right * 0.9**searched + 0.1 * formed
+    return episode.reward, right, searched
+
+
+def set_advantages(group):
+    """(2): A = (R - mean(R)) / (std(R) + ε). Where all rewards are equal there is nothing to learn."""
+    rewards = torch.tensor([episode.reward for episode in group], dtype=torch.float64)  # (G,)
+    advantages = (rewards - rewards.mean()) / (rewards.std() + GROUP_EPS)  # (G,)
+    for episode, advantage in zip(group, advantages.tolist()):
+        episode.advantage = advantage
+        episode.trained = bool(rewards.min() < rewards.max())
+
+
+def sampled_logps(policy, episode):
+    """log π of the sampled tokens, (n,). The token at t is predicted at t - 1."""
+    logps = policy.log_probs(episode)[:-1]  # (N - 1, V)
+    targets = torch.tensor(episode.input_ids[1:])  # (N - 1,)
+    logps = logps.gather(1, targets[:, None])[:, 0]  # (N - 1,)
+    return logps[torch.tensor(episode.loss_mask[1:]) == 1]
+
+
+def token_losses(logps, old, ref, advantage):
+    """(1) and (3) for the sampled tokens of a rollout, (n,)."""
+    ratio = (logps - old).exp()  # ρ
+    clipped = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    gap = (ref - logps).clamp(-20, 20)  # d
+    k3 = (gap.exp() - gap - 1).clamp(max=10)
+    return -surrogate + KL * k3
+
+
+def add_gradient(policy, reference, episodes):
+    """Add the gradient of (4), in which every rollout has the same weight, to the parameters' `grad`."""
+    for episode in episodes:
+        logps = sampled_logps(policy, episode)  # (n,)
+        with torch.no_grad():
+            ref = sampled_logps(reference, episode)  # (n,)
+        old = torch.tensor(episode.logps)[torch.tensor(episode.loss_mask) == 1]  # (n,)
+        loss = token_losses(logps, old, ref, episode.advantage).mean()
+        (loss / len(episodes)).backward()
+
+
+def main(argv):
+    parser = argparse.ArgumentParser("plain_grpo.py", usage=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--model", type=Path, help="a folder; without it the toy base model")
+    options = parser.parse_args(argv)
+    if options.steps < 1:
+        parser.error("--steps: give 1 or more")
+    world = World(0)
+    try:
+        folder = options.model or base_model(world)
+        policy = Policy(folder, world.web)
+        reference = Policy(folder, world.web)  # π_ref: stays as it is
+    except UserError as error:
+        parser.error(str(error))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(1, options.steps + 1):
+        begin = time.perf_counter()
+        episodes = []
+        results = []
+        for group_id, example in enumerate(world.train[::60]):  # 4 that the model knows, 4 that it does not
+            group = [Episode(example, group_id, sample) for sample in range(GROUP_SIZE)]
+            for episode in group:
+                roll_out(policy, world.web, episode, sampling_key(0, step, group_id, episode.sample))
+                results.append(set_reward(episode, policy.chat))
+            set_advantages(group)
+            episodes += group
+        optimizer.zero_grad()
+        add_gradient(policy, reference, [episode for episode in episodes if episode.trained])
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        means = [sum(values) / len(values) for values in zip(*results)]
+        means.append(time.perf_counter() - begin)
+        print("step {}: reward {:.3f}, accuracy {:.3f}, searches {:.3f}, {:.1f} s".format(step, *means))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
