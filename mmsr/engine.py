@@ -495,8 +495,8 @@ class Engine:
         every, length = torch.arange(n, device=self.device), self.length[:n].clone()
         cached = Cached(
             prefix_lens=self.prefix_lens[:rows],
-            members=self.sequences[: rows * width].view(rows, width),
-            place=self.place[:n],
+            group_slots=self.sequences[: rows * width].view(rows, width),
+            slot_mapping=self.place[:n],
             suffix_lens=length + 1,
         )
 

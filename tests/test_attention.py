@@ -8,7 +8,7 @@ from helpers import largest_difference, report, tiny_model
 from test_engine import groups, run, texts
 
 from mmsr import attention
-from mmsr.attention import Cached, Packed, Segments, SharedPrefix, packed_attention
+from mmsr.attention import Cached, Packed, Segments, SharedPrefix, decode_attention_plain, packed_attention
 
 LAYOUTS = {
     "different lengths": ((5, 1, 7, 3), (5, 1, 7, 3)),
@@ -93,16 +93,16 @@ def kernel(monkeypatch):
 
 
 def decode_step(heads=6, kv_heads=2, size=8):
-    """Two prompts in three rows, four members in six slots; what lies beyond a length is not a number."""
+    """Two prompts in three rows, four sequences in six slots; what lies beyond a length is not a number."""
     torch.manual_seed(1)
     q = torch.randn(6, heads, size)
     prefix = [torch.randn(3, 7, kv_heads, size) for _ in "kv"]
     suffix = [torch.randn(6, 5, kv_heads, size) for _ in "kv"]
     prefix_lens, suffix_lens = torch.tensor([7, 0, 3]), torch.tensor([1, 5, 2, 1, 3, 1])
-    sequences = torch.tensor([[1, 3], [0, 0], [4, 2]])  # slots 0 and 5 are empty
-    place = torch.tensor([0, 0, 5, 1, 4, 0])
+    group_slots = torch.tensor([[1, 3], [0, 0], [4, 2]])  # slots 0 and 5 are empty
+    slot_mapping = torch.tensor([0, 0, 5, 1, 4, 0])
     rows = {1: 0, 2: 2, 3: 0, 4: 2}
-    return q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows
+    return q, prefix, suffix, prefix_lens, group_slots, slot_mapping, suffix_lens, rows
 
 
 def wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows):
@@ -118,21 +118,24 @@ def wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows):
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_a_decode_step_sees_the_wrong_keys(heads, kv_heads):
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads)
-    ours = Cached(prefix_lens, sequences, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
-    torch.testing.assert_close(ours[1:5], wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows))
+    q, prefix, suffix, prefix_lens, group_slots, slot_mapping, suffix_lens, rows = decode_step(heads, kv_heads)
+    layout = Cached(prefix_lens, group_slots, slot_mapping, suffix_lens)
+    ours = layout(q, tuple(prefix), tuple(suffix))
+    wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
+    torch.testing.assert_close(ours[1:5], wanted)
+    torch.testing.assert_close(decode_attention_plain(layout, q, tuple(prefix), tuple(suffix))[1:5], wanted)
     assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_the_kernels_decode_step_sees_the_wrong_keys(heads, kv_heads, kernel):
-    """Two calls and a merge; the kernel reads no key beyond a length, and a prompt without keys concerns nobody."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads)
+    """Two calls and a merge; the kernel reads no key beyond a length, and a row without a prompt is no sequence's."""
+    q, prefix, suffix, prefix_lens, group_slots, slot_mapping, suffix_lens, rows = decode_step(heads, kv_heads)
     wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
     for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
         for store in stores:
             store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
-    ours = Cached(prefix_lens, sequences, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
+    ours = Cached(prefix_lens, group_slots, slot_mapping, suffix_lens)(q, tuple(prefix), tuple(suffix))
     torch.testing.assert_close(ours[1:5], wanted)
     assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
 
@@ -152,7 +155,7 @@ def test_tokens_drawn_by_the_decode_kernel_are_others(kernel, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_torch_has_another_kernel_than_the_one_played_here(dtype):
     """Its real operator takes these arguments and gives these shapes, on the meta device."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, _ = decode_step(6, 2, 64)
+    q, prefix, suffix, prefix_lens, group_slots, slot_mapping, suffix_lens, _ = decode_step(6, 2, 64)
     q, prefix, suffix = (
         q.to("meta", dtype),
         [x.to("meta", dtype) for x in prefix],
@@ -191,12 +194,12 @@ def test_a_cuda_kernel_departs_from_fp32(kernel, layout, causal, heads, kv_heads
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (28, 4)])
 def test_cudas_decode_kernel_departs_from_the_plain_step(heads, kv_heads):
     """The real kernel in half precision against the plain step in fp32; what lies beyond a length is not a number."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads, 64)
+    q, prefix, suffix, prefix_lens, group_slots, slot_mapping, suffix_lens, rows = decode_step(heads, kv_heads, 64)
     wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
     for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
         for store in stores:
             store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
-    layout = Cached(*(x.to("cuda") for x in (prefix_lens, sequences, place, suffix_lens)))
+    layout = Cached(*(x.to("cuda") for x in (prefix_lens, group_slots, slot_mapping, suffix_lens)))
     half = [[x.to("cuda", torch.bfloat16) for x in stores] for stores in ([q], prefix, suffix)]
     assert attention.has_decode_kernel(half[0][0])
     ours = layout(half[0][0], tuple(half[1]), tuple(half[2])).float().cpu()

@@ -111,8 +111,8 @@ def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
     """The check itself: such a slip must end a decode step and an update."""
     plain = Cached.__init__
 
-    def slipped(self, prefix_lens, members, place, suffix_lens):
-        plain(self, prefix_lens, members, place, suffix_lens + torch.arange(len(suffix_lens)))
+    def slipped(self, prefix_lens, group_slots, slot_mapping, suffix_lens):
+        plain(self, prefix_lens, group_slots, slot_mapping, suffix_lens + torch.arange(len(suffix_lens)))
 
     monkeypatch.setattr(Cached, "__init__", slipped)
     with pytest.raises(AssertionError, match="host and device"):
