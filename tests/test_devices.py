@@ -58,7 +58,7 @@ def test_bf16_gap_between_sampler_and_trainer_is_larger_than_transformers_own(de
 
 
 def _cached_gap(twin, group, sequence) -> torch.Tensor:
-    """|log p with a cache − log p without| of a member's tokens, by transformers."""
+    """|log p with a cache − log p without| of a sequence's tokens, by transformers."""
     from helpers import positions
 
     prompt, n = torch.tensor(group.ids), len(group.ids)
@@ -142,4 +142,4 @@ def test_engine_lives_where_its_model_does(device):
     engine = Engine(tiny_model(4).to(device), STOP, SUPPRESSED.to(device), slots=4, max_tokens=60, turn_tokens=2)
     assert engine.submit(groups(1, 2)) == []
     engine.step()
-    assert engine.cache.suffix[0][0].device.type == engine.token.device.type == device
+    assert engine.cache.suffix[0][0].device.type == engine.state.token.device.type == device

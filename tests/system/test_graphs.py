@@ -112,7 +112,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("sequences, slots", [(4, 12), (3, 4)])
 def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeypatch):  # noqa: F811
-    """Slots that come and go, waiting members, and rows that move to the front."""
+    """Slots that come and go, sequences at a tool, and rows that move to the front."""
     options = dict(slots=slots, turn_tokens=40, max_tokens=400)
     replayed, plain = groups(3, sequences), groups(3, sequences)
     run(model, replayed, **options)
