@@ -3,7 +3,7 @@
     python bench/generation.py --runs 3
 
 Every prompt has a picture of its own. `generate` is used as one uses it for speed: one padded batch, a dynamic cache,
-scaled-dot-product attention. Rows with groups give it each prompt as often as the group has members, which is what a
+scaled-dot-product attention. Rows with groups give it each prompt as often as the group has sequences, which is what a
 GRPO trainer does; ours prefills it once. Stop ids are banned, so both make the same number of tokens.
 """
 
@@ -43,12 +43,19 @@ class Bench:
         return [self.chat.prompt("who made this ?", picture) for picture in pictures]
 
     def run_ours(self, prompts: list, sequences: int) -> list[list[int]]:
-        groups = [SequenceGroup(p.ids, p.images, [GeneratedSequence(i) for i in range(sequences)]) for p in prompts]
-        room = len(prompts[0].ids) + self.new_tokens
+        groups = []
+        for prompt in prompts:
+            generated = [GeneratedSequence(i) for i in range(sequences)]
+            groups.append(SequenceGroup(prompt.ids, prompt.images, generated))
         engine = Engine(
-            self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * sequences, max_tokens=room,
-            turn_tokens=self.new_tokens, temperature=0,
-        )  # fmt: skip
+            self.ours,
+            self.chat.stop_id,
+            self.suppressed,
+            slots=len(prompts) * sequences,
+            max_tokens=len(prompts[0].ids) + self.new_tokens,
+            turn_tokens=self.new_tokens,
+            temperature=0,
+        )
         engine.submit(groups)
         while engine.busy:
             for sequence in engine.step():
