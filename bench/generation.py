@@ -20,7 +20,7 @@ import torch
 import transformers
 from common import toy_base
 
-from mmsr import model
+from mmsr import model, pretrained
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.vision import load_image
@@ -31,7 +31,7 @@ class Bench:
         tokenizer = toy_base.build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
-        model.save(self.ours, folder)
+        pretrained.save(self.ours, folder)
         self.theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         chat = Chat(folder, PROMPTS / "toy", [])
         self.chat, self.side, self.new_tokens = chat, side, new_tokens
