@@ -296,7 +296,8 @@ class Cached:
         else:
             attend, merge = _plain_part, _merge_plain_parts
         _, group_size = self.group_slots.shape
-        heads = q.unflatten(1, (suffix_k.shape[2], -1)).transpose(1, 2).contiguous()  # (S, H/K, K, D)
+        heads = q.unflatten(1, (suffix_k.shape[2], -1))  # (S, K, H/K, D): the query heads of each key head
+        heads = heads.transpose(1, 2).contiguous()  # (S, H/K, K, D)
         by_prompt = heads[self.group_slots].flatten(1, 2)  # (R, G * H/K, K, D)
         on_prefix = []
         for part in attend(by_prompt, prefix_k, prefix_v, self.prefix):  # tensors (R, G * H/K, K, …)
@@ -346,8 +347,9 @@ def _kernel_part(q: Tensor, k: Tensor, v: Tensor, lens: Lengths) -> tuple[Tensor
         False,  # return the debug mask
         seqused_k=lens.int32,
     )
-    log_mass = log_mass.T  # (B * Q, K)
-    return out.unflatten(0, (batch, queries)), log_mass.unflatten(0, (batch, queries))
+    out = out.unflatten(0, (batch, queries))  # (B, Q, K, D)
+    log_mass = log_mass.T.unflatten(0, (batch, queries))  # (B, Q, K)
+    return out, log_mass
 
 
 @fused
@@ -407,4 +409,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32 or wider, of half-precision factors too: rounded scores would part sampler and trainer."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+    out = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+    return out.unflatten(0, a.shape[:2])

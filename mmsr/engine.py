@@ -124,7 +124,8 @@ MIX_2 = _signed(0x94D049BB133111EB)
 
 def sampling_key(*parts: object) -> int:
     """64 bits from (seed, step, group, sample, …): equal parts give equal samples, whatever else is in the batch."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    text = "/".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -158,9 +159,10 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
     else:
         cdf = probabilities(logps).cumsum(-1)  # (n, V)
         target = noise * cdf[:, -1]  # (n,) the last entry is 1 but for rounding
-        tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]  # (n,)
+        tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]  # (n,) the first with cdf > target
         tokens = tokens.clamp_(max=scores.shape[1] - 1)
-    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+    logps = logps.gather(1, tokens[:, None])[:, 0]  # (n,)
+    return tokens, logps
 
 
 # ---- memory
@@ -422,7 +424,9 @@ class Engine:
         for sequence in admitted:
             if sequence.group is not needed_by:
                 sequence.group.scores = None  # a megabyte that no sequence will ask for
-        return self._start_turns(torch.stack(scores), starting) if starting else []
+        if not starting:
+            return []
+        return self._start_turns(torch.stack(scores), starting)
 
     def _next_groups(self) -> list[SequenceGroup]:
         """The waiting groups to open now, in order: while slots and rows are left, one pass's worth of prompts."""
@@ -431,7 +435,8 @@ class Engine:
         tokens = 0
         for group in self.waiting_groups:
             tokens += len(group.ids)
-            if slots <= 0 or len(groups) == len(self.cache.free_rows) or (groups and tokens > self.prefill_tokens):
+            too_long = groups and tokens > self.prefill_tokens
+            if slots <= 0 or len(groups) == len(self.cache.free_rows) or too_long:
                 break
             groups.append(group)
             slots -= len(group.sequences)
@@ -470,7 +475,8 @@ class Engine:
             prefix_v[row_index, place_index] = v
             return packed(layer, q, k, v)
 
-        return self._forward([Piece(group.ids, group.images, 0) for group in groups], attention_fn)
+        pieces = [Piece(group.ids, group.images, position=0) for group in groups]
+        return self._forward(pieces, attention_fn)
 
     def _prefill_forced(self) -> list[GeneratedSequence]:
         """Prefill the new tokens of prefilling sequences: each sees its prompt, its own past, and the new tokens.
@@ -498,7 +504,8 @@ class Engine:
             suffix_v[slot_index, place_index] = v
             return packed_attention(q, *self._cached_keys(layer, sequences), segments)
 
-        scores, positions = self._forward([_new_tokens(sequence) for sequence in sequences], attention_fn)
+        pieces = [_new_tokens(sequence) for sequence in sequences]
+        scores, positions = self._forward(pieces, attention_fn)  # (sequences, V)
         for sequence, position in zip(sequences, positions):
             sequence.cached = len(sequence.ids)
             sequence.position = position
@@ -557,8 +564,8 @@ class Engine:
             torch.tensor(ids, device=self.device),
             torch.cat(position_ids, 1).to(self.device),
             attention_fn,
-            self._encode(images),
-            torch.cat(image_index).to(self.device) if images else None,
+            image_features=self._encode(images),
+            image_index=torch.cat(image_index).to(self.device) if images else None,
             head_fn=lambda hidden, head: self._scores(hidden[last], head),
         )
         return scores, next_positions
@@ -603,11 +610,14 @@ class Engine:
             sequence.start_step = self.counts["decode_steps"]
         self.num_running += len(sequences)
         self.batch_shape = None
-        return self._end_turns(slots, self._draw(scores, slots))
+        over = self._draw(scores, slots)  # (n,) bool
+        return self._end_turns(slots, over)
 
     def _turn_limit(self, sequence: GeneratedSequence) -> int:
         """How many tokens a sequence may have after its prompt when the turn that begins is over."""
-        return min(len(sequence.ids) + self.turn_tokens, self.max_tokens - len(sequence.group.ids))
+        of_turn = len(sequence.ids) + self.turn_tokens
+        of_conversation = self.max_tokens - len(sequence.group.ids)
+        return min(of_turn, of_conversation)
 
     def _decode(self) -> list[GeneratedSequence]:
         """Feed every slot its last token and sample the next of each running sequence. Returns whose turn ended."""

@@ -183,7 +183,7 @@ def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypat
 
     def reading(plain):
         def read(tensor):
-            assert tensor.untyped_storage().data_ptr() in copies, "read where it lies, on the device"
+            assert tensor.untyped_storage().data_ptr() in copies, "it is read on the device"
             return plain(tensor)
 
         return read
@@ -209,7 +209,9 @@ def test_sequence_out_of_room_stops_and_prompt_without_room_is_refused(model):
     longest = max(len(group.ids) for group in batch)
     engine = Engine(model, 299, SUPPRESSED, slots=8, max_tokens=longest, turn_tokens=50)
     refused = engine.submit(batch)
-    assert refused and all(len(m.group.ids if m.group else batch[1].ids) <= longest for m in refused)
+    assert refused
+    for sequence in refused:
+        assert len(sequence.group.ids if sequence.group else batch[1].ids) <= longest
     while engine.busy:
         for sequence in engine.step():
             assert not sequence.stopped and len(sequence.group.ids) + len(sequence.ids) == longest
