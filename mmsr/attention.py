@@ -15,7 +15,8 @@ The prefix is a shared prompt in training (`SharedPrefix`), and the cache in gen
 decode step, where every sequence has one query.
 
 Shape letters: N packed queries, M packed keys, H query heads, K key/value heads, D head size. In a decode step: S slots
-(one sequence each), R rows (one prompt each), G sequences of a prompt at most, P room of a prompt, L room of a slot.
+(one sequence each), R rows (one prompt each), G sequences of a prompt at most, P room of a row, L room of a slot. Where
+slots and rows are treated alike: B of either, with Q queries each.
 """
 
 from __future__ import annotations
