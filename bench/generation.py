@@ -3,7 +3,7 @@
     python bench/generation.py --runs 3
 
 Every prompt has a picture of its own. `generate` is used as one uses it for speed: one padded batch, a dynamic cache,
-scaled-dot-product attention. Rows with groups give it each prompt as often as the group has members, which is what a
+scaled-dot-product attention. Rows with groups give it each prompt as often as the group has sequences, which is what a
 GRPO trainer does; ours prefills it once. Stop ids are banned, so both make the same number of tokens.
 """
 
@@ -20,7 +20,7 @@ import torch
 import transformers
 from common import toy_base
 
-from mmsr import model
+from mmsr import model, pretrained
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.vision import load_image
@@ -31,7 +31,7 @@ class Bench:
         tokenizer = toy_base.build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
-        model.save(self.ours, folder)
+        pretrained.save(self.ours, folder)
         self.theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         chat = Chat(folder, PROMPTS / "toy", [])
         self.chat, self.side, self.new_tokens = chat, side, new_tokens
@@ -43,12 +43,19 @@ class Bench:
         return [self.chat.prompt("who made this ?", picture) for picture in pictures]
 
     def run_ours(self, prompts: list, sequences: int) -> list[list[int]]:
-        groups = [SequenceGroup(p.ids, p.images, [GeneratedSequence(i) for i in range(sequences)]) for p in prompts]
-        room = len(prompts[0].ids) + self.new_tokens
+        groups = []
+        for prompt in prompts:
+            generated = [GeneratedSequence(i) for i in range(sequences)]
+            groups.append(SequenceGroup(prompt.ids, prompt.images, generated))
         engine = Engine(
-            self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * sequences, max_tokens=room,
-            turn_tokens=self.new_tokens, temperature=0,
-        )  # fmt: skip
+            self.ours,
+            self.chat.stop_id,
+            self.suppressed,
+            slots=len(prompts) * sequences,
+            max_tokens=len(prompts[0].ids) + self.new_tokens,
+            turn_tokens=self.new_tokens,
+            temperature=0,
+        )
         engine.submit(groups)
         while engine.busy:
             for sequence in engine.step():

@@ -265,14 +265,20 @@ class Bench:
         made = []
         for number in range(prompts):
             ids, images = self.prompt(config, number)
-            made.append(
-                SequenceGroup(ids, images, [GeneratedSequence(sampling_key(number, i)) for i in range(sequences)])
-            )
+            generated = [GeneratedSequence(sampling_key(number, i)) for i in range(sequences)]
+            made.append(SequenceGroup(ids, images, generated))
         return made
 
     def engine(self, policy: Qwen2_5_VL, slots: int, turn: int, most: int, capture: bool = True) -> Engine:
-        stop, suppressed = policy.config.eos_token_id, self.suppressed(policy.config)
-        return Engine(policy, stop, suppressed, slots=slots, max_tokens=most, turn_tokens=turn, capture=capture)
+        return Engine(
+            policy,
+            policy.config.eos_token_id,
+            self.suppressed(policy.config),
+            slots=slots,
+            max_tokens=most,
+            turn_tokens=turn,
+            capture=capture,
+        )
 
     # ---- generation
 
@@ -479,7 +485,10 @@ class Bench:
                     engine.finish(sequence)
                 else:
                     engine.extend(sequence, *results[id(sequence.group)])
-        made = [self.finished(g, i, m, j) for i, g in enumerate(groups) for j, m in enumerate(g.sequences)]
+        made = []
+        for number, group in enumerate(groups):
+            for sample, sequence in enumerate(group.sequences):
+                made.append(self.finished(group, number, sequence, sample))
         return made, engine.counts["decode_steps"]
 
     def finished(self, group: SequenceGroup, number: int, sequence: GeneratedSequence, sample: int) -> Episode:

@@ -39,12 +39,12 @@ class SlowWeb:
 class UnevenTurns(Engine):
     """Turns end after a length drawn for each, as those of a trained model do."""
 
-    def _start(self, scores, sequences):
-        ended = super()._start(scores, sequences)
+    def _start_turns(self, scores, sequences):
+        ended = super()._start_turns(scores, sequences)
         for sequence in sequences:
             longest, start = self.turn_tokens, len(sequence.ids)
             drawn = longest // 4 + (sequence.key + start) % (longest - longest // 4)
-            self.limit[sequence.slot] = start + max(2, drawn)
+            self.state.limit[sequence.slot] = start + max(2, drawn)
         return ended
 
 

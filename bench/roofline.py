@@ -483,17 +483,16 @@ def meta_model(config: ModelConfig) -> Qwen2_5_VL:
 def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
     s, config, slots = bench.sizes, policy.config, prompts * sequences
+    groups = []
+    for _ in range(prompts):
+        generated = [GeneratedSequence(key) for key in range(sequences)]
+        groups.append(SequenceGroup([0] * s.prompt, [], generated))
     engine = bench.engine(policy, slots, s.turn, s.most, capture=False)
-    engine.submit(
-        [
-            SequenceGroup([0] * s.prompt, [], [GeneratedSequence(key) for key in range(sequences)])
-            for _ in range(prompts)
-        ]
-    )
+    engine.submit(groups)
     half = (2 * s.turn + s.result) / 2
     stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * half)
     with torch.no_grad(), Count([(x, keys) for store, keys in stores for x in tree_leaves(store)]) as count:
-        engine._one(slots, len(engine.prefix_lens), sequences, engine.room)
+        engine.decode_step(slots, len(engine.layout.prefix_lens), sequences, engine.cache.room)
     weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     needs = bench.dtype.itemsize * (weights + token * sum(keys for _, keys in stores))

@@ -1,48 +1,67 @@
-"""Generation: batched sampling over a KV cache, for groups of conversations that stop, wait for a tool and go on.
+"""Generation: batched sampling over a KV cache, for conversations that stop, wait for a tool, and continue.
 
-A *group* is one prompt with several sequences. Its prompt and image are prefilled once into a **prefix row**; each sequence
-takes a **slot** that holds the keys and values of its own tokens. A turn ends at the stop token or its token limit; the
-caller then either finishes the sequence or extends it with what a tool gave, and only those new tokens are prefilled. The
-other sequences decode on meanwhile: there is no barrier between turns.
+A *group* is one prompt with several *sequences*: the conversations that begin with it. The cache has two parts. A *row*
+holds the keys and values of a group's prompt and pictures, which are prefilled once for all its sequences. A *slot*
+holds those of one sequence's own tokens. Here two groups, A and B, share two slots:
 
-Sequences are admitted one by one: a freed slot is taken at once by the next sequence, of a group whose prompt is already in
-its row, or of the next group in the queue. A row is free again when the last sequence of its group has finished, so there
-are more rows than whole groups fit into the slots: otherwise every group's slowest sequence would keep slots empty.
+    time ───────────────────────────────────────────────────────►
+    row 0     prompt A ································|
+    row 1                        prompt B ·······················
+    slot 0    A1 ━━━━━━━━━....+━━━━━━━━━━━━━━━━━━━━━━━━|B2 ━━━━━━
+    slot 1    A2 ━━━━━━|A3 ━━━━━|B1 ━━━━━━━━━....+━━━━━━━━━━━━━━━
 
-All that changes per token lives in tensors on the device. The host waits for it once a decode step, to see whose turn
-is over, and does no work per token; on CUDA it launches the step as one graph (graphs.py).
+    ━ running: one token each step    . a tool works    + its result is prefilled    | finished
+
+The states of a sequence, by the names that vLLM gives them:
+
+    waiting       It has no slot. Its group has no row yet (`waiting_groups`), or it has one (`waiting`).
+    prefilling    It has tokens that are not in the cache: a tool's result, or a beginning that was forced.
+    running       It samples a token in each decode step, until the stop token or the limit of the turn.
+    (at a tool)   Its turn is over, and it keeps its slot. The caller extends it with a result, so it is prefilling
+                  again, or finishes it.
+    finished      Its slot is free.
+
+There is no barrier between turns: the other sequences decode meanwhile. There is none between groups either: a freed
+slot is taken at once by the next sequence. A row is freed by the last sequence of its group. So there are more rows
+than groups that fit into the slots: otherwise the slowest sequence of every group would keep slots empty.
+
+All that changes with every token is in tensors on the device. The host waits for the device once a decode step, to see
+whose turn is over, and does no work per token. On CUDA it launches the step as one graph (graphs.py).
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
-Shape letters: S slots, R prefix rows, G sequences, K key/value heads, P prompt room, L suffix room, D head size,
-V vocabulary.
+
+Shape letters: S slots, R rows, G sequences of a group at most, K key/value heads, P room of a row, L room of a slot,
+D head size, d hidden size, V vocabulary, N packed tokens, M packed keys, I image tokens, E turns that ended, n any
+number of slots.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from heapq import heappop, heappush
 from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
 from mmsr import attention
-from mmsr.attention import Cached, Packed, Segments, packed_attention
+from mmsr.attention import AttentionFn, Cached, Packed, Segments, packed_attention
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 from mmsr.system.fuse import fused
 from mmsr.system.graphs import Graphs
+
+# ---- what is generated
 
 
 @dataclass(eq=False)
 class GeneratedSequence:
     """One conversation being generated. `ids` is everything after the prompt; the three lists are aligned.
 
-    A sequence may open with forced tokens in `ids` (log-probability and mask 0).
+    A sequence may begin with forced tokens in `ids` (log-probability and mask 0).
     """
 
     key: int  # seeds its randomness; see `sampling_key`
@@ -52,15 +71,16 @@ class GeneratedSequence:
     images: list[tuple[int, Any]] = field(default_factory=list)  # (offset within ids, vision.Image)
     stopped: bool = False  # the last turn ended with the stop token, not out of room
     start: int = 0  # where in `ids` the tokens of the last sampled turn begin
-    cached: int = 0  # how many of `ids` have keys and values
-    since: int | None = None  # the engine's count of decode steps when the turn under way began
-    position: int = 0  # rotary position of the first token that has none
+    cached: int = 0  # how many of `ids` are in the cache; while it is running, as of the beginning of the turn
+    start_step: int | None = None  # the engine's count of decode steps when the turn began; None if it is not running
+    position: int = 0  # rotary position of the first token that is not in the cache
     slot: int = -1
     group: SequenceGroup | None = None
 
     def force(self, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
         """Append tokens that are given, not sampled. `images`: (offset within these tokens, vision.Image)."""
-        self.images += [(len(self.ids) + at, image) for at, image in images]
+        for offset, image in images:
+            self.images.append((len(self.ids) + offset, image))
         self.ids += ids
         self.logps += [0.0] * len(ids)
         self.loss_mask += [0] * len(ids)
@@ -71,29 +91,59 @@ class SequenceGroup:
     """A prompt and the sequences that share it."""
 
     ids: list[int]
-    images: list[tuple[int, Any]]
+    images: list[tuple[int, Any]]  # (offset within ids, vision.Image)
     sequences: list[GeneratedSequence]
     row: int = -1
-    unfinished: int = 0
+    unfinished: int = 0  # sequences
     scores: Tensor | None = None  # (V,) after the prompt: every sequence's first token is drawn from them
+
+
+@dataclass
+class Piece:
+    """Tokens to prefill in one pass with others: a prompt, or what was appended to a sequence."""
+
+    ids: list[int]
+    images: list[tuple[int, Any]]  # (offset within ids, vision.Image)
+    position: int  # rotary position of the first token
+
+
+# ---- sampling
+
+
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits, of which the highest is set. Tensors have no uint64 arithmetic."""
+    return bits - 2**64
+
+
+# splitmix64: "Fast Splittable Pseudorandom Number Generators" (Steele, Lea, Flood, 2014), with the constants of Vigna's
+# splitmix64.c. The first is 2^64 over the golden ratio. Products wrap around at 64 bits, signed or not.
+GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def sampling_key(*parts: object) -> int:
     """64 bits from (seed, step, group, sample, …): equal parts give equal samples, whatever else is in the batch."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    text = "/".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(key: Tensor, index: Tensor) -> Tensor:
-    """Counter-based uniforms in [0, 1), float64: the splitmix64 finaliser over key + index · golden ratio."""
+    """Counter-based uniforms in [0, 1), float64, shaped like `key` and `index`, int64.
 
-    def shift(x: Tensor, bits: int) -> Tensor:  # logical, int64 has only the arithmetic one
+    Number `index` of the splitmix64 generator that starts at `key`: its state is key + (index + 1) · GOLDEN_GAMMA.
+    """
+
+    def shift_right(x: Tensor, bits: int) -> Tensor:
+        """x >> bits as if x had no sign: int64 shifts copies of the sign in, which are cut off."""
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
-    x = key + (index + 1) * -7046029254386353131
-    x = (x ^ shift(x, 30)) * -4658895280553007687
-    x = (x ^ shift(x, 27)) * -7723592293110705685
-    return shift(x ^ shift(x, 31), 11).double() * 2.0**-53
+    x = key + (index + 1) * GOLDEN_GAMMA
+    x = (x ^ shift_right(x, 30)) * MIX_1
+    x = (x ^ shift_right(x, 27)) * MIX_2
+    x = x ^ shift_right(x, 31)
+    return shift_right(x, 11).double() * 2.0**-53  # the upper 53 bits: as many as a float64 holds
 
 
 @fused
@@ -103,47 +153,134 @@ def probabilities(logps: Tensor) -> Tensor:
 
 def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
     """Token ids and their log-probabilities (n,) under softmax(`scores` (n, V)), by inverse CDF of `noise` (n,)."""
-    logps = scores.log_softmax(-1)
+    logps = scores.log_softmax(-1)  # (n, V)
     if greedy:
-        tokens = scores.argmax(-1)
+        tokens = scores.argmax(-1)  # (n,)
     else:
-        mass = probabilities(logps).cumsum(-1)
-        tokens = torch.searchsorted(mass, (noise * mass[:, -1])[:, None], right=True)[:, 0]
+        cdf = probabilities(logps).cumsum(-1)  # (n, V)
+        target = noise * cdf[:, -1]  # (n,) the last entry is 1 but for rounding
+        tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]  # (n,) the first with cdf > target
         tokens = tokens.clamp_(max=scores.shape[1] - 1)
-    return tokens, logps.gather(1, tokens[:, None])[:, 0]
+    logps = logps.gather(1, tokens[:, None])[:, 0]  # (n,)
+    return tokens, logps
+
+
+# ---- memory
 
 
 def prefix_rows(prompts: int, slots: int, sequences: int) -> int:
     """How many prompts the cache holds at once, for `slots` conversations in groups of at least `sequences`.
 
-    Twice as many as fill the slots, and one: a group's slowest sequences keep its row while the next groups already run.
+    Twice as many as fill the slots, and one: a group's slowest sequences keep its row while the next groups run.
     On recorded lengths that keeps the slots full (tests/test_occupancy.py). A row in use has at least one slot.
     """
     return min(prompts, slots, 2 * math.ceil(slots / sequences) + 1)
 
 
 class Cache:
-    """Keys and values of every layer: prefix rows (R, P, K, D) and suffix slots (S, L, K, D).
+    """Keys and values of every layer: `prefix` rows (R, P, K, D) and `suffix` slots (S, L, K, D); and which are free.
 
     It has its full size from the beginning: CUDA graphs know its addresses, and what does not fit should fail at once
-    and not hours into a run. Zeros, because attention multiplies what lies beyond a sequence by 0, and 0 · NaN is NaN.
+    and not hours into a run. Zeros, because attention multiplies what is beyond a sequence by 0, and 0 · NaN is NaN.
     """
 
     def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, room: int, device, dtype):
-        def store(n: int, length: int) -> Tensor:
-            sizes = [n, length, config.num_key_value_heads, config.head_dim]
-            if attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype)):
-                return torch.zeros(sizes, device=device, dtype=dtype)
-            sizes[1], sizes[2] = sizes[2], sizes[1]  # plain products are faster with each head's keys in one piece
-            return torch.zeros(sizes, device=device, dtype=dtype).transpose(1, 2)
+        heads = config.num_key_value_heads
+        size = config.head_dim
+        kernel = attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype))
 
-        layers = range(config.num_hidden_layers)
-        self.prefix = [(store(rows, prompt_room), store(rows, prompt_room)) for _ in layers]
-        self.suffix = [(store(slots, room), store(slots, room)) for _ in layers]
+        def zeros(count: int, length: int) -> Tensor:
+            if kernel:
+                return torch.zeros(count, length, heads, size, device=device, dtype=dtype)
+            # The same shape, but each head's keys are in one piece: plain products are faster with that.
+            return torch.zeros(count, heads, length, size, device=device, dtype=dtype).transpose(1, 2)
+
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # (keys, values) of each layer
+        self.suffix: list[tuple[Tensor, Tensor]] = []
+        for _ in range(config.num_hidden_layers):
+            self.prefix.append((zeros(rows, prompt_room), zeros(rows, prompt_room)))
+            self.suffix.append((zeros(slots, room), zeros(slots, room)))
+        self.room = room  # tokens of a slot
+        self.free_rows = list(range(rows))  # a heap: the lowest is taken first
+        self.free_slots = list(range(slots))  # a heap
+
+
+class SlotState:
+    """What the device knows of each slot. Tensors are written in place only: CUDA graphs know their addresses."""
+
+    def __init__(self, slots: int, room: int, device: torch.device):
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.token = zeros(torch.long, slots)  # (S,) that is fed next
+        self.length = zeros(torch.long, slots)  # (S,) tokens in the cache
+        self.position = zeros(torch.long, slots)  # (S,) rotary position of `token`
+        self.key = zeros(torch.long, slots)  # (S,) see `sampling_key`
+        self.limit = zeros(torch.long, slots)  # (S,) the turn ends with so many tokens after the prompt
+        self.running = zeros(torch.bool, slots)  # (S,)
+        self.ids = zeros(torch.long, slots, room)  # (S, L) what was sampled, by index after the prompt
+        self.logps = zeros(torch.float32, slots, room)  # (S, L) of `ids`
+
+    def move_to_front(self, slots: list[int]) -> None:
+        """Give slot i the state of slot slots[i]. The slots after these are not running any more."""
+        for tensor in vars(self).values():
+            tensor[: len(slots)] = tensor[slots]
+        self.running[len(slots) :] = False
+
+
+class DecodeLayout:
+    """Which slots share which prompt, as `attention.Cached` wants it. Written in place too.
+
+    The tensors have room for everything; a step uses their beginning.
+    """
+
+    def __init__(self, rows: int, slots: int, group_size: int, device: torch.device):
+        self.device = device
+        self.largest_group = group_size
+        self.prefix_lens = torch.zeros(rows, dtype=torch.long, device=device)  # (R,)
+        self.group_slots = torch.zeros(rows * group_size, dtype=torch.long, device=device)  # (R * G,)
+        self.slot_mapping = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+
+    def write(self, by_slot: dict[int, GeneratedSequence], num_slots: int, num_rows: int, group_size: int) -> None:
+        """Write the layout of the sequences `by_slot`, for steps of these sizes."""
+        # An empty slot is computed with the others. It sees some row that has a prompt: what attention gives for no
+        # keys depends on the kernel, and a NaN in the cache would spread to the slot's next sequence.
+        any_row = next(iter(by_slot.values())).group.row
+        prefix_lens = [0] * num_rows  # (R,) tokens of each row's prompt
+        group_slots = [0] * (num_rows * group_size)  # (R * G,) the slots of each row's sequences, slot 0 as filler
+        slot_mapping = [any_row * group_size] * num_slots  # (S,) where each slot is in `group_slots`
+        sequences: Counter[SequenceGroup] = Counter()  # of a group, so far
+        for slot, sequence in by_slot.items():
+            group = sequence.group
+            index = group.row * group_size + sequences[group]
+            sequences[group] += 1
+            prefix_lens[group.row] = len(group.ids)
+            group_slots[index] = slot
+            slot_mapping[slot] = index
+        self.prefix_lens[:num_rows] = torch.tensor(prefix_lens, device=self.device)
+        self.group_slots[: len(group_slots)] = torch.tensor(group_slots, device=self.device)
+        self.slot_mapping[:num_slots] = torch.tensor(slot_mapping, device=self.device)
+
+    def cached(self, num_slots: int, num_rows: int, group_size: int, suffix_lens: Tensor) -> Cached:
+        """The attention of a step. The sizes are those that were given to `write`."""
+        return Cached(
+            prefix_lens=self.prefix_lens[:num_rows],
+            group_slots=self.group_slots[: num_rows * group_size].view(num_rows, group_size),
+            slot_mapping=self.slot_mapping[:num_slots],
+            suffix_lens=suffix_lens,
+        )
+
+
+# ---- the engine
 
 
 class Engine:
-    """Generates for `model`: `submit` groups once, then `step` while `busy`; finish or extend what it returns."""
+    """Generates for `model`: `submit` groups once, then `step` while `busy`; finish or extend what it returns.
+
+    `max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn. `temperature` 0 is
+    greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts. `capture`: on CUDA, replay
+    decode steps from graphs. The model's weights may not move while the engine lives.
+    """
 
     def __init__(
         self,
@@ -158,52 +295,61 @@ class Engine:
         prefill_tokens: int = 16384,
         capture: bool = True,
     ):
-        """`max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn.
-
-        `temperature` 0 is greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts.
-        `capture`: on CUDA, replay decode steps from graphs. The model's weights may not move while the engine lives.
-        """
-        self.model, self.stop_id, self.suppressed, self.device = model, stop_id, suppressed, suppressed.device
-        self.slots, self.max_tokens, self.turn_tokens = slots, max_tokens, turn_tokens
-        self.greedy, self.temperature = temperature == 0, temperature or 1.0
+        self.model = model
+        self.stop_id = stop_id
+        self.suppressed = suppressed
+        self.device = suppressed.device
+        self.slots = slots
+        self.max_tokens = max_tokens
+        self.turn_tokens = turn_tokens
+        self.greedy = temperature == 0
+        self.temperature = temperature or 1.0
         self.prefill_tokens = prefill_tokens
         self.graphs = Graphs(capture and self.device.type == "cuda")
-        self.queue: deque[SequenceGroup] = deque()  # have no row yet
-        self.unseated: deque[GeneratedSequence] = deque()  # have a row, and wait for a slot
-        self.feeding: list[GeneratedSequence] = []  # have forced tokens to prefill
-        self.live_members = 0  # are decoding
-        self.seated: dict[int, GeneratedSequence] = {}  # by slot; includes those that wait for a tool
         self.counts: Counter = Counter()  # prefilled, decode_steps, images_encoded
-        self.features: dict[str, Tensor] = {}  # encoded images, by content: weights stand still while an engine lives
+        self.features: dict[str, Tensor] = {}  # encoded images, by content
+        # Sequences by their states, and all that have a slot: prefilling, running or at a tool.
+        self.waiting_groups: deque[SequenceGroup] = deque()  # have no row yet
+        self.waiting: deque[GeneratedSequence] = deque()  # have a row, and no slot yet
+        self.prefilling: list[GeneratedSequence] = []  # have tokens that are not in the cache
+        self.num_running = 0  # sample a token in each decode step
+        self.by_slot: dict[int, GeneratedSequence] = {}
+        # Memory: `submit` makes it, because then its sizes are known.
+        self.cache: Cache | None = None
+        self.state: SlotState | None = None
+        self.layout: DecodeLayout | None = None
+        self.batch_shape: tuple[int, int, int] | None = None  # of `layout`; None when sequences came or went
+        self.longest = 0  # no running sequence has more tokens in its slot
 
     # ---- what a caller uses -----------------------------------------------------------------------------------------
 
     def submit(self, groups: Sequence[SequenceGroup]) -> list[GeneratedSequence]:
         """Queue groups and make room for them. Returns sequences without room to answer; their groups will not run."""
-        assert not self.seated, "an engine takes its groups once"
+        assert not self.by_slot, "an engine takes its groups once"
         refused = []
         for group in groups:
             known = len(group.ids) + max(len(sequence.ids) for sequence in group.sequences)
             if known < self.max_tokens:
-                self.queue.append(group)
+                self.waiting_groups.append(group)
             else:
                 refused += group.sequences
-        if self.queue:
-            self._make_room()
+        if self.waiting_groups:
+            self._allocate()
         return refused
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do (sequences that wait for a tool are not its business)."""
-        return bool(self.feeding or self.live_members or self._can_seat)
+        """Whether `step` has something to do. Sequences at a tool give it nothing to do."""
+        return bool(self.prefilling or self.num_running or self._can_admit)
 
     @property
-    def _can_seat(self) -> bool:
+    def _can_admit(self) -> bool:
         """Whether there is a free slot and a sequence to take it: its prompt has a row, or there is a free row."""
-        return bool((self.unseated or (self.queue and self.free_rows)) and self.free_slots)
+        has_prompt = self.waiting or (self.waiting_groups and self.cache.free_rows)
+        return bool(has_prompt and self.cache.free_slots)
 
     def extend(self, sequence: GeneratedSequence, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
-        """Give a waiting sequence what came back; it samples its next turn after it. `images`: (offset in ids, Image).
+        """Append what a tool gave; the sequence samples its next turn after it. `images`: (offset in ids, Image).
 
         Raises ValueError where that leaves no room for a token: finish the sequence instead.
         """
@@ -211,359 +357,437 @@ class Engine:
         if known >= self.max_tokens:
             raise ValueError(f"{len(ids)} more tokens make {known}, which leaves no room under {self.max_tokens}")
         sequence.force(ids, images)
-        self.feeding.append(sequence)
+        self.prefilling.append(sequence)
 
     def finish(self, sequence: GeneratedSequence) -> None:
-        """Give a sequence's slot back, and the prefix row with the last of its group."""
-        self.free_slots.append(sequence.slot)
-        del self.seated[sequence.slot]
-        sequence.group.unfinished -= 1
-        if not sequence.group.unfinished:
-            self.free_rows.append(sequence.group.row)
-        self.layout = None
+        """Free a sequence's slot, and with the last sequence of a group its row."""
+        group = sequence.group
+        del self.by_slot[sequence.slot]
+        heappush(self.cache.free_slots, sequence.slot)
+        group.unfinished -= 1
+        if not group.unfinished:
+            heappush(self.cache.free_rows, group.row)
+        self.batch_shape = None
 
     @torch.no_grad()
     def step(self) -> list[GeneratedSequence]:
         """Admit what fits, prefill what is new, decode one token everywhere; returns sequences whose turn ended."""
         ended = []
-        if self._can_seat:
+        if self._can_admit:
             ended += self._admit()
-        if self.feeding:
-            ended += self._feed()
-        if self.live_members:
+        if self.prefilling:
+            ended += self._prefill_forced()
+        if self.num_running:
             ended += self._decode()
         return ended
 
-    # ---- room -------------------------------------------------------------------------------------------------------
+    # ---- admission --------------------------------------------------------------------------------------------------
 
-    def _make_room(self) -> None:
-        """Size cache and slot state to what is queued."""
-        prompts = [len(group.ids) for group in self.queue]
-        sizes = [len(group.sequences) for group in self.queue]
-        slots = min(self.slots, sum(sizes))
-        rows = prefix_rows(len(prompts), slots, min(sizes))
-        self.room = self.max_tokens - min(prompts) + 1
-        config, dtype = self.model.config, next(self.model.parameters()).dtype
-        self.cache = Cache(config, rows, max(prompts), slots, self.room, self.device, dtype)
-        self.free_slots, self.free_rows = list(range(slots)), list(range(rows))
-        self.layout = None
-
-        def state(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        self.token = state(torch.long, slots)  # fed next
-        self.length = state(torch.long, slots)  # tokens cached
-        self.position = state(torch.long, slots)  # rotary position of the token that is fed next
-        self.key = state(torch.long, slots)
-        self.limit = state(torch.long, slots)  # length at which the turn ends
-        self.live = state(torch.bool, slots)
-        self.ids = state(torch.long, slots, self.room)  # what was sampled, by place behind the prompt
-        self.logps = state(torch.float32, slots, self.room)
-        self.most_members = max(sizes)  # of a row
-        self.prefix_lens = state(torch.long, rows)
-        self.sequences = state(torch.long, rows * self.most_members)
-        self.place = state(torch.long, slots)
+    def _allocate(self) -> None:
+        """Make cache and slot state for the waiting groups."""
+        config = self.model.config
+        dtype = next(self.model.parameters()).dtype
+        prompt_lens = [len(group.ids) for group in self.waiting_groups]
+        group_sizes = [len(group.sequences) for group in self.waiting_groups]
+        slots = min(self.slots, sum(group_sizes))
+        rows = prefix_rows(len(prompt_lens), slots, min(group_sizes))
+        room = self.max_tokens - min(prompt_lens) + 1
+        self.cache = Cache(config, rows, max(prompt_lens), slots, room, self.device, dtype)
+        self.state = SlotState(slots, room, self.device)
+        self.layout = DecodeLayout(rows, slots, max(group_sizes), self.device)
+        self.batch_shape = None
 
     def _admit(self) -> list[GeneratedSequence]:
-        """Seat sequences while there are free slots. Returns those whose turn ended with its first token.
+        """Give free slots to waiting sequences. Returns those whose turn ended with its first token.
 
-        A sequence without an opening draws its first token from its prompt's scores; one with an opening is fed that.
+        A sequence without forced tokens draws its first token from its prompt's scores. One with forced tokens has to
+        prefill them first.
         """
         groups = self._next_groups()
         if groups:
-            self._open(groups)
-        seated = [self._seat(self.unseated.popleft()) for _ in range(min(len(self.free_slots), len(self.unseated)))]
-        self.layout = None
-        starting = [sequence for sequence in seated if not sequence.ids]
-        self.feeding += [sequence for sequence in seated if sequence.ids]
-        scores = [sequence.group.scores for sequence in starting]
-        for group in {sequence.group for sequence in seated}:
-            if not self.unseated or self.unseated[0].group is not group:
-                group.scores = None  # a megabyte that nobody will ask for
-        return self._start(torch.stack(scores), starting) if starting else []
+            self._open_groups(groups)
+        admitted = []
+        starting = []
+        scores = []
+        while self.cache.free_slots and self.waiting:
+            sequence = self.waiting.popleft()
+            sequence.slot = heappop(self.cache.free_slots)
+            self.by_slot[sequence.slot] = sequence
+            admitted.append(sequence)
+            if sequence.ids:
+                self.prefilling.append(sequence)
+            else:
+                starting.append(sequence)
+                scores.append(sequence.group.scores)
+        self.batch_shape = None
+        needed_by = self.waiting[0].group if self.waiting else None  # groups are admitted in order
+        for sequence in admitted:
+            if sequence.group is not needed_by:
+                sequence.group.scores = None  # a megabyte that no sequence will ask for
+        if not starting:
+            return []
+        return self._start_turns(torch.stack(scores), starting)
 
     def _next_groups(self) -> list[SequenceGroup]:
-        """The queued groups to prefill now, in order: while slots and rows are left, one pass's worth of prompts."""
+        """The waiting groups to open now, in order: while slots and rows are left, one pass's worth of prompts."""
         groups: list[SequenceGroup] = []
-        slots, tokens = len(self.free_slots) - len(self.unseated), 0
-        for group in self.queue:
+        slots = len(self.cache.free_slots) - len(self.waiting)  # those that are left for new groups
+        tokens = 0
+        for group in self.waiting_groups:
             tokens += len(group.ids)
-            if slots <= 0 or len(groups) == len(self.free_rows) or (groups and tokens > self.prefill_tokens):
+            too_long = groups and tokens > self.prefill_tokens
+            if slots <= 0 or len(groups) == len(self.cache.free_rows) or too_long:
                 break
             groups.append(group)
             slots -= len(group.sequences)
         return groups
 
-    def _open(self, groups: list[SequenceGroup]) -> None:
-        """Prefill the prompts in one packed pass, each into a row; their sequences may then take slots."""
-        self.free_rows.sort()
+    def _open_groups(self, groups: list[SequenceGroup]) -> None:
+        """Prefill the prompts of the first waiting groups, each into a row; their sequences then wait for slots."""
         for group in groups:
-            self.queue.popleft()
-            group.row, group.unfinished = self.free_rows.pop(0), len(group.sequences)
-        scores, positions = self._prefill_prompts(groups)
-        for group, after, position in zip(groups, scores, positions):
-            group.scores = after.clone()  # not a part of the whole pass's, which would stay as long
+            self.waiting_groups.popleft()
+            group.row = heappop(self.cache.free_rows)
+            group.unfinished = len(group.sequences)
+        scores, positions = self._prefill_prompts(groups)  # (groups, V)
+        for group, group_scores, position in zip(groups, scores, positions):
+            group.scores = group_scores.clone()  # (V,) a view would keep the scores of the whole pass alive
             for sequence in group.sequences:
-                sequence.group, sequence.position = group, position
-                self.unseated.append(sequence)
+                sequence.group = group
+                sequence.position = position
+                self.waiting.append(sequence)
 
-    def _seat(self, sequence: GeneratedSequence) -> GeneratedSequence:
-        """Give a sequence the first free slot."""
-        self.free_slots.sort()
-        sequence.slot = self.free_slots.pop(0)
-        self.seated[sequence.slot] = sequence
-        return sequence
-
-    def _lay_out(self) -> tuple[int, int, int]:
-        """Write down for decoding who sits where; needed only when somebody came or went.
-
-        That is `prefix_lens` (R,), `sequences` (R · G,) and `place` (S,), see `attention.Cached`. Returns the S, R and G
-        to decode with: the slots and rows in use, counted to the last, and the most sequences of a row; where steps are
-        captured, larger numbers that seldom change.
-        """
-        slots = sorted(self.seated)
-        if 2 * len(slots) <= slots[-1] and not self.unseated:
-            self._compact(slots)
-        here: dict[SequenceGroup, list[int]] = {}  # the slots of each group's sequences
-        for sequence in self.seated.values():
-            here.setdefault(sequence.group, []).append(sequence.slot)
-        n, rows, width = self._sizes(here)
-        prefix_lens = torch.zeros(rows, dtype=torch.long)
-        sequences = torch.zeros(rows, width, dtype=torch.long)
-        place = torch.full((n,), next(iter(here)).row * width)  # an empty slot looks at a prompt that is there
-        for group, seats in here.items():
-            prefix_lens[group.row] = len(group.ids)
-            sequences[group.row, : len(seats)] = torch.tensor(seats)
-            place[seats] = group.row * width + torch.arange(len(seats))
-        self.prefix_lens[:rows] = prefix_lens.to(self.device)
-        self.sequences[: rows * width] = sequences.flatten().to(self.device)
-        self.place[:n] = place.to(self.device)
-        self.length[self.free_slots] = 0
-        now = self.counts["decode_steps"]
-        cached = (m.cached + (0 if m.since is None else now - m.since) for m in self.seated.values())
-        self.reach = max(cached)  # no slot has more tokens cached than this
-        return n, rows, width
-
-    def _sizes(self, here: dict[SequenceGroup, list[int]]) -> tuple[int, int, int]:
-        """Slots, rows and sequences of a row that the next steps are run with."""
-        slots = max(self.seated) + 1
-        if self.graphs.on:
-            return self.graphs.bucket(slots, len(self.token)), len(self.prefix_lens), self.most_members
-        return slots, max(group.row for group in here) + 1, max(map(len, here.values()))
-
-    def _compact(self, slots: list[int]) -> None:
-        """Move the few occupied slots and rows to the front, so that the tail of a batch does not pay for its head."""
-        groups = list(dict.fromkeys(self.seated[slot].group for slot in slots))
-        rows = [group.row for group in groups]
-        used = max(len(sequence.ids) for sequence in self.seated.values()) + self.turn_tokens
-        for layer_prefix, layer_suffix in zip(self.cache.prefix, self.cache.suffix):
-            for store in layer_prefix:
-                store[: len(rows)] = store[rows]
-            for store in layer_suffix:
-                store[: len(slots), :used] = store[slots, :used]
-        for state in (self.token, self.length, self.position, self.key, self.limit, self.live, self.ids, self.logps):
-            state[: len(slots)] = state[slots]
-        self.live[len(slots) :] = False
-        for row, group in enumerate(groups):
-            group.row = row
-        self.seated = {place: self.seated[slot] for place, slot in enumerate(slots)}
-        for slot, sequence in self.seated.items():
-            sequence.slot = slot
-        self.free_slots = list(range(len(slots), len(self.token)))
-        self.free_rows = list(range(len(rows), len(self.prefix_lens)))
-
-    # ---- passes -----------------------------------------------------------------------------------------------------
+    # ---- prefill ----------------------------------------------------------------------------------------------------
 
     def _prefill_prompts(self, groups: Sequence[SequenceGroup]) -> tuple[Tensor, list[int]]:
         """Run prompts through the model into their rows; returns scores after them (groups, V) and next positions."""
-        at = _ragged([group.row for group in groups], [(0, len(group.ids)) for group in groups], self.device)
+        rows: list[int] = []  # (N,) the row that each packed token's keys go to
+        places: list[int] = []  # (N,) and where in it
+        for group in groups:
+            rows += [group.row] * len(group.ids)
+            places += range(len(group.ids))
+        row_index = torch.tensor(rows, device=self.device)  # (N,)
+        place_index = torch.tensor(places, device=self.device)  # (N,)
         packed = Packed([len(group.ids) for group in groups], self.device)
 
         def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for store, new in zip(self.cache.prefix[layer], (k, v)):
-                store[at] = new
+            prefix_k, prefix_v = self.cache.prefix[layer]  # (R, P, K, D)
+            prefix_k[row_index, place_index] = k
+            prefix_v[row_index, place_index] = v
             return packed(layer, q, k, v)
 
-        return self._forward([(group.ids, group.images, 0) for group in groups], attention_fn)
+        pieces = [Piece(group.ids, group.images, position=0) for group in groups]
+        return self._forward(pieces, attention_fn)
 
-    def _feed(self) -> list[GeneratedSequence]:
-        """Prefill the forced tokens of waiting sequences: each sees its prompt, its own past, and the new tokens."""
-        sequences = self._next_to_feed()
-        slots, prompts = [m.slot for m in sequences], [len(m.group.ids) for m in sequences]
-        total = [len(m.ids) for m in sequences]
-        prefix_at = _ragged([m.group.row for m in sequences], [(0, n) for n in prompts], self.device)
-        suffix_at = _ragged(slots, [(0, n) for n in total], self.device)
-        new_at = _ragged(slots, [(m.cached, n) for m, n in zip(sequences, total)], self.device)
-        order = _alternate(prompts, total, self.device)
-        news = [n - m.cached for m, n in zip(sequences, total)]
-        segments = Segments.of(news, [p + n for p, n in zip(prompts, total)], True, self.device)
+    def _prefill_forced(self) -> list[GeneratedSequence]:
+        """Prefill the new tokens of prefilling sequences: each sees its prompt, its own past, and the new tokens.
+
+        Then their next turns start. Returns those whose turn ended with its first token.
+        """
+        sequences = self._next_to_prefill()
+        slots: list[int] = []  # (N,) the slot that each new token's keys go to
+        places: list[int] = []  # (N,) and where in it
+        q_lens: list[int] = []  # new tokens of each sequence
+        k_lens: list[int] = []  # tokens that the last of them sees: the prompt and all of the sequence
+        for sequence in sequences:
+            new = range(sequence.cached, len(sequence.ids))
+            slots += [sequence.slot] * len(new)
+            places += new
+            q_lens.append(len(new))
+            k_lens.append(len(sequence.group.ids) + len(sequence.ids))
+        slot_index = torch.tensor(slots, device=self.device)  # (N,)
+        place_index = torch.tensor(places, device=self.device)  # (N,)
+        segments = Segments.of(q_lens, k_lens, True, self.device)
 
         def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen = []
-            for prefix, suffix, new in zip(self.cache.prefix[layer], self.cache.suffix[layer], (k, v)):
-                suffix[new_at] = new
-                seen.append(torch.cat([prefix[prefix_at], suffix[suffix_at]])[order])
-            return packed_attention(q, *seen, segments)
+            suffix_k, suffix_v = self.cache.suffix[layer]  # (S, L, K, D)
+            suffix_k[slot_index, place_index] = k
+            suffix_v[slot_index, place_index] = v
+            return packed_attention(q, *self._cached_keys(layer, sequences), segments)
 
-        pieces = [(m.ids[m.cached :], _after(m.cached, m.images), m.position) for m in sequences]
-        scores, positions = self._forward(pieces, attention_fn)
+        pieces = [_new_tokens(sequence) for sequence in sequences]
+        scores, positions = self._forward(pieces, attention_fn)  # (sequences, V)
         for sequence, position in zip(sequences, positions):
-            sequence.cached, sequence.position = len(sequence.ids), position
-        return self._start(scores, sequences)
+            sequence.cached = len(sequence.ids)
+            sequence.position = position
+        return self._start_turns(scores, sequences)
 
-    def _next_to_feed(self) -> list[GeneratedSequence]:
-        """As many waiting sequences, in order, as one prefill pass may hold; at least one."""
-        tokens = list(accumulate(len(sequence.ids) - sequence.cached for sequence in self.feeding))
-        n = max(1, bisect_right(tokens, self.prefill_tokens))
-        sequences, self.feeding = self.feeding[:n], self.feeding[n:]
+    def _cached_keys(self, layer: int, sequences: Sequence[GeneratedSequence]) -> tuple[Tensor, Tensor]:
+        """Keys and values (M, K, D) of `sequences`, packed: for each those of its prompt, then its own."""
+        prefix_k, prefix_v = self.cache.prefix[layer]  # (R, P, K, D)
+        suffix_k, suffix_v = self.cache.suffix[layer]  # (S, L, K, D)
+        keys = []
+        values = []
+        for sequence in sequences:
+            row = sequence.group.row
+            slot = sequence.slot
+            prompt_len = len(sequence.group.ids)
+            own_len = len(sequence.ids)
+            keys += [prefix_k[row, :prompt_len], suffix_k[slot, :own_len]]
+            values += [prefix_v[row, :prompt_len], suffix_v[slot, :own_len]]
+        return torch.cat(keys), torch.cat(values)
+
+    def _next_to_prefill(self) -> list[GeneratedSequence]:
+        """Take as many prefilling sequences, in order, as one pass may hold; at least one."""
+        count = 0
+        tokens = 0
+        for sequence in self.prefilling:
+            tokens += len(sequence.ids) - sequence.cached
+            if count and tokens > self.prefill_tokens:
+                break
+            count += 1
+        sequences = self.prefilling[:count]
+        self.prefilling = self.prefilling[count:]
         return sequences
 
-    def _forward(self, pieces: Sequence[tuple[list[int], list, int]], attention_fn) -> tuple[Tensor, list[int]]:
-        """Forward packed `pieces` (ids, images, first position): scores after each (pieces, V) and next positions."""
-        ids, positions, ends, last, images, index = [], [], [], [], [], []
-        for piece, pictures, start in pieces:
-            for at, image in pictures:
+    def _forward(self, pieces: Sequence[Piece], attention_fn: AttentionFn) -> tuple[Tensor, list[int]]:
+        """Forward packed `pieces`: scores after the last token of each (pieces, V), and the next position of each."""
+        ids: list[int] = []  # (N,)
+        position_ids: list[Tensor] = []  # (3, tokens) of each piece
+        next_positions: list[int] = []
+        last: list[int] = []  # index of each piece's last token
+        images: list[Any] = []
+        image_index: list[Tensor] = []  # where each image's tokens are
+        for piece in pieces:
+            grids = []
+            for offset, image in piece.images:
+                first = len(ids) + offset
                 images.append(image)
-                index.append(torch.arange(len(ids) + at, len(ids) + at + image.tokens))
-            spans = [(at, image.grid) for at, image in pictures]
-            where, end = mrope_positions(len(piece), spans, start)
-            positions.append(where), ends.append(end)
-            ids += piece
+                image_index.append(torch.arange(first, first + image.tokens))
+                grids.append((offset, image.grid))
+            positions, next_position = mrope_positions(len(piece.ids), grids, piece.position)
+            position_ids.append(positions)
+            next_positions.append(next_position)
+            ids += piece.ids
             last.append(len(ids) - 1)
         self.counts["prefilled"] += len(ids)
         scores = self.model(
             torch.tensor(ids, device=self.device),
-            torch.cat(positions, 1).to(self.device),
+            torch.cat(position_ids, 1).to(self.device),
             attention_fn,
-            self._encode(images),
-            torch.cat(index).to(self.device) if index else None,
+            image_features=self._encode(images),
+            image_index=torch.cat(image_index).to(self.device) if images else None,
             head_fn=lambda hidden, head: self._scores(hidden[last], head),
         )
-        return scores, ends
+        return scores, next_positions
 
     def _scores(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """Logits (n, V) over the temperature, of hidden states (n, d)."""
         return logits(hidden, head, self.temperature, self.suppressed)
 
     def _encode(self, images: Sequence) -> Tensor | None:
-        """Features of `images` in order; each distinct one goes through the tower once in the engine's life."""
+        """Features (I, d) of `images` in order; each distinct one goes through the tower once in the engine's life."""
+        if not images:
+            return None
         new = {image.key: image for image in images if image.key not in self.features}
         if new:
             encoded = self.model.encode_images(list(new.values()))
-            self.features.update(zip(new, encoded.split([image.tokens for image in new.values()])))
+            sizes = [image.tokens for image in new.values()]
+            for key, features in zip(new, encoded.split(sizes)):
+                self.features[key] = features
             self.counts["images_encoded"] += len(new)
-        return torch.cat([self.features[image.key] for image in images]) if images else None
+        return torch.cat([self.features[image.key] for image in images])
 
-    def _start(self, scores: Tensor, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
-        """Begin a turn: sample its first token from `scores` (sequences, V)."""
-        slots = torch.tensor([m.slot for m in sequences], device=self.device)
-        for state, values in (
-            (self.length, [m.cached for m in sequences]),
-            (self.position, [m.position for m in sequences]),
-            (self.key, [m.key for m in sequences]),
-            (self.limit, [self._limit(m) for m in sequences]),
-        ):
-            state[slots] = torch.tensor(values, device=self.device)
+    # ---- decoding ---------------------------------------------------------------------------------------------------
+
+    def _start_turns(self, scores: Tensor, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
+        """Make sequences running: sample the first token of a turn from `scores` (sequences, V).
+
+        Returns those whose turn ended with it.
+        """
+
+        def to_device(values: list[int]) -> Tensor:
+            return torch.tensor(values, device=self.device)
+
+        state = self.state
+        slots = to_device([sequence.slot for sequence in sequences])
+        state.length[slots] = to_device([sequence.cached for sequence in sequences])
+        state.position[slots] = to_device([sequence.position for sequence in sequences])
+        state.key[slots] = to_device([sequence.key for sequence in sequences])
+        state.limit[slots] = to_device([self._turn_limit(sequence) for sequence in sequences])
+        state.running[slots] = True
         for sequence in sequences:
-            sequence.start, sequence.since = len(sequence.ids), self.counts["decode_steps"]
-        self.live[slots] = True
-        self.live_members += len(sequences)
-        self.layout = None
-        return self._end_turns(slots, self._draw(scores, slots))
+            sequence.start = len(sequence.ids)
+            sequence.start_step = self.counts["decode_steps"]
+        self.num_running += len(sequences)
+        self.batch_shape = None
+        over = self._draw(scores, slots)  # (n,) bool
+        return self._end_turns(slots, over)
 
-    def _limit(self, sequence: GeneratedSequence) -> int:
-        """How many tokens a sequence may have behind its prompt when the turn that begins is over."""
-        return min(len(sequence.ids) + self.turn_tokens, self.max_tokens - len(sequence.group.ids))
+    def _turn_limit(self, sequence: GeneratedSequence) -> int:
+        """How many tokens a sequence may have after its prompt when the turn that begins is over."""
+        of_turn = len(sequence.ids) + self.turn_tokens
+        of_conversation = self.max_tokens - len(sequence.group.ids)
+        return min(of_turn, of_conversation)
 
     def _decode(self) -> list[GeneratedSequence]:
-        """Feed every slot its last token and sample the next where a sequence is live."""
-        if self.layout is None:
-            self.layout = self._lay_out()
-        self.reach += 1
+        """Feed every slot its last token and sample the next of each running sequence. Returns whose turn ended."""
+        if self.batch_shape is None:  # sequences came or went
+            if self._mostly_empty():
+                self._compact()
+            self.batch_shape = self._choose_batch_shape()
+            self.layout.write(self.by_slot, *self.batch_shape)
+            # Free slots are computed with the others, and their results are dropped. At length 0 such a slot reads one
+            # key of its own and not all that its last sequence left there.
+            self.state.length[self.cache.free_slots] = 0
+            self.longest = self._most_cached()
+        self.longest += 1
         self.counts["decode_steps"] += 1
-        shape = (*self.layout, self._keys_read())
-        over = self.graphs(shape, partial(self._one, *shape))
-        return self._end_turns(torch.arange(shape[0], device=self.device), over)
+        shape = (*self.batch_shape, self._keys_to_read())
+        over = self.graphs(shape, partial(self.decode_step, *shape))  # (S,) bool
+        slots = torch.arange(len(over), device=self.device)  # (S,)
+        return self._end_turns(slots, over)
 
-    def _keys_read(self) -> int:
-        """How many places of the suffix slots a step looks at: a kernel that is told each slot's length, at all."""
-        if attention.has_decode_kernel(self.cache.suffix[0][0]):
-            return self.room
-        return self.graphs.bucket(self.reach, self.room, least=64)
+    def decode_step(self, num_slots: int, num_rows: int, group_size: int, num_keys: int) -> Tensor:
+        """One step of the slots [0, num_slots) with prompts in the rows [0, num_rows): whose turn is over, (S,) bool.
 
-    def _one(self, n: int, rows: int, width: int, reach: int) -> Tensor:
-        """The pass of a decode step, for slots [0, n) with up to `reach` tokens: whose turn is over (n,) bool."""
-        every, length = torch.arange(n, device=self.device), self.length[:n].clone()
-        cached = Cached(
-            prefix_lens=self.prefix_lens[:rows],
-            members=self.sequences[: rows * width].view(rows, width),
-            place=self.place[:n],
-            suffix_lens=length + 1,
-        )
+        `num_keys`: no slot has more tokens, the new one included. A CUDA graph may replay this: it depends on no other
+        number of the host, all that it reads or writes stays where it is, and it never waits.
+        """
+        state = self.state
+        slots = torch.arange(num_slots, device=self.device)  # (S,)
+        length = state.length[:num_slots].clone()  # (S,)
+        cached = self.layout.cached(num_slots, num_rows, group_size, suffix_lens=length + 1)
 
         def attention_fn(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            prefix_k, prefix_v = self.cache.prefix[layer]
-            suffix_k, suffix_v = self.cache.suffix[layer]
-            # A waiting slot writes to its next place, which is overwritten when it goes on.
-            suffix_k[every, length] = k
-            suffix_v[every, length] = v
-            return cached(q, (prefix_k[:rows], prefix_v[:rows]), (suffix_k[:n, :reach], suffix_v[:n, :reach]))
+            prefix_k, prefix_v = self.cache.prefix[layer]  # (R, P, K, D)
+            suffix_k, suffix_v = self.cache.suffix[layer]  # (S, L, K, D)
+            # Every slot writes, also if its sequence is at a tool. It writes behind its tokens, where the next one
+            # belongs, and that place is overwritten when the sequence continues. A slot whose sequence is still to be
+            # prefilled writes where its last sequence ended: that place too is written again before it is read.
+            suffix_k[slots, length] = k
+            suffix_v[slots, length] = v
+            prefix = (prefix_k[:num_rows], prefix_v[:num_rows])
+            suffix = (suffix_k[:num_slots, :num_keys], suffix_v[:num_slots, :num_keys])
+            return cached(q, prefix, suffix)
 
-        scores = self.model(self.token[:n], self.position[:n].expand(3, n), attention_fn, head_fn=self._scores)
-        self.length[:n] += self.live[:n]
-        self.position[:n] += self.live[:n]
-        return self._draw(scores, every)
+        token = state.token[:num_slots]  # (S,)
+        position = state.position[:num_slots].expand(3, num_slots)  # (3, S): of text, all three are the same
+        scores = self.model(token, position, attention_fn, head_fn=self._scores)  # (S, V)
+        state.length[:num_slots] += state.running[:num_slots]
+        state.position[:num_slots] += state.running[:num_slots]
+        return self._draw(scores, slots)
 
     def _draw(self, scores: Tensor, slots: Tensor) -> Tensor:
-        """Sample one token per slot from `scores` (slots, V) and record it; whose turn is over (slots,) bool."""
-        at = self.length[slots]
-        tokens, logps = sample(scores, uniform(self.key[slots], at), self.greedy)
-        self.ids[slots, at], self.logps[slots, at], self.token[slots] = tokens, logps, tokens
-        return self.live[slots] & ((tokens == self.stop_id) | (at + 1 >= self.limit[slots]))
+        """Sample one token per slot (n,) from `scores` (n, V) and record it; whose turn is over, (n,) bool."""
+        state = self.state
+        index = state.length[slots]  # (n,) of the new token after the prompt: it is not in the cache yet
+        noise = uniform(state.key[slots], index)  # (n,)
+        tokens, logps = sample(scores, noise, self.greedy)  # (n,)
+        state.ids[slots, index] = tokens
+        state.logps[slots, index] = logps
+        state.token[slots] = tokens
+        full = index + 1 >= state.limit[slots]  # (n,)
+        return state.running[slots] & ((tokens == self.stop_id) | full)
+
+    # ---- the ends of turns ------------------------------------------------------------------------------------------
 
     def _end_turns(self, slots: Tensor, over: Tensor) -> list[GeneratedSequence]:
-        """Collect the sequences of those `slots` that are `over`. The host waits here, and again if there are any."""
-        ended = slots[over]
+        """The sequences of those `slots` (n,) that are `over` (n,) bool, with the tokens of their turns.
+
+        The host waits here to know how many they are, and if there are any, for their numbers and log-probabilities.
+        """
+        ended = slots[over]  # (E,)
         if not len(ended):
             return []
-        return [self._end_turn(row) for row in self._take_turns(ended).cpu()]
+        self.state.running[ended] = False
+        self.num_running -= len(ended)
+        numbers, logps = self._turns_of(ended)
+        numbers = numbers.cpu()
+        logps = logps.cpu()
+        sequences = []
+        for turn_numbers, turn_logps in zip(numbers, logps):
+            sequences.append(self._end_turn(turn_numbers, turn_logps))
+        return sequences
 
-    def _take_turns(self, ended: Tensor) -> Tensor:
-        """What the host wants to know of slots whose turn is over, in one piece: a row each, see `_end_turn`."""
-        self.live[ended] = False
-        places = torch.arange(len(self.live), device=self.device)
-        columns = torch.stack([places, self.length, self.position], 1), self.ids, self.logps
-        return torch.cat([column[ended].double() for column in columns], 1)  # which holds each of them exactly
+    def _turns_of(self, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """What the host wants to know of slots `ended` (E,), still on the device.
 
-    def _end_turn(self, row: Tensor) -> GeneratedSequence:
-        """`row`: slot, last index and next position; then by index what was sampled: ids, log-probabilities."""
-        slot, end, position = map(int, row[:3].tolist())
-        ids, logps = row[3:].view(2, -1)
-        sequence = self.seated[slot]
-        said = slice(sequence.start, end + 1)
-        sequence.ids += map(int, ids[said].tolist())
-        sequence.logps += logps[said].tolist()
-        sequence.loss_mask += [1] * (end + 1 - sequence.start)
-        sequence.cached, sequence.position, sequence.since = end, position, None
+        Integers (E, 3 + L): slot, length, next position, and all sampled ids; and their log-probabilities (E, L).
+        """
+        state = self.state
+        header = torch.stack([ended, state.length[ended], state.position[ended]], 1)  # (E, 3)
+        numbers = torch.cat([header, state.ids[ended]], 1)  # (E, 3 + L)
+        return numbers, state.logps[ended]
+
+    def _end_turn(self, numbers: Tensor, logps: Tensor) -> GeneratedSequence:
+        """Append a turn to its sequence, which is returned. `numbers` (3 + L,), `logps` (L,): see `_turns_of`."""
+        slot, length, position = numbers[:3].tolist()
+        ids = numbers[3:]  # (L,)
+        sequence = self.by_slot[slot]
+        start = sequence.start
+        end = length + 1  # the last token was sampled and not fed, so it is not in the cache
+        sequence.ids += ids[start:end].tolist()
+        sequence.logps += logps[start:end].tolist()
+        sequence.loss_mask += [1] * (end - start)
+        sequence.cached = length
+        sequence.position = position
+        sequence.start_step = None
         sequence.stopped = sequence.ids[-1] == self.stop_id
-        self.live_members -= 1
         return sequence
 
+    # ---- the shape of a batch ---------------------------------------------------------------------------------------
 
-def _ragged(owners: Sequence[int], spans: Sequence[tuple[int, int]], device) -> tuple[Tensor, Tensor]:
-    """Index pair (owner, place) of every place in each owner's span [start, end), one after another."""
-    lens = torch.tensor([end - start for start, end in spans])
-    owner = torch.tensor(owners).repeat_interleave(lens)
-    place = torch.cat([torch.arange(start, end) for start, end in spans])
-    return owner.to(device), place.to(device)
+    def _choose_batch_shape(self) -> tuple[int, int, int]:
+        """Slots, rows, and sequences of a row that the next steps are computed with: those in use, up to the last.
+
+        Where steps are captured, larger numbers that seldom change.
+        """
+        slots = max(self.by_slot) + 1
+        if self.graphs.on:
+            all_slots = len(self.state.token)
+            all_rows = len(self.layout.prefix_lens)
+            return self.graphs.bucket(slots, all_slots), all_rows, self.layout.largest_group
+        groups = [sequence.group for sequence in self.by_slot.values()]
+        rows = max(group.row for group in groups) + 1
+        group_size = max(Counter(groups).values())
+        return slots, rows, group_size
+
+    def _keys_to_read(self) -> int:
+        """How many places of each slot a step reads: all if the kernel knows every length, else up to the longest."""
+        if attention.has_decode_kernel(self.cache.suffix[0][0]):
+            return self.cache.room
+        return self.graphs.bucket(self.longest, self.cache.room, least=64)
+
+    def _most_cached(self) -> int:
+        """The most tokens that a sequence has in its slot now. The host counts along, so it need not ask the device."""
+        most = 0
+        for sequence in self.by_slot.values():
+            cached = sequence.cached
+            if sequence.start_step is not None:
+                cached += self.counts["decode_steps"] - sequence.start_step  # one each step
+            most = max(most, cached)
+        return most
+
+    def _mostly_empty(self) -> bool:
+        """Whether half of the slots up to the last one in use are empty, and no sequence waits to fill them."""
+        return 2 * len(self.by_slot) <= max(self.by_slot) and not self.waiting
+
+    def _compact(self) -> None:
+        """Move the few occupied slots and rows to the front, so that a batch's last sequences make small steps."""
+        slots = sorted(self.by_slot)
+        sequences = [self.by_slot[slot] for slot in slots]
+        groups = list(dict.fromkeys(sequence.group for sequence in sequences))  # in order, each once
+        rows = [group.row for group in groups]
+        used = max(len(sequence.ids) for sequence in sequences) + self.turn_tokens  # places of a slot, at most
+        for keys, values in self.cache.prefix:
+            keys[: len(rows)] = keys[rows]
+            values[: len(rows)] = values[rows]
+        for keys, values in self.cache.suffix:
+            keys[: len(slots), :used] = keys[slots, :used]
+            values[: len(slots), :used] = values[slots, :used]
+        self.state.move_to_front(slots)
+        for row, group in enumerate(groups):
+            group.row = row
+        self.by_slot = {}
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+            self.by_slot[slot] = sequence
+        self.cache.free_slots = list(range(len(slots), len(self.state.token)))
+        self.cache.free_rows = list(range(len(rows), len(self.layout.prefix_lens)))
 
 
-def _after(start: int, images: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
-    """The images at or behind token `start`, their offsets counted from there."""
-    return [(at - start, image) for at, image in images if at >= start]
-
-
-def _alternate(first: Sequence[int], second: Sequence[int], device) -> Tensor:
-    """Index that turns cat(all firsts, all seconds) into first 0, second 0, first 1, second 1, …"""
-    parts = torch.arange(sum(first) + sum(second)).split([*first, *second])
-    pairs = zip(parts[: len(first)], parts[len(first) :])
-    return torch.cat([part for pair in pairs for part in pair]).to(device)
+def _new_tokens(sequence: GeneratedSequence) -> Piece:
+    """The tokens of a sequence that are not in the cache, and the images among them."""
+    first = sequence.cached
+    images = [(offset - first, image) for offset, image in sequence.images if offset >= first]
+    return Piece(sequence.ids[first:], images, sequence.position)

@@ -142,7 +142,7 @@ class Activations:
         return min(self.c.max_pixels // SIDE**2 + PROMPT_TEXT, self.c.max_tokens)
 
     def cache(self, groups: int, group_size: int) -> int:
-        """Prefix rows and suffix slots of `groups` as `Engine._make_room` sizes them."""
+        """Prefix rows and suffix slots of `groups` as `Engine._allocate` sizes them."""
         slots = min(self.c.slots, groups * group_size)
         rows = prefix_rows(groups, slots, group_size)
         room = self.c.max_tokens - self.c.min_pixels // SIDE**2 + 1

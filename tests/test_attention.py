@@ -8,7 +8,7 @@ from helpers import largest_difference, report, tiny_model
 from test_engine import groups, run, texts
 
 from mmsr import attention
-from mmsr.attention import Cached, Packed, Segments, SharedPrefix, packed_attention
+from mmsr.attention import Cached, Packed, Segments, SharedPrefix, decode_attention_plain, packed_attention
 
 LAYOUTS = {
     "different lengths": ((5, 1, 7, 3), (5, 1, 7, 3)),
@@ -92,47 +92,72 @@ def kernel(monkeypatch):
     monkeypatch.setattr(attention, "has_decode_kernel", lambda x: True)
 
 
-def decode_step(heads=6, kv_heads=2, size=8):
-    """Two prompts in three rows, four members in six slots; what lies beyond a length is not a number."""
-    torch.manual_seed(1)
-    q = torch.randn(6, heads, size)
-    prefix = [torch.randn(3, 7, kv_heads, size) for _ in "kv"]
-    suffix = [torch.randn(6, 5, kv_heads, size) for _ in "kv"]
-    prefix_lens, suffix_lens = torch.tensor([7, 0, 3]), torch.tensor([1, 5, 2, 1, 3, 1])
-    sequences = torch.tensor([[1, 3], [0, 0], [4, 2]])  # slots 0 and 5 are empty
-    place = torch.tensor([0, 0, 5, 1, 4, 0])
-    rows = {1: 0, 2: 2, 3: 0, 4: 2}
-    return q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows
+class DecodeStep:
+    """Two prompts in three rows, four sequences in six slots. What is beyond a length is random."""
 
+    def __init__(self, heads=6, kv_heads=2, size=8):
+        torch.manual_seed(1)
+        self.q = torch.randn(6, heads, size)
+        self.prefix = tuple(torch.randn(3, 7, kv_heads, size) for _ in "kv")
+        self.suffix = tuple(torch.randn(6, 5, kv_heads, size) for _ in "kv")
+        self.prefix_lens = torch.tensor([7, 0, 3])
+        self.suffix_lens = torch.tensor([1, 5, 2, 1, 3, 1])
+        self.group_slots = torch.tensor([[1, 3], [0, 0], [4, 2]])  # slots 0 and 5 are empty
+        self.slot_mapping = torch.tensor([0, 0, 5, 1, 4, 0])
+        self.rows = {1: 0, 2: 2, 3: 0, 4: 2}  # of the slots that are not empty
 
-def wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows):
-    """Slot by slot, prompt and own tokens in one softmax."""
-    outs = []
-    for slot, row in rows.items():
-        keys, values = (
-            torch.cat([p[row, : prefix_lens[row]], s[slot, : suffix_lens[slot]]]) for p, s in zip(prefix, suffix)
+    def layout(self, device="cpu") -> Cached:
+        return Cached(
+            self.prefix_lens.to(device),
+            self.group_slots.to(device),
+            self.slot_mapping.to(device),
+            self.suffix_lens.to(device),
         )
-        outs.append(naive(q[slot : slot + 1], keys, values, (1,), (len(keys),), False))
-    return torch.cat(outs)
+
+    def wanted(self) -> torch.Tensor:
+        """Slot by slot, prompt and own tokens in one softmax."""
+        outs = []
+        for slot, row in self.rows.items():
+            packed = []
+            for prefix, suffix in zip(self.prefix, self.suffix):
+                prompt = prefix[row, : self.prefix_lens[row]]
+                own = suffix[slot, : self.suffix_lens[slot]]
+                packed.append(torch.cat([prompt, own]))
+            keys, values = packed
+            outs.append(naive(self.q[slot : slot + 1], keys, values, (1,), (len(keys),), False))
+        return torch.cat(outs)
+
+    def forget(self) -> None:
+        """Make what is beyond a length not a number."""
+        for stores, lens in ((self.prefix, self.prefix_lens), (self.suffix, self.suffix_lens)):
+            for store in stores:
+                store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_a_decode_step_sees_the_wrong_keys(heads, kv_heads):
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads)
-    ours = Cached(prefix_lens, sequences, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
-    torch.testing.assert_close(ours[1:5], wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows))
+    step = DecodeStep(heads, kv_heads)
+    ours = step.layout()(step.q, step.prefix, step.suffix)
+    torch.testing.assert_close(ours[1:5], step.wanted())
     assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
+def test_a_decode_step_differs_from_its_plain_loop(heads, kv_heads):
+    step = DecodeStep(heads, kv_heads)
+    layout = step.layout()
+    plain = decode_attention_plain(layout, step.q, step.prefix, step.suffix)
+    torch.testing.assert_close(layout(step.q, step.prefix, step.suffix)[1:5], plain[1:5])
+    torch.testing.assert_close(plain[1:5], step.wanted())
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
 def test_the_kernels_decode_step_sees_the_wrong_keys(heads, kv_heads, kernel):
-    """Two calls and a merge; the kernel reads no key beyond a length, and a prompt without keys concerns nobody."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads)
-    wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
-    for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
-        for store in stores:
-            store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
-    ours = Cached(prefix_lens, sequences, place, suffix_lens)(q, tuple(prefix), tuple(suffix))
+    """Two calls and a merge; the kernel reads no key beyond a length, and no sequence sees the row without a prompt."""
+    step = DecodeStep(heads, kv_heads)
+    wanted = step.wanted()
+    step.forget()
+    ours = step.layout()(step.q, step.prefix, step.suffix)
     torch.testing.assert_close(ours[1:5], wanted)
     assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
 
@@ -152,14 +177,11 @@ def test_tokens_drawn_by_the_decode_kernel_are_others(kernel, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_torch_has_another_kernel_than_the_one_played_here(dtype):
     """Its real operator takes these arguments and gives these shapes, on the meta device."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, _ = decode_step(6, 2, 64)
-    q, prefix, suffix = (
-        q.to("meta", dtype),
-        [x.to("meta", dtype) for x in prefix],
-        [x.to("meta", dtype) for x in suffix],
-    )
-    lens = attention.Lengths(prefix_lens.to("meta"))
-    out, log_mass = attention._kernel_part(q.view(3, 4, 3, 64)[:, :, :2], *prefix, lens)
+    step = DecodeStep(6, 2, 64)
+    q = step.q.to("meta", dtype).view(3, 4, 3, 64)[:, :, :2]
+    k, v = (x.to("meta", dtype) for x in step.prefix)
+    lens = attention.Lengths(step.prefix_lens.to("meta"))
+    out, log_mass = attention._kernel_part(q, k, v, lens)
     assert out.shape == (3, 4, 2, 64) and out.dtype == dtype
     assert log_mass.shape == (3, 4, 2) and log_mass.dtype == torch.float32
 
@@ -190,15 +212,14 @@ def test_a_cuda_kernel_departs_from_fp32(kernel, layout, causal, heads, kv_heads
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (28, 4)])
 def test_cudas_decode_kernel_departs_from_the_plain_step(heads, kv_heads):
-    """The real kernel in half precision against the plain step in fp32; what lies beyond a length is not a number."""
-    q, prefix, suffix, prefix_lens, sequences, place, suffix_lens, rows = decode_step(heads, kv_heads, 64)
-    wanted = wanted_step(q, prefix, suffix, prefix_lens, suffix_lens, rows)
-    for stores, lens in ((prefix, prefix_lens), (suffix, suffix_lens)):
-        for store in stores:
-            store[torch.arange(store.shape[1]) >= lens[:, None]] = torch.nan
-    layout = Cached(*(x.to("cuda") for x in (prefix_lens, sequences, place, suffix_lens)))
-    half = [[x.to("cuda", torch.bfloat16) for x in stores] for stores in ([q], prefix, suffix)]
-    assert attention.has_decode_kernel(half[0][0])
-    ours = layout(half[0][0], tuple(half[1]), tuple(half[2])).float().cpu()
+    """The real kernel in half precision against the plain step in fp32; what is beyond a length is not a number."""
+    step = DecodeStep(heads, kv_heads, 64)
+    wanted = step.wanted()
+    step.forget()
+    q = step.q.to("cuda", torch.bfloat16)
+    prefix = tuple(x.to("cuda", torch.bfloat16) for x in step.prefix)
+    suffix = tuple(x.to("cuda", torch.bfloat16) for x in step.suffix)
+    assert attention.has_decode_kernel(q)
+    ours = step.layout("cuda")(q, prefix, suffix).float().cpu()
     torch.testing.assert_close(ours[1:5], wanted, rtol=2e-2, atol=2e-2)
     assert ours.isfinite().all()

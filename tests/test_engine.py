@@ -39,7 +39,7 @@ def groups(n: int, sequences: int, seed: int = 0, first: int = 0) -> list[Sequen
 
 
 def run(model, batch: list[SequenceGroup], turns: int = 2, result=RESULT, **options) -> Engine:
-    """Generate `turns` turns per member, extended by `result` in between."""
+    """Generate `turns` turns per sequence, extended by `result` in between."""
     options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
     engine = Engine(model, STOP, SUPPRESSED.to(model.head_weight.device), **options)
     assert engine.submit(batch) == []
@@ -51,7 +51,7 @@ def run(model, batch: list[SequenceGroup], turns: int = 2, result=RESULT, **opti
                 engine.extend(sequence, result[0].tolist(), result[1])
             else:
                 engine.finish(sequence)
-    assert not +left and not engine.seated
+    assert not +left and not engine.by_slot
     assert all(group.scores is None for group in batch), "a megabyte for every prompt of an evaluation"
     return engine
 
@@ -59,10 +59,10 @@ def run(model, batch: list[SequenceGroup], turns: int = 2, result=RESULT, **opti
 def episodes(batch: list[SequenceGroup]) -> list[Episode]:
     made = []
     for i, group in enumerate(batch):
-        for j, m in enumerate(group.sequences):
+        for j, sequence in enumerate(group.sequences):
             n = len(group.ids)
-            images = group.images + [(n + at, image) for at, image in m.images]
-            lists = (group.ids + m.ids, [0] * n + m.loss_mask, [0.0] * n + m.logps)
+            images = group.images + [(n + at, image) for at, image in sequence.images]
+            lists = (group.ids + sequence.ids, [0] * n + sequence.loss_mask, [0.0] * n + sequence.logps)
             made.append(Episode(EXAMPLE, i, j, *lists, images, n))
     return made
 
@@ -115,13 +115,13 @@ def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
 def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
     """Queueing, reuse of slots and rows, and moving the tail of a batch to the front change nothing.
 
-    A group may be larger than the slots: its members come one after another.
+    A group may be larger than the slots: its sequences come one after another.
     """
     wide, narrow = groups(9, 4), groups(9, 4)
     run(model, narrow, slots=slots, prefill_tokens=40)
     moved = []
     compact = Engine._compact
-    monkeypatch.setattr(Engine, "_compact", lambda self, kept: moved.append(kept) or compact(self, kept))
+    monkeypatch.setattr(Engine, "_compact", lambda self: moved.append(self) or compact(self))
     run(model, wide, slots=64)
     assert moved
     assert texts(wide) == texts(narrow)
@@ -166,7 +166,7 @@ def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
 
 
 def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypatch):
-    """Once a step, to see whose turn is over, and once more where one is: all of them are copied in one piece."""
+    """Once a step, to see whose turn is over; and where turns are, for all their integers and log-probabilities."""
     waits, copies, ended = [], set(), set()
 
     class Watch(TorchDispatchMode):
@@ -183,7 +183,7 @@ def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypat
 
     def reading(plain):
         def read(tensor):
-            assert tensor.untyped_storage().data_ptr() in copies, "read where it lies, on the device"
+            assert tensor.untyped_storage().data_ptr() in copies, "it is read on the device"
             return plain(tensor)
 
         return read
@@ -196,7 +196,7 @@ def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypat
                 patch.setattr(torch.Tensor, name, reading(getattr(torch.Tensor, name)))
             over = plain(engine)
         ended.add(len(over))
-        assert len(waits) == (2 if over else 1), waits
+        assert len(waits) == (3 if over else 1), waits
         return over
 
     monkeypatch.setattr(Engine, "_decode", decode)
@@ -204,12 +204,14 @@ def test_the_host_waits_for_the_device_for_every_turn_that_ends(model, monkeypat
     assert {0, 1, 2} <= ended
 
 
-def test_member_out_of_room_stops_and_prompt_without_room_is_refused(model):
+def test_sequence_out_of_room_stops_and_prompt_without_room_is_refused(model):
     batch = groups(2, 2)
     longest = max(len(group.ids) for group in batch)
     engine = Engine(model, 299, SUPPRESSED, slots=8, max_tokens=longest, turn_tokens=50)
     refused = engine.submit(batch)
-    assert refused and all(len(m.group.ids if m.group else batch[1].ids) <= longest for m in refused)
+    assert refused
+    for sequence in refused:
+        assert len(sequence.group.ids if sequence.group else batch[1].ids) <= longest
     while engine.busy:
         for sequence in engine.step():
             assert not sequence.stopped and len(sequence.group.ids) + len(sequence.ids) == longest

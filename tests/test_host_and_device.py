@@ -58,19 +58,27 @@ class Blind(Engine):
 
     def _end_turns(self, slots, over):
         assert slots.device.type == over.device.type == "meta" and over.dtype == torch.bool
-        live = [m for m in self.seated.values() if m.since is not None]
-        ended = [m for m in live if self.counts["decode_steps"] - m.since >= 2 + m.slot % 2]
+        running = [sequence for sequence in self.by_slot.values() if sequence.start_step is not None]
+        steps = self.counts["decode_steps"]
+        ended = [sequence for sequence in running if steps - sequence.start_step >= 2 + sequence.slot % 2]
+        self.num_running -= len(ended)
+        room = self.cache.room
         for sequence in ended:
-            row = self._take_turns(torch.tensor([sequence.slot], device="meta"))
-            assert row.shape == (1, 3 + 2 * self.room)
-            said = torch.zeros(3 + 2 * self.room).double()
-            said[0], said[1], said[2] = sequence.slot, len(sequence.ids) + 2, sequence.position + 3
-            self._end_turn(said)
+            slots = torch.tensor([sequence.slot], device="meta")
+            self.state.running[slots] = False
+            numbers, logps = self._turns_of(slots)
+            assert numbers.shape == (1, 3 + room) and numbers.dtype == torch.long
+            assert logps.shape == (1, room) and logps.dtype == torch.float32
+            numbers = torch.zeros(3 + room, dtype=torch.long)
+            numbers[0] = sequence.slot
+            numbers[1] = len(sequence.ids) + 2
+            numbers[2] = sequence.position + 3
+            self._end_turn(numbers, torch.zeros(room))
         return ended
 
 
 def test_a_rollout_mixes_host_and_device(apart):
-    """Prefill with pictures, openings, results of tools, decoding, members that wait for a slot, and compaction."""
+    """Prefill with pictures, openings, results of tools, decoding, sequences that wait for a slot, and compaction."""
     groups = []
     for number in range(5):
         ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
@@ -79,7 +87,7 @@ def test_a_rollout_mixes_host_and_device(apart):
     engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
     assert engine.submit(groups) == []
     compacted, compact = [], engine._compact
-    engine._compact = lambda slots: compacted.append(slots) or compact(slots)
+    engine._compact = lambda: compacted.append(True) or compact()
     extended = set()
     while engine.busy:
         for sequence in engine.step():
@@ -88,7 +96,7 @@ def test_a_rollout_mixes_host_and_device(apart):
             else:
                 extended.add(sequence)
                 engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
-    assert len(extended) == 10 and compacted and not engine.seated
+    assert len(extended) == 10 and compacted and not engine.by_slot
 
 
 def test_an_update_mixes_host_and_device(apart):
@@ -111,8 +119,8 @@ def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
     """The check itself: such a slip must end a decode step and an update."""
     plain = Cached.__init__
 
-    def slipped(self, prefix_lens, members, place, suffix_lens):
-        plain(self, prefix_lens, members, place, suffix_lens + torch.arange(len(suffix_lens)))
+    def slipped(self, prefix_lens, group_slots, slot_mapping, suffix_lens):
+        plain(self, prefix_lens, group_slots, slot_mapping, suffix_lens + torch.arange(len(suffix_lens)))
 
     monkeypatch.setattr(Cached, "__init__", slipped)
     with pytest.raises(AssertionError, match="host and device"):

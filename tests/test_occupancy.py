@@ -29,23 +29,23 @@ class Recorded(Engine):
         super().__init__(*args, **options)
         self.busy_slots, self.full_steps = 0, 0
 
-    def _limit(self, sequence):
+    def _turn_limit(self, sequence):
         return len(sequence.ids) + sequence.lengths.pop(0)
 
     def _decode(self):
-        if self.queue or self.unseated:
+        if self.waiting_groups or self.waiting:
             self.full_steps += 1
-            self.busy_slots += self.live_members
+            self.busy_slots += self.num_running
         return super()._decode()
 
     @property
     def occupancy(self) -> float:
-        """Share of the slots that decode, while anybody waits for one."""
-        return self.busy_slots / (self.full_steps * len(self.token))
+        """Share of the slots that decode, while a sequence waits for one."""
+        return self.busy_slots / (self.full_steps * len(self.state.token))
 
 
 def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0) -> Recorded:
-    """Run `groups` groups of `size` members through 64 slots, every member with the lengths of some conversation.
+    """Run `groups` groups of `size` sequences through 64 slots, every sequence with the lengths of some conversation.
 
     `tokens`: what every turn has instead.
     """
@@ -64,7 +64,9 @@ def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0
                 engine.extend(sequence, RESULT)
             else:
                 engine.finish(sequence)
-    assert all(not m.lengths and len(m.ids) >= (tokens or 50) for g in batch for m in g.sequences)
+    for group in batch:
+        for sequence in group.sequences:
+            assert not sequence.lengths and len(sequence.ids) >= (tokens or 50)
     return engine
 
 
@@ -76,7 +78,7 @@ def model():
 @pytest.mark.slow
 @pytest.mark.parametrize("size, groups", [(4, 24), (32, 9)])
 def test_slots_stand_empty_while_somebody_waits(model, size, groups):
-    """A group's slowest member must not keep the slots of the others empty."""
+    """A group's slowest sequence must not keep the slots of the others empty."""
     engine = play(model, size, groups)
     print(f"groups of {size}: {engine.occupancy:.1%} of the slots busy, {engine.counts['decode_steps']} decode steps")
     assert engine.occupancy >= 0.9
@@ -97,6 +99,6 @@ def test_decode_steps_are_seldom_replayed(model, size, groups, monkeypatch):
 
 def test_the_plan_counts_fewer_rows_than_the_engine_makes(model):
     engine = play(model, 8, 20, tokens=2)
-    assert len(engine.prefix_lens) == prefix_rows(20, SLOTS, 8) == 17
+    assert len(engine.layout.prefix_lens) == prefix_rows(20, SLOTS, 8) == 17
     assert prefix_rows(512, 64, 1) == 64, "a row in use has a slot"
     assert prefix_rows(3, 64, 32) == 3

@@ -81,9 +81,9 @@ class Puppet(Engine):
     def _draw(self, scores, slots):
         scores = scores.clone()
         for row, slot in enumerate(slots.tolist()):
-            sequence = self.seated.get(slot)
+            sequence = self.by_slot.get(slot)
             words = self.say(sequence) if sequence else None
-            at = int(self.length[slot]) - len(sequence.ids) if sequence else 0
+            at = int(self.state.length[slot]) - len(sequence.ids) if sequence else 0
             if words and 0 <= at < len(words):
                 scores[row, words[at]] += 1e6
         return super()._draw(scores, slots)
@@ -437,7 +437,7 @@ def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
         (ANSWERED, "Douro"), (ANSWERED, "Tagus River"), (INVALID, None), (ANSWERED, "Tagus River")
     ]  # fmt: skip
     assert sorted(map(id, done)) == sorted(map(id, episodes)), "every episode is reported once"
-    assert not rollout.engine.seated and not rollout.waiting
+    assert not rollout.engine.by_slot and not rollout.waiting
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_more_questions_than_slots_change_no_token(home):
     wide, narrow = mixed(home, 7, 3, slots=64), mixed(home, 7, 3, slots=4)
     assert [e.input_ids for e in wide[1]] == [e.input_ids for e in narrow[1]]
     assert [e.status for e in wide[1]] == [e.status for e in narrow[1]]
-    assert len(narrow[0].engine.token) == 4 and not narrow[0].engine.seated
+    assert len(narrow[0].engine.state.token) == 4 and not narrow[0].engine.by_slot
 
 
 def test_example_that_recurs_in_a_batch_makes_groups_of_its_own(home):

@@ -1,8 +1,12 @@
 """Decode steps replayed from CUDA graphs: one launch instead of a thousand, so that the device does not wait.
 
-A graph repeats kernels on the addresses of the pass that was captured. So a pass that is given here reads and writes
-tensors that stay where they are, depends on no number of the host's but those in its `shape`, and never waits for the
-device. Every shape is captured by itself, which takes as long as a pass, so shapes should be few: what varies from step
+A graph repeats the kernels of the pass that was captured, on the same addresses. So a pass that is given to `Graphs`
+
+- reads and writes tensors that stay where they are,
+- depends on no number of the host but those in its `shape`,
+- and never waits for the device.
+
+Every shape is captured by itself, which takes as long as a pass. So there should be few shapes: what varies from step
 to step is rounded up (`bucket`).
 """
 
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from mmsr.system.errors import first_line
 
-WARM_UPS = 1  # plain passes of a shape before it is captured: libraries load kernels then, which a capture must not do
+WARM_UPS = 1  # plain passes of a shape before it is captured: they load kernels, which a capture must not do
 
 
 class Graphs:
@@ -26,22 +30,26 @@ class Graphs:
 
     def __init__(self, on: bool):
         self.on = on
-        self.seen: Counter[Hashable] = Counter()
-        self.captured: dict[Hashable, tuple[Any, Tensor]] = {}
+        self.seen: Counter[Hashable] = Counter()  # passes of each shape until it was captured
+        self.captured: dict[Hashable, tuple[Any, Tensor]] = {}  # of each shape: its graph, and the result it writes to
         self.replayed = 0  # passes
-        # Memory that all graphs share, as one result is alive at a time. It belongs to these graphs: torch's allocator
-        # refuses a pool that had graphs and has none any more.
+        # The memory pool that all graphs of this object share, because only one result is in use at a time. It is not
+        # shared with other objects: torch's allocator refuses a pool that had graphs and has none any more.
         self.pool: Any = None
-        self.stream: Any = None
+        self.stream: Any = None  # that captures are made on
 
     def bucket(self, length: int, most: int, least: int = 8) -> int:
-        """A length that many steps have in common: the next power of two, from `least` on, but `most` at most."""
+        """`length` rounded up to a power of two, at least `least` and at most `most`, so that many steps share it.
+
+        `length` itself if nothing is captured.
+        """
         if not self.on:
             return length
-        return min(most, max(least, 1 << (length - 1).bit_length()))
+        power_of_two = 1 << (length - 1).bit_length()
+        return min(most, max(least, power_of_two))
 
     def __call__(self, shape: Hashable, run: Callable[[], Tensor]) -> Tensor:
-        """What `run` returns. It holds until the next call."""
+        """What `run` returns, computed or replayed. It is valid until the next call."""
         if self.on and shape not in self.captured:
             self.seen[shape] += 1
             if self.seen[shape] > WARM_UPS:
@@ -54,25 +62,28 @@ class Graphs:
         return result
 
     def _try(self, shape: Hashable, run: Callable[[], Tensor]) -> None:
+        """Capture a shape. If that fails, warn and never capture again."""
         try:
             self.captured[shape] = self._capture(run)
-        except RuntimeError as error:  # a kernel that cannot be captured, or no memory: slower, and as right
+        except RuntimeError as error:  # a kernel that cannot be captured, or no memory: plain passes give the same
             self.on = False
             self.captured.clear()
             why = f"decode steps are not captured ({first_line(error)}); they run one by one"
             warnings.warn(why, RuntimeWarning, stacklevel=2)
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-        """The graph, and the tensor that each replay leaves its result in. Nothing is computed yet.
+        """The graph, and the tensor that each replay writes its result to. A capture computes nothing.
 
-        Not `with torch.cuda.graph(…)`, which after a capture that failed leaves its stream the current one.
+        Not by `with torch.cuda.graph(…)`: after a capture that failed, its stream would stay the current one.
         """
         if self.stream is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # tools may run in other threads
+            # thread_local: what tools do in other threads meanwhile is no error.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 result = run()
             finally:
@@ -80,9 +91,10 @@ class Graphs:
         return graph, result
 
     def _end(self, graph: Any) -> None:
+        """End a capture. Raises RuntimeError if it failed."""
         try:
             graph.capture_end()
-        except RuntimeError:  # the capture was spoilt; the allocator does not hear of its end in that case
+        except RuntimeError:  # torch does not tell its allocator then that the capture is over
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
             raise

@@ -112,7 +112,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("sequences, slots", [(4, 12), (3, 4)])
 def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeypatch):  # noqa: F811
-    """Slots that come and go, waiting members, and rows that move to the front."""
+    """Slots that come and go, sequences at a tool, and rows that move to the front."""
     options = dict(slots=slots, turn_tokens=40, max_tokens=400)
     replayed, plain = groups(3, sequences), groups(3, sequences)
     run(model, replayed, **options)
@@ -120,8 +120,9 @@ def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeyp
     assert cuda.captures > 1 and cuda.replays > 2 * cuda.captures, "nothing was replayed, so nothing is shown"
     run(model, plain, **options)
     assert texts(replayed) == texts(plain)
-    logps = [[torch.tensor(m.logps) for g in batch for m in g.sequences] for batch in (replayed, plain)]
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*logps))
+    for group, other in zip(replayed, plain):
+        for sequence, twin in zip(group.sequences, other.sequences):
+            assert torch.allclose(torch.tensor(sequence.logps), torch.tensor(twin.logps), atol=1e-5)
 
 
 def test_a_shape_is_captured_before_it_has_come_back(cuda):
