@@ -18,10 +18,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Sequence
 
-from mmsr.config import SEARCH_OPTIONS, Options, Parser, add_options
+from mmsr.config import SEARCH_OPTIONS, Options
 from mmsr.episode import Hit, Observation
 from mmsr.search.backends import KNOWN, import_searches, open_backend
 from mmsr.system.errors import UserError
+from mmsr.system.options import Parser, add_options
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
 

@@ -8,19 +8,17 @@ one line on standard error and exit status 2.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
+from typing import Any, ClassVar, Literal, Mapping, Sequence, TypeVar
 
 from mmsr.reward import RewardRule
 from mmsr.system.credentials import hidden, refuse_credentials, server_address
 from mmsr.system.errors import UserError
 from mmsr.system.files import LOCK, write_whole
+from mmsr.system.options import Parser, add_options, default_notes, kebab
 
 CONFIG = "config.json"
 
@@ -165,8 +163,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, (low, high) in self.BOUNDS.items():
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise UserError(f"--{kebab(name)} {value}: give a number from {low:g} to {high:g}")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # refused now, and not after the first rollouts
@@ -176,12 +175,15 @@ class Options:
             server_address(where, "--search remote:")
 
     def _check_addresses(self) -> None:
-        """Options stand in config.json, checkpoints, the report and trackers: no password or key may be among them."""
+        """Refuse passwords and keys: options are written to config.json, checkpoints, the report and trackers."""
         for name, value in dataclasses.asdict(self).items():
-            for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            texts = value if isinstance(value, tuple) else [value]
+            for text in texts:
+                if not isinstance(text, str):
+                    continue
                 address = text.removeprefix("remote:")
                 if "://" in text or name in ("teacher", "judge") or address != text:
-                    refuse_credentials(f"--{_kebab(name)}", address, KEYS.get(name, ""))
+                    refuse_credentials(f"--{kebab(name)}", address, KEYS.get(name, ""))
 
     @property
     def reward_rule(self) -> RewardRule:
@@ -192,14 +194,18 @@ class Options:
     @property
     def datasets(self) -> tuple[str, ...]:
         """What --data names: several data sets for an evaluation, one for training."""
-        return (self.data,) if isinstance(self.data, str) else self.data
+        if isinstance(self.data, str):
+            return (self.data,)
+        return self.data
 
     @classmethod
     def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
         """What a recipe sets of these options, in a toy world."""
         names = {field.name for field in dataclasses.fields(cls)}
-        recipes = RECIPES[recipe] | (TOY[toy] if recipe == "toy" else {})
-        return {name: value for name, value in recipes.items() if name in names}
+        values = RECIPES[recipe]
+        if recipe == "toy":
+            values = values | TOY[toy]
+        return {name: value for name, value in values.items() if name in names}
 
     def save(self, folder: Path) -> None:
         """Write `folder`/config.json, whole or not at all."""
@@ -214,17 +220,19 @@ class Options:
             raise UserError(f"--out {folder} is not empty and holds no {CONFIG} of a run: name another") from None
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{folder / CONFIG} cannot be read ({error}): name another --out") from None
-        free = self.RESUME_FREELY if self.deterministic else self.RESUME_FREELY | RESUME_UNDETERMINED
-        asked = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
-        now = {name: value for name, value in asked.items() if name not in free}
-        changed = [name for name, value in now.items() if before.get(name) != value]
+        free = self.RESUME_FREELY
+        if not self.deterministic:
+            free = free | RESUME_UNDETERMINED
+        now = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
+        changed = []
+        for name, value in now.items():
+            if name not in free and before.get(name) != value:
+                changed.append(f"--{kebab(name)} (was {before.get(name)!r}, is {value!r})")
         if changed:
-            listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
-            listed = hidden(listed)
             advice = "give the same, or another --out"
             if (folder / "model").is_dir():
                 advice += f" (and --model {folder}/model to start from what it learnt)"
-            raise UserError(f"--out {folder}: the run in it differs in {listed}: {advice}")
+            raise UserError(f"--out {folder}: the run in it differs in {hidden(', '.join(changed))}: {advice}")
 
 
 @dataclass
@@ -312,7 +320,8 @@ class Config(Options):
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        self.out, self.demonstrations = self.out or f"runs/{self.recipe}", tuple(self.demonstrations)
+        self.out = self.out or f"runs/{self.recipe}"
+        self.demonstrations = tuple(self.demonstrations)
         super().__post_init__()
         self._check_imitation()
         if self.algorithm == "grpo" and self.group_size < 2:
@@ -324,7 +333,7 @@ class Config(Options):
 
     @property
     def imitates(self) -> bool:
-        """Whether somebody else's turns are trained, none of the model's own."""
+        """Whether turns of others are trained, and none of the model's own."""
         return bool(self.demonstrations or self.teacher)
 
     def _check_imitation(self) -> None:
@@ -393,20 +402,16 @@ def parse(
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     parser = Parser(program, allow_abbrev=False)
-    add_options(parser, kind, [field.name for field in dataclasses.fields(kind)], _said_defaults(kind))
+    names = [field.name for field in dataclasses.fields(kind)]
+    recipes = {recipe: kind.defaults(recipe, kind.toy) for recipe in RECIPES}
+    add_options(parser, kind, names, default_notes(kind, recipes))
     given = vars(parser.parse_args(argv))
-    toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
-    recipe = given.get("recipe") or ("toy" if toy else "blog")
-    imitated = {"group_size": 1} if given.get("demonstrations") or given.get("teacher") else {}
-    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line, and exits with status 2."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        print(f"{self.prog}: {hidden(message)}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
+    is_toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
+    recipe = given.get("recipe") or ("toy" if is_toy else "blog")
+    values = kind.defaults(recipe, given.get("toy", kind.toy))
+    if given.get("demonstrations") or given.get("teacher"):
+        values["group_size"] = 1
+    return kind(**{**values, **given, "recipe": recipe})
 
 
 def in_use(folder: Path) -> bool:
@@ -415,61 +420,3 @@ def in_use(folder: Path) -> bool:
         return folder.exists()
     names = [entry.name for entry in folder.iterdir()]
     return any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in names)
-
-
-def add_options(
-    parser: argparse.ArgumentParser, options: type[Options], names: Container[str], said: Mapping[str, str] = {}
-) -> None:
-    """Give `parser` those of the options that are named; what is not on its command line will be absent.
-
-    `said` is added to an option's help.
-    """
-    types, docs = typing.get_type_hints(options), _field_docs(options)
-    for field in dataclasses.fields(options):
-        if field.name not in names:
-            continue
-        kind, name = types[field.name], f"--{_kebab(field.name)}"
-        text = docs.get(field.name, "") + said.get(field.name, "")
-        absent: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-        if typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(name, nargs="+", metavar=name[2:].upper(), **absent)
-        elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **absent)
-        else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **absent)
-
-
-def _said_defaults(options: type[Options]) -> dict[str, str]:
-    """What each option is where it is not given, by recipe where they differ; of one that is off or empty nothing."""
-    said = {}
-    for field in dataclasses.fields(options):
-        recipes: dict[str, list[str]] = {}  # by value
-        for recipe in RECIPES:
-            value = options.defaults(recipe, options.toy).get(field.name, field.default)
-            recipes.setdefault(" ".join(value) if isinstance(value, tuple) else str(value), []).append(recipe)
-        if len(recipes) > 1:
-            by_recipe = (f"{'/'.join(names)}: {value or 'none'}" for value, names in recipes.items())
-            said[field.name] = f" ({', '.join(by_recipe)})"
-        elif field.name != "recipe" and not recipes.keys() & {"", "False", "None"}:
-            said[field.name] = f" ({', '.join(recipes)})"
-    return said
-
-
-def _field_docs(options: type[Options]) -> dict[str, str]:
-    """The string under each field: the help text stands where the field does."""
-    import ast
-    import inspect
-
-    docs: dict[str, str] = {}
-    for kind in options.__mro__[-2::-1]:  # object has none; the base first, so that a field made anew has the last word
-        parsed: Any = ast.parse(inspect.getsource(kind)).body[0]
-        for field, text in zip(parsed.body, parsed.body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                docs[field.target.id] = text.value.value.strip()  # type: ignore
-    return docs
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")

@@ -1,0 +1,130 @@
+"""The questions of a run: the toy world's, those of files, and the files that have to be fetched first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from tqdm import tqdm
+
+from mmsr.config import Config, EvalConfig, Options
+from mmsr.data import fvqa
+from mmsr.data.formats import Dataset, read_examples
+from mmsr.episode import Example
+from mmsr.system.errors import UserError
+from mmsr.system.images import decode
+from mmsr.system.parallel import Ranks
+from mmsr.toy import world as toy
+
+FVQA_SEARCH = "replay:fvqa"  # the recorded searches that are published with FactualVQA
+
+
+@dataclass
+class Questions:
+    """The questions of a run by the option that names them, as messages quote it: `--data FILE`."""
+
+    by_option: Mapping[str, Sequence[Example]]
+    train: Sequence[Example] = ()
+    evaluation: Sequence[Example] = ()  # of the evaluations within training
+
+
+def open_world(config: Options) -> toy.World | None:
+    """The toy world. None where neither questions nor searches nor the model are of it."""
+    if "toy" in (*config.datasets, config.search) or not config.model:
+        return toy.World(config.seed, toy.SETTINGS[config.toy])
+    return None
+
+
+def fetch_files(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
+    """For each name that --data, --eval-data or --search gives, what to open instead: a file on this machine.
+
+    A name on the hub is fetched by the main rank, then found by the others. Every other name stands for itself.
+    """
+    files: dict[str, str] = {}
+    for name in names:
+        if name == FVQA_SEARCH:
+            files[name] = f"replay:{_fetch(name, fvqa.FVQA, fvqa.RESULTS, ranks)}"
+        elif found := fvqa.hub_file(name):
+            files[name] = _fetch(name, *found, ranks)
+        else:
+            files[name] = name
+    return files
+
+
+def _fetch(name: str, repository: str, file: str, ranks: Ranks) -> str:
+    return str(ranks.main_process_first(f"fetch {name}", partial(fvqa.fetched_file, repository, file)))
+
+
+def open_questions(config: Config, files: Mapping[str, str], world: toy.World | None, ranks: Ranks) -> Questions:
+    """The questions of training, and those of the evaluations within it: fresh toy pictures, or the first of --data."""
+    with ranks.sync_errors():
+        if config.data == "toy":
+            train = world.train
+        else:
+            train = read_questions(files[config.data], config, ranks)
+        evaluation = _evaluation_questions(config, files, world, train, ranks)
+    by_option = {f"--data {config.data}": train, f"--eval-data {config.eval_data or config.data}": evaluation}
+    return Questions(by_option, train, evaluation)
+
+
+def _evaluation_questions(
+    config: Config, files: Mapping[str, str], world: toy.World | None, train: Sequence[Example], ranks: Ranks
+) -> list[Example]:
+    questions = train
+    if config.eval_data and config.eval_data != "toy":
+        questions = read_questions(files[config.eval_data], config, ranks)
+    elif world and "toy" in (config.data, config.eval_data):
+        return toy_questions(world, config.eval_size)
+    return [questions[i] for i in range(min(config.eval_size, len(questions)))]
+
+
+def open_data_sets(
+    config: EvalConfig, files: Mapping[str, str], world: toy.World | None, ranks: Ranks
+) -> dict[str, Sequence[Example]]:
+    """The questions of an evaluation, by the name that --data gives."""
+    data_sets: dict[str, Sequence[Example]] = {}
+    with ranks.sync_errors():
+        for name in config.data:
+            if name == "toy":
+                data_sets[name] = toy_questions(world, config.limit or 200)
+            else:
+                data_sets[name] = read_questions(files[name], config, ranks, config.limit)
+    return data_sets
+
+
+def read_questions(file: str, config: Options, ranks: Ranks, limit: int = 0) -> Dataset:
+    """The questions of a file that have a picture, the first `limit` of them unless that is 0.
+
+    Raises UserError where there is none, and for a picture that cannot be opened: the ranks share this check.
+    """
+    questions = read_examples(file, config.format, config.columns, config.images)
+    if not len(questions):
+        raise UserError(f"{file}: there is no question with a picture in it; give a file with at least one")
+    if questions.left_out:
+        some = f"{questions.left_out} of {len(questions.table)} questions"
+        ranks.print(f"{file}: {some} have no picture and are left out.")
+    for note in questions.notes:
+        ranks.print(f"{file}: {note}.")
+    if limit:
+        questions.keep(range(min(limit, len(questions))))
+    for place in my_places(len(questions), ranks, "checking pictures", "picture"):
+        try:
+            decode(questions[place].image)
+        except ValueError as error:
+            raise UserError(f"{file}: row {questions.rows[place]}: {error}; mend or remove this row") from None
+    return questions
+
+
+def my_places(count: int, ranks: Ranks, doing: str, unit: str) -> tqdm:
+    """Every `ranks.size`-th of the numbers below `count`: this rank's share. The main rank shows a progress bar."""
+    hidden = None if ranks.main else True  # None: hidden unless a terminal shows it
+    return tqdm(range(ranks.rank, count, ranks.size), desc=doing, unit=unit, leave=False, disable=hidden)
+
+
+def toy_questions(world: toy.World, n: int) -> list[Example]:
+    """`n` questions of each category about fresh pictures."""
+    questions: list[Example] = []
+    for category in world.settings.categories:
+        questions += world.questions(category, n, "eval")
+    return questions
