@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -82,12 +83,7 @@ class Output(RunFolder[Config]):
         """The lines of metrics.jsonl about the steps that are done. Other ranks than the main one get none."""
         if not self.ranks.main:
             return []
-        return [record for record in self._records() if alarms.NEEDED <= record.keys()]
-
-    def _records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are not damaged."""
-        records = map(_record, self.metrics.read_bytes().splitlines())
-        return [record for record in records if record]
+        return [record for record in _records(self.metrics) if alarms.NEEDED <= record.keys()]
 
     def line(self, record: dict | None) -> None:
         """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
@@ -156,7 +152,7 @@ class Output(RunFolder[Config]):
 
     def _summary(self, setup: Setup) -> str:
         """The table of the first evaluation and the last."""
-        evaluations = [record for record in self._records() if "eval" in record]
+        evaluations = [record for record in _records(self.metrics) if "eval" in record]
         rows = {}
         for when, evaluation in (("before", evaluations[0]), ("after", evaluations[-1])):
             for mode, by_category in evaluation.items():
@@ -189,6 +185,12 @@ def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
             break
         kept = end
     return kept
+
+
+def _records(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are not damaged."""
+    records = map(_record, metrics.read_bytes().splitlines())
+    return [record for record in records if record]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
