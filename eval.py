@@ -1,13 +1,13 @@
-"""Evaluate a model on one or several data sets: `python eval.py --help`. Shared out by `torchrun eval.py …`.
+"""Evaluate a model on one or several data sets: `python eval.py --help`. On several devices: `torchrun eval.py …`.
 
 Three modes. `search` leaves it to the model whether to search. `direct` asks it without tools. `rag` is the paper's
-baseline of a fixed pipeline, with the same rollout: the image search is forced; then, where the limits allow one, the
-words before a text search's query are, and the model goes on with a query of its own; then the words that begin a turn
-of answering. What is forced stands in `rag.txt` of the prompt set, a line a turn (`prompts/real/rag.txt` by default).
+baseline of a fixed pipeline, with the same rollout: an image search is forced; then, where the limits allow a text
+search, the words before its query are forced, and the model writes the query; then the words that begin an answer.
+`rag.txt` of the prompt set holds what is forced, a line a turn (`prompts/real/rag.txt` by default).
 
-OUT/episodes.jsonl gets a line a question, appended whole and synced; started again, the same command goes on where that
-file ends. OUT/results.json is made of that file alone and holds no times, so equal runs, shared out or not, interrupted
-or not, give equal results.
+OUT/episodes.jsonl gets a line a question, which is on the disk before the next questions are asked. Started again, the
+same command continues where that file ends. OUT/results.json is made of that file alone and holds no times, so equal
+runs give equal results, on several devices or one, interrupted or not.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from mmsr.system.parallel import Ranks
 from mmsr.toy.world import World
 
 JUDGE_TOKENS = 1024
-SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")  # of a line
+# The keys of a line that results are made of.
+SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")
 
 
 def run(config: EvalConfig, ranks: Ranks) -> None:
@@ -182,34 +183,39 @@ class Output(RunFolder[EvalConfig]):
         self.album = Album(self.folder / "images")
 
     def check_options(self, used: bool) -> None:
+        """Raises UserError where these options may not write in the folder."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is no folder: name another")
         super().check_options(used)
 
-    def begin(self, setup: Setup, sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
+    def begin(self, setup: Setup, data_sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
         """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done.
 
-        Raises UserError where model, data or anything else is not what those that are done were asked with.
+        Raises UserError where model, data or another input is not that of the questions that are done.
         """
         if not self.ranks.main:
             return set()
-        self._judge()  # a key or a proxy that is of no use is refused now, and not after the last question
-        files = {f"--data {name}": questions for name, questions in sets.items() if name != "toy"}
+        self._judge()  # a useless key or proxy is refused now, and not after the last question
+        files = {f"--data {name}": questions for name, questions in data_sets.items() if name != "toy"}
         self.check_inputs(setup, files, __file__)
         self.claim()
         self.config.save(self.folder)
         self.keep_inputs()
-        with open(self.episodes, "a+b") as file:  # a crash may have cut its last line short
-            file.seek(0)
-            whole = 0
-            for line in file:
-                if line.endswith(b"\n"):
-                    whole += len(line)
-            file.truncate(whole)
+        self._cut_unfinished_line()
         done = {(line["data"], line["row"]) for line in self._lines()}
         if done:
             print(f"{len(done)} questions are done already.")
         return done
+
+    def _cut_unfinished_line(self) -> None:
+        """A crash may have cut the last line short."""
+        with open(self.episodes, "a+b") as file:
+            file.seek(0)
+            whole = 0  # bytes of whole lines
+            for line in file:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+            file.truncate(whole)
 
     def append(self, lines: list[dict[str, Any]], episodes: Sequence[Episode]) -> None:
         """Add all ranks' lines, in the order of the questions, and their pictures."""
@@ -223,24 +229,24 @@ class Output(RunFolder[EvalConfig]):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             append(self.episodes, [text.encode("utf-8", "replace")])  # JSON may hold lone surrogates
 
-    def finish(self, sets: Mapping[str, Sequence[Example]]) -> None:
+    def finish(self, data_sets: Mapping[str, Sequence[Example]]) -> None:
         """Judge, sum up, write results.json and print."""
         if not self.ranks.main:
             return
         self.check_there()
         lines = self._judged_lines()
-        lines_of = {}
-        results = {}
-        for name in sets:
-            lines_of[name] = [line for line in lines if line["data"] == name]
-            results[name] = evaluate.results(lines_of[name])
+        lines_of: dict[str, list] = {name: [] for name in data_sets}
+        for line in lines:
+            if line["data"] in lines_of:
+                lines_of[line["data"]].append(line)
+        results = {name: evaluate.results(lines_of[name]) for name in data_sets}
         text = json.dumps(results, indent=2, ensure_ascii=False)
         write_whole(self.folder / "results.json", [text.encode() + b"\n"])
         for name, result in results.items():
-            others = compare.published(Path(name).name, getattr(sets[name], "format", ""))
+            others = compare.published(Path(name).name, getattr(data_sets[name], "format", ""))
             print(f"\n{compare.report(Path(name).name, self.config.mode, result, others)}")
-            waited = sum(line["seconds"] for line in lines_of[name]) / len(lines_of[name])
-            print(f"{waited:.2f} s from a batch's start to an answer in it, on average")
+            seconds = [line["seconds"] for line in lines_of[name]]
+            print(f"{sum(seconds) / len(seconds):.2f} s from a batch's start to an answer in it, on average")
         try:
             write_report(self.folder)
         except Exception as error:  # a page is not worth an evaluation
@@ -249,7 +255,9 @@ class Output(RunFolder[EvalConfig]):
 
     def _judged_lines(self) -> list[dict[str, Any]]:
         """What is summed up of every line, with the judge's verdict where there is a judge."""
-        lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
+        lines = []
+        for line in self._lines():
+            lines.append({key: line[key] for key in SUMMED_UP})
         complete = self._judge()
         if complete:
             judge = Judge(complete, self.config.judge_model, self.folder / "judge.jsonl")
@@ -260,7 +268,7 @@ class Output(RunFolder[EvalConfig]):
         return lines
 
     def _judge(self) -> Callable[[list[dict]], str] | None:
-        """Asks the judge, where there is one. Raises UserError where that cannot be."""
+        """The function that asks the judge, or None without a judge. Raises UserError where it cannot be asked."""
         if not self.config.judge:
             return None
         from mmsr.net.completions import open_server
@@ -269,7 +277,7 @@ class Output(RunFolder[EvalConfig]):
         return partial(server.complete, max_tokens=JUDGE_TOKENS)
 
     def _lines(self) -> Iterable[dict[str, Any]]:
-        """Raises UserError for one that is damaged."""
+        """The lines of episodes.jsonl. Raises UserError for one that is damaged."""
         with open(self.episodes, "rb") as file:
             for number, line in enumerate(file, 1):
                 record = _line(line)
@@ -282,7 +290,9 @@ class Output(RunFolder[EvalConfig]):
 def _line(line: bytes) -> dict[str, Any] | None:
     """A line of episodes.jsonl; None for one that is damaged."""
     record = object_in(line)
-    return record if record is not None and record.keys() >= {*SUMMED_UP, "row"} else None
+    if record is None or not record.keys() >= {*SUMMED_UP, "row"}:
+        return None
+    return record
 
 
 def main(argv: Sequence[str]) -> None:

@@ -162,7 +162,7 @@ class Setup(Generic[AnyOptions]):
         score(episodes, self.config.reward_rule, self.chat.well_formed)
 
     def drop(self) -> None:
-        """Give up what tools and teacher have not begun."""
+        """Give up the calls that tools and teacher have not started."""
         self.toolbox.drop()
         if self.teacher:
             self.teacher.drop()

@@ -29,37 +29,32 @@ def step_metrics(
 ) -> dict[str, Any]:
     """A step in numbers. `episodes` and `zero_std_groups` are this rank's; `counts` and `update` are those of all."""
     means = evaluate.summary(episodes, setup.ranks)
-    n = means.pop("n")
+    n = means.pop("n")  # episodes of all ranks
     sums = setup.ranks.sum(_sums(episodes, zero_std_groups))
     errors: Counter = Counter(_group(sums, "error"))
-    loss = {key: update[key] for key in LOSS}
+    metrics: dict[str, Any] = {"step": step, **means}
+    metrics["format"] = sums["format"] / n
+    metrics["tool_calls"] = sums["tool_calls"]
+    metrics["tool_failures"] = errors.total()
+    metrics["tool_errors"] = dict(errors.most_common(3))
+    metrics["response_tokens"] = sums["response_tokens"] / n
+    metrics["zero_std_groups"] = sums["zero_std_groups"]
+    metrics |= {key: update[key] for key in LOSS}
     if setup.config.imitates:  # the model did not sample these tokens
-        loss |= {"logp_gap": math.nan, "logp_gap_max": math.nan}
-    return {
-        "step": step,
-        **means,
-        "format": sums["format"] / n,
-        "tool_calls": sums["tool_calls"],
-        "tool_failures": errors.total(),
-        "tool_errors": dict(errors.most_common(3)),
-        "response_tokens": sums["response_tokens"] / n,
-        "zero_std_groups": sums["zero_std_groups"],
-        **loss,
-        "status": _group(sums, "status"),
-        "shapes": _group(sums, "shape"),
-        "by_category": _by_category(episodes, setup),
-        "lr": lr,
-        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
-        "tokens": {
-            "prefilled": counts["prefilled"],
-            "prefilled_unique": counts["prefilled_unique"],
-            "sampled": counts["sampled"],
-            "trained": update["trained"],
-            "trained_unique": update["trained_unique"],
-        },
-        **({"spent": setup.spending.spent} if setup.spending else {}),
-        "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
-    }
+        metrics["logp_gap"] = math.nan
+        metrics["logp_gap_max"] = math.nan
+    metrics["status"] = _group(sums, "status")
+    metrics["shapes"] = _group(sums, "shape")
+    metrics["by_category"] = _by_category(episodes, setup)
+    metrics["lr"] = lr
+    metrics["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
+    metrics["tokens"] = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
+    metrics["tokens"] |= {key: update[key] for key in ("trained", "trained_unique")}
+    if setup.spending:
+        metrics["spent"] = setup.spending.spent
+    encoded = counts["images_encoded"] + update["encoded"]
+    metrics["images"] = {"distinct": counts["images_distinct"], "encoded": encoded}
+    return metrics
 
 
 def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]:
@@ -72,12 +67,18 @@ def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]
     }
     sums |= Counter(("status", episode.status) for episode in episodes)
     sums |= Counter(("shape", _shape(episode)) for episode in episodes)
-    sums |= {("error", error): count for error, count in evaluate.tool_errors(episodes).items()}
+    for error, count in evaluate.tool_errors(episodes).items():
+        sums["error", error] = count
     return sums
 
 
 def _group(sums: Mapping[Any, float], group: str) -> dict[str, float]:
-    return {key[1]: value for key, value in sums.items() if isinstance(key, tuple) and key[0] == group}
+    """The counts of a group by name."""
+    found = {}
+    for key, value in sums.items():
+        if isinstance(key, tuple) and key[0] == group:
+            found[key[1]] = value
+    return found
 
 
 def _shape(episode: Episode) -> str:
@@ -86,8 +87,11 @@ def _shape(episode: Episode) -> str:
 
 
 def _by_category(episodes: Sequence[Episode], setup: Setup) -> dict[str, dict[str, float]]:
-    found = evaluate.by_category(episodes, setup.ranks)
-    return {name: {"n": of["n"], "search_ratio": of["search_ratio"]} for name, of in found.items()}
+    """Each category's number of episodes and search ratio."""
+    found = {}
+    for category, means in evaluate.by_category(episodes, setup.ranks).items():
+        found[category] = {"n": means["n"], "search_ratio": means["search_ratio"]}
+    return found
 
 
 def note_alarms(metrics: dict[str, Any], history: list[dict], setup: Setup[Config]) -> list[str]:

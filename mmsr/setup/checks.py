@@ -22,7 +22,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.vision import image_tokens
 
-WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # stands for a picture while the words around it are counted
+WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # takes the place of a picture while the words around it are counted
 
 
 def check_tokens(folder: Path, chat: Chat, model: ModelConfig) -> None:

@@ -39,7 +39,7 @@ def open_world(config: Options) -> toy.World | None:
 def fetch_files(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
     """For each name that --data, --eval-data or --search gives, what to open instead: a file on this machine.
 
-    A name on the hub is fetched by the main rank, then found by the others. Every other name stands for itself.
+    A name on the hub is fetched by the main rank, then found by the others. Every other name is kept.
     """
     files: dict[str, str] = {}
     for name in names:
