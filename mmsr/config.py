@@ -1,9 +1,9 @@
 """Flat dataclasses: the defaults, the command line, and the `config.json` of a run.
 
 `Options` is what train.py and eval.py have in common; `Config` adds training, `EvalConfig` evaluation. A recipe is a
-dictionary of defaults, of which each takes what it has; the toy recipe's differ a little between the toy worlds. What
-stands on the command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is
-one line on standard error and exit status 2.
+dictionary of defaults, of which each takes what it has; the toy recipe differs a little between the toy worlds. The
+command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is one line on
+standard error and exit status 2.
 """
 
 from __future__ import annotations
@@ -22,44 +22,114 @@ from mmsr.system.options import Parser, add_options, default_notes, kebab
 
 CONFIG = "config.json"
 
-_PAPER = dict(
-    data="lmms-lab/FVQA", search="replay:fvqa", questions=512, mini_batch=128, lr=2e-6, kl=0.001, loss_norm="token",
-    group_eps=1e-6, reward="paper", prompts="real", zero_std="keep", steps=50, deterministic=False,
-    max_turns=3, max_images=1, max_texts=2, adam_beta2=0.999, min_pixels=512 * 512, max_pixels=672 * 672 * 2,
-    max_tokens=8192, turn_tokens=2048, micro_tokens=16384, slots=64, lr_schedule="constant", eval_every=0,
-    save_every=10, recompute=True,
-)  # fmt: skip
+_PAPER: dict[str, Any] = {
+    "data": "lmms-lab/FVQA",
+    "search": "replay:fvqa",
+    "prompts": "real",
+    "reward": "paper",
+    # The algorithm.
+    "questions": 512,
+    "mini_batch": 128,
+    "steps": 50,
+    "lr": 2e-6,
+    "lr_schedule": "constant",
+    "adam_beta2": 0.999,
+    "kl": 0.001,
+    "loss_norm": "token",
+    "group_eps": 1e-6,
+    "zero_std": "keep",
+    # Limits of a rollout.
+    "max_turns": 3,
+    "max_images": 1,
+    "max_texts": 2,
+    "min_pixels": 512 * 512,
+    "max_pixels": 672 * 672 * 2,
+    "max_tokens": 8192,
+    "turn_tokens": 2048,
+    # The machine.
+    "micro_tokens": 16384,
+    "slots": 64,
+    "recompute": True,
+    "deterministic": False,
+    "eval_every": 0,
+    "save_every": 10,
+}
 
-RECIPES: dict[str, dict] = {
-    "toy": dict(
-        data="toy", search="toy", questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, loss_norm="sequence",
-        group_eps=0.05, max_turns=3, max_images=1, max_texts=1, reward="paper", prompts="toy", zero_std="drop",
-        steps=80, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=192,
-        turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
-    ),
-    "blog": {
-        **_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "image_results": "summary",
-        "steps": 100, "micro_tokens": 24576,  # so that a group of 32 fits into one
+RECIPES: dict[str, dict[str, Any]] = {
+    "toy": {
+        "data": "toy",
+        "search": "toy",
+        "prompts": "toy",
+        "reward": "paper",
+        "questions": 32,
+        "mini_batch": 32,
+        "group_size": 8,
+        "steps": 80,
+        "lr": 3e-4,
+        "lr_schedule": "half-decay",
+        "adam_beta2": 0.99,
+        "kl": 0.001,
+        "loss_norm": "sequence",
+        "group_eps": 0.05,
+        "zero_std": "drop",
+        "max_turns": 3,
+        "max_images": 1,
+        "max_texts": 1,
+        "min_pixels": 56 * 56,
+        "max_pixels": 56 * 56,
+        "max_tokens": 192,
+        "turn_tokens": 32,
+        "micro_tokens": 32768,
+        "slots": 256,
+        "deterministic": True,
+        "eval_every": 0,
     },
-    "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
+    "blog": {
+        **_PAPER,
+        "group_size": 32,
+        "max_turns": 2,
+        "max_texts": 0,
+        "reward": "blog",
+        "image_results": "summary",
+        "steps": 100,
+        "micro_tokens": 24576,  # so that a group of 32 fits into one
+    },
+    "paper": {
+        **_PAPER,
+        "group_size": 8,
+        "loss_norm": "sequence",
+    },
     "released": {
-        **_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45,
+        **_PAPER,
+        "questions": 32,
+        "mini_batch": 32,
+        "group_size": 4,
+        "lr_schedule": "sigmoid",
+        "warmup": 45,
         "steps": 4690,  # 30 epochs of 5,000 questions
     },
-}  # fmt: skip
+}
 
-# What the toy recipe has otherwise in the other toy worlds.
-TOY: dict[str, dict] = {"full": {}, "basic": dict(max_turns=2, max_texts=0, max_tokens=128, steps=100)}
+# What the toy recipe sets differently in the other toy worlds.
+TOY: dict[str, dict[str, Any]] = {
+    "full": {},
+    "basic": {"max_turns": 2, "max_texts": 0, "max_tokens": 128, "steps": 100},
+}
 
-
-# What a resumed run may change besides, where equal bits are not promised.
+# What a resumed run may change in addition where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
 
 # Those that say how a search engine is opened: search.py has them too.
 SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
 
-# Where the keys for what an option names belong instead.
-KEYS = dict(teacher="OPENAI_API_KEY", judge="OPENAI_API_KEY", model="HF_TOKEN", data="HF_TOKEN", eval_data="HF_TOKEN")
+# The environment's variables for the keys of what an option names.
+KEYS = {
+    "teacher": "OPENAI_API_KEY",
+    "judge": "OPENAI_API_KEY",
+    "model": "HF_TOKEN",
+    "data": "HF_TOKEN",
+    "eval_data": "HF_TOKEN",
+}
 
 _MANY = 10**12
 
@@ -151,15 +221,25 @@ class Options:
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
-        **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout", "tool_timeout"), (1, _MANY)),
-        **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
-        **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
-        "max_tokens": (2, _MANY), "results": (1, 100), "penalty": (0, 1),
-    }  # fmt: skip
+        "max_turns": (1, _MANY),
+        "turn_tokens": (1, _MANY),
+        "slots": (1, _MANY),
+        "micro_tokens": (1, _MANY),
+        "timeout": (1, _MANY),
+        "tool_timeout": (1, _MANY),
+        "seed": (0, _MANY),
+        "max_images": (0, _MANY),
+        "max_texts": (0, _MANY),
+        "budget": (0, _MANY),
+        "step_budget": (0, _MANY),
+        "min_pixels": (28 * 28, _MANY),
+        "max_pixels": (28 * 28, _MANY),
+        "max_tokens": (2, _MANY),
+        "results": (1, 100),
+        "penalty": (0, 1),
+    }
     # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-    RESUME_FREELY: ClassVar[set[str]] = {
-        *("out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"),
-    }  # fmt: skip
+    RESUME_FREELY: ClassVar[set[str]] = {"out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"}
 
     def __post_init__(self) -> None:
         for name, (low, high) in self.BOUNDS.items():
@@ -168,7 +248,7 @@ class Options:
                 raise UserError(f"--{kebab(name)} {value}: give a number from {low:g} to {high:g}")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
-        _ = self.reward_rule  # refused now, and not after the first rollouts
+        _ = self.reward_rule  # raises now, and not after the first rollouts
         self._check_addresses()
         kind, _, where = self.search.partition(":")
         if kind == "remote" and where:
@@ -242,7 +322,7 @@ class Config(Options):
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: maximise the likelihood of what answered rightly, the model's own rollouts unless one of these is given."""
     demonstrations: tuple[str, ...] = ()
-    """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are made anew."""
+    """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are run again."""
     teacher: str = ""
     """OpenAI-compatible server whose model shows what to imitate, http://HOST (/v1 is added) or with its own path."""
     teacher_model: str = ""
@@ -308,16 +388,37 @@ class Config(Options):
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS,
-        **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "eval_size", "max_skipped"), (1, _MANY)),
-        **dict.fromkeys(("warmup", "eval_every", "save_every"), (0, _MANY)),
-        "keep_blocks": (-1, _MANY), "keep": (2, _MANY),
-        "lr": (0, 1), "adam_beta2": (0, 0.999999), "max_grad_norm": (1e-12, 1e12),
-        "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6), "group_eps": (0, 1e6),
-        "importance_cap": (0, 1e6), "temperature": (0.01, 100),
-    }  # fmt: skip
-    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
-        *("save_every", "keep", "resume", "max_skipped", "track", "teacher", "keep_blocks"),
-    }  # fmt: skip
+        "steps": (1, _MANY),
+        "questions": (1, _MANY),
+        "mini_batch": (1, _MANY),
+        "group_size": (1, _MANY),
+        "eval_size": (1, _MANY),
+        "max_skipped": (1, _MANY),
+        "warmup": (0, _MANY),
+        "eval_every": (0, _MANY),
+        "save_every": (0, _MANY),
+        "keep_blocks": (-1, _MANY),
+        "keep": (2, _MANY),
+        "lr": (0, 1),
+        "adam_beta2": (0, 0.999999),
+        "max_grad_norm": (1e-12, 1e12),
+        "kl": (0, 1e6),
+        "clip_low": (0, 1),
+        "clip_high": (0, 1e6),
+        "group_eps": (0, 1e6),
+        "importance_cap": (0, 1e6),
+        "temperature": (0.01, 100),
+    }
+    RESUME_FREELY: ClassVar[set[str]] = {
+        *Options.RESUME_FREELY,
+        "save_every",
+        "keep",
+        "resume",
+        "max_skipped",
+        "track",
+        "teacher",
+        "keep_blocks",
+    }
 
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
@@ -368,8 +469,10 @@ class EvalConfig(Options):
     """The judging model, as that server calls it; its key: OPENAI_API_KEY."""
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
-        **Options.BOUNDS, "limit": (0, _MANY), "temperature": (0, 100),
-    }  # fmt: skip
+        **Options.BOUNDS,
+        "limit": (0, _MANY),
+        "temperature": (0, 100),
+    }
     RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {"judge", "judge_model"}
 
     def __post_init__(self) -> None:
@@ -415,7 +518,7 @@ def parse(
 
 
 def in_use(folder: Path) -> bool:
-    """Whether anything is there already, but for a lock and a first config.json that a crash cut short."""
+    """Whether a folder holds anything but a lock and a first config.json that a crash cut short."""
     if not folder.is_dir():
         return folder.exists()
     names = [entry.name for entry in folder.iterdir()]
