@@ -25,7 +25,7 @@ from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
 from mmsr.setup.policy import load_model, open_policy
-from mmsr.setup.questions import fetch_files, open_questions, open_world
+from mmsr.setup.questions import fetch_files, fetch_search, open_questions, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.interrupt import Interrupts
 from mmsr.system.parallel import SINGLE, Ranks
@@ -42,6 +42,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
         with ranks.sync_errors():
             output.check(setup, __file__)
         trainer = make_trainer(setup)
+
         sampler = Sampler(len(setup.questions), config.seed)
         checkpoints = Checkpoints(setup, trainer, sampler, output)
         done = checkpoints.resume()
@@ -49,6 +50,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             output.begin(done)
             history = output.steps()
         history = ranks.all_gather(history)[0]  # the metrics of the steps that are done
+
         with Interrupts() as stop:
             take_steps(setup, sampler, trainer, checkpoints, output, history, stop)
             status = int(ranks.max(stop.status))
@@ -68,9 +70,10 @@ def assemble(config: Config, ranks: Ranks = SINGLE, world: World | None = None) 
     `world`: the toy world to train in, instead of the one that `config.toy` names.
     """
     world = world or open_world(config)
-    files = fetch_files([config.data, config.eval_data, config.search], ranks)
+    files = fetch_files([config.data, config.eval_data], ranks)
+    backend = fetch_search(config.search, ranks)
     questions = open_questions(config, files, world, ranks)
-    search = open_search(config, files, world, questions, ranks)
+    search = open_search(config, backend, world, questions, ranks)
     policy = open_policy(config, search.tools, questions, world, ranks)
     setup = Setup(config, ranks, world, questions, search, policy)
     open_imitation(setup)
@@ -95,7 +98,8 @@ def take_steps(
                 output.line(evaluation(step - 1, setup, stop))
             clock = Clock()
             with clock("rollout"):
-                episodes, counts = roll_out(step, setup, sampler, stop)
+                examples = [setup.questions[i] for i in sampler.take(config.questions)]
+                episodes, counts = roll_out(step, examples, setup, stop)
             if episodes is None:
                 return  # interrupted: the last step is whole, this one is not there
             with clock("reward"), ranks.sync_errors():
@@ -115,11 +119,15 @@ def take_steps(
         output.line(evaluation(config.steps, setup, stop))
 
 
-def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tuple[list[Episode] | None, Mapping]:
-    """This rank's episodes of a step, not scored yet, and all ranks' counts of tokens and images. None: interrupted."""
+def roll_out(
+    step: int, examples: Sequence[Example], setup: Setup, stop: Interrupts
+) -> tuple[list[Episode] | None, Mapping]:
+    """A group of episodes for each of the examples that are this rank's, and all ranks' counts of tokens and images.
+
+    No episode is scored yet. None instead of them: interrupted.
+    """
     config = setup.config
     setup.begin_step(f"step {step}")
-    examples = [setup.questions[i] for i in sampler.take(config.questions)]
     with progress("rollouts", config.questions * config.group_size, setup.ranks) as bar:
         rollouts = setup.roll_out(
             examples,
@@ -166,13 +174,16 @@ def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episo
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of a step counted from 1: linear warm-up, then the schedule: constant, or down to a tenth."""
-    share = max(0.0, (step - config.warmup - 1) / max(config.steps - config.warmup - 1, 1))
-    decay = {
-        "constant": 1.0,
-        "half-decay": 1 - 0.9 * max(0.0, 2 * share - 1),
-        "sigmoid": 0.1 + 0.9 * float(torch.sigmoid(torch.tensor(6 - 12 * share))),
-    }[config.lr_schedule]
-    return config.lr * decay * min(1.0, step / max(config.warmup, 1))
+    done = step - config.warmup - 1  # steps since the warm-up
+    share = max(0.0, done / max(config.steps - config.warmup - 1, 1))
+    if config.lr_schedule == "constant":
+        decay = 1.0
+    elif config.lr_schedule == "half-decay":  # constant for half of the steps, then linear
+        decay = 1 - 0.9 * max(0.0, 2 * share - 1)
+    else:  # sigmoid
+        decay = 0.1 + 0.9 * float(torch.sigmoid(torch.tensor(6 - 12 * share)))
+    warmup = min(1.0, step / max(config.warmup, 1))
+    return config.lr * decay * warmup
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -183,7 +194,8 @@ def make_trainer(setup: Setup) -> Trainer:
         reference = load_model(setup.folder, setup.dtype, setup.dtype, ranks, config.shard).requires_grad_(False)
 
     def adam(params) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=config.lr, betas=(0.9, config.adam_beta2), weight_decay=0.0, fused=True)
+        betas = (0.9, config.adam_beta2)
+        return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=0.0, fused=True)
 
     return Trainer(
         setup.model,

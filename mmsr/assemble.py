@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
 import torch
@@ -119,13 +120,13 @@ class Setup(Generic[AnyOptions]):
         Group ids are places in `examples`, unless `group_ids` are given. The ranks share each `stretch` of examples
         evenly: those of one update. A signal that `stop` notes ends the rollout: on all ranks it is None then.
         """
+        stop = stop or Interrupts()  # which notes no signal until it is entered
         mine = self._my_places(examples, stretch or len(examples))
         ids = mine if group_ids is None else [group_ids[i] for i in mine]
         my_examples = [examples[i] for i in mine]
         with parallel.generation(self.model) as whole, self.ranks.sync_errors():
             rollout = self.new_rollout(whole, temperature, direct)
-            given = (my_examples, group_size, seed, scripts, on_done, ids)
-            episodes = stop.breakable(rollout, *given) if stop else rollout(*given)
+            episodes = stop.breakable(rollout, my_examples, group_size, seed, scripts, on_done, ids)
             counts = {} if episodes is None else rollout.counts
             del rollout, whole  # with cache and graphs, which know where the weights are
         if self.ranks.max(episodes is None):
@@ -177,5 +178,7 @@ def open_imitation(setup: Setup) -> None:
                 config.demonstrations, setup.questions, setup.chat, config.reward_rule, setup.ranks
             )
         if config.teacher:
-            setup.teacher = open_teacher(config, setup.chat, setup.toolbox)
+            kept = Path(config.out) / "teacher.jsonl"
+            limits = rollout_limits(config)
+            setup.teacher = open_teacher(config.teacher, config.teacher_model, kept, setup.chat, setup.toolbox, limits)
             setup.scripts = setup.teacher

@@ -122,24 +122,24 @@ class Parameters:
     root: int  # of FSDP's root unit, which has all that is in no block: 0 where nothing is sharded
 
     @classmethod
-    def of(cls, model: ModelConfig, config: Config, ranks: int, node: int, item: int) -> Parameters:
+    def of(cls, model: ModelConfig, shard: str, ranks: int, node: int, item: int) -> Parameters:
+        """`shard`: as --shard has it."""
         size = sizes(model)
         whole = size.count()
         if ranks == 1:
             return cls(whole, whole, stored=item, low_bits=whole if item < 4 else 0, block=0, root=0)
         node = min(node, ranks)
-        parts = ranks if config.shard == "all" or node == 1 else node  # devices that hold one copy together
+        parts = ranks if shard == "all" or node == 1 else node  # devices that hold one copy together
         block = size.count(inside="model.layers.0.")
         root = whole - model.num_hidden_layers * block - size.count(inside="visual.blocks.")
         return cls(whole, size.count(parts), stored=4, low_bits=0, block=block, root=root)  # shards are fp32
 
 
-def _of_parameters(parameters: Parameters, config: Config, ranks: int, item: int) -> dict[str, Moments]:
+def _of_parameters(parameters: Parameters, has_reference: bool, ranks: int, item: int) -> dict[str, Moments]:
     """Rows of what grows with the number of parameters."""
     weights = parameters.stored * parameters.mine
     rest = 2 * parameters.low_bits  # the lower 16 bits of each master
     adam = 8 * parameters.mine - 4 * parameters.low_bits  # two moments: fp32, or bf16 where the weights are
-    has_reference = config.kl and config.algorithm == "grpo"
     reference = item * parameters.mine if has_reference else 0
     gradients = 4 * parameters.mine  # fp32
     # Sharded weights are gathered before they are used: all of them to generate. In an update two root units and three
@@ -161,8 +161,9 @@ def _of_parameters(parameters: Parameters, config: Config, ranks: int, item: int
 
 def plan(model: ModelConfig, config: Config, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
     """What `config` takes on each of `ranks` devices, `node` on a machine, computing in numbers of `item` bytes."""
-    parameters = Parameters.of(model, config, ranks, node, item)
-    rows = _of_parameters(parameters, config, ranks, item)
+    parameters = Parameters.of(model, config.shard, ranks, node, item)
+    has_reference = config.kl > 0 and config.algorithm == "grpo"
+    rows = _of_parameters(parameters, has_reference, ranks, item)
     rows |= _of_activations(parameters, model, config, ranks, item)
     return Plan(rows)
 

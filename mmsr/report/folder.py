@@ -23,7 +23,7 @@ from typing import Any, Generic
 
 from mmsr.assemble import Setup
 from mmsr.chat import PROMPTS
-from mmsr.config import CONFIG, AnyOptions, Config, Options, in_use
+from mmsr.config import CONFIG, AnyOptions, Config, in_use
 from mmsr.episode import Example
 from mmsr.setup.policy import prompts_folder
 from mmsr.system.errors import UserError
@@ -91,9 +91,9 @@ class RunFolder(Generic[AnyOptions]):
         """
         if not self.ranks.main:
             return
-        recording = _recording(self.config)
+        recording = _recording(self.config.search)
         given = _given(setup, data)
-        may_change = _sources(self.config, program)
+        may_change = _sources(program, self.config.tools)
         if isinstance(self.config, Config):
             may_change |= recording
         else:
@@ -172,18 +172,18 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
     return found | _files(files)
 
 
-def _recording(config: Options) -> Digests:
+def _recording(search: str) -> Digests:
     """The file of a search engine that is one: a recording, an index."""
-    kind, _, name = config.search.partition(":")
+    kind, _, name = search.partition(":")
     if not Path(name).is_file():
         return {}
     return _files({f"--search {kind}:{name}": Path(name)})
 
 
-def _sources(config: Options, program: str) -> Digests:
+def _sources(program: str, tools: str) -> Digests:
     sources = dict(_own_sources())
     sources[Path(program).name] = code_digest(Path(program))
-    for name, file in _tool_files(config.tools).items():
+    for name, file in _tool_files(tools).items():
         sources[name] = code_digest(file)
     return sources
 

@@ -48,8 +48,9 @@ def step_metrics(
     metrics["by_category"] = _by_category(episodes, setup)
     metrics["lr"] = lr
     metrics["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
-    metrics["tokens"] = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
-    metrics["tokens"] |= {key: update[key] for key in ("trained", "trained_unique")}
+    tokens = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
+    tokens |= {key: update[key] for key in ("trained", "trained_unique")}
+    metrics["tokens"] = tokens
     if setup.spending:
         metrics["spent"] = setup.spending.spent
     encoded = counts["images_encoded"] + update["encoded"]

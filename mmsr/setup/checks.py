@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -43,13 +43,18 @@ def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config:
     """Warn of prompts that leave no room for the shortest answer. Raises UserError where none leaves any.
 
     A rollout of such a prompt ends before its first token, or within its answer. It teaches nothing, and would silently
-    count as wrong. No picture is decoded: its header tells how many tokens it takes.
+    count as wrong.
     """
     answer = len(chat.assistant(f"<{ANSWER}></{ANSWER}>"))
     if config.turn_tokens < answer:
         raise UserError(f"--turn-tokens {config.turn_tokens}: the shortest answer takes {answer}; give more")
+    shortest = config.max_tokens
+    too_long = []  # (place, id)
     with ranks.sync_errors():
-        shortest, too_long = _measure_prompts(questions, chat, config, answer, ranks)
+        for place, example, length in prompt_lengths(questions, chat, config, ranks):
+            shortest = min(shortest, length)
+            if length + answer > config.max_tokens:
+                too_long.append((place, example.id))
     shares = ranks.all_gather((shortest, too_long))
     shortest = min(shortest for shortest, _ in shares)
     too_long = sorted(chain.from_iterable(too_long for _, too_long in shares))
@@ -68,29 +73,20 @@ def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config:
         print(f"WARNING: {option}: {some} {fit}: {consequence} ({ids}); {mend}", file=sys.stderr)
 
 
-def _measure_prompts(
-    questions: Sequence[Example], chat: Chat, config: Options, answer: int, ranks: Ranks
-) -> tuple[int, list[tuple[int, str]]]:
-    """Of this rank's share of the questions: tokens of the shortest prompt, and (place, id) of those that are too long.
-
-    A prompt is too long where an answer of `answer` tokens does not fit behind it.
-    """
+def prompt_lengths(
+    questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks
+) -> Iterator[tuple[int, Example, int]]:
+    """(place, question, tokens of its prompt) of this rank's share. No picture is decoded: its header has its size."""
     direct = isinstance(config, EvalConfig) and config.mode == "direct"
 
     @cache
     def tokens_of_words(question: str) -> int:
         return len(chat.prompt(question, WITHOUT_TOKENS, direct).ids)
 
-    shortest = config.max_tokens
-    too_long = []
     for place in my_places(len(questions), ranks, "measuring prompts", "prompt"):
         example = questions[place]
-        length = tokens_of_words(example.question)
-        length += image_tokens(example.image, config.min_pixels, config.max_pixels)
-        shortest = min(shortest, length)
-        if length + answer > config.max_tokens:
-            too_long.append((place, example.id))
-    return shortest, too_long
+        picture = image_tokens(example.image, config.min_pixels, config.max_pixels)
+        yield place, example, tokens_of_words(example.question) + picture
 
 
 def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmsr.chat import ANSWER, Chat
-from mmsr.config import Config
 from mmsr.data.formats import Dataset
 from mmsr.data.recorded import demonstrations
 from mmsr.episode import ANSWERED, Episode, Example, Turn
 from mmsr.reward import RewardRule, answer_score
-from mmsr.rollout import Scripts
-from mmsr.setup.search import rollout_limits
+from mmsr.rollout import Limits, Scripts
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Toolbox
@@ -33,16 +31,25 @@ def open_demonstrations(
     found = demonstrations(files)
 
     def right_turns(example: Example) -> list[list[str]]:
-        return [said for said in found.get(example.id, ()) if is_right(said, example, chat, rule)]
+        return [turns for turns in found.get(example.id, ()) if is_right(turns, example, chat, rule)]
 
-    known = [place for place, example in enumerate(questions) if example.id in found]
-    shown = {place: len(right_turns(questions[place])) for place in known}
-    places = [place for place in known if shown[place]]
+    known = False  # whether a conversation is about any of the questions
+    right = 0  # conversations
+    places = []  # of the questions that one answers rightly
+    for place, example in enumerate(questions):
+        if example.id not in found:
+            continue
+        known = True
+        count = len(right_turns(example))
+        right += count
+        if count:
+            places.append(place)
     if not places:
         complaint = "answers a question rightly" if known else "is about a question of --data: ids must be the same"
         raise UserError(f"--demonstrations {' '.join(files)}: none of {len(found)} {complaint}; give others")
-    conversations = f"{sum(shown.values())} of {sum(map(len, found.values()))}"
-    ranks.print(f"Demonstrations: {conversations} are right, on {len(places)} of {len(questions)} questions.")
+    conversations = sum(map(len, found.values()))
+    on = f"on {len(places)} of {len(questions)} questions"
+    ranks.print(f"Demonstrations: {right} of {conversations} are right, {on}.")
 
     def script(example: Example, sample: int) -> list[str]:
         turns = right_turns(example)
@@ -54,20 +61,19 @@ def open_demonstrations(
     return [questions[place] for place in places], script
 
 
-def is_right(said: Sequence[str], example: Example, chat: Chat, rule: RewardRule) -> bool:
+def is_right(turns: Sequence[str], example: Example, chat: Chat, rule: RewardRule) -> bool:
     """Whether the last of these turns ends a conversation with the right answer."""
-    if not said or chat.parse(said[-1]).name != ANSWER:
+    if not turns or chat.parse(turns[-1]).name != ANSWER:
         return False
-    episode = Episode(example, 0, 0, turns=[Turn("assistant", said[-1], 0, 0)], status=ANSWERED)
+    last = Turn("assistant", turns[-1], 0, 0)
+    episode = Episode(example, 0, 0, turns=[last], status=ANSWERED)
     return answer_score(episode, rule) == 1
 
 
-def open_teacher(config: Config, chat: Chat, toolbox: Toolbox) -> Teacher:
-    """The model that --teacher names; it writes the turns when they are asked for."""
+def open_teacher(address: str, name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits) -> Teacher:
+    """The model of this `name` behind a server; it writes the turns when they are asked for, and `kept` keeps them."""
     from mmsr.data.teacher import ANSWER_TOKENS, Teacher
     from mmsr.net.completions import open_server
 
-    server = open_server(config.teacher, config.teacher_model)
-    complete = partial(server.complete, max_tokens=ANSWER_TOKENS)
-    kept = Path(config.out) / "teacher.jsonl"
-    return Teacher(complete, config.teacher_model, kept, chat, toolbox, rollout_limits(config))
+    complete = partial(open_server(address, name).complete, max_tokens=ANSWER_TOKENS)
+    return Teacher(complete, name, kept, chat, toolbox, limits)

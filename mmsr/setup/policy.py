@@ -43,7 +43,10 @@ def open_policy(
     """
     dtype = compute_dtype(config.dtype, ranks.device)
     prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
-    find = partial(resolve, config.model) if config.model else partial(toy_base.base_model, world)
+    if config.model:
+        find = partial(resolve, config.model)
+    else:
+        find = partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
     with ranks.sync_errors():
         sizes = pretrained.skeleton(folder).config  # weights that do not fit are refused before memory is counted
@@ -55,10 +58,14 @@ def open_policy(
         check_prompts(option, asked, chat, config, ranks)
     if isinstance(config, Config):
         check_memory(config, sizes, dtype, ranks)
-    model = load_model(folder, dtype, torch.float32 if ranks.size > 1 else dtype, ranks, config.shard)
+    stored = torch.float32 if ranks.size > 1 else dtype
+    model = load_model(folder, dtype, stored, ranks, config.shard)
     attention.sum_widely(config.deterministic)
     if isinstance(config, Config):
-        recompute_blocks(model, config, this_machine(ranks, dtype))
+        model.checkpoint_blocks = config.recompute
+        model.visual.checkpoint_blocks = config.recompute
+        machine = this_machine(ranks, dtype)
+        model.kept_blocks = plan.kept_as_fits(sizes, config, *machine).keep_blocks
     return Policy(folder, chat, dtype, model)
 
 
@@ -85,10 +92,3 @@ def load_model(
         model = pretrained.skeleton(folder)
     model = parallel.shard(model.to(stored), ranks, compute, across)
     return parallel.fill(model, pretrained.stored_weights(folder, model), ranks)
-
-
-def recompute_blocks(model: modeling.Qwen2_5_VL, config: Config, machine: tuple[float, int, int, int]) -> None:
-    """With --recompute, have the backward pass run blocks again, all but those that the memory plan can keep."""
-    model.checkpoint_blocks = config.recompute
-    model.visual.checkpoint_blocks = config.recompute
-    model.kept_blocks = plan.kept_as_fits(model.config, config, *machine).keep_blocks

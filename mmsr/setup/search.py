@@ -31,41 +31,33 @@ class Search:
     scripts: Scripts | None  # the recorded model turns that --force-searches plays
 
 
-def open_search(
-    config: Options, files: Mapping[str, str], world: toy.World | None, questions: Questions, ranks: Ranks
-) -> Search:
-    """The search engine that --search names, and the tools of the run.
+def open_search(config: Options, search: str, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
+    """The search engine that `search` names, as `fetch_search` gives it, and the tools of the run.
 
     `questions`: a recording may know a picture by a question's id alone. Raises UserError.
     """
+    scripts = None
     with ranks.sync_errors():
-        engine, scripts = _open_engine(config, files[config.search], world, questions, ranks)
+        if isinstance(config, Config) and config.force_searches:
+            scripts = forced_searches(search.removeprefix("replay:"), config.group_size)
+        if search == "toy":
+            if config.datasets != ("toy",):
+                raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
+            engine = backends.Search(world.web)
+        else:
+            if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
+                _warn_of_text_searches()
+            examples = chain(*questions.by_option.values())
+            ledger = Path(config.out) / "spent.sqlite"
+            engine = backends.open_backend(replace(config, search=search), examples, ledger, quiet=not ranks.main)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
     tools += more_tools(config.tools, engine.backend)
     return Search(tools, engine.spending, scripts)
 
 
-def _open_engine(
-    config: Options, search: str, world: toy.World | None, questions: Questions, ranks: Ranks
-) -> tuple[backends.Search, Scripts | None]:
-    """`search`: what --search names, on this machine."""
-    if search == "toy":
-        if config.datasets != ("toy",):
-            raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
-        return backends.Search(world.web), None
-    scripts = None
-    if isinstance(config, Config) and config.force_searches:
-        scripts = forced_searches(search.removeprefix("replay:"), config.group_size)
-    if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
-        advice = "give --search live or local:FILE, or --max-texts 0"
-        print(
-            f"--search replay:fvqa holds image searches only: every text search finds nothing; {advice}",
-            file=sys.stderr,
-        )
-    options = replace(config, search=search)
-    examples = chain(*questions.by_option.values())
-    ledger = Path(config.out) / "spent.sqlite"
-    return backends.open_backend(options, examples, ledger, quiet=not ranks.main), scripts
+def _warn_of_text_searches() -> None:
+    advice = "give --search live or local:FILE, or --max-texts 0"
+    print(f"--search replay:fvqa holds image searches only: every text search finds nothing; {advice}", file=sys.stderr)
 
 
 def forced_searches(file: str, group_size: int) -> Scripts:

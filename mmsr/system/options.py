@@ -32,23 +32,26 @@ def add_options(
     types = typing.get_type_hints(kind)
     docs = field_docs(kind)
     for field in dataclasses.fields(kind):
-        if field.name in names:
-            text = docs.get(field.name, "") + notes.get(field.name, "")
-            _add_option(parser, kebab(field.name), types[field.name], text)
+        name = field.name
+        if name in names:
+            text = docs.get(name, "") + notes.get(name, "")
+            _add_option(parser, kebab(name), types[name], text)
 
 
 def _add_option(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
     """`kind`: the type of the values: a literal, a tuple of strings, a bool, or what is called with the text."""
-    common: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    how: dict[str, Any] = {}
     if typing.get_origin(kind) is Literal:
-        choices = [choice for choice in typing.get_args(kind) if choice]
-        parser.add_argument(f"--{name}", choices=choices, **common)
+        how["choices"] = [choice for choice in typing.get_args(kind) if choice]
     elif typing.get_origin(kind) is tuple:
-        parser.add_argument(f"--{name}", nargs="+", metavar=name.upper(), **common)
+        how["nargs"] = "+"
+        how["metavar"] = name.upper()
     elif kind is bool:
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **common)
+        how["action"] = argparse.BooleanOptionalAction
     else:
-        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), **common)
+        how["type"] = kind
+        how["metavar"] = kind.__name__.upper()
+    parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def default_notes(kind: type, defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -64,7 +67,9 @@ def default_notes(kind: type, defaults: Mapping[str, Mapping[str, Any]]) -> dict
             text = " ".join(value) if isinstance(value, tuple) else str(value)
             recipes_by_value.setdefault(text, []).append(recipe)
         if len(recipes_by_value) > 1:
-            by_recipe = [f"{'/'.join(recipes)}: {text or 'none'}" for text, recipes in recipes_by_value.items()]
+            by_recipe = []
+            for text, recipes in recipes_by_value.items():
+                by_recipe.append(f"{'/'.join(recipes)}: {text or 'none'}")
             notes[field.name] = f" ({', '.join(by_recipe)})"
         elif field.name != "recipe" and not recipes_by_value.keys() & {"", "False", "None"}:
             notes[field.name] = f" ({', '.join(recipes_by_value)})"
@@ -78,8 +83,9 @@ def field_docs(kind: type) -> dict[str, str]:
         (definition,) = ast.parse(inspect.getsource(base)).body
         statements = definition.body  # type: ignore[attr-defined]
         for field, text in zip(statements, statements[1:]):
+            is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            if is_field and is_text:
                 docs[field.target.id] = text.value.value.strip()
     return docs
 
