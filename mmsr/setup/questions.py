@@ -45,7 +45,11 @@ def fetch_files(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
     files: dict[str, str] = {}
     for name in names:
         found = fvqa.hub_file(name)
-        files[name] = _fetch(name, *found, ranks) if found else name
+        if found is None:
+            files[name] = name
+        else:
+            repository, file = found
+            files[name] = _fetch(name, repository, file, ranks)
     return files
 
 

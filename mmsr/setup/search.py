@@ -47,7 +47,7 @@ def open_search(config: Options, search: str, world: toy.World | None, questions
         else:
             if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
                 _warn_of_text_searches()
-            examples = chain(*questions.by_option.values())
+            examples = chain.from_iterable(questions.by_option.values())
             ledger = Path(config.out) / "spent.sqlite"
             engine = backends.open_backend(replace(config, search=search), examples, ledger, quiet=not ranks.main)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
