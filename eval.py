@@ -1,13 +1,13 @@
-"""Evaluate a model on one or several data sets: `python eval.py --help`. Shared out by `torchrun eval.py …`.
+"""Evaluate a model on one or several data sets: `python eval.py --help`. On several devices: `torchrun eval.py …`.
 
 Three modes. `search` leaves it to the model whether to search. `direct` asks it without tools. `rag` is the paper's
-baseline of a fixed pipeline, with the same rollout: the image search is forced; then, where the limits allow one, the
-words before a text search's query are, and the model goes on with a query of its own; then the words that begin a turn
-of answering. What is forced stands in `rag.txt` of the prompt set, a line a turn (`prompts/real/rag.txt` by default).
+baseline of a fixed pipeline, with the same rollout: an image search is forced; then, where the limits allow a text
+search, the words before its query are forced, and the model writes the query; then the words that begin an answer.
+`rag.txt` of the prompt set holds what is forced, a line a turn (`prompts/real/rag.txt` by default).
 
-OUT/episodes.jsonl gets a line a question, appended whole and synced; started again, the same command goes on where that
-file ends. OUT/results.json is made of that file alone and holds no times, so equal runs, shared out or not, interrupted
-or not, give equal results.
+OUT/episodes.jsonl gets a line a question, which is on the disk before the next questions are asked. Started again, the
+same command continues where that file ends. OUT/results.json is made of that file alone and holds no times, so equal
+runs give equal results, on several devices or one, interrupted or not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 from tqdm import tqdm
 
 from mmsr import evaluate
-from mmsr.assemble import Setup, assemble_evaluation, launch, prompts_folder
+from mmsr.assemble import Setup, launch
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig
 from mmsr.data.judge import Judge
@@ -32,7 +32,10 @@ from mmsr.report import compare
 from mmsr.report.album import Album
 from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
-from mmsr.rollout import Opening
+from mmsr.rollout import Opening, Scripts
+from mmsr.setup.policy import open_policy, prompts_folder
+from mmsr.setup.questions import Questions, fetch_files, fetch_search, open_data_sets, open_world
+from mmsr.setup.search import open_search
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
 from mmsr.system.interrupt import Interrupts
@@ -40,91 +43,136 @@ from mmsr.system.parallel import Ranks
 from mmsr.toy.world import World
 
 JUDGE_TOKENS = 1024
-SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")  # of a line
+# The keys of a line that results are made of.
+SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")
 
 
 def run(config: EvalConfig, ranks: Ranks) -> None:
+    """Ask every question that is not answered yet, then sum up."""
     with ranks.sync_errors():
-        out = Output(config, ranks)
-    with out:
-        evaluate_all(config, ranks, out)
+        output = Output(config, ranks)
+    with output:  # its folder is held against other runs
+        setup, data_sets = assemble(config, ranks)
+        script = rag_script(config, setup.world) if config.mode == "rag" else None
+        with ranks.sync_errors():
+            done = output.begin(setup, data_sets)
+        done = ranks.all_gather(done)[0]
+        missing = {}
+        for name, questions in data_sets.items():
+            missing[name] = [row for row in range(len(questions)) if (name, row) not in done]
+        with Interrupts() as stop:
+            ask(missing, data_sets, setup, script, output, stop)
+        setup.toolbox.drop()  # what still hangs
+        status = int(ranks.max(stop.status))
+        if status:
+            ranks.print("Interrupted; the same command goes on.")
+            raise SystemExit(status)
+        if ranks.main:  # the others need not wait for a judge
+            output.finish(data_sets)
 
 
-def evaluate_all(config: EvalConfig, ranks: Ranks, out: Output) -> None:
-    """The work of `run`, in a folder that is held against other runs."""
-    setup, sets = assemble_evaluation(config, ranks)
-    script = rag_script(config, setup.world) if config.mode == "rag" else None
-    with ranks.sync_errors():
-        done = out.begin(setup, sets)
-    done = ranks.all_gather(done)[0]
-    todo = {name: [row for row in range(len(part)) if (name, row) not in done] for name, part in sets.items()}
-    size = 2 * config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
-    chunks = [(name, rows[i : i + size]) for name, rows in todo.items() for i in range(0, len(rows), size)]
-    total = math.ceil(sum(map(len, todo.values())) / ranks.size)
-    with Interrupts() as stop, tqdm(total=total, unit="question", disable=not ranks.main) as bar:
-        for name, rows in chunks:
-            setup.begin_step("evaluation")
-            episodes = roll_out(name, rows, sets[name], setup, script, stop, bar)
-            if episodes is None:
-                break
-            out.append(*episodes)
-    setup.toolbox.drop()  # what still hangs
-    if status := int(ranks.max(stop.status)):
-        ranks.print("Interrupted; the same command goes on.")
-        raise SystemExit(status)
-    if ranks.main:  # the others need not wait for a judge
-        out.finish(sets)
+def assemble(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
+    """Open the parts of an evaluation, each from those before it; and its questions by data set. Raises UserError."""
+    world = open_world(config)
+    files = fetch_files(config.data, ranks)
+    backend = fetch_search(config.search, ranks)
+    data_sets = open_data_sets(config, files, world, ranks)
+    questions = Questions({f"--data {name}": asked for name, asked in data_sets.items()})
+    search = open_search(config, backend, world, questions, ranks)
+    policy = open_policy(config, search.tools, questions, world, ranks)
+    return Setup(config, ranks, world, questions, search, policy), data_sets
+
+
+def ask(
+    rows_by_name: Mapping[str, list[int]],
+    data_sets: Mapping[str, Sequence[Example]],
+    setup: Setup[EvalConfig],
+    script: Scripts | None,
+    output: Output,
+    stop: Interrupts,
+) -> None:
+    """Roll out these rows of each data set, a chunk at a time; each chunk's lines are written when it is done."""
+    ranks = setup.ranks
+    size = 2 * setup.config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
+    total = math.ceil(sum(map(len, rows_by_name.values())) / ranks.size)
+    with tqdm(total=total, unit="question", disable=not ranks.main) as bar:
+        for name, rows in rows_by_name.items():
+            for begin in range(0, len(rows), size):
+                setup.begin_step("evaluation")
+                found = roll_out(name, rows[begin : begin + size], data_sets[name], setup, script, stop, bar)
+                if found is None:
+                    return
+                lines, episodes = found
+                output.append(lines, episodes)
 
 
 def roll_out(
     name: str,
     rows: list[int],
     questions: Sequence[Example],
-    setup: Setup,
-    script: Callable[[Example, int], list[str]] | None,
+    setup: Setup[EvalConfig],
+    script: Scripts | None,
     stop: Interrupts,
     bar: tqdm,
 ) -> tuple[list[dict[str, Any]], list[Episode]] | None:
     """This rank's share of some questions of data set `name`: lines of episodes.jsonl, episodes. None: interrupted."""
-    c, begin, seconds = setup.config, time.perf_counter(), {}
+    config = setup.config
+    start = time.perf_counter()
+    seconds: dict[int, float] = {}  # by row
 
     def on_done(episode: Episode) -> None:
-        seconds[episode.group_id] = round(time.perf_counter() - begin, 3)
+        seconds[episode.group_id] = round(time.perf_counter() - start, 3)
         bar.update()
 
     episodes = setup.answers(
-        [questions[row] for row in rows], (c.seed, "evaluation", name), c.temperature, group_ids=rows,
-        direct=c.mode == "direct", scripts=script, on_done=on_done, attempt=stop.breakable,
-    )  # fmt: skip
+        [questions[row] for row in rows],
+        (config.seed, "evaluation", name),
+        config.temperature,
+        group_ids=rows,
+        direct=config.mode == "direct",
+        scripts=script,
+        on_done=on_done,
+        stop=stop,
+    )
     if episodes is None:
         return None
-    allowed, pieces = calls_allowed(setup), setup.chat.pieces if c.log_tokens else None
-    lines = [
-        {"data": name, "row": e.group_id, **e.record(pieces), "measures": evaluate.more_measures(e, allowed)}
-        | {"seconds": seconds[e.group_id]}
-        for e in episodes
-    ]
+    allowed = calls_allowed(setup)
+    lines = []
+    for episode in episodes:
+        line = {"data": name, "row": episode.group_id}
+        line |= episode.record(setup.chat.pieces if config.log_tokens else None)
+        line["measures"] = evaluate.more_measures(episode, allowed)
+        line["seconds"] = seconds[episode.group_id]
+        lines.append(line)
     return lines, episodes
 
 
-def calls_allowed(setup: Setup) -> int:
+def calls_allowed(setup: Setup[EvalConfig]) -> int:
     """Tool calls that one question may take."""
+    if setup.config.mode == "direct":
+        return 0
     limits = sum(tool.limit for tool in setup.toolbox.tools.values())
-    return 0 if setup.config.mode == "direct" else min(limits, setup.config.max_turns - 1)
+    return min(limits, setup.config.max_turns - 1)
 
 
-def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], list[str]]:
+def rag_script(config: EvalConfig, world: World | None) -> Scripts:
     """The forced image search, and the openings of the turns that follow, as far as the limits go."""
     if world and config.prompts == "toy":
         return lambda example, sample: world.always_search(example, config.max_texts > 0)
-    own, usual = prompts_folder(config) / "rag.txt", PROMPTS / "real" / "rag.txt"
+    own = prompts_folder(config.prompts) / "rag.txt"
+    usual = PROMPTS / "real" / "rag.txt"
     turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
     if len(turns) != 3:
         complaint = "write three: the turn of an image search, the first words of a text search's, and of an answer's"
         raise UserError(f"{own}: {len(turns)} lines; {complaint}")
-    image, query, answer = turns[0], Opening(turns[1]), Opening(turns[2])
-    searches = [image] * bool(config.max_images) + [query] * bool(config.max_texts)
-    return lambda example, sample: [*searches[: config.max_turns - 1], answer]
+    image_search, text_search, answer = turns
+    searches: list[str] = []
+    if config.max_images:
+        searches.append(image_search)
+    if config.max_texts:
+        searches.append(Opening(text_search))
+    script = [*searches[: config.max_turns - 1], Opening(answer)]
+    return lambda example, sample: script
 
 
 class Output(RunFolder[EvalConfig]):
@@ -132,84 +180,105 @@ class Output(RunFolder[EvalConfig]):
 
     def __init__(self, config: EvalConfig, ranks: Ranks):
         super().__init__(config, ranks)
-        self.episodes, self.album = self.folder / "episodes.jsonl", Album(self.folder / "images")
+        self.episodes = self.folder / "episodes.jsonl"
+        self.album = Album(self.folder / "images")
 
     def check_options(self, used: bool) -> None:
+        """Raises UserError where these options may not write in the folder."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"--out {self.folder} is no folder: name another")
         super().check_options(used)
 
-    def begin(self, setup: Setup, sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
+    def begin(self, setup: Setup, data_sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
         """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done.
 
-        Raises UserError where model, data or anything else is not what those that are done were asked with.
+        Raises UserError where model, data or another input is not that of the questions that are done.
         """
         if not self.ranks.main:
             return set()
-        self._judge()  # a key or a proxy that is of no use is refused now, and not after the last question
-        files = {f"--data {name}": questions for name, questions in sets.items() if name != "toy"}
+        self._judge()  # a useless key or proxy is refused now, and not after the last question
+        files = {f"--data {name}": questions for name, questions in data_sets.items() if name != "toy"}
         self.check_inputs(setup, files, __file__)
         self.claim()
         self.config.save(self.folder)
         self.keep_inputs()
-        with open(self.episodes, "a+b") as file:
-            file.seek(0)
-            whole = 0
-            for line in file:
-                whole += len(line) if line.endswith(b"\n") else 0
-            file.truncate(whole)
+        self._cut_unfinished_line()
         done = {(line["data"], line["row"]) for line in self._lines()}
         if done:
             print(f"{len(done)} questions are done already.")
         return done
 
+    def _cut_unfinished_line(self) -> None:
+        """A crash may have cut the last line short."""
+        with open(self.episodes, "a+b") as file:
+            file.seek(0)
+            whole = 0  # bytes of whole lines
+            for line in file:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+            file.truncate(whole)
+
     def append(self, lines: list[dict[str, Any]], episodes: Sequence[Episode]) -> None:
         """Add all ranks' lines, in the order of the questions, and their pictures."""
         pictures = self.ranks.gather(self.album.new(episodes))
         order = {name: place for place, name in enumerate(self.config.data)}
-        lines = sorted(self.ranks.gather(lines), key=lambda line: (order[line["data"]], line["row"]))
+        lines = self.ranks.gather(lines)
+        lines.sort(key=lambda line: (order[line["data"]], line["row"]))
         if self.ranks.main:
             self.check_there()
             self.album.add(pictures)
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             append(self.episodes, [text.encode("utf-8", "replace")])  # JSON may hold lone surrogates
 
-    def finish(self, sets: Mapping[str, Sequence[Example]]) -> None:
+    def finish(self, data_sets: Mapping[str, Sequence[Example]]) -> None:
         """Judge, sum up, write results.json and print."""
         if not self.ranks.main:
             return
         self.check_there()
-        lines = [{key: line[key] for key in SUMMED_UP} for line in self._lines()]
-        if complete := self._judge():
-            judge = Judge(complete, self.config.judge_model, self.folder / "judge.jsonl")
-            for line, verdict in zip(lines, judge(lines)):
-                line["judged"] = verdict
-            if judge.failure:
-                print(f"The judge failed, at first with {judge.failure}")
-        of = {name: [line for line in lines if line["data"] == name] for name in sets}
-        found = {name: evaluate.results(of[name]) for name in sets}
-        _replace(self.folder / "results.json", found)
-        for name, result in found.items():
-            others = compare.published(Path(name).name, getattr(sets[name], "format", ""))
+        lines = self._judged_lines()
+        lines_of: dict[str, list] = {name: [] for name in data_sets}
+        for line in lines:
+            if line["data"] in lines_of:
+                lines_of[line["data"]].append(line)
+        results = {name: evaluate.results(lines_of[name]) for name in data_sets}
+        text = json.dumps(results, indent=2, ensure_ascii=False)
+        write_whole(self.folder / "results.json", [text.encode() + b"\n"])
+        for name, result in results.items():
+            others = compare.published(Path(name).name, getattr(data_sets[name], "format", ""))
             print(f"\n{compare.report(Path(name).name, self.config.mode, result, others)}")
-            waited = sum(line["seconds"] for line in of[name]) / len(of[name])
-            print(f"{waited:.2f} s from a batch's start to an answer in it, on average")
+            seconds = [line["seconds"] for line in lines_of[name]]
+            print(f"{sum(seconds) / len(seconds):.2f} s from a batch's start to an answer in it, on average")
         try:
             write_report(self.folder)
         except Exception as error:  # a page is not worth an evaluation
             print(f"report.html: {type(error).__name__}: {error}")
         print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
 
+    def _judged_lines(self) -> list[dict[str, Any]]:
+        """What is summed up of every line, with the judge's verdict where there is a judge."""
+        lines = []
+        for line in self._lines():
+            lines.append({key: line[key] for key in SUMMED_UP})
+        complete = self._judge()
+        if complete:
+            judge = Judge(complete, self.config.judge_model, self.folder / "judge.jsonl")
+            for line, verdict in zip(lines, judge(lines)):
+                line["judged"] = verdict
+            if judge.failure:
+                print(f"The judge failed, at first with {judge.failure}")
+        return lines
+
     def _judge(self) -> Callable[[list[dict]], str] | None:
-        """Asks the judge, where there is one. Raises UserError where that cannot be."""
+        """The function that asks the judge, or None without a judge. Raises UserError where it cannot be asked."""
         if not self.config.judge:
             return None
         from mmsr.net.completions import open_server
 
-        return partial(open_server(self.config.judge, self.config.judge_model).complete, max_tokens=JUDGE_TOKENS)
+        server = open_server(self.config.judge, self.config.judge_model)
+        return partial(server.complete, max_tokens=JUDGE_TOKENS)
 
     def _lines(self) -> Iterable[dict[str, Any]]:
-        """Raises UserError for one that is damaged."""
+        """The lines of episodes.jsonl. Raises UserError for one that is damaged."""
         with open(self.episodes, "rb") as file:
             for number, line in enumerate(file, 1):
                 record = _line(line)
@@ -222,11 +291,9 @@ class Output(RunFolder[EvalConfig]):
 def _line(line: bytes) -> dict[str, Any] | None:
     """A line of episodes.jsonl; None for one that is damaged."""
     record = object_in(line)
-    return record if record is not None and record.keys() >= {*SUMMED_UP, "row"} else None
-
-
-def _replace(path: Path, value: Any) -> None:
-    write_whole(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
+    if record is None or not record.keys() >= {*SUMMED_UP, "row"}:
+        return None
+    return record
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,16 +16,18 @@ import time
 import warnings
 from contextlib import closing
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
-from mmsr.config import SEARCH_OPTIONS, Options, Parser, add_options
+from mmsr.config import SEARCH_OPTIONS, Options
 from mmsr.episode import Hit, Observation
 from mmsr.search.backends import KNOWN, import_searches, open_backend
 from mmsr.system.errors import UserError
+from mmsr.system.options import Parser, add_options
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
 
 def index(args: argparse.Namespace) -> int:
+    """search.py index: add pictures and pages to an index."""
     from mmsr.search.index import build
 
     if bool(args.images) != bool(args.titles):
@@ -39,6 +41,7 @@ def index(args: argparse.Namespace) -> int:
 
 
 def image(args: argparse.Namespace) -> int:
+    """search.py image FILE"""
     from mmsr.system.images import MAX_FILE_BYTES, decode
 
     try:
@@ -53,12 +56,14 @@ def image(args: argparse.Namespace) -> int:
 
 
 def text(args: argparse.Namespace) -> int:
+    """search.py text QUERY"""
     if not args.query.strip():
         raise UserError("the query is empty: give some words")
     return _search(args, TEXT_SEARCH, Call(args.query, b"", args.query))
 
 
 def serve(args: argparse.Namespace) -> int:
+    """search.py serve"""
     from mmsr.search.serve import serve
 
     serve(open_backend(_options(args)).backend, args.search, args.host, args.port)
@@ -70,26 +75,35 @@ def cache(args: argparse.Namespace) -> int:
     from mmsr.search.cache import export_jsonl
     from mmsr.search.store import Store
 
-    *verb, file = args.words
-    if verb not in ([], ["import"], ["export"]):
+    file = args.words[-1]
+    verb = " ".join(args.words[:-1])
+    if verb not in ("", "import", "export"):
         raise UserError(f"cache {' '.join(args.words)}: give cache FILE, cache import SRC or cache export FILE")
     if bool(verb) != bool(args.out):
         raise UserError("--out names the file that import and export write: give it with these, and with nothing else")
-    if verb and not Path(file).is_file():
-        raise UserError(f"{file}: {'a folder; name a file' if Path(file).is_dir() else 'no such file; check the path'}")
-    if verb and Path(args.out).exists() and Path(args.out).samefile(file):
-        raise UserError(f"--out {args.out}: is the file to be read; name another")
-    if verb == ["import"]:
+    if verb:
+        _check_files(file, args.out)
+    if verb == "import":
         with closing(Store(args.out)) as store:
             store.require_writable()
             print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")
         return 0
     with closing(Store(file, readonly=True)) as store:
-        if verb:
+        if verb == "export":
             print(f"{args.out}: {export_jsonl(store, args.out)} searches")
         else:
             print(json.dumps(store.stats(), indent=2))
     return 0
+
+
+def _check_files(file: str, out: str) -> None:
+    """Raises UserError unless `file` can be read and `out` is another file."""
+    if Path(file).is_dir():
+        raise UserError(f"{file}: a folder; name a file")
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file; check the path")
+    if Path(out).exists() and Path(out).samefile(file):
+        raise UserError(f"--out {out}: is the file to be read; name another")
 
 
 def _examples(data: str):
@@ -102,6 +116,7 @@ def _examples(data: str):
 
 
 def _options(args: argparse.Namespace) -> Options:
+    """The options of a search engine, as train.py has them."""
     if not args.search:
         raise UserError(f"--search is missing; give {KNOWN}")
     given = {name: value for name, value in vars(args).items() if name in SEARCH_OPTIONS}
@@ -109,8 +124,9 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
-    """Search as a rollout does, and show what came. 1 where the back-end failed."""
-    toolbox = Toolbox(search_tools(open_backend(_options(args)).backend, 1, 1), inline=True)
+    """Search as a rollout does, and show what came. Returns 1 where the back-end failed."""
+    backend = open_backend(_options(args)).backend
+    toolbox = Toolbox(search_tools(backend, 1, 1), inline=True)
     start = time.perf_counter()
     seen = toolbox.call(tool, call).result()
     seconds = time.perf_counter() - start
@@ -124,6 +140,7 @@ def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
 
 
 def _record(seen: Observation, tool: str, seconds: float) -> dict:
+    """What --json prints."""
     from mmsr.search.serve import image_result
 
     if not seen.ok:
@@ -139,7 +156,7 @@ def _page(hit: Hit) -> dict:
 
 
 def _show(seen: Observation, seconds: float) -> None:
-    """The results as the model gets them, but for thumbnails, whose sizes are given, and what tells about each."""
+    """Print the results as the model gets them, with scores and addresses; of a thumbnail, its size."""
     for rank, hit in enumerate(seen.hits, start=1):
         score = "" if hit.score is None else f"   (score {hit.score:.3f})"
         print(f"[{rank}] {_printable(hit.title)}{score}")
@@ -149,10 +166,12 @@ def _show(seen: Observation, seconds: float) -> None:
             if line.strip():
                 print("    " + _printable(line).replace("\n", "\n    "))
     found = f"{len(seen.hits)} results" if seen.hits else "No results"
-    print(f"{found} from {seen.source}, {'recorded, ' if seen.cached else ''}in {seconds * 1000:.0f} ms")
+    recorded = "recorded, " if seen.cached else ""
+    print(f"{found} from {seen.source}, {recorded}in {seconds * 1000:.0f} ms")
 
 
 def _size(thumbnail: bytes) -> str:
+    """Pixels and bytes of a picture file, or why it cannot be opened."""
     from mmsr.system.images import decode
 
     try:
@@ -163,7 +182,7 @@ def _size(thumbnail: bytes) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what could steer a terminal, or what it cannot show: results are strangers' text."""
+    """The text without what could control a terminal, or what it cannot show: results are strangers' text."""
     shown = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
     encoding = sys.stdout.encoding or "utf-8"
     return shown.encode(encoding, "replace").decode(encoding).strip()
@@ -173,42 +192,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(run, summary: str, more: str = "") -> argparse.ArgumentParser:
+    def command(run: Callable[[argparse.Namespace], int], summary: str, more: str = "") -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=summary, description=f"{summary} {more}", allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 
-    sub = command(
-        index, "Add pictures and pages to an index of your own.",
-        "The file is made where there is none. Whatever ends this early, the same command goes on from there.",
-    )  # fmt: skip
-    _index_options(sub)
-
-    sub = command(image, "Search with a picture and show what the model would see.")
-    sub.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
-    sub.add_argument("--question", default="", help="what is asked about it, for back-ends that write summaries")
-    _search_options(sub)
-
-    sub = command(text, "Search with words and show what the model would see.")
-    sub.add_argument("query", metavar="QUERY")
-    _search_options(sub)
-
-    sub = command(
-        serve, "Answer searches over HTTP.",
-        "POST /retrieve is Search-R1's protocol; POST /image_search and GET /health stand beside it.",
-    )  # fmt: skip
-    _backend_options(sub)
-    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
-    sub.add_argument("--port", default=8000, type=int, help="0 takes a free one")
-
-    sub = command(
-        cache, "Show what a file of recorded searches holds, or fill one.",
+    again = "The file is made where there is none. Whatever ends this early, the same command goes on from there."
+    _index_options(command(index, "Add pictures and pages to an index of your own.", again))
+    _image_options(command(image, "Search with a picture and show what the model would see."))
+    _text_options(command(text, "Search with words and show what the model would see."))
+    protocol = "POST /retrieve is Search-R1's protocol; POST /image_search and GET /health stand beside it."
+    _serve_options(command(serve, "Answer searches over HTTP.", protocol))
+    verbs = (
         "cache FILE | cache import SRC --out FILE | cache export FILE --out LINES.jsonl. SRC: recorded conversations "
-        "(.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another such file.",
-    )  # fmt: skip
-    sub.add_argument("words", metavar="[import|export] FILE", nargs="+")
-    sub.add_argument("--data", default="", help="the questions whose pictures conversations and results are about")
-    sub.add_argument("--out", default="", metavar="FILE", help="what import and export write")
+        "(.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another such file."
+    )
+    _cache_options(command(cache, "Show what a file of recorded searches holds, or fill one.", verbs))
     return parser
 
 
@@ -216,13 +215,38 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
     titles = 'a line each: {"file", "title", and "url" if it has a page}'
     parser.add_argument("--titles", metavar="FILE.jsonl", help=titles)
-    parser.add_argument("--pages", metavar="FILE.jsonl", help='a line each: {"url", "text", and "title" if it has one}')
+    pages = 'a line each: {"url", "text", and "title" if it has one}'
+    parser.add_argument("--pages", metavar="FILE.jsonl", help=pages)
     parser.add_argument("--out", metavar="FILE", required=True, help="the index")
-    parser.add_argument(
-        "--encoder", default="builtin", metavar="NAME",
-        help="what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
-        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)",
-    )  # fmt: skip
+    encoder = (
+        "what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)"
+    )
+    parser.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
+
+
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
+    parser.add_argument("--question", default="", help="what is asked about it, for back-ends that write summaries")
+    _search_options(parser)
+
+
+def _text_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("query", metavar="QUERY")
+    _search_options(parser)
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    _backend_options(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
+    parser.add_argument("--port", default=8000, type=int, help="0 takes a free one")
+
+
+def _cache_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", metavar="[import|export] FILE", nargs="+")
+    data = "the questions whose pictures conversations and results are about"
+    parser.add_argument("--data", default="", help=data)
+    parser.add_argument("--out", default="", metavar="FILE", help="what import and export write")
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +262,7 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str]) -> int:
     from mmsr.search.store import StoreWarning
 
-    warnings.simplefilter("ignore")  # Pillow's, of pictures that are refused anyhow
+    warnings.simplefilter("ignore")  # Pillow's, about pictures that are refused anyhow
     warnings.simplefilter("always", StoreWarning)
     warnings.showwarning = lambda message, *about: print(f"warning: {message}", file=sys.stderr)
     try:

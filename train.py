@@ -9,127 +9,160 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
 from mmsr import evaluate, grpo
-from mmsr.assemble import Setup, assemble, launch
+from mmsr.assemble import Setup, launch, open_imitation
 from mmsr.config import Config
 from mmsr.data.sampler import Sampler
-from mmsr.episode import TOOL_ERROR, Episode
+from mmsr.episode import TOOL_ERROR, Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
-from mmsr.report.html import shape_name
+from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
-from mmsr.system.errors import UserError
+from mmsr.setup.policy import load_model, open_policy
+from mmsr.setup.questions import fetch_files, fetch_search, open_questions, open_world
+from mmsr.setup.search import open_search
 from mmsr.system.interrupt import Interrupts
-from mmsr.system.parallel import Ranks
+from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.toy.world import World
 from mmsr.update import MasterWeights, Trainer, split
 
 
 def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
-    """`world`: a toy world of one's own instead of the one that `config.toy` names."""
+    """Open the parts of a run, take its steps, and write its files. `world`: as `assemble` has it."""
     with ranks.sync_errors():
-        out = Output(config, ranks)
-    with out:
-        run(config, ranks, world, out)
+        output = Output(config, ranks)
+    with output:  # its folder is held against other runs
+        setup = assemble(config, ranks, world)
+        with ranks.sync_errors():
+            output.check(setup, __file__)
+        trainer = make_trainer(setup)
+
+        sampler = Sampler(len(setup.questions), config.seed)
+        checkpoints = Checkpoints(setup, trainer, sampler, output)
+        done = checkpoints.resume()
+        with ranks.sync_errors():
+            output.begin(done)
+            history = output.steps()
+        history = ranks.all_gather(history)[0]  # the metrics of the steps that are done
+
+        with Interrupts() as stop:
+            take_steps(setup, sampler, trainer, checkpoints, output, history, stop)
+            status = int(ranks.max(stop.status))
+            if status:
+                checkpoints.leave()
+            output.finish(setup, summary=not status)
+        if alarms.never_trained(history):
+            weights = f"{output.folder / 'model'} has the weights that the run began with"
+            output.warn([f"WARNING: no step trained a token: {weights}"])
+        if status:
+            raise SystemExit(status)
 
 
-def run(config: Config, ranks: Ranks, world: World | None, out: Output) -> None:
-    """The steps of `train`, in a folder that is held against other runs."""
-    setup = assemble(config, ranks, world)
-    with ranks.sync_errors():
-        out.check(setup, __file__)
-    trainer = make_trainer(setup)
-    sampler = Sampler(len(setup.questions), config.seed)
-    saved = Checkpoints(setup, trainer, sampler, out)
-    done = saved.resume()
-    with ranks.sync_errors():
-        out.begin(done)
-        lines = out.steps()
-    lines = ranks.all_gather(lines)[0]
-    steps = range(done + 1, config.steps + 1)
-    bar = tqdm(steps, "train", config.steps, initial=done, unit="step", disable=not ranks.main)
-    with Interrupts() as stop, bar:
+def assemble(config: Config, ranks: Ranks = SINGLE, world: World | None = None) -> Setup:
+    """Open the parts of a run, each from those before it. Raises UserError where something is missing or wrong.
+
+    `world`: the toy world to train in, instead of the one that `config.toy` names.
+    """
+    world = world or open_world(config)
+    files = fetch_files([config.data, config.eval_data], ranks)
+    backend = fetch_search(config.search, ranks)
+    questions = open_questions(config, files, world, ranks)
+    search = open_search(config, backend, world, questions, ranks)
+    policy = open_policy(config, search.tools, questions, world, ranks)
+    setup = Setup(config, ranks, world, questions, search, policy)
+    open_imitation(setup)
+    return setup
+
+
+def take_steps(
+    setup: Setup,
+    sampler: Sampler,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    output: Output,
+    history: list[dict],
+    stop: Interrupts,
+) -> None:
+    """GRPO: roll out a group per question, reward, compare within each group, update. `history` gets the metrics."""
+    config, ranks = setup.config, setup.ranks
+    steps = range(checkpoints.done + 1, config.steps + 1)
+    with tqdm(steps, "train", config.steps, initial=checkpoints.done, unit="step", disable=not ranks.main) as bar:
         for step in bar:
             if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
-                out.line(evaluation(step - 1, setup, stop))
+                output.line(evaluation(step - 1, setup, stop))
             clock = Clock()
             with clock("rollout"):
-                episodes, counts = roll_out(step, setup, sampler, stop)
+                examples = [setup.questions[i] for i in sampler.take(config.questions)]
+                episodes, counts = roll_out(step, examples, setup, stop)
             if episodes is None:
-                break  # interrupted: the last step is whole, this one is not there
+                return  # interrupted: the last step is whole, this one is not there
             with clock("reward"), ranks.sync_errors():
                 setup.score(episodes)
-                zero_std = assign_advantages(episodes, config)
+                zero_std_groups = assign_advantages(episodes, config)
             with clock("update"):
-                update = trainer.step(mini_batches(episodes, config), learning_rate(config, step))
-            metrics = step_metrics(step, setup, episodes, counts, update, zero_std, clock.seconds)
-            said = raise_alarms(metrics, lines, setup)
-            out.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
-            warn(ranks, *(f"step {step}: {sentence}" for sentence in said))
-            saved.finished(step)
-            stop_if_stalled(lines, config)
-            out.report()
+                lr = learning_rate(config, step)
+                update = trainer.step(mini_batches(episodes, config), lr)
+            metrics = step_metrics(step, setup, episodes, counts, update, zero_std_groups, lr, clock.seconds)
+            warnings = note_alarms(metrics, history, setup)
+            output.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
+            output.warn([f"step {step}: {sentence}" for sentence in warnings])
+            checkpoints.finished(step)
+            alarms.stop_if_stalled(history, config.max_skipped)
+            output.report()
             bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
-        else:
-            out.line(evaluation(config.steps, setup, stop))
-        bar.close()
-        if status := int(ranks.max(stop.status)):
-            saved.leave()
-        out.finish(setup, summary=not status)
-    if alarms.never_trained(lines):
-        warn(ranks, f"WARNING: no step trained a token: {out.folder / 'model'} has the weights that the run began with")
-    if status:
-        raise SystemExit(status)
+        output.line(evaluation(config.steps, setup, stop))
 
 
-def roll_out(step: int, setup: Setup, sampler: Sampler, stop: Interrupts) -> tuple[list[Episode] | None, Mapping]:
-    """This rank's episodes of a step, not scored yet, and all ranks' counts of tokens and images. None: interrupted."""
-    c = setup.config
+def roll_out(
+    step: int, examples: Sequence[Example], setup: Setup, stop: Interrupts
+) -> tuple[list[Episode] | None, Mapping]:
+    """A group of episodes for each of the examples that are this rank's, and all ranks' counts of tokens and images.
+
+    No episode is scored yet. None instead of them: interrupted.
+    """
+    config = setup.config
     setup.begin_step(f"step {step}")
-    examples = [setup.questions[i] for i in sampler.take(c.questions)]
-    with progress("rollouts", c.questions * c.group_size, setup.ranks) as on_done:
+    with progress("rollouts", config.questions * config.group_size, setup.ranks) as bar:
         rollouts = setup.roll_out(
-            examples, c.group_size, (c.seed, step), c.temperature, stretch=c.mini_batch, scripts=setup.scripts,
-            on_done=on_done, attempt=stop.breakable,
-        )  # fmt: skip
+            examples,
+            config.group_size,
+            (config.seed, step),
+            config.temperature,
+            stretch=config.mini_batch,
+            scripts=setup.scripts,
+            on_done=lambda episode: bar.update(),
+            stop=stop,
+        )
     return rollouts or (None, {})
 
 
-def make_trainer(setup: Setup) -> Trainer:
-    c = setup.config
-    reference = setup.reference() if c.kl and c.algorithm == "grpo" else None
-    optimizer = MasterWeights(setup.model, betas=(0.9, c.adam_beta2), weight_decay=0.0)
-    return Trainer(
-        setup.model, optimizer, setup.suppressed, reference=reference, kl=c.kl,
-        clip_low=c.clip_low, clip_high=c.clip_high, loss_norm=c.loss_norm, importance_cap=c.importance_cap,
-        temperature=c.temperature, micro_tokens=c.micro_tokens, max_grad_norm=c.max_grad_norm,
-        max_skipped=c.max_skipped, sft=c.algorithm == "sft", ranks=setup.ranks,
-    )  # fmt: skip
-
-
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
-    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal."""
-    sound = [e.status != TOOL_ERROR for e in episodes]
+    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
+
+    An episode that a failed tool ended takes no part. E is the number of episodes.
+    """
+    sound = [episode.status != TOOL_ERROR for episode in episodes]
     if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
         for episode, ok in zip(episodes, sound):
             if config.imitates:
                 episode.imitate()
-            episode.advantage, episode.trained = 1.0, ok and episode.reward_parts["accuracy"] == 1
+            episode.advantage = 1.0
+            episode.trained = ok and episode.reward_parts["accuracy"] == 1
         return 0
-    rewards = torch.tensor([e.reward for e in episodes], dtype=torch.float64)
-    group_ids = torch.tensor([e.group_id for e in episodes], dtype=torch.long)
-    keep = torch.tensor(sound, dtype=torch.bool)
-    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)
-    chosen = varied.tolist() if config.zero_std == "drop" else sound
-    for episode, advantage, trained in zip(episodes, advantages.tolist(), chosen):
-        episode.advantage, episode.trained = advantage, trained
+    rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)  # (E,)
+    group_ids = torch.tensor([episode.group_id for episode in episodes], dtype=torch.long)  # (E,)
+    keep = torch.tensor(sound, dtype=torch.bool)  # (E,)
+    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)  # (E,), (E,)
+    trained = varied.tolist() if config.zero_std == "drop" else sound
+    for episode, advantage, takes_part in zip(episodes, advantages.tolist(), trained):
+        episode.advantage = advantage
+        episode.trained = takes_part
     return len(group_ids.unique()) - len(group_ids[varied].unique())
 
 
@@ -141,86 +174,43 @@ def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episo
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of a step counted from 1: linear warm-up, then the schedule: constant, or down to a tenth."""
-    share = max(0.0, (step - config.warmup - 1) / max(config.steps - config.warmup - 1, 1))
-    decay = {
-        "constant": 1.0,
-        "half-decay": 1 - 0.9 * max(0.0, 2 * share - 1),
-        "sigmoid": 0.1 + 0.9 * float(torch.sigmoid(torch.tensor(6 - 12 * share))),
-    }[config.lr_schedule]
-    return config.lr * decay * min(1.0, step / max(config.warmup, 1))
+    done = step - config.warmup - 1  # steps since the warm-up
+    share = max(0.0, done / max(config.steps - config.warmup - 1, 1))
+    if config.lr_schedule == "constant":
+        decay = 1.0
+    elif config.lr_schedule == "half-decay":  # constant for half of the steps, then linear
+        decay = 1 - 0.9 * max(0.0, 2 * share - 1)
+    else:  # sigmoid
+        decay = 0.1 + 0.9 * float(torch.sigmoid(torch.tensor(6 - 12 * share)))
+    warmup = min(1.0, step / max(config.warmup, 1))
+    return config.lr * decay * warmup
 
 
-def step_metrics(
-    step: int, setup: Setup, episodes: Sequence[Episode], counts: Mapping, update: dict, zero_std: int, seconds: dict
-) -> dict:
-    """One line of metrics.jsonl. `episodes` and `zero_std` are this rank's, the other numbers those of all."""
-    c, ranks = setup.config, setup.ranks
-    means = evaluate.summary(episodes, ranks)
-    n = means.pop("n")
-    sums = {
-        "format": sum(e.reward_parts["format"] for e in episodes),
-        "tool_calls": sum(e.searches() for e in episodes),
-        "response_tokens": sum(sum(e.loss_mask) for e in episodes),
-        "zero_std_groups": zero_std,
-    }
-    sums = ranks.sum(sums)
-    errors = Counter(ranks.sum(evaluate.tool_errors(episodes)))
-    loss = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
-    unknown = {"logp_gap": math.nan, "logp_gap_max": math.nan} if c.imitates else {}  # nobody sampled these tokens
-    return {
-        "step": step,
-        **means,
-        "format": sums["format"] / n,
-        "tool_calls": sums["tool_calls"],
-        "tool_failures": errors.total(),
-        "tool_errors": dict(errors.most_common(3)),
-        "response_tokens": sums["response_tokens"] / n,
-        "zero_std_groups": sums["zero_std_groups"],
-        **{key: update[key] for key in loss} | unknown,
-        "status": ranks.sum(dict(Counter(e.status for e in episodes))),
-        "shapes": ranks.sum(dict(Counter(_shape(e) for e in episodes))),
-        "by_category": {
-            category: {key: found[key] for key in ("n", "search_ratio")}
-            for category, found in evaluate.by_category(episodes, ranks).items()
-        },
-        "lr": learning_rate(c, step),
-        "seconds": {key: round(value, 3) for key, value in seconds.items()},
-        "tokens": {
-            **{key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")},
-            **{key: update[key] for key in ("trained", "trained_unique")},
-        },
-        **({"spent": setup.spending.spent} if setup.spending else {}),
-        "images": {"distinct": counts["images_distinct"], "encoded": counts["images_encoded"] + update["encoded"]},
-    }
+def make_trainer(setup: Setup) -> Trainer:
+    """What updates the model: AdamW on fp32 masters, and the KL reference, a frozen copy of the model at the start."""
+    config, ranks = setup.config, setup.ranks
+    reference = None
+    if config.kl and config.algorithm == "grpo":
+        reference = load_model(setup.folder, setup.dtype, setup.dtype, ranks, config.shard).requires_grad_(False)
 
-
-def raise_alarms(metrics: dict, lines: list[dict], setup: Setup) -> list[str]:
-    """Add a step's metrics to the `lines` of those before, with the words of its alarms. Returns what is to be said."""
-    c = setup.config
-    offered = c.max_turns > 1 and any(tool.limit for tool in setup.toolbox.tools.values())
-    found = alarms.alarms([*lines, metrics], str(setup.dtype).removeprefix("torch."), offered and not c.imitates)
-    if found:
-        metrics["alarms"] = list(found)
-    said = alarms.to_say(found, lines)
-    lines.append(metrics)
-    return said
-
-
-def stop_if_stalled(lines: Sequence[dict], config: Config) -> None:
-    """Raises UserError after too many steps that trained nothing: the weights will not change any more."""
-    if (n := alarms.stalled(lines)) >= config.max_skipped:
-        why = alarms.untrained(lines[-1])
-        raise UserError(f"{n} steps in a row trained nothing; in the last, {why}; mend that, or raise --max-skipped")
-
-
-def warn(ranks: Ranks, *sentences: str) -> None:
-    """One line each on standard error, once, above the progress bar."""
-    for sentence in sentences if ranks.main else ():
-        tqdm.write(sentence, file=sys.stderr)
-
-
-def _shape(episode: Episode) -> str:
-    return shape_name([turn.action for turn in episode.turns if turn.role == "assistant"], episode.status)
+    optimizer = MasterWeights(setup.model, betas=(0.9, config.adam_beta2), weight_decay=0.0)
+    return Trainer(
+        setup.model,
+        optimizer,
+        setup.suppressed,
+        reference=reference,
+        kl=config.kl,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        loss_norm=config.loss_norm,
+        importance_cap=config.importance_cap,
+        temperature=config.temperature,
+        micro_tokens=config.micro_tokens,
+        max_grad_norm=config.max_grad_norm,
+        max_skipped=config.max_skipped,
+        sft=config.algorithm == "sft",
+        ranks=ranks,
+    )
 
 
 def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
@@ -228,19 +218,23 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
 
     Before training the two fixed policies too, where the toy world has them.
     """
-    c = setup.config
+    config = setup.config
     setup.begin_step(f"evaluation {step}")
-    modes: dict[str, tuple] = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
-    if step == 0 and c.data == "toy":
-        modes["always_search"] = (1.0, lambda example, _: setup.world.always_search(example, c.max_texts > 0), False)
-        modes["never_search"] = (1.0, None, True)
+
+    def always_search(example: Example, sample: int) -> list[str]:
+        return setup.world.always_search(example, config.max_texts > 0)
+
+    modes: dict[str, dict[str, Any]] = {"eval": dict(temperature=0.0), "eval_sampled": dict(temperature=1.0)}
+    if step == 0 and config.data == "toy":
+        modes["always_search"] = dict(temperature=1.0, scripts=always_search)
+        modes["never_search"] = dict(temperature=1.0, direct=True)
     line: dict[str, Any] = {"step": step}
-    for name, (temperature, scripts, direct) in modes.items():
-        with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as on_done:
+    for name, mode in modes.items():
+        with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as bar:
+            seed = (config.seed, name)
             episodes = setup.answers(
-                setup.eval_questions, (c.seed, name), temperature, direct=direct, scripts=scripts,
-                on_done=on_done, attempt=stop.breakable,
-            )  # fmt: skip
+                setup.eval_questions, seed, on_done=lambda episode, bar=bar: bar.update(), stop=stop, **mode
+            )
         if episodes is None:
             return None
         line[name] = evaluate.by_category(episodes, setup.ranks)
@@ -254,21 +248,17 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str):
+    def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
 
 
-@contextmanager
-def progress(name: str, total: int, ranks: Ranks):
-    """A progress bar that is gone when its work is done; yields what to call per episode finished on this rank.
-
-    The main rank shows its own share of `total`.
-    """
-    total, hidden = math.ceil(total / ranks.size), None if ranks.main else True
-    with tqdm(total=total, desc=name, unit="rollout", leave=False, position=1, disable=hidden) as bar:
-        yield lambda episode: bar.update()
+def progress(name: str, total: int, ranks: Ranks) -> tqdm:
+    """A bar of the episodes finished on this rank, gone when its work is done. The main rank shows its own share."""
+    mine = math.ceil(total / ranks.size)
+    hidden = None if ranks.main else True  # None: hidden unless a terminal shows it
+    return tqdm(total=mine, desc=name, unit="rollout", leave=False, position=1, disable=hidden)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import train
 from mmsr import evaluate
-from mmsr.assemble import assemble
 from mmsr.config import Config
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import SINGLE
@@ -84,7 +83,7 @@ def forced(config: Config, world: World, before: Path, after: Path) -> dict[str,
     }  # fmt: skip
     found = {}
     for name, (model, temperature, direct) in wanted.items():
-        setup = assemble(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
+        setup = train.assemble(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
         scripts = None if direct else lambda example, sample: world.always_search(example, config.max_texts > 0)
         seed = (config.seed, "always_search")
         episodes, _ = setup.roll_out(setup.eval_questions, 1, seed, temperature, direct=direct, scripts=scripts)

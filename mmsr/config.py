@@ -1,67 +1,135 @@
 """Flat dataclasses: the defaults, the command line, and the `config.json` of a run.
 
 `Options` is what train.py and eval.py have in common; `Config` adds training, `EvalConfig` evaluation. A recipe is a
-dictionary of defaults, of which each takes what it has; the toy recipe's differ a little between the toy worlds. What
-stands on the command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is
-one line on standard error and exit status 2.
+dictionary of defaults, of which each takes what it has; the toy recipe differs a little between the toy worlds. The
+command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is one line on
+standard error and exit status 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Container, Literal, Mapping, Sequence, TypeVar
+from typing import Any, ClassVar, Literal, Mapping, Sequence, TypeVar
 
 from mmsr.reward import RewardRule
 from mmsr.system.credentials import hidden, refuse_credentials, server_address
 from mmsr.system.errors import UserError
 from mmsr.system.files import LOCK, write_whole
+from mmsr.system.options import Parser, add_options, default_notes, kebab
 
 CONFIG = "config.json"
 
-_PAPER = dict(
-    data="lmms-lab/FVQA", search="replay:fvqa", questions=512, mini_batch=128, lr=2e-6, kl=0.001, loss_norm="token",
-    group_eps=1e-6, reward="paper", prompts="real", zero_std="keep", steps=50, deterministic=False,
-    max_turns=3, max_images=1, max_texts=2, adam_beta2=0.999, min_pixels=512 * 512, max_pixels=672 * 672 * 2,
-    max_tokens=8192, turn_tokens=2048, micro_tokens=16384, slots=64, lr_schedule="constant", eval_every=0,
-    save_every=10, recompute=True,
-)  # fmt: skip
+_PAPER: dict[str, Any] = {
+    "data": "lmms-lab/FVQA",
+    "search": "replay:fvqa",
+    "prompts": "real",
+    "reward": "paper",
+    # The algorithm.
+    "questions": 512,
+    "mini_batch": 128,
+    "steps": 50,
+    "lr": 2e-6,
+    "lr_schedule": "constant",
+    "adam_beta2": 0.999,
+    "kl": 0.001,
+    "loss_norm": "token",
+    "group_eps": 1e-6,
+    "zero_std": "keep",
+    # Limits of a rollout.
+    "max_turns": 3,
+    "max_images": 1,
+    "max_texts": 2,
+    "min_pixels": 512 * 512,
+    "max_pixels": 672 * 672 * 2,
+    "max_tokens": 8192,
+    "turn_tokens": 2048,
+    # The machine.
+    "micro_tokens": 16384,
+    "slots": 64,
+    "recompute": True,
+    "deterministic": False,
+    "eval_every": 0,
+    "save_every": 10,
+}
 
-RECIPES: dict[str, dict] = {
-    "toy": dict(
-        data="toy", search="toy", questions=32, mini_batch=32, group_size=8, lr=3e-4, kl=0.001, loss_norm="sequence",
-        group_eps=0.05, max_turns=3, max_images=1, max_texts=1, reward="paper", prompts="toy", zero_std="drop",
-        steps=80, lr_schedule="half-decay", adam_beta2=0.99, min_pixels=56 * 56, max_pixels=56 * 56, max_tokens=192,
-        turn_tokens=32, micro_tokens=32768, slots=256, deterministic=True, eval_every=0,
-    ),
-    "blog": {
-        **_PAPER, "group_size": 32, "max_turns": 2, "max_texts": 0, "reward": "blog", "image_results": "summary",
-        "steps": 100, "micro_tokens": 24576,  # so that a group of 32 fits into one
+RECIPES: dict[str, dict[str, Any]] = {
+    "toy": {
+        "data": "toy",
+        "search": "toy",
+        "prompts": "toy",
+        "reward": "paper",
+        "questions": 32,
+        "mini_batch": 32,
+        "group_size": 8,
+        "steps": 80,
+        "lr": 3e-4,
+        "lr_schedule": "half-decay",
+        "adam_beta2": 0.99,
+        "kl": 0.001,
+        "loss_norm": "sequence",
+        "group_eps": 0.05,
+        "zero_std": "drop",
+        "max_turns": 3,
+        "max_images": 1,
+        "max_texts": 1,
+        "min_pixels": 56 * 56,
+        "max_pixels": 56 * 56,
+        "max_tokens": 192,
+        "turn_tokens": 32,
+        "micro_tokens": 32768,
+        "slots": 256,
+        "deterministic": True,
+        "eval_every": 0,
     },
-    "paper": {**_PAPER, "group_size": 8, "loss_norm": "sequence"},
+    "blog": {
+        **_PAPER,
+        "group_size": 32,
+        "max_turns": 2,
+        "max_texts": 0,
+        "reward": "blog",
+        "image_results": "summary",
+        "steps": 100,
+        "micro_tokens": 24576,  # so that a group of 32 fits into one
+    },
+    "paper": {
+        **_PAPER,
+        "group_size": 8,
+        "loss_norm": "sequence",
+    },
     "released": {
-        **_PAPER, "questions": 32, "mini_batch": 32, "group_size": 4, "lr_schedule": "sigmoid", "warmup": 45,
+        **_PAPER,
+        "questions": 32,
+        "mini_batch": 32,
+        "group_size": 4,
+        "lr_schedule": "sigmoid",
+        "warmup": 45,
         "steps": 4690,  # 30 epochs of 5,000 questions
     },
-}  # fmt: skip
+}
 
-# What the toy recipe has otherwise in the other toy worlds.
-TOY: dict[str, dict] = {"full": {}, "basic": dict(max_turns=2, max_texts=0, max_tokens=128, steps=100)}
+# What the toy recipe sets differently in the other toy worlds.
+TOY: dict[str, dict[str, Any]] = {
+    "full": {},
+    "basic": {"max_turns": 2, "max_texts": 0, "max_tokens": 128, "steps": 100},
+}
 
-
-# What a resumed run may change besides, where equal bits are not promised.
+# What a resumed run may change in addition where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
 
 # Those that say how a search engine is opened: search.py has them too.
 SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
 
-# Where the keys for what an option names belong instead.
-KEYS = dict(teacher="OPENAI_API_KEY", judge="OPENAI_API_KEY", model="HF_TOKEN", data="HF_TOKEN", eval_data="HF_TOKEN")
+# The environment's variables for the keys of what an option names.
+KEYS = {
+    "teacher": "OPENAI_API_KEY",
+    "judge": "OPENAI_API_KEY",
+    "model": "HF_TOKEN",
+    "data": "HF_TOKEN",
+    "eval_data": "HF_TOKEN",
+}
 
 _MANY = 10**12
 
@@ -153,35 +221,49 @@ class Options:
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
-        **dict.fromkeys(("max_turns", "turn_tokens", "slots", "micro_tokens", "timeout", "tool_timeout"), (1, _MANY)),
-        **dict.fromkeys(("seed", "max_images", "max_texts", "budget", "step_budget"), (0, _MANY)),
-        **dict.fromkeys(("min_pixels", "max_pixels"), (28 * 28, _MANY)),
-        "max_tokens": (2, _MANY), "results": (1, 100), "penalty": (0, 1),
-    }  # fmt: skip
+        "max_turns": (1, _MANY),
+        "turn_tokens": (1, _MANY),
+        "slots": (1, _MANY),
+        "micro_tokens": (1, _MANY),
+        "timeout": (1, _MANY),
+        "tool_timeout": (1, _MANY),
+        "seed": (0, _MANY),
+        "max_images": (0, _MANY),
+        "max_texts": (0, _MANY),
+        "budget": (0, _MANY),
+        "step_budget": (0, _MANY),
+        "min_pixels": (28 * 28, _MANY),
+        "max_pixels": (28 * 28, _MANY),
+        "max_tokens": (2, _MANY),
+        "results": (1, 100),
+        "penalty": (0, 1),
+    }
     # What a resumed run may change. The rest changes what comes out of it, or the files that say so.
-    RESUME_FREELY: ClassVar[set[str]] = {
-        *("out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"),
-    }  # fmt: skip
+    RESUME_FREELY: ClassVar[set[str]] = {"out", "timeout", "search_cache", "budget", "step_budget", "log_tokens"}
 
     def __post_init__(self) -> None:
         for name, (low, high) in self.BOUNDS.items():
-            if not low <= getattr(self, name) <= high:  # also refuses NaN
-                raise UserError(f"--{_kebab(name)} {getattr(self, name)}: give a number from {low:g} to {high:g}")
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise UserError(f"--{kebab(name)} {value}: give a number from {low:g} to {high:g}")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
-        _ = self.reward_rule  # refused now, and not after the first rollouts
+        _ = self.reward_rule  # raises now, and not after the first rollouts
         self._check_addresses()
         kind, _, where = self.search.partition(":")
         if kind == "remote" and where:
             server_address(where, "--search remote:")
 
     def _check_addresses(self) -> None:
-        """Options stand in config.json, checkpoints, the report and trackers: no password or key may be among them."""
+        """Refuse passwords and keys: options are written to config.json, checkpoints, the report and trackers."""
         for name, value in dataclasses.asdict(self).items():
-            for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            texts = value if isinstance(value, tuple) else [value]
+            for text in texts:
+                if not isinstance(text, str):
+                    continue
                 address = text.removeprefix("remote:")
                 if "://" in text or name in ("teacher", "judge") or address != text:
-                    refuse_credentials(f"--{_kebab(name)}", address, KEYS.get(name, ""))
+                    refuse_credentials(f"--{kebab(name)}", address, KEYS.get(name, ""))
 
     @property
     def reward_rule(self) -> RewardRule:
@@ -192,14 +274,18 @@ class Options:
     @property
     def datasets(self) -> tuple[str, ...]:
         """What --data names: several data sets for an evaluation, one for training."""
-        return (self.data,) if isinstance(self.data, str) else self.data
+        if isinstance(self.data, str):
+            return (self.data,)
+        return self.data
 
     @classmethod
     def defaults(cls, recipe: str, toy: str) -> dict[str, Any]:
         """What a recipe sets of these options, in a toy world."""
         names = {field.name for field in dataclasses.fields(cls)}
-        recipes = RECIPES[recipe] | (TOY[toy] if recipe == "toy" else {})
-        return {name: value for name, value in recipes.items() if name in names}
+        values = RECIPES[recipe]
+        if recipe == "toy":
+            values = values | TOY[toy]
+        return {name: value for name, value in values.items() if name in names}
 
     def save(self, folder: Path) -> None:
         """Write `folder`/config.json, whole or not at all."""
@@ -214,17 +300,19 @@ class Options:
             raise UserError(f"--out {folder} is not empty and holds no {CONFIG} of a run: name another") from None
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{folder / CONFIG} cannot be read ({error}): name another --out") from None
-        free = self.RESUME_FREELY if self.deterministic else self.RESUME_FREELY | RESUME_UNDETERMINED
-        asked = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
-        now = {name: value for name, value in asked.items() if name not in free}
-        changed = [name for name, value in now.items() if before.get(name) != value]
+        free = self.RESUME_FREELY
+        if not self.deterministic:
+            free = free | RESUME_UNDETERMINED
+        now = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
+        changed = []
+        for name, value in now.items():
+            if name not in free and before.get(name) != value:
+                changed.append(f"--{kebab(name)} (was {before.get(name)!r}, is {value!r})")
         if changed:
-            listed = ", ".join(f"--{_kebab(name)} (was {before.get(name)!r}, is {now[name]!r})" for name in changed)
-            listed = hidden(listed)
             advice = "give the same, or another --out"
             if (folder / "model").is_dir():
                 advice += f" (and --model {folder}/model to start from what it learnt)"
-            raise UserError(f"--out {folder}: the run in it differs in {listed}: {advice}")
+            raise UserError(f"--out {folder}: the run in it differs in {hidden(', '.join(changed))}: {advice}")
 
 
 @dataclass
@@ -234,7 +322,7 @@ class Config(Options):
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: maximise the likelihood of what answered rightly, the model's own rollouts unless one of these is given."""
     demonstrations: tuple[str, ...] = ()
-    """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are made anew."""
+    """Conversations to imitate: rollouts/*.jsonl of a run, or recorded ones; their searches are run again."""
     teacher: str = ""
     """OpenAI-compatible server whose model shows what to imitate, http://HOST (/v1 is added) or with its own path."""
     teacher_model: str = ""
@@ -300,19 +388,41 @@ class Config(Options):
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS,
-        **dict.fromkeys(("steps", "questions", "mini_batch", "group_size", "eval_size", "max_skipped"), (1, _MANY)),
-        **dict.fromkeys(("warmup", "eval_every", "save_every"), (0, _MANY)),
-        "keep_blocks": (-1, _MANY), "keep": (2, _MANY),
-        "lr": (0, 1), "adam_beta2": (0, 0.999999), "max_grad_norm": (1e-12, 1e12),
-        "kl": (0, 1e6), "clip_low": (0, 1), "clip_high": (0, 1e6), "group_eps": (0, 1e6),
-        "importance_cap": (0, 1e6), "temperature": (0.01, 100),
-    }  # fmt: skip
-    RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {
-        *("save_every", "keep", "resume", "max_skipped", "track", "teacher", "keep_blocks"),
-    }  # fmt: skip
+        "steps": (1, _MANY),
+        "questions": (1, _MANY),
+        "mini_batch": (1, _MANY),
+        "group_size": (1, _MANY),
+        "eval_size": (1, _MANY),
+        "max_skipped": (1, _MANY),
+        "warmup": (0, _MANY),
+        "eval_every": (0, _MANY),
+        "save_every": (0, _MANY),
+        "keep_blocks": (-1, _MANY),
+        "keep": (2, _MANY),
+        "lr": (0, 1),
+        "adam_beta2": (0, 0.999999),
+        "max_grad_norm": (1e-12, 1e12),
+        "kl": (0, 1e6),
+        "clip_low": (0, 1),
+        "clip_high": (0, 1e6),
+        "group_eps": (0, 1e6),
+        "importance_cap": (0, 1e6),
+        "temperature": (0.01, 100),
+    }
+    RESUME_FREELY: ClassVar[set[str]] = {
+        *Options.RESUME_FREELY,
+        "save_every",
+        "keep",
+        "resume",
+        "max_skipped",
+        "track",
+        "teacher",
+        "keep_blocks",
+    }
 
     def __post_init__(self) -> None:
-        self.out, self.demonstrations = self.out or f"runs/{self.recipe}", tuple(self.demonstrations)
+        self.out = self.out or f"runs/{self.recipe}"
+        self.demonstrations = tuple(self.demonstrations)
         super().__post_init__()
         self._check_imitation()
         if self.algorithm == "grpo" and self.group_size < 2:
@@ -324,7 +434,7 @@ class Config(Options):
 
     @property
     def imitates(self) -> bool:
-        """Whether somebody else's turns are trained, none of the model's own."""
+        """Whether turns of others are trained, and none of the model's own."""
         return bool(self.demonstrations or self.teacher)
 
     def _check_imitation(self) -> None:
@@ -359,8 +469,10 @@ class EvalConfig(Options):
     """The judging model, as that server calls it; its key: OPENAI_API_KEY."""
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
-        **Options.BOUNDS, "limit": (0, _MANY), "temperature": (0, 100),
-    }  # fmt: skip
+        **Options.BOUNDS,
+        "limit": (0, _MANY),
+        "temperature": (0, 100),
+    }
     RESUME_FREELY: ClassVar[set[str]] = Options.RESUME_FREELY | {"judge", "judge_model"}
 
     def __post_init__(self) -> None:
@@ -393,83 +505,21 @@ def parse(
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
     parser = Parser(program, allow_abbrev=False)
-    add_options(parser, kind, [field.name for field in dataclasses.fields(kind)], _said_defaults(kind))
+    names = [field.name for field in dataclasses.fields(kind)]
+    recipes = {recipe: kind.defaults(recipe, kind.toy) for recipe in RECIPES}
+    add_options(parser, kind, names, default_notes(kind, recipes))
     given = vars(parser.parse_args(argv))
-    toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
-    recipe = given.get("recipe") or ("toy" if toy else "blog")
-    imitated = {"group_size": 1} if given.get("demonstrations") or given.get("teacher") else {}
-    return kind(**{**kind.defaults(recipe, given.get("toy", kind.toy)), **imitated, **given, "recipe": recipe})
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line, and exits with status 2."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        print(f"{self.prog}: {hidden(message)}; --help lists the options", file=sys.stderr)
-        raise SystemExit(2)
+    is_toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
+    recipe = given.get("recipe") or ("toy" if is_toy else "blog")
+    values = kind.defaults(recipe, given.get("toy", kind.toy))
+    if given.get("demonstrations") or given.get("teacher"):
+        values["group_size"] = 1
+    return kind(**{**values, **given, "recipe": recipe})
 
 
 def in_use(folder: Path) -> bool:
-    """Whether anything is there already, but for a lock and a first config.json that a crash cut short."""
+    """Whether a folder holds anything but a lock and a first config.json that a crash cut short."""
     if not folder.is_dir():
         return folder.exists()
     names = [entry.name for entry in folder.iterdir()]
     return any(name != LOCK and not name.startswith(f".{CONFIG}.") for name in names)
-
-
-def add_options(
-    parser: argparse.ArgumentParser, options: type[Options], names: Container[str], said: Mapping[str, str] = {}
-) -> None:
-    """Give `parser` those of the options that are named; what is not on its command line will be absent.
-
-    `said` is added to an option's help.
-    """
-    types, docs = typing.get_type_hints(options), _field_docs(options)
-    for field in dataclasses.fields(options):
-        if field.name not in names:
-            continue
-        kind, name = types[field.name], f"--{_kebab(field.name)}"
-        text = docs.get(field.name, "") + said.get(field.name, "")
-        absent: dict[str, Any] = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-        if typing.get_origin(kind) is Literal:
-            parser.add_argument(name, choices=[c for c in typing.get_args(kind) if c], **absent)
-        elif typing.get_origin(kind) is tuple:
-            parser.add_argument(name, nargs="+", metavar=name[2:].upper(), **absent)
-        elif kind is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **absent)
-        else:
-            parser.add_argument(name, type=kind, metavar=kind.__name__.upper(), **absent)
-
-
-def _said_defaults(options: type[Options]) -> dict[str, str]:
-    """What each option is where it is not given, by recipe where they differ; of one that is off or empty nothing."""
-    said = {}
-    for field in dataclasses.fields(options):
-        recipes: dict[str, list[str]] = {}  # by value
-        for recipe in RECIPES:
-            value = options.defaults(recipe, options.toy).get(field.name, field.default)
-            recipes.setdefault(" ".join(value) if isinstance(value, tuple) else str(value), []).append(recipe)
-        if len(recipes) > 1:
-            by_recipe = (f"{'/'.join(names)}: {value or 'none'}" for value, names in recipes.items())
-            said[field.name] = f" ({', '.join(by_recipe)})"
-        elif field.name != "recipe" and not recipes.keys() & {"", "False", "None"}:
-            said[field.name] = f" ({', '.join(recipes)})"
-    return said
-
-
-def _field_docs(options: type[Options]) -> dict[str, str]:
-    """The string under each field: the help text stands where the field does."""
-    import ast
-    import inspect
-
-    docs: dict[str, str] = {}
-    for kind in options.__mro__[-2::-1]:  # object has none; the base first, so that a field made anew has the last word
-        parsed: Any = ast.parse(inspect.getsource(kind)).body[0]
-        for field, text in zip(parsed.body, parsed.body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                docs[field.target.id] = text.value.value.strip()  # type: ignore
-    return docs
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")

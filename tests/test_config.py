@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmsr.config import RECIPES, Config, EvalConfig, Options, _field_docs, in_use, parse
+from mmsr.config import RECIPES, Config, EvalConfig, Options, in_use, parse
 from mmsr.system.errors import UserError
+from mmsr.system.options import field_docs
 
 # The contract's table, column by column.
 SAME = dict(lr=2e-6, kl=0.001, clip_low=0.2, clip_high=0.2, max_images=1, search="replay:fvqa", data="lmms-lab/FVQA")
@@ -95,7 +96,7 @@ def test_help_explains_every_option(capsys, kind):
         parse(["--help"], kind)
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    docs, names = _field_docs(kind), {field.name for field in dataclasses.fields(kind)}
+    docs, names = field_docs(kind), {field.name for field in dataclasses.fields(kind)}
     assert all(re.search(rf"--{name.replace('_', '-')}[ ,]", text) for name in names)
     assert set(docs) == names, "an option without a word of help"
     squeezed = "".join(text.split())

@@ -9,12 +9,12 @@ from test_rollout import REPLY, home, make, question, tool_text  # noqa: F401
 
 from examples.crop_and_search import CROP_SEARCH, crop, tools
 from mmsr import reward
-from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Hit, Observation
 from mmsr.system.images import decode
 from mmsr.tools import Call, Toolbox, search_tools
+from train import assemble
 
 
 class Gallery:

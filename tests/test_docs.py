@@ -145,7 +145,16 @@ def test_the_readme_has_other_numbers_than_the_results_page():
 
 
 PACKAGE = ROOT / "mmsr"
-FLOORS = ["system", "algorithm", "net", "toy data", "search", "assemble", "report construct"]  # from the bottom
+FLOORS = [
+    "system",
+    "algorithm",
+    "net",
+    "toy data",
+    "search",
+    "setup",
+    "assemble",
+    "report construct",
+]  # from the bottom
 
 
 def modules() -> dict[str, Path]:

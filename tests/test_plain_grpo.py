@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import report
+from helpers import SGD, report
 
 from examples import plain_grpo
 from examples.plain_grpo import Policy, add_gradient, roll_out, sampled_logps, set_advantages, set_reward
@@ -19,7 +19,6 @@ from mmsr.episode import Episode, Example, Observation, Turn
 from mmsr.grpo import group_advantages
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout
-from mmsr.system.optimizer import MasterWeights
 from mmsr.tools import IMAGE_SEARCH, Toolbox, search_tools
 from mmsr.toy.world import LOOK_IT_UP
 from mmsr.update import Trainer, split
@@ -89,7 +88,7 @@ def batch(policy, world):
 def fast_gradients(policy, reference, episodes, updates: int) -> tuple[list[tuple[dict, dict]], dict]:
     """The trainer's updates of a batch, in small micro-batches: weights before each and gradient; and its metrics."""
     model = copy.deepcopy(policy.model)
-    optimizer = MasterWeights(model, lambda parameters: torch.optim.SGD(parameters, lr=LR))
+    optimizer = SGD(model)
     trainer = Trainer(
         model,
         optimizer,

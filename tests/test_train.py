@@ -19,10 +19,8 @@ from helpers import documented, edit_json, picture_bytes
 from safetensors.torch import load_file, save_file
 
 import train
-from mmsr import assemble as assembling
 from mmsr import model as modeling
 from mmsr import pretrained, reward
-from mmsr.assemble import assemble
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
@@ -30,6 +28,7 @@ from mmsr.episode import Episode, Example
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
+from mmsr.setup import policy
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock
 from mmsr.system.parallel import SINGLE
@@ -735,7 +734,7 @@ def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tm
     weights = load_file(spoilt / "model.safetensors")
     head = weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, spoilt / "model.safetensors")
-    setup = assemble(parse(arguments(spoilt, tmp_path / "out")))
+    setup = train.assemble(parse(arguments(spoilt, tmp_path / "out")))
     assert equal({"": setup.model.head_weight}, {"": head}) and not setup.model.config.tie_word_embeddings
     assert "config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().out
 
@@ -784,7 +783,7 @@ def test_prompts_that_do_not_fit_train_nothing_in_silence(capsys, miniature, tmp
     data = questions(tmp_path / "data", question="what is this ? " * 90)
     argv = arguments(miniature, tmp_path / "out", data=data, search="none", eval_size=9, device="cpu")
     with pytest.MonkeyPatch.context() as patch:  # no model is needed to know
-        patch.setattr(assembling, "load_model", lambda *given: pytest.fail("prompts are measured too late"))
+        patch.setattr(policy, "load_model", lambda *given: pytest.fail("prompts are measured too late"))
         with pytest.raises(pytest.fail.Exception):
             train.main(argv)
     err = capsys.readouterr().err.splitlines()

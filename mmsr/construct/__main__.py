@@ -22,7 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 
-from mmsr.config import Parser, add_options, parse
+from mmsr.config import parse
 from mmsr.construct.curate import FAMILIAR, choose, draw_concepts, write_card, write_parquet
 from mmsr.construct.dedup import distinct
 from mmsr.construct.factory import Calls, Factory, Lines, alone, write_lines
@@ -37,7 +37,8 @@ from mmsr.search.web import Service
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_file
 from mmsr.system.journal import Journal
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, ToolFailure, search_tools
+from mmsr.system.options import Parser, add_options
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, ToolFailure, search_tools
 
 # ---- the whole
 
@@ -143,17 +144,27 @@ class Rollouts:
     """k tries of a model with tools and k without them, for a chunk of questions at a time."""
 
     def __init__(self, pool: Path, backend: Any, options: Construction):
-        from mmsr.assemble import assemble
+        from mmsr.assemble import Setup
+        from mmsr.setup.policy import open_policy
+        from mmsr.setup.questions import fetch_files, open_questions, open_world
+        from mmsr.setup.search import Search
+        from mmsr.system.parallel import SINGLE
 
         model = ["--model", options.model] if options.model else []
         recipe = ["--recipe", options.recipe] if options.recipe else []
         recipe += ["--toy", "basic"] if options.recipe == "toy" else []  # the demo's world
         given = [*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)]
         config = parse(given, program="mmsr.construct")
-        self.setup, self.questions = assemble(config), read_examples(pool)
-        self.tries, self.seed = options.tries, options.seed
+        world = open_world(config)
+        files = fetch_files([config.data, config.eval_data], SINGLE)
+        questions = open_questions(config, files, world, SINGLE)
         tools = search_tools(backend, config.max_images, config.max_texts)
-        self.setup.toolbox = Toolbox(tools, inline=config.deterministic)
+        search = Search(tools, spending=None, scripts=None)
+        policy = open_policy(config, tools, questions, world, SINGLE)
+        self.setup = Setup(config, SINGLE, world, questions, search, policy)
+        self.questions = read_examples(pool)
+        self.tries = options.tries
+        self.seed = options.seed
 
     def __call__(self, item: dict, reasons: Counter) -> list[dict]:
         rows = range(item["first"], item["first"] + len(item["questions"]))

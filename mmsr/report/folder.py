@@ -3,8 +3,8 @@
 `OUT/inputs.json` records these inputs by their digests: the questions with their pictures, the model's files, the
 prompts and recorded conversations; and the source files that decide what is computed. A changed input ends a resumed
 run: one row less moves every later question, and another base model is another KL reference. A changed source file is a
-warning, for a bug may have been fixed. So is a changed recording of searches that training replays, which may have
-grown; an evaluation refuses that, since its numbers are averaged over both parts.
+warning, for a bug may have been fixed. A changed recording of searches is a warning in training, where it may have
+grown. An evaluation refuses it, since its numbers are averaged over both parts.
 
 Whole files are hashed, and not a sample of them, in four threads: a second per gigabyte on two busy cores, so a quarter
 of a minute for a model of 16 GB, which is then in the system's cache. The questions are read once more, one at a time.
@@ -21,16 +21,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic
 
-from mmsr.assemble import Setup, prompts_folder
+from mmsr.assemble import Setup
 from mmsr.chat import PROMPTS
-from mmsr.config import CONFIG, AnyOptions, Config, Options, in_use
+from mmsr.config import CONFIG, AnyOptions, Config, in_use
 from mmsr.episode import Example
+from mmsr.setup.policy import prompts_folder
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock, check_out, code_digest, file_digest, json_file, make_out, write_whole
 from mmsr.system.parallel import Ranks
 
 INPUTS = "inputs.json"
-GIVEN, MAY_CHANGE = "given", "may change"
+GIVEN = "given"  # the key in inputs.json of what must stay
+MAY_CHANGE = "may change"  # and of what may change, with a warning
 # All that the program reads of a model.
 MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
 MOST_NAMED = 3  # changed things in one message
@@ -38,7 +40,8 @@ MOST_NAMED = 3  # changed things in one message
 # Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
 ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
-    *("config.py", "plan.py", "system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/export.py"),
+    *("config.py", "plan.py", "setup/checks.py"),
+    *("system/checkpoint.py", "system/export.py", "system/files.py", "system/interrupt.py", "system/options.py"),
     *("data/judge.py", "search/serve.py", "toy/base.py"),
 }
 
@@ -50,13 +53,16 @@ class RunFolder(Generic[AnyOptions]):
 
     def __init__(self, config: AnyOptions, ranks: Ranks):
         """Raises UserError where another process is at work in the folder, or where this is not the run in it."""
-        self.config, self.folder, self.ranks = config, Path(config.out), ranks
+        self.config = config
+        self.folder = Path(config.out)
+        self.ranks = ranks
         self.inputs: dict[str, Digests] = {}
         self.noted = False  # whether inputs.json is there
+        self.lock: Lock | None = None
         if ranks.main:
             check_out(self.folder)
-        begun = (self.folder / CONFIG).exists()
-        self.lock = Lock(self.folder) if begun and ranks.main else None
+            if (self.folder / CONFIG).exists():
+                self.lock = Lock(self.folder)
         try:
             self.check_options(in_use(self.folder))
         except UserError:
@@ -85,23 +91,30 @@ class RunFolder(Generic[AnyOptions]):
         """
         if not self.ranks.main:
             return
-        recording = _recording(self.config)
-        grows = recording if isinstance(self.config, Config) else {}
-        self.inputs = {
-            GIVEN: _given(setup, data) | (recording if not grows else {}),
-            MAY_CHANGE: _sources(self.config, program) | grows,
-        }
-        if not (self.folder / CONFIG).exists():
-            return
+        recording = _recording(self.config.search)
+        given = _given(setup, data)
+        may_change = _sources(program, self.config.tools)
+        if isinstance(self.config, Config):
+            may_change |= recording
+        else:
+            given |= recording
+        self.inputs = {GIVEN: given, MAY_CHANGE: may_change}
+        if (self.folder / CONFIG).exists():
+            self._compare()
+
+    def _compare(self) -> None:
+        """Warn of what may change and did. Raises UserError where another input has changed."""
         before = self._noted()
         if before is None:
             missing = f"--out {self.folder} has no {INPUTS} of this version to compare with"
             print(f"warning: {missing}: data, model and prompts could not be checked", file=sys.stderr)
             return
         self.noted = True
-        if changed := _changed(before[MAY_CHANGE], self.inputs[MAY_CHANGE]):
+        changed = _changed(before[MAY_CHANGE], self.inputs[MAY_CHANGE])
+        if changed:
             print(f"warning: --out {self.folder}: {_said(changed)} since the run in it began", file=sys.stderr)
-        if changed := _changed(before[GIVEN], self.inputs[GIVEN]):
+        changed = _changed(before[GIVEN], self.inputs[GIVEN])
+        if changed:
             advice = "restore what it was, or name another folder"
             raise UserError(f"--out {self.folder}: {_said(changed)} since the run in it began; {advice}")
 
@@ -124,9 +137,9 @@ class RunFolder(Generic[AnyOptions]):
             found = json_file(self.folder / INPUTS)
         except UserError:
             return None
-        parts = [found.get(kind) for kind in (GIVEN, MAY_CHANGE)] if isinstance(found, dict) else [None]
-        known = all(isinstance(part, dict) and all(isinstance(said, str) for said in part.values()) for part in parts)
-        return found if known else None
+        if isinstance(found, dict) and _are_digests(found.get(GIVEN)) and _are_digests(found.get(MAY_CHANGE)):
+            return found
+        return None
 
     def check_there(self) -> None:
         """Raises UserError where the folder was removed or replaced under the run."""
@@ -134,78 +147,108 @@ class RunFolder(Generic[AnyOptions]):
             self.lock.check()
 
 
+def _are_digests(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
 def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
+    """Of the questions, the toy world, and the files of model, prompts and demonstrations."""
     config = setup.config
     found = {name: _questions(examples) for name, examples in data.items()}
     if setup.world:
         settings = repr((setup.world.seed, setup.world.settings))
         found["the toy world"] = hashlib.sha256(settings.encode()).hexdigest()
+    files: dict[str, Path] = {}
     model = f"--model {config.model}" if config.model else "toy base model"
-    files = {f"{model}/{file.name}": file for pattern in MODEL_FILES for file in setup.folder.glob(pattern)}
-    for folder in (PROMPTS / "real", prompts_folder(config)):  # what a prompts folder lacks is the real set's
-        files |= {f"--prompts {config.prompts}/{file.name}": file for file in folder.glob("*.txt")}
+    for pattern in MODEL_FILES:
+        for file in setup.folder.glob(pattern):
+            files[f"{model}/{file.name}"] = file
+    for folder in (PROMPTS / "real", prompts_folder(config.prompts)):  # a prompt that a folder lacks is the real set's
+        for file in folder.glob("*.txt"):
+            files[f"--prompts {config.prompts}/{file.name}"] = file
     if isinstance(config, Config):
-        files |= {f"--demonstrations {name}": Path(name) for name in config.demonstrations}
+        for name in config.demonstrations:
+            files[f"--demonstrations {name}"] = Path(name)
     return found | _files(files)
 
 
-def _recording(config: Options) -> Digests:
+def _recording(search: str) -> Digests:
     """The file of a search engine that is one: a recording, an index."""
-    kind, _, name = config.search.partition(":")
-    return _files({f"--search {kind}:{name}": Path(name)}) if Path(name).is_file() else {}
+    kind, _, name = search.partition(":")
+    if not Path(name).is_file():
+        return {}
+    return _files({f"--search {kind}:{name}": Path(name)})
 
 
-def _sources(config: Options, program: str) -> Digests:
-    files = {Path(program).name: Path(program)} | _tool_files(config.tools)
-    return _own_sources() | {name: code_digest(file) for name, file in files.items()}
+def _sources(program: str, tools: str) -> Digests:
+    sources = dict(_own_sources())
+    sources[Path(program).name] = code_digest(Path(program))
+    for name, file in _tool_files(tools).items():
+        sources[name] = code_digest(file)
+    return sources
 
 
 def _tool_files(tools: str) -> dict[str, Path]:
-    """The module that --tools names, and of its package what else is loaded."""
+    """The module that --tools names, and what else of its package is loaded."""
     package = tools.partition(":")[0].partition(".")[0]
     if package in ("", "mmsr"):
         return {}
-    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == package}
-    files = {name: getattr(module, "__file__", None) or "" for name, module in modules.items()}
-    return {f"{name.replace('.', '/')}.py": Path(file) for name, file in files.items() if file.endswith(".py")}
+    files = {}
+    for name, module in sys.modules.items():
+        file = getattr(module, "__file__", None) or ""
+        if name.split(".")[0] == package and file.endswith(".py"):
+            files[f"{name.replace('.', '/')}.py"] = Path(file)
+    return files
 
 
 @lru_cache  # they are what this process has loaded
 def _own_sources() -> Digests:
     package = Path(__file__).parents[1]
-    names = sorted(str(file.relative_to(package)) for file in package.rglob("*.py"))
-    used = [name for name in names if name not in ASIDE and name.split("/")[0] not in ASIDE_ROOMS]
-    return {f"mmsr/{name}": code_digest(package / name) for name in used}
+    sources = {}
+    for name in sorted(str(file.relative_to(package)) for file in package.rglob("*.py")):
+        if name not in ASIDE and name.split("/")[0] not in ASIDE_ROOMS:
+            sources[f"mmsr/{name}"] = code_digest(package / name)
+    return sources
 
 
 def _files(files: Mapping[str, Path]) -> Digests:
     with ThreadPoolExecutor(4) as threads:
-        return dict(zip(files, threads.map(file_digest, files.values())))
+        digests = threads.map(file_digest, files.values())
+        return dict(zip(files, digests))
 
 
 def _questions(examples: Sequence[Example]) -> str:
     """How many they are, and a digest of everything that a run sees of them, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        said = [example.id, example.question, example.answers, example.category, example.image_url]
-        digest.update(json.dumps(said).encode() + b"\n" + hashlib.sha256(example.image).digest())
+        texts = [example.id, example.question, example.answers, example.category, example.image_url]
+        picture = hashlib.sha256(example.image).digest()
+        digest.update(json.dumps(texts).encode() + b"\n" + picture)
     return f"{len(examples)} questions, {digest.hexdigest()}"
 
 
 def _changed(before: Digests, now: Digests) -> list[str]:
     """What changed, in words."""
-    names = sorted(before.keys() | now.keys())
-    return [f"{n} has changed{_how(before.get(n), now.get(n))}" for n in names if before.get(n) != now.get(n)]
+    changed = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            changed.append(f"{name} has changed{_how(old, new)}")
+    return changed
 
 
 def _how(before: str | None, now: str | None) -> str:
     """What else is known about a change: a file is new or gone, questions are fewer or more."""
-    if before is None or now is None:
-        return " (was not there)" if before is None else " (is gone)"
-    old, new = (digest.rpartition(", ")[0] for digest in (before, now))
+    if before is None:
+        return " (was not there)"
+    if now is None:
+        return " (is gone)"
+    old = before.rpartition(", ")[0]  # "N questions" of what `_questions` gives, else empty
+    new = now.rpartition(", ")[0]
     return f" ({old}, now {new})" if old != new else ""
 
 
 def _said(changed: Sequence[str]) -> str:
+    listed = ", ".join(changed[:MOST_NAMED])
     more = len(changed) - MOST_NAMED
-    return ", ".join(changed[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{listed} and {more} more" if more > 0 else listed

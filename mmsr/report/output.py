@@ -7,7 +7,9 @@ import json
 import math
 import sys
 import time
-from typing import Any, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,9 +38,11 @@ class Output(RunFolder[Config]):
     def __init__(self, config: Config, ranks: Ranks):
         self.track = Tracker(config.track if ranks.main else "")
         super().__init__(config, ranks)
-        self.metrics, self.rollouts = self.folder / "metrics.jsonl", self.folder / "rollouts"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.rollouts = self.folder / "rollouts"
         self.album = Album(self.folder / "images")
-        self.report_due, self.report_failed = 0.0, False
+        self.report_due = 0.0  # by time.perf_counter
+        self.report_failed = False
 
     def check_options(self, used: bool) -> None:
         if used and not self.config.resume:
@@ -46,10 +50,12 @@ class Output(RunFolder[Config]):
         super().check_options(used)
 
     def check(self, setup: Setup, program: str) -> None:
-        """Raises UserError where a run that goes on is made of something else than before. `program`: train.py."""
-        c = self.config
-        asked = {f"--data {c.data}": setup.questions, f"--eval-data {c.eval_data}": setup.eval_questions}
-        files = {name: questions for name, questions in asked.items() if name.split(" ", 1)[1] not in ("", "toy")}
+        """Raises UserError where a resumed run is made of something else than before. `program`: train.py."""
+        files = {}
+        if self.config.data != "toy":
+            files[f"--data {self.config.data}"] = setup.questions
+        if self.config.eval_data not in ("", "toy"):
+            files[f"--eval-data {self.config.eval_data}"] = setup.eval_questions
         self.check_inputs(setup, files, program)
 
     def begin(self, done: int) -> None:
@@ -74,16 +80,15 @@ class Output(RunFolder[Config]):
             file.truncate(_kept_bytes(file, done))
 
     def steps(self) -> list[dict]:
-        """The lines of metrics.jsonl about the steps that are done; nothing but on the main rank."""
+        """The lines of metrics.jsonl about the steps that are done. Other ranks than the main one get none."""
         if not self.ranks.main:
             return []
-        records = map(_record, self.metrics.read_bytes().splitlines())
-        return [record for record in records if record and alarms.NEEDED <= record.keys()]
+        return [record for record in _records(self.metrics) if alarms.NEEDED <= record.keys()]
 
     def line(self, record: dict | None) -> None:
         """Add to metrics.jsonl; of an interrupted evaluation (None) nothing.
 
-        Onto the disk: a checkpoint, which is, must not know of steps that the other files lack.
+        It is on the disk when this returns: a checkpoint must not know of steps that the other files lack.
         """
         if record is None or not self.ranks.main:
             return
@@ -94,20 +99,28 @@ class Output(RunFolder[Config]):
 
     def step(self, step: int, metrics: dict, episodes: Sequence[Episode], pieces: Callable | None) -> None:
         """A step's files. `pieces` as in `Episode.record`, for as many whole groups as `MOST_DETAILED` allows."""
-        detailed = max(1, MOST_DETAILED // self.config.group_size)
-        records = ((e, e.record(pieces if e.group_id < detailed else None)) for e in episodes)
-        lines = [(e.group_id, e.sample, json.dumps(record, ensure_ascii=False) + "\n") for e, record in records]
+        detailed = max(1, MOST_DETAILED // self.config.group_size)  # groups
+        lines = []
+        for episode in episodes:
+            record = episode.record(pieces if episode.group_id < detailed else None)
+            lines.append((episode.group_id, episode.sample, json.dumps(record, ensure_ascii=False) + "\n"))
         lines = sorted(self.ranks.gather(lines))
         pictures = self.ranks.gather(self.album.new(episodes))
         if not self.ranks.main:
             return
         self.check_there()
         self.album.add(pictures)
-        self.rollouts.mkdir(exist_ok=True)  # somebody may have made room
+        self.rollouts.mkdir(exist_ok=True)  # the user may have removed it to make room
         # JSON may hold lone surrogates, which UTF-8 cannot: escaped with a backslash they are JSON again.
         encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
         write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
         self.line(metrics)
+
+    def warn(self, sentences: Iterable[str]) -> None:
+        """One line each on standard error, above the progress bar."""
+        if self.ranks.main:
+            for sentence in sentences:
+                tqdm.write(sentence, file=sys.stderr)
 
     def report(self, at_once: bool = False) -> None:
         """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
@@ -134,18 +147,25 @@ class Output(RunFolder[Config]):
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return
-        records = map(_record, self.metrics.read_bytes().splitlines())
-        evaluations = [record for record in records if record and "eval" in record]
-        names = {"eval": "{}, greedy", "eval_sampled": "{}, T = 1"}
-        rows = {
-            names.get(mode, mode.replace("_", " ")).format(when): row
-            for when, found in (("before", evaluations[0]), ("after", evaluations[-1]))
-            for mode, row in found.items()
-            if mode != "step"
-        }
-        mix = setup.world.settings.mix if setup.config.data == "toy" and not setup.config.eval_data else None
         written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
-        print(f"\n{evaluate.table(rows, mix)}\n\n{self.folder}: {written}")
+        print(f"\n{self._summary(setup)}\n\n{self.folder}: {written}")
+
+    def _summary(self, setup: Setup) -> str:
+        """The table of the first evaluation and the last."""
+        evaluations = [record for record in _records(self.metrics) if "eval" in record]
+        rows = {}
+        for when, evaluation in (("before", evaluations[0]), ("after", evaluations[-1])):
+            for mode, by_category in evaluation.items():
+                if mode == "eval":
+                    rows[f"{when}, greedy"] = by_category
+                elif mode == "eval_sampled":
+                    rows[f"{when}, T = 1"] = by_category
+                elif mode != "step":
+                    rows[mode.replace("_", " ")] = by_category
+        mix = None
+        if self.config.data == "toy" and not self.config.eval_data:
+            mix = setup.world.settings.mix
+        return evaluate.table(rows, mix)
 
 
 def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
@@ -153,16 +173,24 @@ def _kept_bytes(lines: Iterable[bytes], done: int) -> int:
 
     A damaged line between such lines stays where it is; one at the end was cut short by a crash.
     """
-    kept = end = 0
+    kept = 0  # bytes up to the end of the last line that stays
+    end = 0  # bytes up to the end of the present line
     for line in lines:
         end += len(line)
         record = _record(line)
         if record is None or not line.endswith(b"\n"):
             continue
-        if record["step"] > done or record["step"] == done and "eval" in record:
+        is_repeated = record["step"] > done or record["step"] == done and "eval" in record
+        if is_repeated:
             break
         kept = end
     return kept
+
+
+def _records(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are not damaged."""
+    records = map(_record, metrics.read_bytes().splitlines())
+    return [record for record in records if record]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -171,8 +199,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if record is not None and isinstance(record.get("step"), int) else None
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """`value` with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

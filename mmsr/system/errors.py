@@ -1,4 +1,4 @@
-"""What a user can mend, told in one line."""
+"""What a user can mend, in one line."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, or its type where there is no message."""
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[0]

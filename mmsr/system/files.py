@@ -1,5 +1,7 @@
-"""Files that are there whole or not at all, folders that one process holds, digests of what files say, and JSON whose
-damage is told with file and row. Imports nothing heavy."""
+"""Files written whole or not at all, folders that one process locks, digests of files, and JSON that is read with care.
+
+A file that cannot be read, written or understood is a UserError with its name and row. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,13 @@ from mmsr.system.errors import UserError
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path to write to: what stands there in the end takes the place of `path`. UserError where that cannot be."""
+    """A temporary path to write to. When the block ends, the file there replaces `path`.
+
+    Raises UserError where that fails.
+    """
     side = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        with _written(path):
+        with _explain_write_errors(path):
             yield side
             side.replace(path)
     finally:
@@ -33,14 +38,14 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """On the disk, and not only in its cache, when this returns. Raises UserError as `beside` does."""
+    """Write a file. It is on the disk, not only in its cache, when this returns. Raises UserError where that fails."""
     with beside(path) as side:
         _write(side, "wb", pieces)
 
 
 def append(path: Path, pieces: Iterable[bytes]) -> None:
-    """As `write_whole`, at the end of what is there; a crash may leave some of it."""
-    with _written(path):
+    """Write at the end of a file, onto the disk as `write_whole` does. A crash may leave a part of it."""
+    with _explain_write_errors(path):
         _write(path, "ab", pieces)
 
 
@@ -52,7 +57,8 @@ def _write(path: Path, mode: str, pieces: Iterable[bytes]) -> None:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _explain_write_errors(path: Path) -> Iterator[None]:
+    """Turns what the system says of a failed write into a UserError."""
     try:
         yield
     except OSError as error:
@@ -61,7 +67,7 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def make_out(folder: Path) -> None:
-    """The folder that --out means. UserError where it cannot be."""
+    """Make the folder of --out. Raises UserError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,28 +75,31 @@ def make_out(folder: Path) -> None:
 
 
 def check_out(folder: Path) -> None:
-    """UserError where `make_out` would certainly fail, told before minutes are spent; nothing is made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written in" if there.is_dir() else "is no folder"
-        raise UserError(f"--out {folder}: cannot be made ({there} {why}); name another folder")
+    """Raises UserError where `make_out` would certainly fail, before a run spends minutes. Makes nothing."""
+    nearest = folder.absolute()  # the folder, or the nearest one above it that exists
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(f"--out {folder}: cannot be made ({nearest} is no folder); name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: cannot be made ({nearest} may not be written in); name another folder")
 
 
 LOCK = ".lock"
 
 
 class Lock:
-    """A folder that this process alone works in, until `release` or its end, however it ends: the system lets go.
+    """A folder that only this process works in, until `release` or its end. The system frees a dead process's lock.
 
     The file `.lock` in the folder names the holder, and is empty when there is none. Readers need no lock. On NFS the
-    lock holds between machines; one that dies keeps it until its lease ends, about 90 seconds. A file system without
-    locks costs a warning, and then nothing keeps a second run out.
+    lock holds between machines; a machine that dies keeps it until its lease ends, about 90 seconds. On a file system
+    without locks there is a warning, and nothing keeps a second run out.
     """
 
     def __init__(self, folder: Path):
         """Raises UserError where another process holds the folder, or where it cannot be written."""
         self.folder = folder
-        with _written(folder / LOCK):
+        with _explain_write_errors(folder / LOCK):
             self.file = open(folder / LOCK, "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,12 +112,12 @@ class Lock:
             complaint = f"this file system has no locks ({error.strerror})"
             print(f"warning: --out {folder}: {complaint}: make sure that no other run uses it", file=sys.stderr)
         os.register_at_fork(after_in_child=self.file.close)  # a child that outlives this process would keep the lock
-        with _written(folder / LOCK):
+        with _explain_write_errors(folder / LOCK):
             self.file.truncate(0)
             self.file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def check(self) -> None:
-        """Raises UserError where the folder is not there any more, or is another than the one that was locked."""
+        """Raises UserError where the folder is gone, or is not the one that was locked."""
         try:
             same = os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self.file.fileno()))
         except (FileNotFoundError, NotADirectoryError):
@@ -118,6 +127,7 @@ class Lock:
             raise UserError(f"--out {self.folder}: {complaint}; put it back and go on, or name another folder")
 
     def release(self) -> None:
+        """Free the folder. Does nothing the second time."""
         if self.file.closed:
             return
         with suppress(OSError):  # the folder may be gone, and with it what there was to release
@@ -126,18 +136,19 @@ class Lock:
         self.file.close()
 
     def _holder(self) -> str:
+        """What the file says about the process that holds the lock, in brackets."""
         self.file.seek(0)
         said = self.file.read(200).decode("utf-8", "replace")
         return f" ({said})" if said.isprintable() and said else ""
 
 
 def cache_folder() -> Path:
-    """Where base models and recorded searches are kept, of all runs: MMSR_CACHE, or else in the home folder."""
+    """Where the base models and recorded searches of all runs are kept: MMSR_CACHE, or a folder in the home folder."""
     return Path(os.environ.get("MMSR_CACHE") or Path.home() / ".cache" / "mmsr")
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read piece by piece: about a second per gigabyte. UserError where it cannot be read."""
+    """SHA-256 of a file, read piece by piece: about a second per gigabyte. Raises UserError where it cannot be read."""
     digest = hashlib.sha256()
     with opened(path) as file:
         while piece := file.read(2**20):
@@ -146,10 +157,10 @@ def file_digest(path: Path) -> str:
 
 
 def code_digest(path: Path) -> str:
-    """SHA-256 of what a Python file does: comments, docstrings and layout do not count. UserError if it is no Python.
+    """SHA-256 of what a Python file does: comments, docstrings and layout do not count.
 
-    It is that of the syntax tree, spelled so that versions of Python agree, which `ast.dump` does not do. Of a file
-    that is nested too deeply for that, it is that of its bytes.
+    The syntax tree is hashed, written so that versions of Python agree: `ast.dump` differs between them. Of a file
+    that is nested too deeply for that, the bytes are hashed. Raises UserError if the file is no Python.
     """
     spelled: list[str] = []
     try:
@@ -186,7 +197,7 @@ def _is_text(node: Any) -> bool:
 
 
 def object_in(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None where it is cut short, damaged or no object."""
+    """The JSON object in a line. None where it is cut short, damaged or no object."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -195,7 +206,7 @@ def object_in(line: bytes) -> dict[str, Any] | None:
 
 
 def json_file(path: Path) -> Any:
-    """What a whole JSON file holds. Raises UserError where it is missing or none."""
+    """What a JSON file holds. Raises UserError where it is missing or is no JSON."""
     with opened(path) as file:
         try:
             return json.load(file)
@@ -205,11 +216,8 @@ def json_file(path: Path) -> Any:
 
 def json_object(path: Path, row: int, line: bytes) -> dict[str, Any]:
     """The object that a line of a JSON lines file holds. Raises UserError where it holds none."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+    found = object_in(line)
+    if found is None:
         raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; write one a line")
     return found
 
@@ -225,7 +233,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open for reading, or say in a UserError why not."""
+    """The file, open for reading. Raises UserError where it cannot be opened."""
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -235,4 +243,5 @@ def opened(path: Path) -> BinaryIO:
 
 
 def missing(path: Path) -> UserError:
+    """The error to raise for a file that is not there."""
     return UserError(f"{path}: no such file; check the path")

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as requests, so that a run ends where nothing is half done.
 
-What may be dropped at any moment (rollouts, evaluation) is broken off at once; what may not (an update, its files, a
-checkpoint) is finished first.
+Work that may be dropped at any moment (rollouts, evaluation) is broken off at once. Work that may not (an update, its
+files, a checkpoint) is finished first.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ T = TypeVar("T")
 
 
 class BrokenOff(BaseException):
-    """No Exception, so that no `except Exception` on the way out takes it for an error of its own.
+    """Raised by a signal. It is no Exception, so that no `except Exception` on its way out mistakes it for an error.
 
-    Who has to catch every BaseException (`tools`) lets this one through.
+    Code that has to catch every BaseException (`tools`) lets this one through.
     """
 
 
 class Interrupts:
     """Within `with Interrupts() as stop`, a signal sets `stop.requested`. A second Ctrl-C kills the process at once.
 
-    For the main thread, the only one that Python hands signals to.
+    For the main thread, the only one in which Python handles signals.
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal = 0  # the number of the first one; 0 before
         self._may_break = False
+        self._before: dict[int, Any] = {}  # the handlers to put back
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -40,6 +42,7 @@ class Interrupts:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal came."""
         return self.signal != 0
 
     @property
@@ -48,7 +51,10 @@ class Interrupts:
         return 128 + self.signal if self.signal else 0
 
     def breakable(self, work: Callable[..., T], *args: Any) -> T | None:
-        """work(*args), broken off by a signal: then, and where one came before, None. It must leave nothing behind."""
+        """work(*args), which a signal breaks off. None then, and if a signal came before.
+
+        `work` must leave nothing half done outside of it.
+        """
         if self.requested:
             return None
         try:
@@ -61,10 +67,11 @@ class Interrupts:
             return None
 
     def _note(self, number: int, frame: Any) -> None:
+        """Handles a signal."""
         if not self.signal:
             self.signal = number
             message = f"\n{signal.Signals(number).name}: stopping after what cannot be dropped; Ctrl-C stops at once\n"
-            os.write(2, message.encode())  # print may be what the signal came into the middle of
+            os.write(2, message.encode())  # the signal may have come in the middle of a print
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._may_break:
             self._may_break = False

@@ -14,7 +14,6 @@ from PIL import Image
 from test_formats import parquet, picture, row
 from test_train import arguments, run
 
-from mmsr.assemble import assemble
 from mmsr.config import parse
 from mmsr.data import fvqa as hub
 from mmsr.episode import Example, Hit
@@ -22,6 +21,7 @@ from mmsr.search.cache import import_results
 from mmsr.search.store import Store, image_key
 from mmsr.system.errors import UserError
 from mmsr.tools import Call
+from train import assemble
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from helpers import SEARCHES
 
-from mmsr import assemble
 from mmsr.config import Config, Options
 from mmsr.data.formats import read_examples
 from mmsr.data.recorded import recorded_turns
@@ -24,6 +23,8 @@ from mmsr.search import cache
 from mmsr.search.backends import import_searches, open_backend
 from mmsr.search.cache import Cached, Replayed, export_jsonl, import_jsonl, import_results, import_transcripts, merge
 from mmsr.search.store import Store, image_key, text_key
+from mmsr.setup.questions import Questions
+from mmsr.setup.search import open_search
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
@@ -431,7 +432,7 @@ def test_replay_takes_conversations_or_a_store(tmp_path, store, transcripts):
         assert miss.ok and miss.hits == () and miss.source == "replay"
     assert path.read_bytes() == before
     forced = Config(search=f"replay:{path}", force_searches=True)
-    refused(lambda: assemble._search(forced, forced.search, None, [], SINGLE), str(path), "force")
+    refused(lambda: open_search(forced, forced.search, None, Questions({}), SINGLE), str(path), "force")
     refused(lambda: open_backend(Options(search=f"replay:{tmp_path}/no.sqlite")), "no.sqlite", "no such")
 
 

@@ -20,8 +20,8 @@ from helpers import SGD, conversation, report, tiny_config, tiny_model
 from test_update import EXAMPLE, SUPPRESSED, made, relative
 
 from mmsr import pretrained
-from mmsr.assemble import load_model
 from mmsr.episode import Episode
+from mmsr.setup.policy import load_model
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import OtherRankFailed, Ranks, balanced_partition, full_state_dict, shard, unsharded

@@ -1,0 +1,111 @@
+"""The line that metrics.jsonl gets for a training step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmsr import evaluate
+from mmsr.assemble import Setup
+from mmsr.config import Config
+from mmsr.episode import Episode
+from mmsr.report import alarms
+from mmsr.report.html import shape_name
+
+LOSS = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "grad_norm", "skipped_updates")
+
+
+def step_metrics(
+    step: int,
+    setup: Setup[Config],
+    episodes: Sequence[Episode],
+    counts: Mapping[str, float],
+    update: Mapping[str, float],
+    zero_std_groups: int,
+    lr: float,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """A step in numbers. `episodes` and `zero_std_groups` are this rank's; `counts` and `update` are those of all."""
+    means = evaluate.summary(episodes, setup.ranks)
+    n = means.pop("n")  # episodes of all ranks
+    sums = setup.ranks.sum(_sums(episodes, zero_std_groups))
+    errors: Counter = Counter(_group(sums, "error"))
+    metrics: dict[str, Any] = {"step": step, **means}
+    metrics["format"] = sums["format"] / n
+    metrics["tool_calls"] = sums["tool_calls"]
+    metrics["tool_failures"] = errors.total()
+    metrics["tool_errors"] = dict(errors.most_common(3))
+    metrics["response_tokens"] = sums["response_tokens"] / n
+    metrics["zero_std_groups"] = sums["zero_std_groups"]
+    metrics |= {key: update[key] for key in LOSS}
+    if setup.config.imitates:  # the model did not sample these tokens
+        metrics["logp_gap"] = math.nan
+        metrics["logp_gap_max"] = math.nan
+    metrics["status"] = _group(sums, "status")
+    metrics["shapes"] = _group(sums, "shape")
+    metrics["by_category"] = _by_category(episodes, setup)
+    metrics["lr"] = lr
+    metrics["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
+    tokens = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
+    tokens |= {key: update[key] for key in ("trained", "trained_unique")}
+    metrics["tokens"] = tokens
+    if setup.spending:
+        metrics["spent"] = setup.spending.spent
+    encoded = counts["images_encoded"] + update["encoded"]
+    metrics["images"] = {"distinct": counts["images_distinct"], "encoded": encoded}
+    return metrics
+
+
+def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]:
+    """What the ranks add up. A key that is a pair belongs to a group of counts: (group, name)."""
+    sums: dict[Any, float] = {
+        "format": sum(episode.reward_parts["format"] for episode in episodes),
+        "tool_calls": sum(episode.searches() for episode in episodes),
+        "response_tokens": sum(sum(episode.loss_mask) for episode in episodes),
+        "zero_std_groups": zero_std_groups,
+    }
+    sums |= Counter(("status", episode.status) for episode in episodes)
+    sums |= Counter(("shape", _shape(episode)) for episode in episodes)
+    for error, count in evaluate.tool_errors(episodes).items():
+        sums["error", error] = count
+    return sums
+
+
+def _group(sums: Mapping[Any, float], group: str) -> dict[str, float]:
+    """The counts of a group by name."""
+    found = {}
+    for key, value in sums.items():
+        if isinstance(key, tuple) and key[0] == group:
+            found[key[1]] = value
+    return found
+
+
+def _shape(episode: Episode) -> str:
+    actions = [turn.action for turn in episode.turns if turn.role == "assistant"]
+    return shape_name(actions, episode.status)
+
+
+def _by_category(episodes: Sequence[Episode], setup: Setup) -> dict[str, dict[str, float]]:
+    """Each category's number of episodes and search ratio."""
+    found = {}
+    for category, means in evaluate.by_category(episodes, setup.ranks).items():
+        found[category] = {"n": means["n"], "search_ratio": means["search_ratio"]}
+    return found
+
+
+def note_alarms(metrics: dict[str, Any], history: list[dict], setup: Setup[Config]) -> list[str]:
+    """Add a step's metrics to the `history` of the steps before, with the words of its alarms.
+
+    Returns the sentences that are to be printed.
+    """
+    config = setup.config
+    can_search = config.max_turns > 1 and any(tool.limit for tool in setup.toolbox.tools.values())
+    dtype = str(setup.dtype).removeprefix("torch.")
+    found = alarms.alarms([*history, metrics], dtype, can_search and not config.imitates)
+    if found:
+        metrics["alarms"] = list(found)
+    sentences = alarms.to_say(found, history)
+    history.append(metrics)
+    return sentences

@@ -1,0 +1,114 @@
+"""What would go wrong hours later is refused before a weight is loaded: long prompts, another tokenizer, memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from mmsr import plan
+from mmsr.chat import ANSWER, IMAGE_PAD, VISION_END, VISION_START, Chat
+from mmsr.config import Config, EvalConfig, Options
+from mmsr.episode import Example
+from mmsr.model import ModelConfig
+from mmsr.setup.questions import my_places
+from mmsr.system.errors import UserError
+from mmsr.system.parallel import Ranks
+from mmsr.vision import image_tokens
+
+WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # takes the place of a picture while the words around it are counted
+
+
+def check_tokens(folder: Path, chat: Chat, model: ModelConfig) -> None:
+    """Raises UserError for a tokenizer of another model: the model would read its tokens as something else."""
+    chat.suppressed_tokens(model.vocab_size)  # raises where the vocabulary is too small
+    expected = {
+        IMAGE_PAD: model.image_token_id,
+        VISION_START: model.vision_start_token_id,
+        VISION_END: model.vision_end_token_id,
+    }
+    for name, token_id in expected.items():
+        if chat.added[name] != token_id:
+            where = f"{name} is {chat.added[name]} in tokenizer.json and {token_id} in config.json"
+            raise UserError(f"{folder}: {where}; take both from the same checkpoint")
+
+
+def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks) -> None:
+    """Warn of prompts that leave no room for the shortest answer. Raises UserError where none leaves any.
+
+    A rollout of such a prompt ends before its first token, or within its answer. It teaches nothing, and would silently
+    count as wrong.
+    """
+    answer = len(chat.assistant(f"<{ANSWER}></{ANSWER}>"))
+    if config.turn_tokens < answer:
+        raise UserError(f"--turn-tokens {config.turn_tokens}: the shortest answer takes {answer}; give more")
+    shortest = config.max_tokens
+    too_long = []  # (place, id)
+    with ranks.sync_errors():
+        for place, example, length in prompt_lengths(questions, chat, config, ranks):
+            shortest = min(shortest, length)
+            if length + answer > config.max_tokens:
+                too_long.append((place, example.id))
+    shares = ranks.all_gather((shortest, too_long))
+    shortest = min(shortest for shortest, _ in shares)
+    too_long = sorted(chain.from_iterable(too_long for _, too_long in shares))
+    if not too_long:
+        return
+    fit = f"fit --max-tokens {config.max_tokens} with a picture and an answer of {answer} tokens"
+    mend = "raise --max-tokens, lower --max-pixels, or shorten the prompt"
+    if len(too_long) == len(questions):
+        raise UserError(f"{option}: no prompt can {fit}; the shortest takes {shortest}; {mend}")
+    if ranks.main:
+        ids = ", ".join(name for _, name in too_long[:5])
+        if len(too_long) > 5:
+            ids += ", …"
+        some = f"{len(too_long)} of {len(questions)} prompts do not"
+        consequence = "they cannot be answered and count as wrong"
+        print(f"WARNING: {option}: {some} {fit}: {consequence} ({ids}); {mend}", file=sys.stderr)
+
+
+def prompt_lengths(
+    questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks
+) -> Iterator[tuple[int, Example, int]]:
+    """(place, question, tokens of its prompt) of this rank's share. No picture is decoded: its header has its size."""
+    direct = isinstance(config, EvalConfig) and config.mode == "direct"
+
+    @cache
+    def tokens_of_words(question: str) -> int:
+        return len(chat.prompt(question, WITHOUT_TOKENS, direct).ids)
+
+    for place in my_places(len(questions), ranks, "measuring prompts", "prompt"):
+        example = questions[place]
+        picture = image_tokens(example.image, config.min_pixels, config.max_pixels)
+        yield place, example, tokens_of_words(example.question) + picture
+
+
+def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Print the memory plan. Raises UserError where it does not fit, with what would help."""
+    machine = this_machine(ranks, dtype)
+    capacity = machine[0]
+    found = plan.check(model, config, *machine)
+    whole = f"Memory plan: at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
+    if ranks.device.type == "cuda":
+        ranks.print(found.table())
+    ranks.print(whole)
+    if config.recompute:
+        blocks = model.num_hidden_layers
+        kept = plan.kept_as_fits(model, config, *machine).keep_blocks
+        recomputed = max(0, blocks - kept)
+        ranks.print(f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
+
+
+def this_machine(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
+    """What the memory plan asks of a machine: bytes of a device, processes, those on one machine, bytes of a number."""
+    if ranks.device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
+    else:
+        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
+    return capacity, ranks.size, ranks.node_size, dtype.itemsize

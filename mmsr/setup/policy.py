@@ -1,0 +1,94 @@
+"""The model that is trained or evaluated: its folder found, its tokenizer and prompts checked, its weights loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mmsr import attention, plan, pretrained
+from mmsr import model as modeling
+from mmsr.chat import PROMPTS, Chat
+from mmsr.config import Config, Options
+from mmsr.setup.checks import check_memory, check_prompts, check_tokens, this_machine
+from mmsr.setup.questions import Questions
+from mmsr.system import parallel
+from mmsr.system.errors import UserError
+from mmsr.system.hub import resolve
+from mmsr.system.parallel import Ranks
+from mmsr.tools import Tool
+from mmsr.toy import base as toy_base
+from mmsr.toy import world as toy
+
+
+@dataclass
+class Policy:
+    """A model, and how it is talked to."""
+
+    folder: Path  # the checkpoint that it is loaded from
+    chat: Chat
+    dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
+    model: modeling.Qwen2_5_VL  # sharded over the ranks
+
+
+def open_policy(
+    config: Options, tools: Sequence[Tool], questions: Questions, world: toy.World | None, ranks: Ranks
+) -> Policy:
+    """The model that --model names. Raises UserError where it, its prompts or its memory cannot be, as early as known.
+
+    `questions`: their prompts have to fit.
+    """
+    dtype = compute_dtype(config.dtype, ranks.device)
+    prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
+    if config.model:
+        find = partial(resolve, config.model)
+    else:
+        find = partial(toy_base.base_model, world)
+    folder = ranks.main_process_first("model folder", find)
+    with ranks.sync_errors():
+        sizes = pretrained.skeleton(folder).config  # weights that do not fit are refused before memory is counted
+        chat = Chat(folder, prompts, list(tools))
+        check_tokens(folder, chat, sizes)
+    if pretrained.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+        ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
+    for option, asked in questions.by_option.items():
+        check_prompts(option, asked, chat, config, ranks)
+    if isinstance(config, Config):
+        check_memory(config, sizes, dtype, ranks)
+    stored = torch.float32 if ranks.size > 1 else dtype
+    model = load_model(folder, dtype, stored, ranks, config.shard)
+    attention.sum_widely(config.deterministic)
+    if isinstance(config, Config):
+        model.checkpoint_blocks = config.recompute
+        model.visual.checkpoint_blocks = config.recompute
+        machine = this_machine(ranks, dtype)
+        model.kept_blocks = plan.kept_as_fits(sizes, config, *machine).keep_blocks
+    return Policy(folder, chat, dtype, model)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that --dtype names: if it is empty, bfloat16 on CUDA and float32 elsewhere."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def prompts_folder(name: str) -> Path:
+    """The folder that --prompts names. Raises UserError where there is none."""
+    folder = PROMPTS / name if name in ("toy", "real") else Path(name)
+    if not folder.is_dir():
+        raise UserError(f"--prompts {name}: no such folder; give toy, real or a folder with user.txt in it")
+    return folder
+
+
+def load_model(
+    folder: Path, compute: torch.dtype, stored: torch.dtype, ranks: Ranks, across: str
+) -> modeling.Qwen2_5_VL:
+    """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
+    if ranks.size == 1:
+        return pretrained.load(folder, stored, ranks.device)
+    with ranks.sync_errors():
+        model = pretrained.skeleton(folder)
+    model = parallel.shard(model.to(stored), ranks, compute, across)
+    return parallel.load_sharded(model, pretrained.stored_weights(folder, model), ranks)

@@ -1,0 +1,87 @@
+"""What the model may call: the search engine, the tools over it, and the limits of a rollout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from mmsr.config import Config, Options
+from mmsr.data.recorded import RecordedTurn, recorded_turns
+from mmsr.episode import Example
+from mmsr.rollout import Limits, Scripts
+from mmsr.search import backends
+from mmsr.search.store import Budget
+from mmsr.setup.questions import FVQA_SEARCH, Questions
+from mmsr.system.errors import UserError
+from mmsr.system.parallel import Ranks
+from mmsr.tools import Tool, more_tools, search_tools
+from mmsr.toy import world as toy
+
+
+@dataclass
+class Search:
+    """What the model may call."""
+
+    tools: list[Tool]
+    spending: Budget | None  # where searches cost money
+    scripts: Scripts | None  # the recorded model turns that --force-searches plays
+
+
+def open_search(config: Options, search: str, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
+    """The search engine that `search` names, as `fetch_search` gives it, and the tools of the run.
+
+    `questions`: a recording may know a picture by a question's id alone. Raises UserError.
+    """
+    scripts = None
+    with ranks.sync_errors():
+        if isinstance(config, Config) and config.force_searches:
+            scripts = forced_searches(search.removeprefix("replay:"), config.group_size)
+        if search == "toy":
+            if config.datasets != ("toy",):
+                raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
+            engine = backends.Search(world.web)
+        else:
+            if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
+                _warn_of_text_searches()
+            examples = chain.from_iterable(questions.by_option.values())
+            ledger = Path(config.out) / "spent.sqlite"
+            engine = backends.open_backend(replace(config, search=search), examples, ledger, quiet=not ranks.main)
+    tools = search_tools(engine.backend, config.max_images, config.max_texts)
+    tools += more_tools(config.tools, engine.backend)
+    return Search(tools, engine.spending, scripts)
+
+
+def _warn_of_text_searches() -> None:
+    advice = "give --search live or local:FILE, or --max-texts 0"
+    print(f"--search replay:fvqa holds image searches only: every text search finds nothing; {advice}", file=sys.stderr)
+
+
+def forced_searches(file: str, group_size: int) -> Scripts:
+    """The turns that --force-searches plays. Raises UserError where the file holds no conversations."""
+    if not file.endswith(".jsonl"):
+        raise UserError(f"--force-searches: {file} holds no conversations: give replay:FILE.jsonl with some")
+    return partial(_recorded_script, recorded_turns(file), group_size)
+
+
+def _recorded_script(
+    recorded: Mapping[str, list[RecordedTurn]], group_size: int, example: Example, sample: int
+) -> list[str]:
+    """The recorded searches of an example, for the first half of its group. The other half is free."""
+    if sample >= group_size // 2:
+        return []
+    return [turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None]
+
+
+def rollout_limits(config: Options) -> Limits:
+    """What every rollout of a run may use."""
+    return Limits(
+        max_turns=config.max_turns,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        tool_seconds=config.tool_timeout,
+        stop_on_tool_error=config.on_tool_error == "drop",
+    )
