@@ -32,7 +32,7 @@ from mmsr.report import compare
 from mmsr.report.album import Album
 from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
-from mmsr.rollout import Opening
+from mmsr.rollout import Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
 from mmsr.system.interrupt import Interrupts
@@ -81,7 +81,7 @@ def roll_out(
     rows: list[int],
     questions: Sequence[Example],
     setup: Setup,
-    script: Callable[[Example, int], list[str]] | None,
+    script: Callable[[Example, int], Script] | None,
     stop: Interrupts,
     bar: tqdm,
 ) -> tuple[list[dict[str, Any]], list[Episode]] | None:
@@ -113,18 +113,21 @@ def calls_allowed(setup: Setup) -> int:
     return 0 if setup.config.mode == "direct" else min(limits, setup.config.max_turns - 1)
 
 
-def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], list[str]]:
+def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], Script]:
     """The forced image search, and the openings of the turns that follow, as far as the limits go."""
     if world and config.prompts == "toy":
-        return lambda example, sample: world.always_search(example, config.max_texts > 0)
+        return lambda example, sample: Script(world.always_search(example, config.max_texts > 0))
     own, usual = prompts_folder(config) / "rag.txt", PROMPTS / "real" / "rag.txt"
     turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
     if len(turns) != 3:
         complaint = "write three: the turn of an image search, the first words of a text search's, and of an answer's"
         raise UserError(f"{own}: {len(turns)} lines; {complaint}")
-    image, query, answer = turns[0], Opening(turns[1]), Opening(turns[2])
-    searches = [image] * bool(config.max_images) + [query] * bool(config.max_texts)
-    return lambda example, sample: [*searches[: config.max_turns - 1], answer]
+    image_search, text_search, answer = turns
+    searches = config.max_turns - 1
+    forced = [image_search] if config.max_images and searches else []
+    openings = [text_search] if config.max_texts and searches > len(forced) else []
+    script = Script(forced, [*openings, answer])
+    return lambda example, sample: script
 
 
 class Output(RunFolder[EvalConfig]):

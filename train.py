@@ -20,11 +20,12 @@ from mmsr import evaluate, grpo
 from mmsr.assemble import Setup, assemble, launch
 from mmsr.config import Config
 from mmsr.data.sampler import Sampler
-from mmsr.episode import TOOL_ERROR, Episode
+from mmsr.episode import TOOL_ERROR, Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.html import shape_name
 from mmsr.report.output import Output
+from mmsr.rollout import Script
 from mmsr.system.errors import UserError
 from mmsr.system.interrupt import Interrupts
 from mmsr.system.parallel import Ranks
@@ -233,9 +234,13 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
     """
     c = setup.config
     setup.begin_step(f"evaluation {step}")
+
+    def always_search(example: Example, sample: int) -> Script:
+        return Script(setup.world.always_search(example, c.max_texts > 0))
+
     modes: dict[str, tuple] = {"eval": (0.0, None, False), "eval_sampled": (1.0, None, False)}
     if step == 0 and c.data == "toy":
-        modes["always_search"] = (1.0, lambda example, _: setup.world.always_search(example, c.max_texts > 0), False)
+        modes["always_search"] = (1.0, always_search, False)
         modes["never_search"] = (1.0, None, True)
     line: dict[str, Any] = {"step": step}
     for name, (temperature, scripts, direct) in modes.items():

@@ -24,7 +24,7 @@ from mmsr.assemble import Setup, assemble_evaluation
 from mmsr.config import EvalConfig, parse
 from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import ANSWERED, Example
-from mmsr.rollout import Rollout
+from mmsr.rollout import Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
 from mmsr.system.parallel import leave, start
@@ -40,9 +40,9 @@ class OneTurn(Rollout):
 def replay(setup: Setup, examples: Sequence[Example], recorded: dict[str, list[RecordedTurn]]) -> list[dict[str, Any]]:
     """For each recorded turn of these examples: its number from 0, what was recorded and what the model says now."""
 
-    def script(example: Example, sample: int) -> list[str]:
+    def script(example: Example, sample: int) -> Script:
         """Sample k is asked for turn k; one behind the last turn has nothing to say."""
-        return [turn.response for turn in recorded[example.id]][:sample]
+        return Script([turn.response for turn in recorded[example.id]][:sample])
 
     plain = setup.new_rollout(setup.model, temperature=0.0)
     rollout = OneTurn(plain.engine, plain.chat, plain.toolbox, plain.limits)

@@ -27,7 +27,7 @@ from mmsr.data.recorded import demonstrations, recorded_turns
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Turn
 from mmsr.reward import answer_score, score
-from mmsr.rollout import Limits, Rollout, Scripts
+from mmsr.rollout import Limits, Rollout, Script, Scripts
 from mmsr.search.backends import Search, open_backend
 from mmsr.search.store import Budget
 from mmsr.system import parallel
@@ -382,11 +382,11 @@ def _search(
     return open_backend(options, chain(*known), ledger, quiet=not ranks.main), scripts
 
 
-def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> list[str]:
+def _recorded_script(recorded: dict, group_size: int, example: Example, sample: int) -> Script:
     """The recorded searches of an example, for the first half of its group; the other half is free."""
     if sample >= group_size // 2:
-        return []
-    return [turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None]
+        return Script()
+    return Script([turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None])
 
 
 def _imitate_file(setup: Setup) -> None:
@@ -410,9 +410,9 @@ def _imitate_file(setup: Setup) -> None:
     else:
         questions.keep(places)  # type: ignore[attr-defined]  # what is no list is a Dataset
 
-    def script(example: Example, sample: int) -> list[str]:
-        turns = right(example)
-        return turns[sample % len(turns)]
+    def script(example: Example, sample: int) -> Script:
+        conversations = right(example)
+        return Script(conversations[sample % len(conversations)])
 
     setup.scripts = script
 

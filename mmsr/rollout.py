@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence, Union
+from typing import Callable, Sequence, Union
 
 from mmsr.chat import Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
@@ -28,11 +28,19 @@ OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
 
 
-Scripts = Callable[[Example, int], Union[Sequence[str], "Future[list[str]]"]]  # of an example and a sample
+@dataclass(frozen=True)
+class Script:
+    """The beginning of a conversation that is given instead of sampled (replay, RAG, demonstrations).
+
+    The tools that forced turns call really run. Forced tokens are not trained (but see `Episode.imitate`).
+    """
+
+    turns: Sequence[str] = ()  # the first model turns, each forced as a whole
+    openings: Sequence[str] = ()  # first words of the turns that follow; the model writes the rest of each
 
 
-class Opening(str):
-    """In a script, how a model turn begins: these words are forced, the model writes the rest of the turn."""
+# Gives the script of an example's k-th sample, or a Future of it where it has to be written first.
+Scripts = Callable[[Example, int], Union[Script, "Future[Script]"]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class _Run:
 
     episode: Episode
     sequence: GeneratedSequence
-    script: Any  # model turns to force, then openings of turns; a Future of them until they are needed
+    script: Script | Future[Script]
+    forced: list[str] = field(default_factory=list)  # turns of the script that are still to be forced
+    openings: list[str] = field(default_factory=list)
     begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
     calls: dict[str, int] = field(default_factory=dict)
     turns: int = 0
@@ -119,8 +129,7 @@ class Rollout:
         `group_ids`: the examples' own, where they are not all of a batch and so not 0, 1, 2, ...
 
         `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
-        model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
-        an `Opening` for each of the turns that follow. All are asked for before one that is a Future is waited for.
+        what each conversation begins with; all are asked for before one that is a Future is waited for.
         """
         ids = range(len(examples)) if group_ids is None else group_ids
         with ThreadPoolExecutor() as pool:  # opening pictures lets go of the interpreter
@@ -171,25 +180,26 @@ class Rollout:
             length = len(prompt.ids)
             episode = Episode(example, group_id, sample, list(prompt.ids), [0] * length, [0.0] * length)
             episode.images, episode.prompt_length = list(prompt.images), length
-            self.runs[sequence] = _Run(episode, sequence, scripts(example, sample) if scripts else [])
+            self.runs[sequence] = _Run(episode, sequence, scripts(example, sample) if scripts else Script())
             sequences.append(sequence)
         return SequenceGroup(prompt.ids, prompt.images, sequences)
 
     def _play_scripts(self) -> None:
         """Run all scripts to their last forced turn, tools included, before sampling begins."""
         for run in self.runs.values():
-            run.script = list(run.script.result() if isinstance(run.script, Future) else run.script)
+            script = run.script.result() if isinstance(run.script, Future) else run.script
+            run.forced, run.openings = list(script.turns), list(script.openings)
+            if not run.forced and run.openings:
+                run.begun = 0
+                run.sequence.force(self._opening(run))
             self._force_turn(run)
         while self.waiting:
             self._collect(block=True)
 
     def _force_turn(self, run: _Run) -> None:
-        if not run.script or run.episode.status:
+        if not run.forced:
             return
-        if opening := self._opening(run):
-            run.begun = len(run.sequence.ids)
-            return run.sequence.force(opening)
-        text = run.script.pop(0)
+        text = run.forced.pop(0)
         start = len(run.sequence.ids)
         run.sequence.force(self.chat.assistant(text))
         turn = self._turn(run, text, start, forced=True)
@@ -199,8 +209,7 @@ class Rollout:
 
     def _opening(self, run: _Run) -> list[int]:
         """Ids of the opening that the script has for the coming turn; none where it has none."""
-        begins = run.script and isinstance(run.script[0], Opening)
-        return self.chat.opening(run.script.pop(0)) if begins else []
+        return self.chat.opening(run.openings.pop(0)) if run.openings and not run.forced else []
 
     # ---- turns ------------------------------------------------------------------------------------------------------
 
@@ -274,8 +283,7 @@ class Rollout:
         if sequence.group is not None:
             return self.engine.extend(sequence, piece.ids + opening, piece.images)
         sequence.force(piece.ids + opening, piece.images)  # before sampling begins
-        if not opening:
-            self._force_turn(run)
+        self._force_turn(run)
 
     def _end(self, run: _Run, status: str) -> None:
         """Close the episode: its tokens are the prompt's and the member's, as they stand."""

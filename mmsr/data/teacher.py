@@ -22,7 +22,7 @@ from mmsr.chat import IMAGE_PAD, START, STOP, Chat, Piece
 from mmsr.episode import Example, Observation
 from mmsr.net.client import FATAL
 from mmsr.net.completions import picture_part
-from mmsr.rollout import OVER_LIMIT, Limits
+from mmsr.rollout import OVER_LIMIT, Limits, Script
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
 from mmsr.system.kept import Kept, key_of
@@ -30,7 +30,7 @@ from mmsr.tools import Call, Toolbox, ToolFailure
 
 AT_ONCE = 16  # conversations
 ANSWER_TOKENS = 4096  # of a turn, thoughts included
-FAILED = [""]  # the script of a question that the teacher failed: a turn that says nothing, and so teaches nothing
+FAILED = Script([""])  # where the teacher failed: a turn that says nothing ends the episode, and teaches nothing
 PICTURE = SimpleNamespace(tokens=1)  # stands for any picture while turns are laid out
 
 
@@ -48,16 +48,16 @@ class Teacher:
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="teacher")
         self.failed = 0
 
-    def __call__(self, example: Example, sample: int) -> Future[list[str]]:
+    def __call__(self, example: Example, sample: int) -> Future[Script]:
         return self.pool.submit(self._show, example)
 
     def drop(self) -> None:
         """Give up what has not begun."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _show(self, example: Example) -> list[str]:
+    def _show(self, example: Example) -> Script:
         try:
-            return self._converse(example)
+            return Script(self._converse(example))
         except (ToolFailure, TimeoutError) as error:
             if getattr(error, "kind", "") in FATAL:
                 raise UserError(f"--teacher: {error}; mend that and go on with --resume") from None
