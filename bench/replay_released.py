@@ -33,8 +33,11 @@ from mmsr.system.parallel import leave, start
 class OneTurn(Rollout):
     """Ends an episode when the model has written one turn of its own."""
 
-    def _act(self, run, turn):
-        super()._act(run, turn) if turn.forced else self._end(run, ANSWERED)
+    def _act(self, conversation, turn):
+        if turn.forced:
+            super()._act(conversation, turn)
+        else:
+            self._end(conversation, ANSWERED)
 
 
 def replay(setup: Setup, examples: Sequence[Example], recorded: dict[str, list[RecordedTurn]]) -> list[dict[str, Any]]:

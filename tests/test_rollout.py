@@ -105,8 +105,8 @@ def make(
     rollout = Rollout(engine, chat, Toolbox(tools, inline), limits, direct)
 
     def words(sequence):
-        run = rollout.runs[sequence]
-        text = say(run.episode, run.turns)
+        conversation = rollout.conversations[sequence]
+        text = say(conversation.episode, conversation.model_turns)
         return None if text is None else chat.assistant(text)
 
     if say:
@@ -438,7 +438,7 @@ def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
         (ANSWERED, "Douro"), (ANSWERED, "Tagus River"), (INVALID, None), (ANSWERED, "Tagus River")
     ]  # fmt: skip
     assert sorted(map(id, done)) == sorted(map(id, episodes)), "every episode is reported once"
-    assert not rollout.engine.seated and not rollout.waiting
+    assert not rollout.engine.seated and not rollout.pending
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
