@@ -25,13 +25,14 @@ NEEDS_SEARCH = {"search_required", "unfamiliar", "held_out", "known_new_fact", "
 NEEDS_NO_SEARCH = {"search_free", "familiar", "familiar_fact"}
 
 Line = Mapping[str, Any]  # of episodes.jsonl
+Numbers = dict[str, float]  # by the name of a measure
 OFFICIAL = RewardRule("paper")
 STRICT = RewardRule("strict")
 RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")  # the measures that get an interval
 DRAWS = 1000
 
 
-def measures(episode: Episode) -> dict[str, float]:
+def measures(episode: Episode) -> Numbers:
     """The numbers of a scored episode. Their means are those of a set."""
     return {
         "accuracy": episode.reward_parts["accuracy"],
@@ -42,8 +43,8 @@ def measures(episode: Episode) -> dict[str, float]:
     }
 
 
-def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
-    """`measures`, and what only an evaluation has. `accuracy` is by the official scorer, whatever the reward's rule."""
+def more_measures(episode: Episode, calls_allowed: int) -> Numbers:
+    """`measures`, and what only an evaluation has. Here `accuracy` is by the official scorer under any reward rule."""
     return {
         **measures(episode),
         "accuracy": answer_score(episode, OFFICIAL),
@@ -57,9 +58,9 @@ def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
     }
 
 
-def add_up(episodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def add_up(episodes: Iterable[Numbers]) -> Numbers:
     """Sums of several episodes' measures, and their number `n`."""
-    sums: dict[str, float] = {"n": 0}
+    sums: Numbers = {"n": 0}
     for numbers in episodes:
         sums["n"] += 1
         for key, value in numbers.items():
@@ -67,18 +68,19 @@ def add_up(episodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return sums
 
 
-def means(sums: Mapping[str, float]) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> Numbers:
     """Sums over `n` episodes divided by `n`. `n` itself stays."""
-    divided = {key: value / max(sums["n"], 1) for key, value in sums.items()}
+    n = max(sums["n"], 1)
+    divided = {key: value / n for key, value in sums.items()}
     return {**divided, "n": sums["n"]}
 
 
-def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, float]:
+def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> Numbers:
     """Means over all ranks' scored episodes, and `n`."""
     return means(ranks.sum(add_up(map(measures, episodes))))
 
 
-def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, dict[str, float]]:
+def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, Numbers]:
     """`summary` per category, in order of first appearance. An example without a category counts under "all"."""
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:
@@ -88,7 +90,7 @@ def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str,
     for category, members in groups.items():
         for key, value in add_up(map(measures, members)).items():
             sums[category, key] = value
-    totals: dict[str, dict[str, float]] = {}
+    totals: dict[str, Numbers] = {}
     for (category, key), value in ranks.sum(sums).items():
         totals.setdefault(category, {})[key] = value
     return {category: means(total) for category, total in totals.items()}
@@ -111,7 +113,7 @@ def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
 # ---- tables
 
 
-def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:
+def table(rows: dict[str, dict[str, Numbers]], mix: Numbers | None = None) -> str:
     """Text table of several evaluations, a column each: `rows` maps a name to its `by_category`.
 
     A cell has the shares of episodes that searched by image and by text (left out where there were none) and the
@@ -138,7 +140,7 @@ def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | No
     return aligned(lines)
 
 
-def _overall(row: dict[str, dict[str, Any]], mix: dict[str, float] | None, keys: Sequence[str]) -> dict[str, float]:
+def _overall(row: dict[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
     """Weighted means over an evaluation's categories. A category that the mix does not name has no weight."""
     if mix:
         weights = {name: mix.get(name, 0) for name in row}
@@ -152,7 +154,7 @@ def _overall(row: dict[str, dict[str, Any]], mix: dict[str, float] | None, keys:
     return overall
 
 
-def _cell(numbers: Mapping[str, float], keys: Sequence[str]) -> str:
+def _cell(numbers: Numbers, keys: Sequence[str]) -> str:
     return " ".join(f"{numbers[key]:.2f}" for key in keys)
 
 
@@ -202,7 +204,10 @@ def _result(lines: Sequence[Line]) -> dict[str, Any]:
     found["not_asked"] = sum(line["measures"]["turns"] == 0 for line in out_of_tokens)
     found["cut"] = len(out_of_tokens) - found["not_asked"]
     judged = [line for line in lines if line.get("judged") is not None]
-    agreed = [line["judged"] == (line["measures"]["accuracy"] == 1) for line in judged]
+    agreed = []
+    for line in judged:
+        exact_match = line["measures"]["accuracy"] == 1
+        agreed.append(line["judged"] == exact_match)
     found["accuracy_judge"] = _mean(_verdicts(lines))
     found["judge_agreement"] = _mean(agreed)
     found["judge_failures"] = sum("judged" in line for line in lines) - len(judged)
@@ -247,4 +252,5 @@ def interval(values: Sequence[float]) -> list[float]:
     for _ in range(DRAWS):
         drawn = dice.integers(0, n, n)  # (n,) with replacement
         resampled.append(sample[drawn].mean())
-    return np.quantile(resampled, [0.025, 0.975]).round(6).tolist()
+    bounds = np.quantile(resampled, [0.025, 0.975])
+    return bounds.round(6).tolist()

@@ -1,7 +1,7 @@
 """A checkpoint's `tokenizer.json`: text to ids and back, with control tokens kept apart from text.
 
-`encode` knows the checkpoint's BPE model but none of its added tokens, so no text, whoever wrote it, becomes a control
-token. Their ids are in `added`, by name. Files that cannot be used are refused when they are opened.
+`encode` knows the checkpoint's BPE model but none of its added tokens, so no text becomes a control token. Their ids
+are in `added`, by name. Files that cannot be used are refused when they are opened.
 """
 
 from __future__ import annotations
