@@ -32,7 +32,7 @@ from mmsr.report import compare
 from mmsr.report.album import Album
 from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
-from mmsr.rollout import Opening, Scripts
+from mmsr.rollout import Script
 from mmsr.setup.policy import open_policy, prompts_folder
 from mmsr.setup.questions import Questions, fetch_files, fetch_search, open_data_sets, open_world
 from mmsr.setup.search import open_search
@@ -87,7 +87,7 @@ def ask(
     rows_by_name: Mapping[str, list[int]],
     data_sets: Mapping[str, Sequence[Example]],
     setup: Setup[EvalConfig],
-    script: Scripts | None,
+    script: Callable[[Example, int], Script] | None,
     output: Output,
     stop: Interrupts,
 ) -> None:
@@ -111,7 +111,7 @@ def roll_out(
     rows: list[int],
     questions: Sequence[Example],
     setup: Setup[EvalConfig],
-    script: Scripts | None,
+    script: Callable[[Example, int], Script] | None,
     stop: Interrupts,
     bar: tqdm,
 ) -> tuple[list[dict[str, Any]], list[Episode]] | None:
@@ -155,10 +155,10 @@ def calls_allowed(setup: Setup[EvalConfig]) -> int:
     return min(limits, setup.config.max_turns - 1)
 
 
-def rag_script(config: EvalConfig, world: World | None) -> Scripts:
+def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, int], Script]:
     """The forced image search, and the openings of the turns that follow, as far as the limits go."""
     if world and config.prompts == "toy":
-        return lambda example, sample: world.always_search(example, config.max_texts > 0)
+        return lambda example, sample: Script(world.always_search(example, config.max_texts > 0))
     own = prompts_folder(config.prompts) / "rag.txt"
     usual = PROMPTS / "real" / "rag.txt"
     turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
@@ -166,12 +166,10 @@ def rag_script(config: EvalConfig, world: World | None) -> Scripts:
         complaint = "write three: the turn of an image search, the first words of a text search's, and of an answer's"
         raise UserError(f"{own}: {len(turns)} lines; {complaint}")
     image_search, text_search, answer = turns
-    searches: list[str] = []
-    if config.max_images:
-        searches.append(image_search)
-    if config.max_texts:
-        searches.append(Opening(text_search))
-    script = [*searches[: config.max_turns - 1], Opening(answer)]
+    searches = config.max_turns - 1
+    forced = [image_search] if config.max_images and searches else []
+    openings = [text_search] if config.max_texts and searches > len(forced) else []
+    script = Script(forced, [*openings, answer])
     return lambda example, sample: script
 
 

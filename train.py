@@ -24,6 +24,7 @@ from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
+from mmsr.rollout import Script
 from mmsr.setup.policy import load_model, open_policy
 from mmsr.setup.questions import fetch_files, fetch_search, open_questions, open_world
 from mmsr.setup.search import open_search
@@ -221,8 +222,8 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
     config = setup.config
     setup.begin_step(f"evaluation {step}")
 
-    def always_search(example: Example, sample: int) -> list[str]:
-        return setup.world.always_search(example, config.max_texts > 0)
+    def always_search(example: Example, sample: int) -> Script:
+        return Script(setup.world.always_search(example, config.max_texts > 0))
 
     modes: dict[str, dict[str, Any]] = {"eval": dict(temperature=0.0), "eval_sampled": dict(temperature=1.0)}
     if step == 0 and config.data == "toy":

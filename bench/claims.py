@@ -29,6 +29,7 @@ from toy_runs import SHAPES, Outcome, Variant, main, mean, parser
 
 import train
 from mmsr.episode import Example
+from mmsr.rollout import Script
 from mmsr.toy.base import WarmStart, copied, recalled
 from mmsr.toy.world import FULL, LOOK_IT_UP, NAME, QUESTIONS, Category, Settings, World, graded, look_up
 
@@ -54,7 +55,7 @@ def foreign_teacher() -> None:
 
     def assemble(config, ranks, world):
         setup = open_run(config, ranks, world)
-        setup.scripts = lambda example, sample: demonstration(world, example)
+        setup.scripts = lambda example, sample: Script(demonstration(world, example))
         return setup
 
     def assign_advantages(episodes, config):

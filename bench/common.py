@@ -97,11 +97,12 @@ def picture(side: int, seed: int) -> bytes:
 class ForcedSearch(Rollout):
     """Searches in turn 1 and answers in turn 2, whatever the model says."""
 
-    def _turn_ended(self, run):
-        run.sequence.stopped = True
-        super()._turn_ended(run)
+    def _turn_ended(self, conversation):
+        conversation.sequence.stopped = True
+        super()._turn_ended(conversation)
 
-    def _turn(self, run, *args, **options):
-        turn = super()._turn(run, *args, **options)
-        turn.action, turn.query = ("image_search", "") if run.turns == 1 else ("answer", "")
+    def _record_turn(self, conversation, *args, **options):
+        turn = super()._record_turn(conversation, *args, **options)
+        turn.action = "image_search" if conversation.model_turns == 1 else "answer"
+        turn.query = ""
         return turn

@@ -25,7 +25,7 @@ from mmsr.assemble import Setup
 from mmsr.config import EvalConfig, parse
 from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import ANSWERED, Example
-from mmsr.rollout import Rollout
+from mmsr.rollout import Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
 from mmsr.system.parallel import distributed, exit_process
@@ -34,16 +34,19 @@ from mmsr.system.parallel import distributed, exit_process
 class OneTurn(Rollout):
     """Ends an episode when the model has written one turn of its own."""
 
-    def _act(self, run, turn):
-        super()._act(run, turn) if turn.forced else self._end(run, ANSWERED)
+    def _act(self, conversation, turn):
+        if turn.forced:
+            super()._act(conversation, turn)
+        else:
+            self._end(conversation, ANSWERED)
 
 
 def replay(setup: Setup, examples: Sequence[Example], recorded: dict[str, list[RecordedTurn]]) -> list[dict[str, Any]]:
     """For each recorded turn of these examples: its number from 0, what was recorded and what the model says now."""
 
-    def script(example: Example, sample: int) -> list[str]:
+    def script(example: Example, sample: int) -> Script:
         """Sample k is asked for turn k; one behind the last turn has nothing to say."""
-        return [turn.response for turn in recorded[example.id]][:sample]
+        return Script([turn.response for turn in recorded[example.id]][:sample])
 
     plain = setup.new_rollout(setup.model, temperature=0.0)
     rollout = OneTurn(plain.engine, plain.chat, plain.toolbox, plain.limits)

@@ -25,6 +25,8 @@ from tqdm import tqdm
 import train
 from mmsr import evaluate
 from mmsr.config import Config
+from mmsr.episode import Example
+from mmsr.rollout import Script
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import SINGLE
 from mmsr.toy.base import WarmStart, base_model
@@ -81,10 +83,14 @@ def forced(config: Config, world: World, before: Path, after: Path) -> dict[str,
         "always, before": (before, 0.0, False), "always, after": (after, 0.0, False),
         "always, after, T = 1": (after, 1.0, False), "never, before": (before, 0.0, True),
     }  # fmt: skip
+
+    def always_search(example: Example, sample: int) -> Script:
+        return Script(world.always_search(example, config.max_texts > 0))
+
     found = {}
     for name, (model, temperature, direct) in wanted.items():
         setup = train.assemble(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
-        scripts = None if direct else lambda example, sample: world.always_search(example, config.max_texts > 0)
+        scripts = None if direct else always_search
         seed = (config.seed, "always_search")
         episodes, _ = setup.roll_out(setup.eval_questions, 1, seed, temperature, direct=direct, scripts=scripts)
         setup.score(episodes)

@@ -1,7 +1,7 @@
-"""The three records that every other module speaks.
+"""The three records that all other modules share.
 
-`Example` is what data gives, `Observation` what a tool gives, `Episode` what a rollout is. Whoever swaps the
-data, the tools or the trainer keeps these and changes one file.
+`Example` is what data gives, `Observation` what a tool gives, `Episode` what a rollout is. To replace the data, the
+tools or the trainer, keep these records and change one file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Example:
     question: str
     answers: tuple[str, ...]  # the ground truth first, then accepted aliases
     category: str = ""
-    image_url: str = ""  # where the picture is on the web, if anyone knows
+    image_url: str = ""  # where the picture is on the web, if that is known
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One search result. Every field is optional: the web leaves out whatever it likes. All text is untrusted."""
+    """One search result. Every field is optional, as on the web any may be missing. All text is untrusted."""
 
     title: str = ""
     url: str = ""
@@ -57,7 +57,7 @@ class Turn:
     end: int
     action: str | None = None  # assistant: "answer", a tool's name, or None where no action could be read
     query: str | None = None
-    forced: bool = False  # replayed, not sampled: its tokens are not trained, unless they are to be imitated
+    forced: bool = False  # given, not sampled: its tokens are not trained, unless they are to be imitated
     observation: Observation | None = None  # tool turns only
 
 
@@ -73,20 +73,17 @@ INVALID = "invalid"  # a turn without a readable action
 class Episode:
     """One rollout, token for token as it was sampled.
 
-    The first `prompt_length` tokens are the group's shared prompt. `loss_mask[t]` is 1 where the model sampled token t
-    itself, and `logps[t]` is then the log-probability it had when sampled. `imitate` makes it 1 on forced turns, which
-    nobody sampled: there `logps` stay 0 and mean nothing. `images` are pairs (offset of the first
-    placeholder token in `input_ids`, `vision.Image`).
+    `imitate` sets the loss mask to 1 on forced turns, which were not sampled: there `logps` stay 0 and mean nothing.
     """
 
     example: Example
     group_id: int  # the place in the step's batch: never text, never the example's id, which may recur
     sample: int  # 0 .. G-1 within the group
-    input_ids: list[int] = field(default_factory=list)
-    loss_mask: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    images: list[tuple[int, Any]] = field(default_factory=list)
-    prompt_length: int = 0
+    input_ids: list[int] = field(default_factory=list)  # the group's prompt, then everything after it
+    loss_mask: list[int] = field(default_factory=list)  # 1 where the model sampled the token, else 0
+    logps: list[float] = field(default_factory=list)  # log-probability of each sampled token when it was sampled
+    images: list[tuple[int, Any]] = field(default_factory=list)  # (first placeholder in `input_ids`, `vision.Image`)
+    prompt_length: int = 0  # tokens that the group shares
     turns: list[Turn] = field(default_factory=list)
     status: str = ""
     answer: str | None = None
@@ -96,22 +93,23 @@ class Episode:
     trained: bool = True  # takes part in the update
 
     def imitate(self) -> None:
-        """Have the forced turns trained, as if the model had said them itself."""
+        """Train the forced turns, as if the model had said them itself."""
         for turn in self.turns:
             if turn.forced:
                 self.loss_mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
 
     def searches(self, tool: str | None = None) -> int:
         """Number of executed tool calls, of one tool or of all. A call refused over its limit was not executed."""
-        return sum(
-            turn.role == "tool" and turn.observation.source != "limit" and tool in (None, turn.action)
-            for turn in self.turns
-        )
+        calls = [turn for turn in self.turns if turn.role == "tool" and turn.observation.source != "limit"]
+        return sum(tool in (None, call.action) for call in calls)
 
     def pictures(self) -> list[bytes]:
         """The question's picture and the thumbnails that came back, as encoded files."""
-        hits = [hit for turn in self.turns if turn.observation for hit in turn.observation.hits]
-        return [picture for picture in (self.example.image, *(hit.image for hit in hits)) if picture]
+        found = [self.example.image]
+        for turn in self.turns:
+            if turn.observation is not None:
+                found += [hit.image for hit in turn.observation.hits if hit.image]
+        return [picture for picture in found if picture]
 
     def record(self, pieces: Callable[[list[int]], list[str]] | None = None) -> dict[str, Any]:
         """The JSON form: one line of `rollouts/*.jsonl` and `episodes.jsonl`.
@@ -119,6 +117,12 @@ class Episode:
         `pieces` splits ids into the text of each (`Chat.pieces`): with it, model turns get `"pieces"`, a list of
         `[text, mask, probability when sampled]` per token.
         """
+        turns = []
+        for turn in self.turns:
+            line = _turn_record(turn)
+            if pieces is not None and turn.role == "assistant":
+                line["pieces"] = self._tokens(turn, pieces)
+            turns.append(line)
         return {
             "id": self.example.id,
             "group": self.group_id,
@@ -128,7 +132,7 @@ class Episode:
             "answers": list(self.example.answers),
             "category": self.example.category,
             "status": self.status,
-            "turns": [_turn_record(turn) | self._tokens(turn, pieces) for turn in self.turns],
+            "turns": turns,
             "answer": self.answer,
             "reward": self.reward,
             "reward_parts": self.reward_parts,
@@ -137,15 +141,15 @@ class Episode:
             "tokens": {"prompt": self.prompt_length, "total": len(self.input_ids), "sampled": sum(self.loss_mask)},
         }
 
-    def _tokens(self, turn: Turn, pieces: Callable[[list[int]], list[str]] | None) -> dict[str, Any]:
-        if pieces is None or turn.role != "assistant":
-            return {}
-        span = slice(turn.start, turn.end)
-        chances = [
-            round(math.exp(logp), 4) if mine and not turn.forced else None
-            for mine, logp in zip(self.loss_mask[span], self.logps[span])
-        ]
-        return {"pieces": list(zip(pieces(self.input_ids[span]), self.loss_mask[span], chances))}
+    def _tokens(self, turn: Turn, pieces: Callable[[list[int]], list[str]]) -> list[tuple[str, int, float | None]]:
+        """Text, mask and probability of each token of a model turn. A token that was not sampled has none."""
+        texts = pieces(self.input_ids[turn.start : turn.end])
+        tokens = []
+        for text, at in zip(texts, range(turn.start, turn.end)):
+            sampled = self.loss_mask[at] and not turn.forced
+            probability = round(math.exp(self.logps[at]), 4) if sampled else None
+            tokens.append((text, self.loss_mask[at], probability))
+        return tokens
 
 
 def digest(picture: bytes) -> str:

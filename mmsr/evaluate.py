@@ -1,15 +1,16 @@
-"""What a set of finished episodes amounts to: the numbers that training, evaluation and their tables share.
+"""The numbers of a set of finished episodes, which training, evaluation and their tables share.
 
-An episode in numbers is `measures`. Training adds them up over the ranks (`summary`). eval.py writes them into its
-lines and takes all else from these (`results`): a run that was interrupted or shared out gives the same numbers.
+`measures` are one episode's numbers. `add_up` and `means` make those of a set from them. Training adds up over the
+ranks (`summary`, `by_category`). eval.py writes each episode's measures into its line and makes everything else from
+the lines (`results`), so a run that was interrupted or spread over processes gives the same numbers.
 
-Search ratio has two definitions: the share of answers before which there was a search (`search_ratio`, the paper's),
-and the share of the allowed calls that were made (`calls_ratio`).
+The search ratio has two definitions: the share of answers with a search before them (`search_ratio`, the paper's), and
+the share of the allowed calls that were made (`calls_ratio`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -19,35 +20,20 @@ from mmsr.reward import RewardRule, answer_score
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
-# Categories of questions that call for a search, and of those that do not; others tell nothing of the decision.
-CALLS_FOR_SEARCH = {
-    **dict.fromkeys(("search_required", "unfamiliar", "held_out", "known_new_fact", "unknown_two_hop"), True),
-    **dict.fromkeys(("search_free", "familiar", "familiar_fact"), False),
-}  # fmt: skip
-OFFICIAL, STRICT = RewardRule("paper"), RewardRule("strict")
-RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")
+# Categories of questions that call for a search, and of those that do not. Others say nothing about the decision.
+NEEDS_SEARCH = {"search_required", "unfamiliar", "held_out", "known_new_fact", "unknown_two_hop"}
+NEEDS_NO_SEARCH = {"search_free", "familiar", "familiar_fact"}
+
+Line = Mapping[str, Any]  # of episodes.jsonl
+Numbers = dict[str, float]  # by the name of a measure
+OFFICIAL = RewardRule("paper")
+STRICT = RewardRule("strict")
+RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")  # the measures that get an interval
 DRAWS = 1000
 
 
-def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, float]:
-    """Means over all ranks' scored episodes. `search_ratio`: share of episodes with at least one executed search."""
-    return _means(ranks.sum(_sums(episodes)))
-
-
-def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, dict[str, float]]:
-    """`summary` per category, in order of first appearance. An example without a category counts under "all"."""
-    groups: dict[str, list[Episode]] = {}
-    for episode in episodes:
-        groups.setdefault(episode.example.category or "all", []).append(episode)
-    sums = ranks.sum({(category, key): value for category in groups for key, value in _sums(groups[category]).items()})
-    return {
-        category: _means({key: value for (its, key), value in sums.items() if its == category})
-        for category in dict.fromkeys(category for category, _ in sums)
-    }
-
-
-def measures(episode: Episode) -> dict[str, float]:
-    """A scored episode in numbers whose means are those of a set."""
+def measures(episode: Episode) -> Numbers:
+    """The numbers of a scored episode. Their means are those of a set."""
     return {
         "accuracy": episode.reward_parts["accuracy"],
         "search_ratio": float(episode.searches() > 0),
@@ -57,8 +43,8 @@ def measures(episode: Episode) -> dict[str, float]:
     }
 
 
-def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
-    """The same, but `accuracy` by the official scorer whatever the reward's rule, and what only an evaluation has."""
+def more_measures(episode: Episode, calls_allowed: int) -> Numbers:
+    """`measures`, and what only an evaluation has. Here `accuracy` is by the official scorer under any reward rule."""
     return {
         **measures(episode),
         "accuracy": answer_score(episode, OFFICIAL),
@@ -72,117 +58,199 @@ def more_measures(episode: Episode, calls_allowed: int) -> dict[str, float]:
     }
 
 
-def _sums(episodes: Sequence[Episode]) -> dict[str, float]:
-    total: dict[str, float] = defaultdict(float, n=0)
-    for episode in episodes:
-        for key, value in {"n": 1, **measures(episode)}.items():
-            total[key] += value
-    return total
+def add_up(episodes: Iterable[Numbers]) -> Numbers:
+    """Sums of several episodes' measures, and their number `n`."""
+    sums: Numbers = {"n": 0}
+    for numbers in episodes:
+        sums["n"] += 1
+        for key, value in numbers.items():
+            sums[key] = sums.get(key, 0) + value
+    return sums
 
 
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> Numbers:
+    """Sums over `n` episodes divided by `n`. `n` itself stays."""
     n = max(sums["n"], 1)
-    return {key: value if key == "n" else value / n for key, value in sums.items()}
+    divided = {key: value / n for key, value in sums.items()}
+    return {**divided, "n": sums["n"]}
+
+
+def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> Numbers:
+    """Means over all ranks' scored episodes, and `n`."""
+    return means(ranks.sum(add_up(map(measures, episodes))))
+
+
+def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, Numbers]:
+    """`summary` per category, in order of first appearance. An example without a category counts under "all"."""
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        category = episode.example.category or "all"
+        groups.setdefault(category, []).append(episode)
+    sums: dict[tuple[str, str], float] = {}
+    for category, members in groups.items():
+        for key, value in add_up(map(measures, members)).items():
+            sums[category, key] = value
+    totals: dict[str, Numbers] = {}
+    for (category, key), value in ranks.sum(sums).items():
+        totals.setdefault(category, {})[key] = value
+    return {category: means(total) for category, total in totals.items()}
 
 
 def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
-    """What calls say whose infrastructure failed. A search that finds nothing, or one over its limit, is none."""
-    seen = [turn.observation for e in episodes for turn in e.turns if turn.role == "tool"]
-    return Counter(str(one.error) for one in seen if not one.ok and one.source != "limit")
+    """How often which error came from a tool's infrastructure.
+
+    A search that finds nothing is no error, and neither is a call over its limit.
+    """
+    errors: Counter[str] = Counter()
+    for episode in episodes:
+        for turn in episode.turns:
+            seen = turn.observation
+            if turn.role == "tool" and not seen.ok and seen.source != "limit":
+                errors[str(seen.error)] += 1
+    return errors
 
 
-def table(rows: dict[str, dict[str, dict[str, Any]]], mix: dict[str, float] | None = None) -> str:
+# ---- tables
+
+
+def table(rows: dict[str, dict[str, Numbers]], mix: Numbers | None = None) -> str:
     """Text table of several evaluations, a column each: `rows` maps a name to its `by_category`.
 
-    A cell has the shares of episodes that searched by image and by text (left out where nobody did) and the accuracy.
-    The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
+    A cell has the shares of episodes that searched by image and by text (left out where there were none) and the
+    accuracy. The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
     """
+    evaluations = list(rows.values())
+    categories: dict[str, None] = {}  # all of them, in order
+    texts_searched = False
+    for evaluation in evaluations:
+        for name, category in evaluation.items():
+            categories[name] = None
+            texts_searched |= category["search_ratio_text"] > 0
     keys = ["search_ratio_image", "search_ratio_text", "accuracy"]
-    if not any(category["search_ratio_text"] for row in rows.values() for category in row.values()):
+    if not texts_searched:
         keys.remove("search_ratio_text")
-    means = [_overall(row, mix, [*keys, "reward"]) for row in rows.values()]
-    lines = [["/".join(key.split("_")[-1] for key in keys), *rows]]
-    for name in dict.fromkeys(name for row in rows.values() for name in row):
-        lines.append([name, *(_cell(row[name], keys) for row in rows.values())])
-    lines.append(["mean", *(_cell(mean, keys) for mean in means)])
-    lines.append(["reward", *(f"{mean['reward']:.3f}" for mean in means)])
+    overall = [_overall(evaluation, mix, [*keys, "reward"]) for evaluation in evaluations]
+
+    header = "/".join(key.split("_")[-1] for key in keys)
+    lines = [[header, *rows]]
+    for name in categories:
+        lines.append([name] + [_cell(evaluation[name], keys) for evaluation in evaluations])
+    lines.append(["mean"] + [_cell(mean, keys) for mean in overall])
+    lines.append(["reward"] + [f"{mean['reward']:.3f}" for mean in overall])
     return aligned(lines)
 
 
-def _overall(row: dict[str, dict[str, Any]], mix: dict[str, float] | None, keys: Sequence[str]) -> dict[str, float]:
-    share = {name: (mix or {}).get(name, 0 if mix else category["n"]) for name, category in row.items()}
-    return {key: sum(row[name][key] * share[name] for name in row) / sum(share.values()) for key in keys}
+def _overall(row: dict[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
+    """Weighted means over an evaluation's categories. A category that the mix does not name has no weight."""
+    if mix:
+        weights = {name: mix.get(name, 0) for name in row}
+    else:
+        weights = {name: category["n"] for name, category in row.items()}
+    total = sum(weights.values())
+    overall = {}
+    for key in keys:
+        weighted = [row[name][key] * weights[name] for name in row]
+        overall[key] = sum(weighted) / total
+    return overall
 
 
-def _cell(numbers: Mapping[str, float], keys: Sequence[str]) -> str:
+def _cell(numbers: Numbers, keys: Sequence[str]) -> str:
     return " ".join(f"{numbers[key]:.2f}" for key in keys)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    """Cells in columns, as text."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
 
 
 # ---- evaluations
 
 
-def results(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What an evaluation's lines amount to: {"category", "measures", "status", "judged" if there is a judge}.
+def results(lines: Sequence[Line]) -> dict[str, Any]:
+    """The numbers of an evaluation's lines: {"category", "measures", "status", "judged" if there is a judge}.
 
-    A verdict of None is none. Means over the questions, but `n`, `tool_failures`, `judge_failures`, `not_asked` and
-    `cut` count. What was not asked (its prompt does not fit) and what was cut (it ran out of tokens) is wrong in all
-    means. `interval`: 95 % intervals.
+    A "judged" of None means that the judge gave no verdict. All numbers are means over the questions, except that `n`,
+    `tool_failures`, `judge_failures`, `not_asked` and `cut` count. What was not asked (its prompt does not fit) and
+    what was cut (it ran out of tokens) counts as wrong in all means. `interval`: 95 % intervals.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Line]] = {}
     for line in lines:
-        groups.setdefault(line["category"] or "all", []).append(line)
-    return {
-        **_result(lines),
-        **decision(lines),
-        "interval": {key: interval(_values(lines, key)) for key in RESAMPLED if _values(lines, key)},
-        "by_category": {category: _result(groups[category]) for category in sorted(groups)},
-    }
+        category = line["category"] or "all"
+        groups.setdefault(category, []).append(line)
+    found = _result(lines)
+    found |= decision(lines)
+    found["interval"] = {}
+    for key in RESAMPLED:
+        if key == "accuracy_judge":
+            values = _verdicts(lines)
+        else:
+            values = [line["measures"][key] for line in lines]
+        if values:
+            found["interval"][key] = interval(values)
+    found["by_category"] = {category: _result(groups[category]) for category in sorted(groups)}
+    return found
 
 
-def _result(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    keys = lines[0]["measures"] if lines else ()
-    found: dict[str, Any] = {"n": len(lines), **{key: _mean(_values(lines, key)) for key in keys}}
-    found["tool_failures"] = sum(_values(lines, "tool_failures"))
+def _result(lines: Sequence[Line]) -> dict[str, Any]:
+    sums = add_up(line["measures"] for line in lines)
+    found: dict[str, Any] = means(sums)
+    found["tool_failures"] = sums.get("tool_failures", 0)
     out_of_tokens = [line for line in lines if line.get("status") == LENGTH]
-    found["not_asked"] = sum(not line["measures"]["turns"] for line in out_of_tokens)
+    found["not_asked"] = sum(line["measures"]["turns"] == 0 for line in out_of_tokens)
     found["cut"] = len(out_of_tokens) - found["not_asked"]
     judged = [line for line in lines if line.get("judged") is not None]
-    agreed = [line["judged"] == (line["measures"]["accuracy"] == 1) for line in judged]
-    found |= {"accuracy_judge": _mean(_values(judged, "accuracy_judge")), "judge_agreement": _mean(agreed)}
-    return found | {"judge_failures": sum("judged" in line for line in lines) - len(judged)}
+    agreed = []
+    for line in judged:
+        exact_match = line["measures"]["accuracy"] == 1
+        agreed.append(line["judged"] == exact_match)
+    found["accuracy_judge"] = _mean(_verdicts(lines))
+    found["judge_agreement"] = _mean(agreed)
+    found["judge_failures"] = sum("judged" in line for line in lines) - len(judged)
+    return found
 
 
-def _values(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    if key == "accuracy_judge":
-        return [float(line["judged"]) for line in lines if line.get("judged") is not None]
-    return [line["measures"][key] for line in lines]
+def _verdicts(lines: Iterable[Line]) -> list[float]:
+    """The judge's verdicts, 1.0 for a right answer, without those that it failed to give."""
+    return [float(line["judged"]) for line in lines if line.get("judged") is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def decision(lines: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of the answers with a search, the share that called for one; of those that called for one, the share with it."""
-    pairs = [
-        (CALLS_FOR_SEARCH[line["category"]], line["measures"]["search_ratio"] > 0)
-        for line in lines
-        if line["category"] in CALLS_FOR_SEARCH
-    ]
-    return {
-        "search_precision": _mean([needed for needed, searched in pairs if searched]),
-        "search_recall": _mean([searched for needed, searched in pairs if needed]),
-    }
+def decision(lines: Iterable[Line]) -> dict[str, float | None]:
+    """How well the model decides when to search.
+
+    `search_precision`: of the answers with a search, the share whose question called for one. `search_recall`: of the
+    questions that called for a search, the share that was answered with one.
+    """
+    needed_where_searched = []
+    searched_where_needed = []
+    for line in lines:
+        needed = line["category"] in NEEDS_SEARCH
+        if not needed and line["category"] not in NEEDS_NO_SEARCH:
+            continue
+        searched = line["measures"]["search_ratio"] > 0
+        if searched:
+            needed_where_searched.append(needed)
+        if needed:
+            searched_where_needed.append(searched)
+    return {"search_precision": _mean(needed_where_searched), "search_recall": _mean(searched_where_needed)}
 
 
 def interval(values: Sequence[float]) -> list[float]:
     """Bounds of the middle 95 % of the means of `DRAWS` resamplings (bootstrap over questions)."""
-    sample, dice = np.asarray(values, dtype=float), np.random.default_rng(0)
-    means = [sample[dice.integers(0, len(sample), len(sample))].mean() for _ in range(DRAWS)]
-    return np.quantile(means, [0.025, 0.975]).round(6).tolist()
+    sample = np.asarray(values, dtype=float)  # (n,)
+    n = len(sample)
+    dice = np.random.default_rng(0)
+    resampled = []
+    for _ in range(DRAWS):
+        drawn = dice.integers(0, n, n)  # (n,) with replacement
+        resampled.append(sample[drawn].mean())
+    bounds = np.quantile(resampled, [0.025, 0.975])
+    return bounds.round(6).tolist()

@@ -1,4 +1,4 @@
-"""Rewards: is the answer right, are the turns well formed, and what did the searches cost.
+"""Rewards: whether the answer is right, whether the turns are well formed, and what the searches cost.
 
 Three rules, by name. With s the accuracy (0 or 1), f the format (0 or 1), p the penalty (0.1), w the format weight
 (0.1) and c = 1 if the episode made any search, else 0 (`per_call`: c = the number of searches):
@@ -8,7 +8,7 @@ Three rules, by name. With s the accuracy (0 or 1), f the format (0 or 1), p the
     strict  the paper's formula with a scorer that the official one's loopholes do not fool
 
 `blog` and `paper` score as the official code does (EvolvingLMMs-Lab/multimodal-search-r1,
-`mmsearch_r1/utils/reward_score/`), loopholes included, but for what follows. Answers are judged alike. Its rule of
+`mmsearch_r1/utils/reward_score/`), loopholes included, with the exceptions below. Answers are judged alike. Its rule of
 format, taken from a description of that code: a turn is one closed reason, any words, and one closed action at the end,
 and the actions make a legal shape. Ours is that of `Chat.well_formed`. R stands for `<reason>why</reason>`:
 
@@ -20,14 +20,14 @@ and the actions make a legal shape. Ours is that of `Chat.well_formed`. R stands
 | a query without a word                      | R <text_search> </text_search>         | no   | yes      |
 | white space within the image search         | R <search> <img></search>              | yes  | no       |
 
-And of a conversation:
+The differences in a conversation:
 - The official code counts the search tags in the turns' text, this one the searches that were executed. So a call over
   its limit (a second image search) and one in the last turn, after which nothing is executed, cost no penalty here.
 - A call that was refused earns no format here, even where its shape is legal (a text search where none is allowed, then
   the answer).
 - The official code raises on a conversation of four model turns. Here it has no format, as no legal shape is so long.
 
-Reward and advantage are separate: what a group makes of these numbers is `grpo.py`'s affair.
+Reward and advantage are separate: `grpo.py` makes advantages from a group's rewards.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from mmsr.system.errors import UserError
 
 RULES = ("blog", "paper", "strict")
 
-# Which sequences of actions earn format. Whoever adds a tool adds its name's shapes here.
+# Which sequences of actions earn format. For a new tool, add the shapes with its name.
 LEGAL_SHAPES: set[tuple[str, ...]] = {
     ("answer",),
     ("image_search", "answer"),
     ("text_search", "answer"),
     ("image_search", "text_search", "answer"),
 }
-# What `strict` allows beyond them: within the released limits, yet the official code gives it no format.
+# What `strict` allows, too: it is within the released limits, yet the official code gives it no format.
 STRICT_SHAPES: set[tuple[str, ...]] = {("text_search", "text_search", "answer")}
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -60,7 +60,7 @@ TAGS = re.compile(r"</?(?:reason|answer)>")
 ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason>)*")
 
 # What `strict` does to a text before it drops punctuation, in this order.
-BEFORE_NFKC = {  # a mark at each of these places, where NFKC would glue digits together
+BEFORE_NFKC = {  # which mark to put where NFKC would join digits into another number
     "^": re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u207f])"),  # 10² is not 102
     " ": re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2080-\u208e\u2150-\u215f\u2189])"),  # nor 5½ 51/2
     "-": re.compile(r"(?<=\d)\uff5e(?=\d)"),  # 1990～1995
@@ -68,7 +68,7 @@ BEFORE_NFKC = {  # a mark at each of these places, where NFKC would glue digits 
     ",": re.compile(r"(?<=\d)['\u2019\u066c\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))"),  # thousands: 1'000
 }
 FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-SAME_MARK = str.maketrans(
+SAME_MARK = str.maketrans(  # marks that look alike become one
     dict.fromkeys("\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796\u301c", "-")
     | {"\u2044": "/", "\u2215": "/", "\u2236": ":", "\u066a": "%", "\u066b": ".", "\u066c": ",", "\u266f": "#"}
     | dict.fromkeys("`\u02bb\u02bc", "'")  # O'Brien, Hawai'i
@@ -124,7 +124,7 @@ def score(
     well_formed: Callable[[str], bool],
     accuracy: Callable[[Episode], float] | None = None,
 ) -> None:
-    """Set every episode's `reward` and `reward_parts` {"accuracy", "format", "penalty"}.
+    """Set each episode's `reward` and `reward_parts` {"accuracy", "format", "penalty"}.
 
     reward = (1 - w) accuracy + w format - penalty, where the penalty is what the searches took off:
 
@@ -133,7 +133,7 @@ def score(
 
     So 0 <= reward <= 1 under `paper` and `strict`, and -(1 - w) p c <= reward <= 1 under `blog`. `well_formed` judges
     one assistant turn's text. `accuracy` replaces the rule's own scorer (a model as judge, say); it must give a number
-    from 0 to 1, else ValueError. No text of the model's makes this raise.
+    from 0 to 1, else ValueError. No text that the model writes makes this raise.
     """
     for episode in episodes:
         right = float(accuracy(episode)) if accuracy else answer_score(episode, rule)
@@ -168,85 +168,109 @@ def answer_score(episode: Episode, rule: RewardRule) -> float:
 
 
 def official_answer(episode: Episode) -> str | None:
-    """Inside of the last closed `<answer>` of the last assistant turn, wherever it stands; None if there is none."""
+    """Inside of the last closed `<answer>` anywhere in the last assistant turn; None if there is none."""
     found = ANSWER.findall(_closed(_last_text(episode)))
     return found[-1].strip() if found else None
 
 
 def strict_answer(episode: Episode) -> str | None:
     """The one answer of an episode that ended by answering; None for several, or one within the reason."""
+    if episode.status != ANSWERED:
+        return None
     text = _last_text(episode)
-    if episode.status != ANSWERED or not ONE_ANSWER.fullmatch("".join(TAGS.findall(text))):
+    tags = "".join(TAGS.findall(text))
+    if not ONE_ANSWER.fullmatch(tags):
         return None
     return ANSWER.search(text).group(1).strip()
 
 
 def _closed(text: str) -> str:
-    """Up to the last `</answer>`: behind it, ANSWER would look for an end from every `<answer>`, in quadratic time."""
-    return "".join(text.rpartition("</answer>")[:2])
+    """Up to the last `</answer>`: after it, ANSWER would look for an end from every `<answer>`, in quadratic time."""
+    before, end, _ = text.rpartition("</answer>")
+    return before + end
 
 
 def _last_text(episode: Episode) -> str:
-    return next((turn.text for turn in reversed(episode.turns) if turn.role == "assistant"), "")
+    """What the model said last."""
+    for turn in reversed(episode.turns):
+        if turn.role == "assistant":
+            return turn.text
+    return ""
 
 
 def exact_match(prediction: str, answers: Iterable[str], substring: bool = False) -> bool:
     """The official match: equal to any answer after normalisation, or (`substring`) containing one.
 
     Normalisation: lower case, ASCII punctuation dropped, the words a, an, the dropped, white space collapsed. An empty
-    prediction therefore equals the answer "A" or "The"; `strict_match` mends that. As a substring, such
-    an answer is found nowhere.
+    prediction therefore equals the answer "A" or "The", but not by `strict_match`. As a substring, such an answer is
+    never found.
     """
     given = _normalise(prediction)
-    accepted = (_normalise(answer) for answer in answers)
-    return any(answer and answer in given if substring else answer == given for answer in accepted)
+    accepted = [_normalise(answer) for answer in answers]
+    if substring:
+        return any(answer and answer in given for answer in accepted)
+    return given in accepted
 
 
 def strict_match(prediction: str, answers: Iterable[str]) -> bool:
     """Equal to any answer after NFKC, case folding and dropping articles, invisible characters and punctuation.
 
-    What normalises to nothing never matches. Symbols (categories S*: $, +, <, °) stay: "C" is not "C+". So does
-    punctuation (P*) that makes another thing of its neighbour:
+    What normalises to nothing never matches. Symbols (categories S*: $, +, <, °) stay: "C" is not "C+". Punctuation
+    (P*) stays where it changes what its neighbour means:
 
     - between digits: 3.14, 10:30, 1/2, 2-1, 1990-1995;
-    - before a number: -5, -$5, whatever hyphen, dash or minus is written;
-    - behind one: 50%; and behind a single letter: C#, O- (a minus also behind two: Cl-).
+    - before a number: -5, -$5, with any kind of hyphen, dash or minus;
+    - after one: 50%; and after a single letter: C#, O- (a minus also after two: Cl-).
 
-    Digits of any script are ours. Separators of thousands go (1,000 and 1'000 are 1000; 1.000.000 is 1000000, but 1.000
-    is not 1000), a decimal comma is a point, and other marks between digits leave a blank (1,2,3). Then numbers are
-    compared as they are written: 1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
+    Digits of any script become 0 to 9. Separators of thousands are dropped (1,000 and 1'000 are 1000; 1.000.000 is
+    1000000, but 1.000 is not 1000), a decimal comma is a point, and other marks between digits leave a blank (1,2,3).
+    Then numbers are compared as they are written: 1.0 is not 1, version 3.10 not 3.1, 26/9/2003 not 26-9-2003.
     """
     given = _normalise_strictly(prediction)
-    return bool(given) and any(given == _normalise_strictly(answer) for answer in answers)
+    if not given:
+        return False
+    return any(given == _normalise_strictly(answer) for answer in answers)
 
 
 def _normalise(text: str) -> str:
-    return _collapse(ARTICLES.sub(" ", text.lower().translate(ASCII_PUNCTUATION)))
+    text = text.lower().translate(ASCII_PUNCTUATION)
+    text = ARTICLES.sub(" ", text)
+    return _collapse(text)
 
 
 def _normalise_strictly(text: str) -> str:
-    text = _plain_numbers(_visible(text))
+    text = _visible(text)
+    text = _plain_numbers(text)
     meant = {mark.start() for mark in MEANT.finditer(text)}
-    dropped = [place not in meant and unicodedata.category(char)[0] == "P" for place, char in enumerate(text)]
-    text = "".join("\0" if drop else char for drop, char in zip(dropped, text))
-    text = re.sub(r"(?<=\d)\0+(?=\d)", " ", text).replace("\0", "")
-    return _collapse(STRICT_ARTICLES.sub(" ", text))
+    characters = []
+    for i, character in enumerate(text):
+        punctuation = unicodedata.category(character)[0] == "P"
+        characters.append("\0" if punctuation and i not in meant else character)
+    text = "".join(characters)
+    text = re.sub(r"(?<=\d)\0+(?=\d)", " ", text)  # between digits, what is dropped leaves a blank
+    text = text.replace("\0", "")
+    text = STRICT_ARTICLES.sub(" ", text)
+    return _collapse(text)
 
 
 def _visible(text: str) -> str:
     """NFKC and case-folded, without invisible characters, and with one mark for those that look alike."""
     for mark, places in BEFORE_NFKC.items():
         text = places.sub(mark, text)
-    text = FILLERS.sub("", unicodedata.normalize("NFKC", text))
+    text = unicodedata.normalize("NFKC", text)
+    text = FILLERS.sub("", text)
     text = "".join(char for char in text if char.isspace() or unicodedata.category(char) not in ("Cf", "Cc"))
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)  # of any script
-    return _collapse(unicodedata.normalize("NFKC", text.casefold()).translate(SAME_MARK))
+    text = unicodedata.normalize("NFKC", text.casefold())
+    return _collapse(text.translate(SAME_MARK))
 
 
 def _plain_numbers(text: str) -> str:
     """Numbers with a decimal point alone: 1,000.5 as 1000.5, 3,14 as 3.14, .5 as 0.5."""
-    text = THOUSANDS.sub(lambda number: re.sub("[.,]", "", number[0]), BLANKS.sub("", text))
-    return BARE_POINT.sub("0.", DECIMAL_COMMA.sub(r"\1.", text))
+    text = BLANKS.sub("", text)
+    text = THOUSANDS.sub(lambda number: re.sub("[.,]", "", number[0]), text)
+    text = DECIMAL_COMMA.sub(r"\1.", text)
+    return BARE_POINT.sub("0.", text)
 
 
 def _collapse(text: str) -> str:
@@ -259,11 +283,13 @@ def _collapse(text: str) -> str:
 def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str], bool]) -> float:
     """1.0 if every assistant turn is well formed, their actions make a legal shape and no call was refused; else 0.0.
 
-    A refused call stands in the shape as the action it was. Most are illegal for that alone, but with a limit of 0 even
-    the first is refused.
+    A refused call is a part of the shape. This alone makes most such shapes illegal, but with a limit of 0 even the
+    first call is refused.
     """
     turns = [turn for turn in episode.turns if turn.role == "assistant"]
     shape = tuple(turn.action for turn in turns)
     legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
     refused = any(turn.role == "tool" and turn.observation.source == "limit" for turn in episode.turns)
-    return float(legal and not refused and all(well_formed(turn.text) for turn in turns))
+    if not legal or refused:
+        return 0.0
+    return float(all(well_formed(turn.text) for turn in turns))

@@ -1,21 +1,34 @@
-"""The multi-turn rollout: generate, interrupt at an action, search, resume.
+"""The multi-turn rollout: generate, stop at an action, search, resume.
 
-    sampling ──turn ends──► answer ─────────────────────────────────► answered
-       ▲                    no action ──────────────────────────────► invalid
-       │                    out of tokens ──────────────────────────► length
-       │                    search, but it was the last turn ───────► turns
-       └──── observation ◄─ search: the tool runs, the slot waits
+Each conversation is a small state machine. The names in parentheses are the methods of `Rollout` that move it on.
 
-Nobody waits for anybody else: while one episode's tool runs, the others go on decoding. Tokens stay exactly as sampled;
-what comes back is appended as a user turn with mask 0.
+    the model samples a turn ◄────────────────────────────────────────────────┐
+       │ (_turn_ended)                                                        │
+       ├─ out of tokens ─────────────────────────────────────► length         │
+       │ (_act)                                                               │
+       ├─ no action ─────────────────────────────────────────► invalid        │
+       ├─ an answer ─────────────────────────────────────────► answered       │
+       ├─ a search, but this was the last turn ──────────────► turns          │
+       │ (_call_tool)                                                         │
+    the tool runs; the conversation keeps its slot and waits                  │
+       │ (_collect)                                                           │
+       │ (_observe)                                                           │
+       ├─ the tool failed, and that is to end the episode ───► tool-error     │
+       ├─ the result does not fit ───────────────────────────► length         │
+       │ (_resume)                                                            │
+       └─ the result is appended as a user turn ──────────────────────────────┘
+
+There is no barrier between turns: while the tool of one conversation runs, the others keep decoding. Tokens stay
+exactly as they were sampled. What a tool gives is appended with loss mask 0.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence, Union
+from typing import Callable, Sequence, Union
 
 from mmsr.chat import Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
@@ -25,21 +38,29 @@ from mmsr.tools import Call, Toolbox
 from mmsr.vision import Image, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
-LATE = Observation(ok=False, error="timeout: no answer in time", source="deadline")
+TIMED_OUT = Observation(ok=False, error="timeout: no answer in time", source="deadline")
 
 
-Scripts = Callable[[Example, int], Union[Sequence[str], "Future[list[str]]"]]  # of an example and a sample
+@dataclass(frozen=True)
+class Script:
+    """The beginning of a conversation that is given instead of sampled (replay, RAG, demonstrations).
+
+    The tools that forced turns call really run. Forced tokens are not trained (but see `Episode.imitate`).
+    """
+
+    turns: Sequence[str] = ()  # the first model turns, each forced as a whole
+    openings: Sequence[str] = ()  # first words of the turns that follow; the model writes the rest of each
 
 
-class Opening(str):
-    """In a script, how a model turn begins: these words are forced, the model writes the rest of the turn."""
+# Gives the script of an example's k-th sample, or a Future where a teacher has to write it first.
+Scripts = Callable[[Example, int], Union[Script, "Future[Script]"]]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rollout may use. `max_turns` counts model turns, so it bounds the searches in all at one less."""
+    """What a rollout may use."""
 
-    max_turns: int
+    max_turns: int  # model turns; the last one cannot search, so there is at most one search less
     min_pixels: int
     max_pixels: int
     thumbnail_pixels: int = 224 * 224
@@ -48,48 +69,50 @@ class Limits:
 
 
 @dataclass(eq=False)
-class _Run:
-    """An episode under way."""
+class _Conversation:
+    """An episode while it runs."""
 
-    episode: Episode
-    sequence: GeneratedSequence
-    script: Any  # model turns to force, then openings of turns; a Future of them until they are needed
-    begun: int | None = None  # where in member.ids the coming turn began, if its opening was forced
-    calls: dict[str, int] = field(default_factory=dict)
-    turns: int = 0
-    called: float = 0.0  # when the tool was, by time.monotonic
+    episode: Episode  # gets its turns one by one, and its tokens in the end
+    sequence: GeneratedSequence  # all tokens after the prompt; its `group` is None until the engine takes it
+    script: Script | Future[Script]  # the next two are what remains of it
+    forced_turns: list[str] = field(default_factory=list)
+    openings: list[str] = field(default_factory=list)
+    turn_start: int = 0  # where in `sequence.ids` the model's present or coming turn begins, opening included
+    model_turns: int = 0  # forced ones included
+    calls: Counter[str] = field(default_factory=Counter)  # by tool, refused ones included
+    called_at: float = 0.0  # when the present tool call began, by time.monotonic
 
 
 class Thumbnails:
-    """The pictures among search results, each opened once, however many members find it; in the tools' threads.
+    """The pictures among search results, decoded in the tools' threads, each once however many samples find it.
 
-    It knows nothing of the rollout. A tool that hangs holds on to this object for ever, and a rollout that it led to
-    would stay too, with the engine's whole cache.
+    It knows nothing of the rollout. A tool that hangs keeps this object alive for ever, and with it everything that it
+    leads to: a reference to the rollout would keep the engine's whole cache.
     """
 
     def __init__(self, limits: Limits):
-        self.most = limits.thumbnail_pixels  # pixels
-        self.least = min(limits.min_pixels, self.most)
+        self.max_pixels = limits.thumbnail_pixels
+        self.min_pixels = min(limits.min_pixels, limits.thumbnail_pixels)
         self.opened: dict[bytes, Future[Image | None]] = {}
 
-    def prepare(self, seen: Observation) -> None:
-        """Open the pictures among what came back, in the tool's thread and not between two decode steps."""
-        for hit in seen.hits:
+    def prepare(self, observation: Observation) -> None:
+        """Open the pictures of a result. A tool's thread does this, so that no decode step waits for it."""
+        for hit in observation.hits:
             self.open(hit.image)
 
     def open(self, data: bytes | None) -> Image | None:
-        """The picture of an encoded file; None where there is none or it is broken: the hit's title remains."""
+        """The picture of an encoded file. None where there is none or it is broken: then the hit's title remains."""
         if data is None:
             return None
-        opening: Future[Image | None] = Future()
-        first = self.opened.setdefault(data, opening)
-        if first is opening:
-            opening.set_result(self._load(data))
+        mine: Future[Image | None] = Future()
+        first = self.opened.setdefault(data, mine)  # one atomic step: of several threads, one becomes the first
+        if first is mine:
+            first.set_result(self._load(data))
         return first.result()
 
     def _load(self, data: bytes) -> Image | None:
         try:
-            return load_image(data, self.least, self.most, True)  # upright, unlike the question's
+            return load_image(data, self.min_pixels, self.max_pixels, True)  # upright, unlike the question's picture
         except ValueError:
             return None
 
@@ -99,11 +122,16 @@ class Rollout:
 
     def __init__(self, engine: Engine, chat: Chat, toolbox: Toolbox, limits: Limits, direct: bool = False):
         """`direct`: ask without tools, in one turn."""
-        self.engine, self.chat, self.toolbox, self.limits = engine, chat, toolbox, limits
-        self.direct, self.max_turns = direct, 1 if direct else limits.max_turns
-        self.runs: dict[GeneratedSequence, _Run] = {}
-        self.waiting: dict[Future, _Run] = {}
+        self.engine = engine
+        self.chat = chat
+        self.toolbox = toolbox
+        self.limits = limits
+        self.direct = direct
+        self.max_turns = 1 if direct else limits.max_turns
         self.thumbnails = Thumbnails(limits)
+        self.conversations: dict[GeneratedSequence, _Conversation] = {}
+        self.pending: dict[Future[Observation], _Conversation] = {}  # tool calls that are running, in their order
+        self.on_done: Callable[[Episode], None] = lambda episode: None
 
     def __call__(
         self,
@@ -116,176 +144,254 @@ class Rollout:
     ) -> list[Episode]:
         """Roll out `group_size` episodes per example, in order; group i belongs to examples[i].
 
-        `group_ids`: the examples' own, where they are not all of a batch and so not 0, 1, 2, ...
+        `seed`: equal parts, group ids and samples give equal random draws. `scripts`: what each conversation begins
+        with; all are asked for before the first Future is waited for. `on_done` is called with each finished episode.
+        `group_ids`: one for each example, where the examples are a part of a batch and so not numbered 0, 1, 2, ...
 
-        `seed` parts make the randomness: equal parts, group and sample give equal draws. `scripts(example, sample)` are
-        model turns to force (replay, RAG): their tools really run, their tokens are not trained. Behind them may stand
-        an `Opening` for each of the turns that follow. All are asked for before one that is a Future is waited for.
+        Raises UserError for an example whose picture cannot be read.
         """
-        ids = range(len(examples)) if group_ids is None else group_ids
-        with ThreadPoolExecutor() as pool:  # opening pictures lets go of the interpreter
-            pictures = list(pool.map(self._picture, examples))
-        groups = [self._open(*each, group_size, seed, scripts) for each in zip(examples, pictures, ids)]
-        episodes = [self.runs[sequence].episode for group in groups for sequence in group.sequences]
         self.on_done = on_done
+        if group_ids is None:
+            group_ids = range(len(examples))
+        with ThreadPoolExecutor() as pool:  # decoding a picture releases the GIL
+            pictures = list(pool.map(self._load_picture, examples))
+        groups = []
+        for example, picture, group_id in zip(examples, pictures, group_ids):
+            groups.append(self._open_group(example, picture, group_id, group_size, seed, scripts))
         self._play_scripts()
-        for group in groups:  # members whose script already ended have nothing to sample
-            group.sequences = [sequence for sequence in group.sequences if not self.runs[sequence].episode.status]
-        for sequence in self.engine.submit([group for group in groups if group.sequences]):
-            self._end(self.runs[sequence], LENGTH)
-        while self.engine.busy or self.waiting:
+        self._submit(groups)
+        while self.engine.busy or self.pending:
             for sequence in self.engine.step():
-                self._turn_ended(self.runs[sequence])
+                self._turn_ended(self.conversations[sequence])
             self._collect(block=not self.engine.busy)
-        return episodes
+        return [conversation.episode for conversation in self.conversations.values()]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Tokens and images of the batch; unique = every group's prompt once and what its members do not share."""
-        episodes = [run.episode for run in self.runs.values() if run.sequence.group is not None]  # those that ran
-        prompts = {e.group_id: e.prompt_length for e in episodes}
-        forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
+        """Tokens and images of the batch, without conversations that the engine never ran.
+
+        `prefilled_unique` counts each group's prompt once, and what is forced or comes back in each conversation.
+        """
+        ran = [run.episode for run in self.conversations.values() if run.sequence.group is not None]
+        prompts = {episode.group_id: episode.prompt_length for episode in ran}
+        unique = sum(prompts.values())
+        sampled = 0
+        images = set()
+        for episode in ran:
+            sampled_here = sum(episode.loss_mask)
+            sampled += sampled_here
+            unique += len(episode.input_ids) - episode.prompt_length - sampled_here
+            images.update(image.key for _, image in episode.images)
         return {
             "prefilled": self.engine.counts["prefilled"],
-            "prefilled_unique": sum(prompts.values()) + forced,
-            "sampled": sum(sum(e.loss_mask) for e in episodes),
+            "prefilled_unique": unique,
+            "sampled": sampled,
             "images_encoded": self.engine.counts["images_encoded"],
-            "images_distinct": len({image.key for e in episodes for _, image in e.images}),
+            "images_distinct": len(images),
         }
 
     # ---- setting up --------------------------------------------------------------------------------------------------
 
-    def _picture(self, example: Example) -> Image:
+    def _load_picture(self, example: Example) -> Image:
         try:
             return load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
         except ValueError as error:
             raise UserError(f"example {example.id}: {error}; mend or remove this row") from None
 
-    def _open(
-        self, example: Example, image: Image, group_id: int, size: int, seed: tuple, scripts: Scripts | None
+    def _open_group(
+        self, example: Example, picture: Image, group_id: int, group_size: int, seed: tuple, scripts: Scripts | None
     ) -> SequenceGroup:
-        prompt = self.chat.prompt(example.question, image, self.direct)
+        """A group for the engine: one prompt, and a conversation for each sample."""
+        prompt = self.chat.prompt(example.question, picture, self.direct)
+        length = len(prompt.ids)
         sequences = []
-        for sample in range(size):
+        for sample in range(group_size):
+            episode = Episode(
+                example,
+                group_id,
+                sample,
+                input_ids=list(prompt.ids),
+                loss_mask=[0] * length,
+                logps=[0.0] * length,
+                images=list(prompt.images),
+                prompt_length=length,
+            )
             sequence = GeneratedSequence(sampling_key(*seed, group_id, sample))
-            length = len(prompt.ids)
-            episode = Episode(example, group_id, sample, list(prompt.ids), [0] * length, [0.0] * length)
-            episode.images, episode.prompt_length = list(prompt.images), length
-            self.runs[sequence] = _Run(episode, sequence, scripts(example, sample) if scripts else [])
+            script = scripts(example, sample) if scripts else Script()
+            self.conversations[sequence] = _Conversation(episode, sequence, script)
             sequences.append(sequence)
         return SequenceGroup(prompt.ids, prompt.images, sequences)
 
+    def _submit(self, groups: Sequence[SequenceGroup]) -> None:
+        """Give the engine all conversations that a script has not ended yet."""
+        unfinished = []
+        for group in groups:
+            group.sequences = [each for each in group.sequences if not self.conversations[each].episode.status]
+            if group.sequences:
+                unfinished.append(group)
+        for sequence in self.engine.submit(unfinished):  # gives back those whose prompt does not fit
+            self._end(self.conversations[sequence], LENGTH)
+
+    # ---- scripts, before sampling begins -----------------------------------------------------------------------------
+
     def _play_scripts(self) -> None:
-        """Run all scripts to their last forced turn, tools included, before sampling begins."""
-        for run in self.runs.values():
-            run.script = list(run.script.result() if isinstance(run.script, Future) else run.script)
-            self._force_turn(run)
-        while self.waiting:
+        """Wait for all scripts and force their turns, tools included. No conversation is in the engine yet."""
+        for conversation in self.conversations.values():
+            script = conversation.script
+            if isinstance(script, Future):
+                script = script.result()
+            conversation.forced_turns = list(script.turns)
+            conversation.openings = list(script.openings)
+            if conversation.forced_turns:
+                self._force_turn(conversation)
+            else:
+                conversation.sequence.force(self._next_opening(conversation))
+        while self.pending:
             self._collect(block=True)
 
-    def _force_turn(self, run: _Run) -> None:
-        if not run.script or run.episode.status:
-            return
-        if opening := self._opening(run):
-            run.begun = len(run.sequence.ids)
-            return run.sequence.force(opening)
-        text = run.script.pop(0)
-        start = len(run.sequence.ids)
-        run.sequence.force(self.chat.assistant(text))
-        turn = self._turn(run, text, start, forced=True)
+    def _force_turn(self, conversation: _Conversation) -> None:
+        """Append the script's next turn, and do what it asks for as if the model had said it."""
+        text = conversation.forced_turns.pop(0)
+        conversation.sequence.force(self.chat.assistant(text))
+        turn = self._record_turn(conversation, text, forced=True)
         if turn.end >= self.engine.max_tokens:
-            return self._end(run, LENGTH)
-        self._act(run, turn)
-
-    def _opening(self, run: _Run) -> list[int]:
-        """Ids of the opening that the script has for the coming turn; none where it has none."""
-        begins = run.script and isinstance(run.script[0], Opening)
-        return self.chat.opening(run.script.pop(0)) if begins else []
-
-    # ---- turns ------------------------------------------------------------------------------------------------------
-
-    def _turn_ended(self, run: _Run) -> None:
-        sequence, start = run.sequence, run.sequence.start
-        if run.begun is not None:
-            start, run.begun = run.begun, None
-        text = self.chat.decode(sequence.ids[start : len(sequence.ids) - sequence.stopped])
-        turn = self._turn(run, text, start)
-        if sequence.stopped:
-            self._act(run, turn)
+            self._end(conversation, LENGTH)
         else:
-            self._end(run, LENGTH)
+            self._act(conversation, turn)
 
-    def _turn(self, run: _Run, text: str, start: int, forced: bool = False) -> Turn:
+    def _next_opening(self, conversation: _Conversation) -> list[int]:
+        """Take the tokens that the coming turn opens with from the script. Empty where the model starts by itself."""
+        if conversation.forced_turns or not conversation.openings:
+            return []
+        return self.chat.opening(conversation.openings.pop(0))
+
+    # ---- turns -------------------------------------------------------------------------------------------------------
+
+    def _turn_ended(self, conversation: _Conversation) -> None:
+        """The engine has sampled a turn, up to the stop token or until there was no room for more."""
+        sequence = conversation.sequence
+        said = sequence.ids[conversation.turn_start :]
+        if sequence.stopped:
+            said = said[:-1]  # without the stop token
+        turn = self._record_turn(conversation, self.chat.decode(said))
+        if sequence.stopped:
+            self._act(conversation, turn)
+        else:
+            self._end(conversation, LENGTH)
+
+    def _record_turn(self, conversation: _Conversation, text: str, forced: bool = False) -> Turn:
+        """Add the model's turn, from `turn_start` to the present end of the sequence, to the episode."""
+        episode = conversation.episode
         action = self.chat.parse(text)
-        base = run.episode.prompt_length
-        turn = Turn("assistant", text, base + start, base + len(run.sequence.ids), action.name, action.query, forced)
-        run.episode.turns.append(turn)
-        run.turns += 1
+        turn = Turn(
+            "assistant",
+            text,
+            start=episode.prompt_length + conversation.turn_start,
+            end=episode.prompt_length + len(conversation.sequence.ids),
+            action=action.name,
+            query=action.query,
+            forced=forced,
+        )
+        episode.turns.append(turn)
+        conversation.model_turns += 1
         return turn
 
-    def _act(self, run: _Run, turn: Turn) -> None:
+    def _act(self, conversation: _Conversation, turn: Turn) -> None:
         """Do what the model's turn asks for."""
         if turn.action is None:
-            return self._end(run, INVALID)
-        if turn.action == "answer":
-            run.episode.answer = turn.query
-            return self._end(run, ANSWERED)
-        if run.turns >= self.max_turns:
-            return self._end(run, TURNS)
-        run.calls[turn.action] = run.calls.get(turn.action, 0) + 1
-        if run.calls[turn.action] > self.toolbox.tools[turn.action].limit:
-            return self._observe(run, OVER_LIMIT)
-        example, run.called = run.episode.example, time.monotonic()
+            self._end(conversation, INVALID)
+        elif turn.action == "answer":
+            conversation.episode.answer = turn.query
+            self._end(conversation, ANSWERED)
+        elif conversation.model_turns >= self.max_turns:
+            self._end(conversation, TURNS)
+        else:
+            self._call_tool(conversation, turn)
+
+    def _call_tool(self, conversation: _Conversation, turn: Turn) -> None:
+        """Start the tool that the turn names. A call over the tool's limit is refused, and the model is told so."""
+        conversation.calls[turn.action] += 1
+        if conversation.calls[turn.action] > self.toolbox.tools[turn.action].limit:
+            self._observe(conversation, OVER_LIMIT)
+            return
+        example = conversation.episode.example
+        conversation.called_at = time.monotonic()
         call = Call(turn.query, example.image, example.question, example.image_url)
-        self.waiting[self.toolbox.call(turn.action, call, self.thumbnails.prepare)] = run
+        future = self.toolbox.call(turn.action, call, then=self.thumbnails.prepare)
+        self.pending[future] = conversation
 
     def _collect(self, block: bool) -> None:
-        """Hand finished tools' observations over, in the order of the calls; `block` waits for at least one.
+        """Pass on what finished tools gave, in the order of the calls. `block` waits for at least one.
 
-        A call that hangs is given up: its thread goes on, nobody waits for it.
+        A call that takes longer than `tool_seconds` is given up. Its thread keeps running, and its result is dropped.
         """
-        if not self.waiting:
+        if not self.pending:
             return
-        deadline = min(run.called for run in self.waiting.values()) + self.limits.tool_seconds
-        patience = max(0.0, deadline - time.monotonic()) if block else 0.0
-        wait(self.waiting, timeout=patience, return_when=FIRST_COMPLETED)
+        patience = 0.0
+        if block:
+            first_call = min(conversation.called_at for conversation in self.pending.values())
+            patience = max(0.0, first_call + self.limits.tool_seconds - time.monotonic())
+        wait(self.pending, timeout=patience, return_when=FIRST_COMPLETED)
         now = time.monotonic()
-        for future, run in list(self.waiting.items()):
-            late = now >= run.called + self.limits.tool_seconds
-            if future.done() or late:
-                del self.waiting[future]
-                self._observe(run, future.result() if future.done() else LATE)
+        for future, conversation in list(self.pending.items()):  # a copy: the loop adds and removes calls
+            if future.done():
+                observation = future.result()
+            elif now >= conversation.called_at + self.limits.tool_seconds:
+                observation = TIMED_OUT
+            else:
+                continue
+            del self.pending[future]
+            self._observe(conversation, observation)
 
-    def _observe(self, run: _Run, seen: Observation) -> None:
-        """Append what came back as a user turn, and go on: with the next forced turn, or by sampling."""
-        sequence, call, example = run.sequence, run.episode.turns[-1], run.episode.example
-        thumbnails = [self.thumbnails.open(hit.image) for hit in seen.hits]
-        piece = self.chat.observation(call.action, seen, thumbnails, example.question)
-        start = run.episode.prompt_length + len(sequence.ids)
-        turn = Turn("tool", self.chat.decode(piece.ids), start, start, call.action, call.query, observation=seen)
-        run.episode.turns.append(turn)
-        if not seen.ok and seen is not OVER_LIMIT and self.limits.stop_on_tool_error:
-            return self._end(run, TOOL_ERROR)
-        opening = self._opening(run)
+    def _observe(self, conversation: _Conversation, observation: Observation) -> None:
+        """Append what came back as a user turn, and continue. Where it does not fit, none of its tokens is kept."""
+        episode = conversation.episode
+        call = episode.turns[-1]
+        thumbnails = [self.thumbnails.open(hit.image) for hit in observation.hits]
+        piece = self.chat.observation(call.action, observation, thumbnails, episode.example.question)
+        start = episode.prompt_length + len(conversation.sequence.ids)
+        turn = Turn(
+            "tool",
+            self.chat.decode(piece.ids),
+            start=start,
+            end=start,
+            action=call.action,
+            query=call.query,
+            observation=observation,
+        )
+        episode.turns.append(turn)
+        failed = not observation.ok and observation is not OVER_LIMIT
+        if failed and self.limits.stop_on_tool_error:
+            self._end(conversation, TOOL_ERROR)
+            return
+        opening = self._next_opening(conversation)
         if start + len(piece.ids) + len(opening) >= self.engine.max_tokens:
-            return self._end(run, LENGTH)
-        turn.end += len(piece.ids)
-        run.begun = len(sequence.ids) + len(piece.ids) if opening else None
-        if sequence.group is not None:
-            return self.engine.extend(sequence, piece.ids + opening, piece.images)
-        sequence.force(piece.ids + opening, piece.images)  # before sampling begins
-        if not opening:
-            self._force_turn(run)
+            self._end(conversation, LENGTH)
+            return
+        turn.end = start + len(piece.ids)
+        conversation.turn_start = len(conversation.sequence.ids) + len(piece.ids)
+        self._resume(conversation, piece.ids + opening, piece.images)
 
-    def _end(self, run: _Run, status: str) -> None:
-        """Close the episode: its tokens are the prompt's and the member's, as they stand."""
-        episode, sequence = run.episode, run.sequence
+    def _resume(self, conversation: _Conversation, ids: list[int], images: Sequence[tuple[int, Image]]) -> None:
+        """Continue after these tokens: by sampling, or still with forced turns."""
+        sequence = conversation.sequence
+        if sequence.group is not None:  # the engine has it
+            self.engine.extend(sequence, ids, images)
+            return
+        sequence.force(ids, images)
+        if conversation.forced_turns:
+            self._force_turn(conversation)
+
+    def _end(self, conversation: _Conversation, status: str) -> None:
+        """Close the episode: its tokens are the prompt's, then all of the sequence's. Give the slot back."""
+        episode = conversation.episode
+        sequence = conversation.sequence
         episode.status = status
-        base = episode.prompt_length
         episode.input_ids += sequence.ids
         episode.loss_mask += sequence.loss_mask
         episode.logps += sequence.logps
-        episode.images += [(base + at, image) for at, image in sequence.images]
+        for offset, image in sequence.images:
+            episode.images.append((episode.prompt_length + offset, image))
         if sequence.group is not None:
             self.engine.finish(sequence)
         self.on_done(episode)

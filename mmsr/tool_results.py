@@ -1,8 +1,8 @@
 """What a tool returned, as an `Observation` of plain Python values, or a TypeError that names the wrong field.
 
-A forker's tool returns what its libraries give: a PIL image, NumPy's numbers, a generator. Where the meaning is plain
-it is accepted. The rest is refused here, while it is known which tool it was: later it would end the run where a line
-is written, or where ranks exchange their episodes, after an update.
+A user's tool returns what its libraries give: a PIL image, NumPy numbers, a generator. Where the meaning is clear, it
+is accepted. The rest is refused here, where it is known which tool it came from. Later it would end the run: when a
+rollout line is written, or when ranks exchange their episodes after an update.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmsr.episode import Hit, Observation
 from mmsr.system.images import to_rgb
 
 MOST_HITS = 1000  # of one result: a generator may have no end
-MOST_TEXT = 1_000_000  # characters of a field: no model's context holds as much, and it stands in every rollout line
+MOST_TEXT = 1_000_000  # characters of a field: no model's context holds as much, and every rollout line contains it
 MOST_SAID = 1000  # characters of an error
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images; others are saved as RGB
 
@@ -50,7 +50,7 @@ def plain(tool: str, seen: object) -> Observation:
 
 
 def cut(said: str) -> str:
-    """An error's text, short enough to stand in every rollout line."""
+    """An error's text, short enough for every rollout line."""
     return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]}… ({len(said):,} characters)"
 
 
@@ -67,10 +67,10 @@ def _hit(name: str, hit: object) -> Hit:
 
 
 def _text(name: str, value: Any) -> str:
-    """Lone surrogates stay: JSON has them, and whoever encodes a text here knows that UTF-8 has not."""
+    """A text field. Lone surrogates stay: JSON has them, and where text is encoded, UTF-8's lack of them is handled."""
     if not isinstance(value, str):
         raise _wrong(name, value, "text")
-    return str.__str__(value)  # of a subclass, its characters and not what its own __str__ says
+    return str.__str__(value)  # the characters of a subclass, not what its own __str__ gives
 
 
 def _words(name: str, value: Any) -> str:
@@ -96,9 +96,11 @@ def _seconds(value: Any) -> float:
 
 
 def _score(name: str, value: Any) -> float | None:
-    """None for one that is not finite: it says nothing, and JSON cannot hold it."""
-    score = None if value is None else _number(name, value)
-    return score if score is not None and math.isfinite(score) else None
+    """A hit's score. None for one that is not finite: it says nothing, and JSON cannot hold it."""
+    if value is None:
+        return None
+    score = _number(name, value)
+    return score if math.isfinite(score) else None
 
 
 def _number(name: str, value: Any) -> float:
@@ -114,7 +116,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _single(value: Any) -> Any:
-    """The Python value of a NumPy number, and of an array or tensor that holds one; any other value as it is."""
+    """The Python value of a NumPy number, and of an array or tensor that holds one; any other value unchanged."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
@@ -137,12 +139,12 @@ def _picture(name: str, value: Any) -> bytes | None:
 
 
 def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """16 bits and fractions of 1 are scaled: Pillow would cut off all that is over 255, and take 0.9 for 0."""
-    if picture.mode[0] in "IF":
-        top = np.asarray(picture).max()
-        if picture.mode == "F" and top <= 1:
-            picture = picture.point(lambda value: value * 255 + 0)
-        elif picture.mode != "F" and top > 255:
+    """The picture as RGB. 16 bits and fractions of 1 are scaled: Pillow would clip at 255, and take 0.9 for 0."""
+    if picture.mode[0] in "IF":  # integers or floats
+        largest = np.asarray(picture).max()
+        if picture.mode == "F" and largest <= 1:
+            picture = picture.point(lambda value: value * 255 + 0)  # the form that Pillow takes for these modes
+        elif picture.mode != "F" and largest > 255:
             return to_rgb(picture)
     return picture.convert("RGB")
 

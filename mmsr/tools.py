@@ -1,9 +1,9 @@
-"""The tool interface: what a rollout may call, and the box that calls it.
+"""The tool interface: what a rollout may call, and the toolbox that calls it.
 
-A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`; the function gets a `Call` — the
-query, the picture as bytes and the question, never the example, so it cannot cheat — and returns an `Observation` (or
-plain text, which becomes one). Whatever it raises, `sys.exit()` included, becomes a failed observation, and so does a
-result that is none (`tool_results.py`): a tool never ends a rollout.
+A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`. The function gets a `Call`: the
+query, the picture as bytes and the question, but not the example, so it cannot cheat. It returns an `Observation`, or
+plain text, which becomes one. Any exception, `sys.exit()` included, becomes a failed observation, and so does a result
+of another type (`tool_results.py`): a tool never ends a rollout.
 
 A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
@@ -33,44 +33,49 @@ TEXT_SEARCH = "text_search"
 
 
 class ToolFailure(Exception):
-    """A tool's infrastructure failed. `kind` is one word for machines (timeout, auth, budget, …)."""
+    """A tool's infrastructure failed. `kind` is one word for programs (timeout, auth, budget, …)."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(f"{kind}: {message}")
-        self.kind, self.message = kind, message
+        self.kind = kind
+        self.message = message
 
 
 @dataclass(frozen=True)
 class Call:
     """What a tool gets."""
 
-    query: str  # what stood between the tags
+    query: str  # the words between the tags
     image: bytes  # the question's picture, an encoded file
     question: str
     image_url: str = ""  # where the picture is on the web, if that is known
 
 
 class Backend(Protocol):
-    """A search engine. No hits are an answer; infrastructure that fails raises, ToolFailure where it knows the kind."""
+    """A search engine. An observation without hits is an answer. Where its infrastructure fails, a method raises.
+
+    It raises ToolFailure where the kind of failure is known.
+    """
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
-        """What is known of a picture (an encoded file), which may also be found at an address of the web.
+        """What is known about a picture, an encoded file. It may also be on the web, at `image_url`.
 
         `question` may guide a summary, nothing else.
         """
 
-    def text_search(self, query: str) -> Observation: ...
+    def text_search(self, query: str) -> Observation:
+        """Pages that answer a query."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool. `payload` fixes what must stand between the tags (`<search><img></search>`); None takes any query."""
+    """One tool."""
 
     name: str
     tag: str
     limit: int  # calls per episode
     run: Callable[[Call], Observation | str]
-    payload: str | None = None
+    payload: str | None = None  # what has to be between the tags (`<search><img></search>`); None takes any query
 
 
 def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool]:
@@ -89,7 +94,10 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
 
 
 def more_tools(name: str, backend: Backend) -> list[Tool]:
-    """What the function "MODULE:FUNCTION" makes of the search engine; no tools where `name` is empty. UserError."""
+    """The tools that the function `name`, "MODULE:FUNCTION", makes from the search engine. Without a name, none.
+
+    Raises UserError where the function cannot be imported or fails, or where its tools could not be called.
+    """
     if not name:
         return []
     module, _, function = name.partition(":")
@@ -102,13 +110,14 @@ def more_tools(name: str, backend: Backend) -> list[Tool]:
         kind = type(tools).__name__
         raise UserError(f"--tools {name}: gave {kind}; return a list of Tool from the search engine it gets")
     for tool in tools:
-        if wrong := _wrongly_made(tool):
+        wrong = _wrongly_made(tool)
+        if wrong:
             raise UserError(f"--tools {name}: tool {str(tool.name)[:40]!r}: {wrong}")
     return tools
 
 
 def _wrongly_made(tool: Tool) -> str:
-    """What would fail, or be ignored, only when the model calls the tool; empty where all is well."""
+    """What would only fail, or be ignored, when the model calls the tool. Empty where all is well."""
     for field, value in (("name", tool.name), ("tag", tool.tag)):
         if not isinstance(value, str) or not re.fullmatch(r"[\w-]+", value):
             return f"{field} is {value!r:.40}; give a word of letters, digits, _ and -"
@@ -122,7 +131,10 @@ def _wrongly_made(tool: Tool) -> str:
 
 
 def _unusable(name: str, error: BaseException) -> UserError:
-    """One line for what came of --tools. No traceback will be shown, so it has the place in the user's own module."""
+    """One line for a --tools function that failed.
+
+    No traceback is shown, so it names the place in the user's module.
+    """
     calls = traceback.extract_tb(error.__traceback__)[1:]
     calls = [call for call in calls if "importlib" not in call.filename and "<" not in call.filename]
     advice = "give MODULE:FUNCTION, a function of the search engine that can be imported here"
@@ -145,22 +157,23 @@ class NoSearch:
 
 
 class Toolbox:
-    """Calls tools, in threads or (`inline`, for reproducible runs) on the spot.
+    """Calls tools, in threads or (`inline`, for reproducible runs) at once in the caller's thread.
 
-    The threads are daemons: a program ends while a tool hangs, for which a ThreadPoolExecutor would wait.
+    The threads are daemons, so that a program can end while a tool hangs. A ThreadPoolExecutor would wait for it.
     """
 
     def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
         self.tools = {tool.name: tool for tool in tools}
-        self.inline, self.workers = inline, workers
+        self.inline = inline
+        self.workers = workers  # threads that may still be started
         self.queue: SimpleQueue[tuple[Future[Observation], Callable[[], Observation]]] = SimpleQueue()
 
     def call(
         self, name: str, call: Call, then: Callable[[Observation], object] = lambda seen: None
     ) -> Future[Observation]:
-        """What the tool gives. `then` sees it before anybody, in the tool's thread.
+        """What the tool gives. `then` is called with it first, in the tool's thread.
 
-        A tool that hangs keeps `call` and `then` for as long as the program runs, so neither may lead to much memory.
+        A tool that hangs keeps `call` and `then` alive while the program runs, so neither may refer to much memory.
         """
 
         def work() -> Observation:
@@ -173,25 +186,26 @@ class Toolbox:
             done.set_result(work())
             return done
         self.queue.put((done, work))
-        if self.workers:  # one more thread a call, until there are all
+        if self.workers:  # each call starts one more thread, until all are there
             self.workers -= 1
             threading.Thread(target=self._work, name="tool", daemon=True).start()
         return done
 
     def _work(self) -> None:
-        """What each thread does. It has no variables: by them a waiting thread would keep its last call alive."""
+        """What each thread does. It has no variables: with one, a waiting thread would keep its last call alive."""
         while True:
             _finish(*self.queue.get())
 
     def drop(self) -> None:
-        """Give up calls that wait for a thread: they may cost money."""
+        """Cancel calls that wait for a thread: they may cost money."""
         with suppress(Empty):
             while True:
-                self.queue.get_nowait()[0].cancel()
+                waiting, _ = self.queue.get_nowait()
+                waiting.cancel()
 
 
 def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
-    """Give `done` what `work` returns or raises, unless it has been cancelled."""
+    """Put what `work` returns or raises into `done`, unless that has been cancelled."""
     if not done.set_running_or_notify_cancel():
         return
     try:
@@ -200,7 +214,7 @@ def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
         done.set_exception(error)
 
 
-# ---- the seam: a forker's tool may raise and return anything, and the rollout must go on
+# ---- a user's tool may raise and return anything, and the rollout must continue
 
 
 def _observe(tool: Tool, call: Call) -> Observation:
@@ -214,19 +228,21 @@ def _observe(tool: Tool, call: Call) -> Observation:
 
 
 def _let_through(error: BaseException) -> None:
-    """Raise again what a signal raised while a tool ran in the main thread: that is the user's wish, and no failure.
+    """Raise again what a signal raised while a tool ran in the main thread: the user wants to stop, nothing failed.
 
     Within `Interrupts` a Ctrl-C raises BrokenOff. A KeyboardInterrupt is a Ctrl-C only where Python's own handler is
     in place; anywhere else the tool raised it.
     """
-    main = threading.current_thread() is threading.main_thread()
-    ctrl_c = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if isinstance(error, BrokenOff) or ctrl_c and isinstance(error, KeyboardInterrupt):
+    if isinstance(error, BrokenOff):
+        raise error
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled_by_python = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handled_by_python and isinstance(error, KeyboardInterrupt):
         raise error
 
 
 def _said(error: BaseException) -> str:
-    """An exception's type and text; of a ToolFailure, its kind. The text is made by a stranger's code too."""
+    """An exception's type and text; for a ToolFailure, its kind and text. Making the text may raise, too."""
     try:
         said = str(error)
     except BaseException as another:

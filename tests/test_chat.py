@@ -341,7 +341,7 @@ def test_the_hostile_texts_would_do_harm_without_either_guard(tiny, monkeypatch,
     else:  # a tokenizer that knows the control tokens in text, as the checkpoint's own does
         knowing = Tokenizer.from_file(str(tiny / "tokenizer.json"))
         monkeypatch.setattr(
-            chat, "_encode_text", lambda text: knowing.encode(text.encode("utf-8", "replace").decode()).ids
+            chat.tokenizer, "encode", lambda text: knowing.encode(text.encode("utf-8", "replace").decode()).ids
         )
     harmed = 0
     for _ in range(200):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 from mmsr.chat import PROMPTS
 from mmsr.config import EvalConfig, parse
-from mmsr.rollout import Opening
+from mmsr.rollout import Script
 from mmsr.system.files import Lock
 from mmsr.toy import world as toy
 
@@ -162,18 +162,17 @@ def test_direct_never_searches_and_rag_always_does(miniature, tmp_path):
     assert all(line["turns"][1]["observation"]["titles"] for line in rag.lines)
 
 
-def rag_script(*argv) -> list[str]:
+def rag_script(*argv) -> Script:
     script = evaluation.rag_script(parse([*argv, "--mode", "rag", "--data", "x", "--model", "y"], EvalConfig), None)
     return script(None, 0)
 
 
 def test_rag_forces_what_the_limits_allow_and_leaves_the_query_to_the_model():
     image, query, answer = (PROMPTS / "real" / "rag.txt").read_text().splitlines()
-    assert rag_script("--recipe", "paper") == [image, query, answer]
-    assert rag_script("--recipe", "blog") == [image, answer]
-    assert rag_script("--recipe", "paper", "--max-turns", "2") == [image, answer]
-    assert rag_script("--recipe", "paper", "--max-images", "0") == [query, answer]
-    assert [isinstance(turn, Opening) for turn in rag_script("--recipe", "paper")] == [False, True, True]
+    assert rag_script("--recipe", "paper") == Script([image], [query, answer])
+    assert rag_script("--recipe", "blog") == Script([image], [answer])
+    assert rag_script("--recipe", "paper", "--max-turns", "2") == Script([image], [answer])
+    assert rag_script("--recipe", "paper", "--max-images", "0") == Script([], [query, answer])
     assert image.endswith("<search><img></search>") and query.endswith("<text_search>") and "</reason>" not in answer
 
 
@@ -345,7 +344,7 @@ def test_a_question_that_was_not_asked_is_a_wrong_answer_in_silence(miniature, t
     data = questions(tmp_path / "data")
     text = data.read_text().splitlines()
     data.write_text("\n".join([text[0].replace("what is", "what is " * 120), *text[1:]]))
-    script = lambda example, sample: ["what is this ? " * 40] if example.id == "q1" else []  # noqa: E731
+    script = lambda example, sample: Script(["what is this ? " * 40] if example.id == "q1" else [])  # noqa: E731
     monkeypatch.setattr(evaluation, "rag_script", lambda *given: script)
     found = run(miniature, tmp_path / "out", data=data, search="none", mode="rag")
     (result,) = found.results.values()

@@ -22,7 +22,7 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Hit, Observation
 from mmsr.pack import pack, split_into_micro_batches
-from mmsr.rollout import Limits, Opening, Rollout
+from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Tool, Toolbox, search_tools
 from mmsr.update import ImageFeatures, Trainer
@@ -105,8 +105,8 @@ def make(
     rollout = Rollout(engine, chat, Toolbox(tools, inline), limits, direct)
 
     def words(sequence):
-        run = rollout.runs[sequence]
-        text = say(run.episode, run.turns)
+        conversation = rollout.conversations[sequence]
+        text = say(conversation.episode, conversation.model_turns)
         return None if text is None else chat.assistant(text)
 
     if say:
@@ -118,7 +118,7 @@ def one(home, *said, **options) -> Episode:
     """The episode in which the model says `said`, turn by turn: sampled, and forced as a script; both must agree."""
     rollout = make(home, say=lambda episode, turn: said[turn], **options)
     (sampled,) = rollout([question()], 1)
-    (forced,) = make(home, **options)([question()], 1, scripts=lambda example, sample: list(said))
+    (forced,) = make(home, **options)([question()], 1, scripts=lambda example, sample: Script(said))
     for episode in (sampled, forced):
         consistent(episode, rollout.chat)
     assert (forced.status, forced.answer, forced.input_ids) == (sampled.status, sampled.answer, sampled.input_ids)
@@ -333,7 +333,7 @@ def test_a_found_picture_lies_on_its_side_or_the_questions_own_is_turned(home):
     wide = turned(6, size=(112, 56))
     web = FakeWeb(Observation((Hit("title", image=wide),), source="fake"))
     asked = replace(question(), image=wide)
-    (episode,) = make(home, web=web)([asked], 1, scripts=lambda example, sample: [LOOK, REPLY])
+    (episode,) = make(home, web=web)([asked], 1, scripts=lambda example, sample: Script([LOOK, REPLY]))
     stored, upright = (image.grid for _, image in episode.images)
     assert stored == upright[::-1] and stored[0] > stored[1]
 
@@ -382,7 +382,7 @@ def test_hostile_titles_forge_neither_turns_nor_images_nor_answers(home):
 def test_forced_opening_then_sampling_trains_the_sampled_turn_only(home):
     rollout = make(home, turns=3)
     scripts = {0: [], 1: [LOOK], 2: [LOOK, ASK]}
-    episodes = rollout([question(0), question(1)], 3, scripts=lambda example, sample: scripts[sample])
+    episodes = rollout([question(0), question(1)], 3, scripts=lambda example, sample: Script(scripts[sample]))
     for episode in episodes:
         consistent(episode, rollout.chat)
         spoken = [t for t in episode.turns if t.role == "assistant"]
@@ -390,13 +390,13 @@ def test_forced_opening_then_sampling_trains_the_sampled_turn_only(home):
         assert sum(episode.loss_mask) > 0 and episode.searches() >= episode.sample
 
 
-QUERY = Opening("<reason>a fact</reason> <text_search>")
+QUERY = "<reason>a fact</reason> <text_search>"
 
 
 @pytest.mark.parametrize("before", [[], [LOOK]])
 def test_opening_is_part_of_its_turn_and_only_what_the_model_adds_is_trained(home, before):
     rollout = make(home, turns=3, say=lambda episode, turn: "bridge lisbon</text_search>")
-    (episode,) = rollout([question()], 1, scripts=lambda example, sample: [*before, QUERY])
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: Script(before, [QUERY]))
     spoken = [t for t in episode.turns if t.role == "assistant"]
     asked = spoken[len(before)]
     assert asked.text == QUERY + "bridge lisbon</text_search>" and not asked.forced
@@ -411,8 +411,8 @@ def test_opening_is_part_of_its_turn_and_only_what_the_model_adds_is_trained(hom
 def test_every_turn_may_have_an_opening(home):
     said = {1: "bridge lisbon</text_search>", 2: " done</reason> <answer>Tagus</answer>"}
     rollout = make(home, turns=3, say=lambda episode, turn: said[turn])
-    script = [LOOK, QUERY, Opening("<reason>I am")]
-    (episode,) = rollout([question()], 1, scripts=lambda example, sample: list(script))
+    script = Script([LOOK], [QUERY, "<reason>I am"])
+    (episode,) = rollout([question()], 1, scripts=lambda example, sample: script)
     assert [t.action for t in episode.turns if t.role == "assistant"] == [IMAGE_SEARCH, TEXT_SEARCH, "answer"]
     assert (episode.status, episode.answer) == (ANSWERED, "Tagus")
     assert episode.turns[-1].text == "<reason>I am done</reason> <answer>Tagus</answer>"
@@ -422,9 +422,10 @@ def test_every_turn_may_have_an_opening(home):
 
 def test_opening_without_room_ends_the_episode(home):
     rollout = make(home, turns=3)
-    (fits,) = rollout([question()], 1, scripts=lambda example, sample: [LOOK])
+    (fits,) = rollout([question()], 1, scripts=lambda example, sample: Script([LOOK]))
     room = fits.turns[1].end + 1
-    (episode,) = make(home, turns=3, max_tokens=room)([question()], 1, scripts=lambda example, sample: [LOOK, QUERY])
+    narrow = make(home, turns=3, max_tokens=room)
+    (episode,) = narrow([question()], 1, scripts=lambda example, sample: Script([LOOK], [QUERY]))
     assert episode.status == LENGTH and len(episode.input_ids) < room
 
 
@@ -432,12 +433,12 @@ def test_script_that_ends_in_an_answer_leaves_the_rest_of_its_group_alone(home):
     rollout = make(home, say=lambda episode, turn: REPLY)
     scripts = [[REPLY.replace("Tagus River", "Douro")], [], [LOOK, "nonsense"], [LOOK]]
     done = []
-    episodes = rollout([question()], 4, scripts=lambda example, sample: scripts[sample], on_done=done.append)
+    episodes = rollout([question()], 4, scripts=lambda example, sample: Script(scripts[sample]), on_done=done.append)
     assert [(e.status, e.answer) for e in episodes] == [
         (ANSWERED, "Douro"), (ANSWERED, "Tagus River"), (INVALID, None), (ANSWERED, "Tagus River")
     ]  # fmt: skip
     assert sorted(map(id, done)) == sorted(map(id, episodes)), "every episode is reported once"
-    assert not rollout.engine.by_slot and not rollout.waiting
+    assert not rollout.engine.by_slot and not rollout.pending
 
 
 # ---- schedule -------------------------------------------------------------------------------------------------------
@@ -550,7 +551,7 @@ def test_nothing_is_prefilled_twice(home):
 
 def test_forced_tokens_are_prefilled_once(home):
     rollout = make(home, turns=2)
-    episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: [LOOK])
+    episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: Script([LOOK]))
     forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
     prompts = episodes[0].prompt_length + episodes[2].prompt_length
     assert rollout.counts["prefilled"] == rollout.counts["prefilled_unique"] == prompts + forced
@@ -562,7 +563,7 @@ def test_cache_outlives_the_rollout(home):
     gc.collect()
     gc.disable()
     try:
-        episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: [LOOK])
+        episodes = rollout([question(0), question(1)], 2, scripts=lambda example, sample: Script([LOOK]))
         cache, counts = weakref.ref(rollout.engine.cache), rollout.counts
         del rollout
         assert episodes and counts["sampled"] and cache() is None

@@ -18,7 +18,7 @@ from mmsr.data.recorded import demonstrations
 from mmsr.engine import Engine
 from mmsr.episode import Example, Hit, Observation
 from mmsr.reward import RewardRule, score
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.tools import Toolbox, search_tools
 from mmsr.toy import base as toy_base
@@ -60,7 +60,7 @@ def played(home, **config):
     engine = Engine(model, chat.stop_id, suppressed, slots=8, max_tokens=4000, turn_tokens=60)
     rollout = Rollout(engine, chat, Toolbox(tools, inline=True), Limits(3, PIXELS, PIXELS, PIXELS))
     examples = [Example(f"e{n}", picture_bytes(56, 56, seed=n), f"What is {n}?", ("Tagus River",)) for n in range(2)]
-    episodes = rollout(examples, len(SAID), scripts=lambda example, sample: SAID[sample])
+    episodes = rollout(examples, len(SAID), scripts=lambda example, sample: Script(SAID[sample]))
     score(episodes, RewardRule(), chat.well_formed)
     train.assign_advantages(episodes, Config(algorithm="sft", demonstrations=("some.jsonl",), **config))
     return model, suppressed, episodes

@@ -1,9 +1,9 @@
 """A teacher: a model behind an OpenAI-compatible server that shows how questions are answered, in our markup.
 
-It is asked what our model is asked, in chat messages, with pictures upright and without metadata; its turns are read by
-the same grammar, its searches are run by the same tools. The rollout then plays its turns as a script, so that limits,
-masks and reward are those of any other episode, and a search made twice comes from the recording. Every answer is on
-disk before it is used.
+It gets the same prompts as our model, as chat messages, with pictures upright and without metadata. The same grammar
+reads its turns, and the same tools run its searches. The rollout then plays its turns as a script, so that limits,
+masks and reward are those of any other episode; the second time, a search comes from the cache. Every answer is on disk
+before it is used.
 """
 
 from __future__ import annotations
@@ -22,42 +22,54 @@ from mmsr.chat import IMAGE_PAD, START, STOP, Chat, Piece
 from mmsr.episode import Example, Observation
 from mmsr.net.client import FATAL
 from mmsr.net.completions import picture_part
-from mmsr.rollout import OVER_LIMIT, Limits
+from mmsr.rollout import OVER_LIMIT, Limits, Script
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
 from mmsr.system.journal import Journal, key_of
 from mmsr.tools import Call, Toolbox, ToolFailure
 
 AT_ONCE = 16  # conversations
-ANSWER_TOKENS = 4096  # of a turn, thoughts included
-FAILED = [""]  # the script of a question that the teacher failed: a turn that says nothing, and so teaches nothing
-PICTURE = SimpleNamespace(tokens=1)  # stands for any picture while turns are laid out
+ANSWER_TOKENS = 4096  # of a turn, thinking included
+FAILED = Script([""])  # where the teacher failed: a turn that says nothing ends the episode, and teaches nothing
+PICTURE = SimpleNamespace(tokens=1)  # takes any picture's place in a prompt; its placeholder becomes a message part
 
 
 class Teacher:
-    """Scripts (`rollout.Scripts`) made by asking: the conversation about an example, in the future.
+    """Scripts (`rollout.Scripts`) made by asking a teacher: each is the Future of a conversation about an example.
 
-    `complete` answers chat messages and raises ToolFailure; `name` tells its model from others in `kept`.
+    `complete` answers chat messages and raises ToolFailure. `kept` is the file with all answers; `name` tells this
+    teacher's from those of other models.
     """
 
     def __init__(
-        self, complete: Callable[[list[dict]], str], name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits
+        self,
+        complete: Callable[[list[dict]], str],
+        name: str,
+        kept: Path,
+        chat: Chat,
+        toolbox: Toolbox,
+        limits: Limits,
     ):
-        self.complete, self.name, self.kept = complete, name, Journal(kept)
-        self.chat, self.toolbox, self.limits = chat, toolbox, limits
+        self.complete = complete
+        self.name = name
+        self.kept = Journal(kept)
+        self.chat = chat
+        self.toolbox = toolbox
+        self.limits = limits
         self.pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="teacher")
-        self.failed = 0
+        self.failed = 0  # conversations
 
-    def __call__(self, example: Example, sample: int) -> Future[list[str]]:
+    def __call__(self, example: Example, sample: int) -> Future[Script]:
         return self.pool.submit(self._show, example)
 
     def drop(self) -> None:
-        """Give up what has not begun."""
+        """Cancel the conversations that have not started."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _show(self, example: Example) -> list[str]:
+    def _show(self, example: Example) -> Script:
+        """The teacher's conversation, or FAILED. Raises UserError where every other one would fail too."""
         try:
-            return self._converse(example)
+            return Script(self._converse(example))
         except (ToolFailure, TimeoutError) as error:
             if getattr(error, "kind", "") in FATAL:
                 raise UserError(f"--teacher: {error}; mend that and go on with --resume") from None
@@ -69,59 +81,73 @@ class Teacher:
 
     def _converse(self, example: Example) -> list[str]:
         """The teacher's turns, up to one that ends the conversation or to the limit of turns."""
-        said: list[str] = []
-        calls: Counter = Counter()
-        messages = chat_messages(self.chat, self.chat.prompt(example.question, PICTURE), [picture_part(example.image)])
+        turns: list[str] = []
+        calls: Counter[str] = Counter()  # by tool
+        prompt = self.chat.prompt(example.question, PICTURE)
+        messages = chat_messages(self.chat, prompt, [picture_part(example.image)])
         while True:
-            said.append(self._ask(messages))
-            action = self.chat.parse(said[-1])
+            turn = self._ask(messages)
+            turns.append(turn)
+            action = self.chat.parse(turn)
             tool = self.toolbox.tools.get(action.name)
-            if tool is None or len(said) >= self.limits.max_turns:
-                return said
+            if tool is None or len(turns) >= self.limits.max_turns:
+                return turns
             calls[tool.name] += 1
-            seen = OVER_LIMIT
-            if calls[tool.name] <= tool.limit:
+            if calls[tool.name] > tool.limit:
+                observation = OVER_LIMIT
+            else:
                 call = Call(action.query, example.image, example.question, example.image_url)
-                seen = self.toolbox.call(tool.name, call).result(self.limits.tool_seconds)
-            messages.append({"role": "assistant", "content": said[-1]})
-            messages += self._result(tool.name, seen, example.question)
+                observation = self.toolbox.call(tool.name, call).result(self.limits.tool_seconds)
+            messages.append({"role": "assistant", "content": turn})
+            messages += self._result(tool.name, observation, example.question)
 
     def _ask(self, messages: list[dict]) -> str:
-        return self.kept.once(key_of(self.name, messages), lambda: {"reply": self.complete(messages)})["reply"]
+        """The teacher's next turn, from the file if the same was asked before."""
+        key = key_of(self.name, messages)
+        answer = self.kept.once(key, lambda: {"reply": self.complete(messages)})
+        return answer["reply"]
 
-    def _result(self, tool: str, seen: Observation, question: str) -> list[dict]:
-        parts = [_thumbnail(hit.image) for hit in seen.hits]
-        piece = self.chat.observation(tool, seen, [PICTURE if part else None for part in parts], question)
-        return chat_messages(self.chat, piece, filter(None, parts))
+    def _result(self, tool: str, observation: Observation, question: str) -> list[dict]:
+        """A tool's result as chat messages."""
+        thumbnails = [_thumbnail(hit.image) for hit in observation.hits]
+        placeholders = [None if part is None else PICTURE for part in thumbnails]
+        piece = self.chat.observation(tool, observation, placeholders, question)
+        return chat_messages(self.chat, piece, [part for part in thumbnails if part is not None])
 
 
 def chat_messages(chat: Chat, piece: Piece, pictures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The whole turns of `piece` as chat messages, its placeholders replaced by `pictures` (parts of a message)."""
-    start, stop, pad = (chat.added[name] for name in (START, STOP, IMAGE_PAD))
-    control, pictures = set(chat.added.values()), iter(pictures)
+    """The complete turns of `piece` as chat messages, its placeholders replaced by `pictures` (parts of a message)."""
+    control = set(chat.added.values())
+    pictures = iter(pictures)
     messages: list[dict[str, Any]] = []
-    parts: list[dict[str, Any]] = []
-    for token, run in groupby(piece.ids, key=lambda i: i if i in control else None):
-        if token == start:
+    parts: list[dict[str, Any]] = []  # of the present turn
+    for token, run in groupby(piece.ids, key=lambda token: token if token in control else None):
+        if token == chat.added[START]:
             parts = []
-        elif token == pad:
+        elif token == chat.added[IMAGE_PAD]:
             parts.append(next(pictures))
-        elif token == stop:
+        elif token == chat.added[STOP]:
             messages.append(_message(parts))
-        elif token is None:
+        elif token is None:  # text between two control tokens
             parts.append({"type": "text", "text": chat.decode(list(run))})
     return messages
 
 
 def _message(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """A turn's role stands before its first line break. Text alone is given as it is: not every server takes parts."""
+    """A turn as a message. Its role is what comes before the first line break.
+
+    Text alone is given as a string, because not every server takes a list of parts.
+    """
     role, _, words = parts[0]["text"].partition("\n")
-    content = [{"type": "text", "text": words}] * bool(words) + parts[1:]
-    return {"role": role, "content": words if len(parts) == 1 else content}
+    if len(parts) == 1:
+        return {"role": role, "content": words}
+    first = [{"type": "text", "text": words}] if words else []
+    return {"role": role, "content": first + parts[1:]}
 
 
 def _thumbnail(image: bytes | None) -> dict[str, Any] | None:
+    """A thumbnail as a part of a message. None where there is none or it is broken: then the hit's title remains."""
     try:
         return picture_part(image) if image and decode(image) else None
-    except ValueError:  # a broken thumbnail leaves its title
+    except ValueError:
         return None

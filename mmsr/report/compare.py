@@ -13,38 +13,57 @@ from typing import Any, Iterable, Mapping, Sequence
 from mmsr.evaluate import aligned
 
 PUBLISHED = Path(__file__).with_name("published.tsv")
+NAMED = ("infoseek", "mmsearch", "simplevqa", "livevqa", "civqa", "fvqa")  # mmsearch_r1_infoseek… is InfoSeek
+COLUMNS = {
+    "exact": "accuracy",
+    "strict": "accuracy_strict",
+    "judge": "accuracy_judge",
+    "searched": "search_ratio",
+    "by image": "search_ratio_image",
+    "by text": "search_ratio_text",
+    "calls": "calls_ratio",
+}
 
 
 def published(name: str, layout: str) -> list[dict[str, str]]:
-    """The paper's and the blog's rows for the benchmark that a file's name, or else its layout, tells of."""
+    """The paper's and the blog's rows for the benchmark that a file's name, or else its layout, names."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    named = ("infoseek", "mmsearch", "simplevqa", "livevqa", "civqa", "fvqa")  # mmsearch_r1_infoseek… is InfoSeek
-    benchmark = next((benchmark for benchmark in named if benchmark in name.lower()), layout)
-    return [row for row in rows if row["benchmark"] == benchmark]
-
-
-COLUMNS = {
-    "exact": "accuracy", "strict": "accuracy_strict", "judge": "accuracy_judge", "searched": "search_ratio",
-    "by image": "search_ratio_image", "by text": "search_ratio_text", "calls": "calls_ratio",
-}  # fmt: skip
+    wanted = layout
+    for benchmark in NAMED:
+        if benchmark in name.lower():
+            wanted = benchmark
+            break
+    return [row for row in rows if row["benchmark"] == wanted]
 
 
 def report(name: str, mode: str, found: Mapping[str, Any], others: Sequence[Mapping[str, str]]) -> str:
     """A text table in per cent: this run, its interval, its categories, and published rows."""
-    rows = [[f"{name} ({found['n']})", *COLUMNS], [f"this run, {mode}", *_cells(found)]]
-    bounds = {key: "–".join(f"{100 * bound:.1f}" for bound in both) for key, both in found["interval"].items()}
-    rows.append(["  95 % interval", *(bounds.get(key, "") for key in COLUMNS.values())])
+    rows = [[f"{name} ({found['n']})", *COLUMNS]]
+    rows.append([f"this run, {mode}", *_cells(found)])
+    rows.append(["  95 % interval", *_intervals(found["interval"])])
     if len(found["by_category"]) > 1:
-        rows += [[f"  {its} ({of['n']})", *_cells(of)] for its, of in found["by_category"].items()]
+        for category, numbers in found["by_category"].items():
+            rows.append([f"  {category} ({numbers['n']})", *_cells(numbers)])
     for row in others:
-        shown = [row.get(column) or "" for column in COLUMNS]
-        rows.append([f"{row['system']} [{row['source']}: {row['set']}]", *shown])
+        source = f"{row['system']} [{row['source']}: {row['set']}]"
+        rows.append([source] + [row.get(column) or "" for column in COLUMNS])
     return "\n".join([aligned(rows), *_remarks(found)])
 
 
 def _cells(found: Mapping[str, Any]) -> list[str]:
-    return ["–" if found[key] is None else f"{100 * found[key]:.1f}" for key in COLUMNS.values()]
+    return [_per_cent(found[key]) for key in COLUMNS.values()]
+
+
+def _intervals(bounds: Mapping[str, Sequence[float]]) -> list[str]:
+    cells = []
+    for key in COLUMNS.values():
+        cells.append("–".join(map(_per_cent, bounds.get(key, ()))))
+    return cells
+
+
+def _per_cent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
@@ -53,13 +72,19 @@ def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
         f"question; {found['tool_failures']:.0f} tool calls failed"
     )
     if found["not_asked"] or found["cut"]:
-        unasked, cut = f"{found['not_asked']} questions were not asked", f"{found['cut']} rollouts ran out of tokens"
-        yield f"WARNING: {unasked}, as their prompt does not fit --max-tokens, and {cut}: all of them count as wrong"
-    if found["search_precision"] is not None or found["search_recall"] is not None:
-        shares = [found[f"search_{what}"] for what in ("precision", "recall")]
-        precise, complete = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
-        yield f"decision to search: precision {precise}, recall {complete}"
+        not_asked = f"{found['not_asked']} questions were not asked"
+        cut = f"{found['cut']} rollouts ran out of tokens"
+        yield f"WARNING: {not_asked}, as their prompt does not fit --max-tokens, and {cut}: all of them count as wrong"
+    precision = found["search_precision"]
+    recall = found["search_recall"]
+    if precision is not None or recall is not None:
+        yield f"decision to search: precision {_with_unit(precision)}, recall {_with_unit(recall)}"
     if found["accuracy_judge"] is not None:
-        yield f"the judge agrees with exact match on {100 * found['judge_agreement']:.1f} % of what it judged"
+        agreement = _with_unit(found["judge_agreement"])
+        yield f"the judge agrees with exact match on {agreement} of what it judged"
     if found["judge_failures"]:
         yield f"WARNING: the judge gave no verdict on {found['judge_failures']} answers; they are not in its column"
+
+
+def _with_unit(share: float | None) -> str:
+    return "–" if share is None else f"{_per_cent(share)} %"

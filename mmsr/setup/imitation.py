@@ -12,7 +12,7 @@ from mmsr.data.formats import Dataset
 from mmsr.data.recorded import demonstrations
 from mmsr.episode import ANSWERED, Episode, Example, Turn
 from mmsr.reward import RewardRule, answer_score
-from mmsr.rollout import Limits, Scripts
+from mmsr.rollout import Limits, Script, Scripts
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Toolbox
@@ -51,9 +51,9 @@ def open_demonstrations(
     on = f"on {len(places)} of {len(questions)} questions"
     ranks.print(f"Demonstrations: {right} of {conversations} are right, {on}.")
 
-    def script(example: Example, sample: int) -> list[str]:
-        turns = right_turns(example)
-        return turns[sample % len(turns)]
+    def script(example: Example, sample: int) -> Script:
+        conversations = right_turns(example)
+        return Script(conversations[sample % len(conversations)])
 
     if isinstance(questions, Dataset):
         questions.keep(places)

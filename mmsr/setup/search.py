@@ -12,7 +12,7 @@ from pathlib import Path
 from mmsr.config import Config, Options
 from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import Example
-from mmsr.rollout import Limits, Scripts
+from mmsr.rollout import Limits, Script, Scripts
 from mmsr.search import backends
 from mmsr.search.store import Budget
 from mmsr.setup.questions import FVQA_SEARCH, Questions
@@ -69,11 +69,11 @@ def forced_searches(file: str, group_size: int) -> Scripts:
 
 def _recorded_script(
     recorded: Mapping[str, list[RecordedTurn]], group_size: int, example: Example, sample: int
-) -> list[str]:
+) -> Script:
     """The recorded searches of an example, for the first half of its group. The other half is free."""
     if sample >= group_size // 2:
-        return []
-    return [turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None]
+        return Script()
+    return Script([turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None])
 
 
 def rollout_limits(config: Options) -> Limits:

@@ -29,7 +29,7 @@ from mmsr import pretrained
 from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Observation
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
@@ -294,7 +294,7 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
         engine = Engine(model, chat.stop_id, suppressed, slots=256, max_tokens=256, turn_tokens=32)
         limits = Limits(3, SIZE * SIZE, SIZE * SIZE)
         rollout = Rollout(engine, chat, Toolbox(_tools(world), inline=True), limits, direct=direct)
-        scripts = None if direct else lambda example, sample: world.always_search(example)
+        scripts = None if direct else lambda example, sample: Script(world.always_search(example))
         episodes = rollout(world.questions(asked, 200, "gate"), 1, ("gate", world.seed), scripts)
         return sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes) / len(episodes)
 

@@ -68,7 +68,7 @@ def teacher(tmp_path):
 
 
 def taught(teacher, n=1):
-    return [future.result(SECONDS) for future in [teacher(example(i), 0) for i in range(n)]]
+    return [future.result(SECONDS).turns for future in [teacher(example(i), 0) for i in range(n)]]
 
 
 # ---- one conversation -----------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_a_conversation_ends_where_a_rollout_would(teacher, turns, said):
 
 def test_what_failed_is_left_out_and_asked_for_again(teacher, capsys):
     failing = teacher(Fake(LOOK, ToolFailure("timeout", "no answer")))
-    assert taught(failing, 3) == [FAILED] * 3 and failing.failed == 3
+    assert taught(failing, 3) == [FAILED.turns] * 3 and failing.failed == 3
     assert capsys.readouterr().err.count("the teacher failed on") == 1
     working = Fake(ToolFailure("network", "asked for what is kept"), REPLY)
     assert taught(teacher(working), 3) == [[LOOK, REPLY]] * 3, "first turns are on disk, second ones are not"

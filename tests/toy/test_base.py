@@ -14,7 +14,7 @@ from conftest import MINIATURE
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.pretrained import load
-from mmsr.rollout import Limits, Rollout
+from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, search_tools
 from mmsr.toy import base as toy_base
@@ -402,7 +402,8 @@ def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enoug
     assert questions == [set(toy.QUESTIONS), {toy.QUESTIONS[toy.NAME]}, {toy.QUESTIONS[toy.TOWN]}]
     assert [direct for _, direct, _ in asked] == [False, True, True]
     examples, _, scripts = asked[0]
-    assert scripts == [full.always_search(e) for e in examples] and {len(script) for script in scripts} == {1, 2}
+    assert scripts == [Script(full.always_search(e)) for e in examples]
+    assert {len(script.turns) for script in scripts} == {1, 2}
 
 
 def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):
