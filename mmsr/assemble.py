@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from mmsr import attention, plan, pretrained
+from mmsr import attention, plan
 from mmsr import model as modeling
 from mmsr.chat import ANSWER, IMAGE_PAD, PROMPTS, VISION_END, VISION_START, Chat
 from mmsr.config import AnyOptions, Config, EvalConfig, Options, parse
@@ -26,13 +26,15 @@ from mmsr.data.formats import read_examples
 from mmsr.data.recorded import demonstrations, recorded_turns
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Turn
+from mmsr.pretrained.config_json import read_config
+from mmsr.pretrained.hub import resolve
+from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.reward import answer_score, score
 from mmsr.rollout import Limits, Rollout, Scripts
 from mmsr.search.backends import Search, open_backend
 from mmsr.search.store import Budget
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
-from mmsr.system.hub import resolve
 from mmsr.system.images import decode
 from mmsr.system.parallel import SINGLE, Ranks, leave, start
 from mmsr.tools import Toolbox, more_tools, search_tools
@@ -211,10 +213,10 @@ def _open(
     find = partial(resolve, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
     with ranks.sync_errors():
-        sizes = pretrained.skeleton(folder).config  # weights that do not fit are refused before memory is counted
+        sizes = skeleton(folder).config  # weights that do not fit are refused before memory is counted
         chat = Chat(folder, prompts, tools)
         _check_tokens(folder, chat, sizes)
-    if pretrained.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+    if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
         ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     for option, questions in known.items():
         _check_room(option, questions, chat, config, ranks)
@@ -314,11 +316,11 @@ def load_model(
 ) -> modeling.Qwen2_5_VL:
     """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
     if ranks.size == 1:
-        return pretrained.load(folder, stored, ranks.device)
+        return load(folder, stored, ranks.device)
     with ranks.sync_errors():
-        model = pretrained.skeleton(folder)
+        model = skeleton(folder)
     model = parallel.shard(model.to(stored), ranks, compute, across)
-    return parallel.fill(model, pretrained.stored_weights(folder, model), ranks)
+    return parallel.fill(model, stored_weights(folder, model), ranks)
 
 
 def _fetched(config: AnyOptions, ranks: Ranks) -> AnyOptions:

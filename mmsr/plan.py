@@ -23,7 +23,7 @@ import torch
 from mmsr.config import Config, parse
 from mmsr.engine import prefix_rows
 from mmsr.model import TILE_BYTES, ModelConfig, Qwen2_5_VL
-from mmsr.pretrained import read_config
+from mmsr.pretrained.config_json import read_config
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
 from mmsr.vision import MERGE, PATCH_VALUES, SIDE, VisionConfig

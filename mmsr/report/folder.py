@@ -38,7 +38,7 @@ MOST_NAMED = 3  # changed things in one message
 # Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
 ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
-    *("config.py", "plan.py", "system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/export.py"),
+    *("config.py", "plan.py", "system/checkpoint.py", "system/files.py", "system/interrupt.py", "pretrained/save.py"),
     *("data/judge.py", "search/serve.py", "toy/base.py"),
 }
 
