@@ -41,6 +41,7 @@ from mmsr.engine import GeneratedSequence, SequenceGroup
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import cut, pack
 from mmsr.plan import GIB
+from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.update import ImageFeatures
 
 META = torch.device("meta")
@@ -565,7 +566,7 @@ def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch, features: ImageFeature
     suppressed, kept = bench.suppressed(policy.config), Kept(policy.parameters())
 
     def read(hidden: Tensor, head: Tensor):
-        return model.log_probs(hidden[batch.rows], head, batch.targets, 1.0, suppressed)
+        return chunked_log_probs(model.logits, hidden[batch.rows], head, batch.targets, 1.0, suppressed)
 
     with Count() as count:
         with kept:

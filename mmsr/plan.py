@@ -22,8 +22,9 @@ import torch
 
 from mmsr.config import Config, parse
 from mmsr.engine import prefix_rows
-from mmsr.model import TILE_BYTES, ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
+from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
 from mmsr.vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
@@ -190,7 +191,7 @@ class Activations:
         return v.depth * each + patches * self.item * (PATCH_VALUES + 5 * v.hidden_size)
 
     def head(self, tokens: int) -> int:
-        return min(TILE_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
+        return min(CHUNK_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
 
     def prefill(self) -> int:
         """One pass over new prompts and their pictures, without gradient."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from mmsr import grpo
 from mmsr.episode import Episode, Example
-from mmsr.model import Qwen2_5_VL, log_probs
+from mmsr.model import Qwen2_5_VL, logits
 from mmsr.pack import Pack, cut, pack, unique_tokens
+from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.system.errors import UserError
 from mmsr.system.lockstep import Lockstep, OutOfRoom
 from mmsr.system.optimizer import MasterWeights
@@ -272,7 +273,8 @@ class Trainer:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):
-            return log_probs(hidden[batch.rows], head, batch.targets, self.temperature, self.suppressed)
+            rows = hidden[batch.rows]  # (R, d)
+            return chunked_log_probs(logits, rows, head, batch.targets, self.temperature, self.suppressed)
 
         return model(
             batch.input_ids,

@@ -206,7 +206,17 @@ class WarmStart:
 
 # Modules of which a change makes the base model anew, unless it is one of words: comments and docstrings.
 MADE_BY = (
-    *("toy/world", "toy/base", "vision", "attention", "model", "chat", "grpo", "pack", "update", "system/optimizer"),
+    "toy/world",
+    "toy/base",
+    "vision",
+    "attention",
+    "model",
+    "system/chunked_log_probs",
+    "chat",
+    "grpo",
+    "pack",
+    "update",
+    "system/optimizer",
 )
 
 
