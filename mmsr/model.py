@@ -93,7 +93,11 @@ class ModelConfig:
 # ---- positions
 
 
-def mrope_positions(length: int, images: Sequence[tuple[int, tuple[int, int]]], start: int = 0) -> tuple[Tensor, int]:
+def mrope_positions(
+    length: int,
+    images: Sequence[tuple[int, tuple[int, int]]],
+    start: int = 0,
+) -> tuple[Tensor, int]:
     """M-RoPE positions (3, length) of a stretch of tokens, and the position at which the next stretch starts.
 
     A text token advances time, row and column together. The tokens of a picture share one time, and have their row and
@@ -148,8 +152,13 @@ def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (D/2,)
     angles = position_ids[:, :, None] * frequencies  # (3, N, D/2)
     by_time, by_row, by_column = angles.split(config.mrope_section, -1)  # (3, N, section) each
-    angles = torch.cat([by_time[0], by_row[1], by_column[2]], -1)  # (N, D/2)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    by_time = by_time[0]  # (N, 16): the time's angles
+    by_row = by_row[1]  # (N, 24)
+    by_column = by_column[2]  # (N, 24)
+    angles = torch.cat([by_time, by_row, by_column], -1)  # (N, D/2)
+    cos = angles.cos()[:, None]  # (N, 1, D/2)
+    sin = angles.sin()[:, None]  # (N, 1, D/2)
+    return cos, sin
 
 
 # ---- the decoder
@@ -166,10 +175,18 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H, D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, K, D)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_fn: AttentionFn,
+        layer: int,
+    ) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)  # (N, H, D)
+        k = self.k_proj(x).unflatten(-1, heads)  # (N, K, D)
+        v = self.v_proj(x).unflatten(-1, heads)  # (N, K, D)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         out = attention_fn(layer, q, k, v)  # (N, H, D)
@@ -184,9 +201,18 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention_fn, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_fn: AttentionFn,
+        layer: int,
+    ) -> Tensor:
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, attention_fn, layer)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -195,7 +221,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
@@ -222,7 +249,9 @@ class Qwen2_5_VL(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, d)"""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Features (M, d) of pictures, one picture after another."""
@@ -244,12 +273,15 @@ class Qwen2_5_VL(nn.Module):
         """
         hidden = self.model.embed_tokens(input_ids)  # (N, d)
         if image_features is not None:
-            hidden = hidden.index_copy(0, image_index, image_features.to(hidden.dtype))
+            image_features = image_features.to(hidden.dtype)
+            hidden = hidden.index_copy(0, image_index, image_features)
         # Angles need fp32 (positions run to thousands); the rotation itself is done in the model's precision.
         cos, sin = rotary(position_ids, self.config)  # (N, 1, D/2)
         cos = cos.to(hidden.dtype)
         sin = sin.to(hidden.dtype)
-        recomputed = self.config.num_hidden_layers - self.kept_blocks if self.checkpoint_blocks else 0
+        recomputed = 0  # the first blocks, in the backward pass
+        if self.checkpoint_blocks:
+            recomputed = self.config.num_hidden_layers - self.kept_blocks
         for i, layer in enumerate(self.model.layers):
             hidden = run_block(layer, i < recomputed, hidden, cos, sin, attention_fn, i)
         hidden = self.model.norm(hidden)
@@ -261,7 +293,12 @@ class Qwen2_5_VL(nn.Module):
 # ---- logits and log-probabilities: engine, trainer and reference get them here and nowhere else
 
 
-def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
+def logits(
+    hidden: Tensor,
+    head: Tensor,
+    temperature: float = 1.0,
+    suppressed: Tensor | None = None,
+) -> Tensor:
     """hidden @ head.T / temperature: fp32 logits (R, V) of hidden (R, d) and head (V, d).
 
     `suppressed` (V,) bool: these ids get probability 0.
@@ -281,20 +318,27 @@ def _fp32_product(hidden: Tensor, head: Tensor) -> Tensor:
     and the sampler's and the trainer's log-probabilities would differ by as much. Other devices have no such product;
     in tests and plans the meta device is a GPU.
     """
-    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type in ("cuda", "meta"):
+    half_precision = hidden.dtype in (torch.bfloat16, torch.float16)
+    gpu = hidden.device.type in ("cuda", "meta")
+    if half_precision and gpu:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 
 
 def log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    suppressed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
     The entropy carries no gradient. This is the plain form: all rows of logits are in memory at once. Training
     (update.py) calls `chunked_log_probs`, which gives the same numbers with some of the rows at a time.
     """
-    log_p = logits(hidden, head, temperature, suppressed).log_softmax(-1)  # (R, V)
+    scores = logits(hidden, head, temperature, suppressed)  # (R, V)
+    log_p = scores.log_softmax(-1)  # (R, V)
     logps = log_p.gather(-1, targets[:, None])[:, 0]  # (R,)
     entropy = -(log_p.exp() * log_p).sum(-1)  # (R,)
     return logps, entropy.detach()
@@ -304,7 +348,10 @@ def log_probs(
 
 
 def random_model(
-    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Qwen2_5_VL:
     """A model with random weights: matrices normal with standard deviation 0.02, norms 1, biases 0."""
     with torch.device("meta"):

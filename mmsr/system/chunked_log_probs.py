@@ -1,8 +1,9 @@
 """`model.log_probs` for many rows, with the logits of only some of them in memory at a time.
 
-The plain form is that function's three lines:
+The plain form is that function's four lines:
 
-    log_p = logits(hidden, head, temperature, suppressed).log_softmax(-1)  # (R, V)
+    scores = logits(hidden, head, temperature, suppressed)  # (R, V)
+    log_p = scores.log_softmax(-1)  # (R, V)
     logps = log_p.gather(-1, targets[:, None])[:, 0]  # (R,)
     entropy = -(log_p.exp() * log_p).sum(-1)  # (R,)
 
