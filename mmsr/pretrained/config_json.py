@@ -133,13 +133,18 @@ def _check_bounds(values: dict[str, Any], bounds: dict[str, Bounds], prefix: str
 def _within(value: Any, kind: type, least: float, most: float) -> bool:
     if kind is tuple:
         return isinstance(value, list | tuple) and all(_within(number, int, least, most) for number in value)
-    if isinstance(value, bool):  # Python counts it as an int
+    kinds = int | float if kind is float else int
+    if not isinstance(value, kinds) or isinstance(value, bool):  # Python counts a bool as an int
         return False
-    number = isinstance(value, int | float if kind is float else int)
-    return number and least <= value <= most  # NaN fails here
+    return least <= value <= most  # NaN fails here
 
 
-def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[str, Any], head_dim: int) -> None:
+def _refuse_variants(
+    text: dict[str, Any],
+    ropes: Sequence[dict],
+    vision: dict[str, Any],
+    head_dim: int,
+) -> None:
     """ValueError for a setting that would silently compute something else than the checkpoint means."""
     layer_types = text.get("layer_types")
     channels = vision.get("in_channels", vision.get("in_chans"))

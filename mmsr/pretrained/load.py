@@ -14,7 +14,11 @@ from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.weights import fitting, headers, own_head, refuse_others, tensors
 
 
-def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen2_5_VL:
+def load(
+    folder: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Qwen2_5_VL:
     """The model of a Hugging Face folder, its weights cast to `dtype` on `device`.
 
     Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
@@ -42,8 +46,9 @@ def skeleton(folder: Path | str) -> Qwen2_5_VL:
         config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = Qwen2_5_VL(config)
-    fitting(folder, found, _shapes(model))
-    refuse_others(folder, found, _shapes(model))
+    shapes = _shapes(model)
+    fitting(folder, found, shapes)
+    refuse_others(folder, found, shapes)
     return model
 
 
@@ -53,7 +58,9 @@ def stored_weights(folder: Path | str, model: nn.Module) -> Iterator[tuple[str, 
     Raises UserError for a weight that is missing or misshapen, or holds NaN or infinite numbers.
     """
     folder = Path(folder)
-    yield from tensors(fitting(folder, headers(folder), _shapes(model)))
+    found = headers(folder)
+    wanted = fitting(folder, found, _shapes(model))
+    yield from tensors(wanted)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -64,7 +64,7 @@ def headers(folder: Path) -> dict[str, Header]:
         for header in _headers_of(file):
             name = _disk_name(header.name)
             if name in found:
-                raise UserError(f"{file}: {_listed([name])} stands in {found[name].file.name} too: fetch them again")
+                raise UserError(f"{file}: {_listed([name])} is in {found[name].file.name} too: fetch them again")
             found[name] = header
     _refuse_quantised(found)
     return found

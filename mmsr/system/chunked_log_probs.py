@@ -57,7 +57,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         rows, softmax_rows = _chunk_rows(hidden, head)
         logps = []  # of each chunk, (C,)
         entropies = []
-        for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows)):
+        chunks = zip(hidden.split(rows), targets.split(rows))
+        for hidden_chunk, target_chunk in chunks:
             scores = logits(hidden_chunk, head, temperature, suppressed)  # (C, V)
             chunk_logps, chunk_entropies = _chunk_log_probs(scores, target_chunk, softmax_rows)
             logps.append(chunk_logps)
@@ -74,38 +75,61 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden)  # (R, d)
         head_grad = torch.zeros_like(head, dtype=torch.float32)  # (V, d)
         rows, softmax_rows = _chunk_rows(hidden, head)
-        chunks = zip(hidden.split(rows), targets.split(rows), logps_grad.split(rows), hidden_grad.split(rows))
+        chunks = zip(
+            hidden.split(rows),
+            targets.split(rows),
+            logps_grad.split(rows),
+            hidden_grad.split(rows),
+        )
         for hidden_chunk, target_chunk, grad_chunk, out_chunk in reversed(list(chunks)):
             scores = ctx.logits(hidden_chunk, head, ctx.temperature, suppressed)  # (C, V)
             _replace_by_gradient(scores, target_chunk, grad_chunk, softmax_rows)
             if suppressed is not None:
                 scores.masked_fill_(suppressed, 0)  # their logits are constants
-            product_grad = scores.div_(ctx.temperature).to(hidden.dtype)  # (C, V), of hidden @ head.T
+            scores.div_(ctx.temperature)
+            product_grad = scores.to(hidden.dtype)  # (C, V), of hidden @ head.T
             torch.mm(product_grad, head, out=out_chunk)  # (C, d)
             head_grad += product_grad.T @ hidden_chunk  # (V, d)
             del scores, product_grad  # before the next chunk's exist
         return None, hidden_grad, head_grad.to(head.dtype), None, None, None
 
 
-def _chunk_log_probs(scores: Tensor, targets: Tensor, softmax_rows: int) -> tuple[Tensor, Tensor]:
+def _chunk_log_probs(
+    scores: Tensor,
+    targets: Tensor,
+    softmax_rows: int,
+) -> tuple[Tensor, Tensor]:
     """log p(target) (C,) and entropy (C,) from logits (C, V)."""
     logps = []
     entropies = []
-    for part, target in zip(scores.split(softmax_rows), targets.split(softmax_rows)):
+    parts = zip(scores.split(softmax_rows), targets.split(softmax_rows))
+    for part, target in parts:
         # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
         log_p = part.log_softmax(-1)  # (S, V)
-        logps.append(log_p.gather(-1, target[:, None])[:, 0])
-        entropies.append(-log_p.exp().mul_(log_p).sum(-1))
+        logp = log_p.gather(-1, target[:, None])[:, 0]  # (S,)
+        entropy = -log_p.exp().mul_(log_p).sum(-1)  # (S,)
+        logps.append(logp)
+        entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)
 
 
-def _replace_by_gradient(scores: Tensor, targets: Tensor, logps_grad: Tensor, softmax_rows: int) -> None:
+def _replace_by_gradient(
+    scores: Tensor,
+    targets: Tensor,
+    logps_grad: Tensor,
+    softmax_rows: int,
+) -> None:
     """Overwrite logits (C, V) by the gradient of Σ logps_grad · log p(target): logps_grad · (onehot − softmax)."""
-    parts = zip(scores.split(softmax_rows), targets.split(softmax_rows), logps_grad.split(softmax_rows))
+    parts = zip(
+        scores.split(softmax_rows),
+        targets.split(softmax_rows),
+        logps_grad.split(softmax_rows),
+    )
     for part, target, grad in parts:
         leaf = part.detach().requires_grad_()  # (S, V)
         with torch.enable_grad():
-            logps = leaf.log_softmax(-1).gather(-1, target[:, None])[:, 0]  # (S,)
+            log_p = leaf.log_softmax(-1)  # (S, V)
+            logps = log_p.gather(-1, target[:, None])[:, 0]  # (S,)
         (part_grad,) = torch.autograd.grad(logps, leaf, grad)
         part.copy_(part_grad)
 

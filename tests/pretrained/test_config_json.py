@@ -51,6 +51,10 @@ def hub_config(size, intermediate, layers, heads, kv_heads, vocabulary, tied) ->
     }
 
 
+def billions_of_parameters(module: torch.nn.Module) -> float:
+    return round(sum(parameter.numel() for parameter in module.parameters()) / 1e9, 3)
+
+
 @pytest.mark.parametrize(
     "sizes, total, tower",
     [
@@ -61,8 +65,8 @@ def hub_config(size, intermediate, layers, heads, kv_heads, vocabulary, tied) ->
 def test_a_published_size_has_another_number_of_parameters(sizes, total, tower):
     with torch.device("meta"):
         model = Qwen2_5_VL(model_config(hub_config(*sizes)))
-    count = [sum(p.numel() for p in module.parameters()) / 1e9 for module in (model, model.visual)]
-    assert [round(billions, 3) for billions in count] == [total, tower]
+    assert billions_of_parameters(model) == total
+    assert billions_of_parameters(model.visual) == tower
 
 
 def test_keys_missing_from_a_vision_config_are_an_error():
