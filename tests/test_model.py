@@ -20,7 +20,9 @@ from mmsr import model as model_module
 from mmsr.attention import Packed, SharedPrefix
 from mmsr.model import logits, mrope_positions
 
-FIRST, SECOND, THIRD = random_image(10, 14, 1), random_image(4, 4, 2), random_image(2, 22, 3)
+FIRST = random_image(10, 14, 1)
+SECOND = random_image(4, 4, 2)
+THIRD = random_image(2, 22, 3)
 
 
 def sequences():
@@ -47,9 +49,28 @@ def test_positions_differ_from_transformers():
         assert torch.equal(ours, theirs[:, 0]) and following == len(ids) + delta.item()
 
 
+def test_the_positions_of_the_docstrings_example_are_others():
+    found, following = mrope_positions(10, [(2, (4, 6))])
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+    assert following == 7
+
+
 def test_positions_jump_between_the_pieces_of_a_conversation():
-    turns = [(5, [(1, (4, 4))]), (9, []), (12, [(0, (2, 6)), (8, (4, 2))]), (0, []), (3, [])]
-    start, pieces, whole, done = 0, [], [], 0
+    turns = [
+        (5, [(1, (4, 4))]),
+        (9, []),
+        (12, [(0, (2, 6)), (8, (4, 2))]),
+        (0, []),
+        (3, []),
+    ]
+    start = 0
+    pieces = []
+    whole = []
+    done = 0
     for length, images in turns:
         piece, start = mrope_positions(length, images, start)
         pieces.append(piece)
@@ -84,8 +105,10 @@ def test_packed_logits_differ_from_transformers_one_at_a_time(tied, record_prope
 def test_gradients_differ_from_transformers(tied, record_property):
     model = tiny_model(tie_word_embeddings=tied)
     twin = hf_twin(model)
-    torch.logsumexp(packed_logits(model, sequences()), -1).sum().backward()
-    torch.logsumexp(torch.cat([hf_logits(twin, *sequence) for sequence in sequences()]), -1).sum().backward()
+    our_logits = packed_logits(model, sequences())
+    their_logits = torch.cat([hf_logits(twin, *sequence) for sequence in sequences()])
+    our_logits.logsumexp(-1).sum().backward()
+    their_logits.logsumexp(-1).sum().backward()
     theirs = dict(twin.named_parameters())
     worst = 0.0
     for name, parameter in model.named_parameters():
@@ -103,7 +126,8 @@ def test_half_precision_strays_further_than_transformers(record_property):
         wanted = packed_logits(exact, [(ids, images)])
         theirs = hf_logits(hf_twin(exact).bfloat16(), ids, images)
         ours = packed_logits(exact.bfloat16(), [(ids, images)])
-    ours_off, theirs_off = ((x.float() - wanted).pow(2).mean().sqrt().item() for x in (ours, theirs))
+    ours_off = (ours.float() - wanted).pow(2).mean().sqrt().item()
+    theirs_off = (theirs.float() - wanted).pow(2).mean().sqrt().item()
     report(record_property, "bf16 logits from fp32 ones, root mean square: ours", ours_off)
     report(record_property, "bf16 logits from fp32 ones, root mean square: transformers", theirs_off)
     assert ours_off < 1.2 * theirs_off
@@ -112,9 +136,12 @@ def test_half_precision_strays_further_than_transformers(record_property):
 def output_and_gradients(ids, where, attention_fn, copies, keep, recompute):
     """Logits at `keep` and the gradient of every parameter, of a pass that holds SECOND `copies` times."""
     model = tiny_model()
-    model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
+    model.checkpoint_blocks = recompute
+    model.visual.checkpoint_blocks = recompute
     features = model.encode_images([SECOND]).repeat(copies, 1)
-    out = model(ids, where, attention_fn, features, (ids == IMAGE).nonzero()[:, 0], head_fn=logits)[keep]
+    image_index = (ids == IMAGE).nonzero()[:, 0]
+    out = model(ids, where, attention_fn, features, image_index, head_fn=logits)
+    out = out[keep]
     out.logsumexp(-1).square().sum().backward()
     return [out, *(parameter.grad for parameter in model.parameters())]
 
@@ -122,20 +149,28 @@ def output_and_gradients(ids, where, attention_fn, copies, keep, recompute):
 def shared_and_repeated(recompute: bool):
     """A prompt with three members' suffixes: the prompt once in the pass, and once per member."""
     prompt, images = conversation(0, 4, SECOND, 5)
-    members = [conversation(seed, length)[0] for seed, length in ((1, 6), (2, 1), (3, 9))]
     prompt_at, following = mrope_positions(len(prompt), [(offset, image.grid) for offset, image in images])
-    members_at = [mrope_positions(len(member), [], following)[0] for member in members]
-    lens = [len(member) for member in members]
+    members = []
+    members_at = []
+    for seed, length in ((1, 6), (2, 1), (3, 9)):
+        member, _ = conversation(seed, length)
+        member_at, _ = mrope_positions(length, [], following)
+        members.append(member)
+        members_at.append(member_at)
 
-    once = torch.cat([prompt, *members]), torch.cat([prompt_at, *members_at], 1)
-    layout = SharedPrefix([(len(prompt), lens)], "cpu")
-    shared = output_and_gradients(*once, layout, 1, slice(len(prompt), None), recompute)
+    ids = torch.cat([prompt, *members])
+    where = torch.cat([prompt_at, *members_at], 1)
+    layout = SharedPrefix([(len(prompt), [len(member) for member in members])], "cpu")
+    shared = output_and_gradients(ids, where, layout, 1, slice(len(prompt), None), recompute)
 
     whole = [torch.cat([prompt, member]) for member in members]
-    where = torch.cat([torch.cat([prompt_at, at], 1) for at in members_at], 1)
-    keep = torch.cat([torch.arange(len(ids)) >= len(prompt) for ids in whole])
+    whole_at = [torch.cat([prompt_at, member_at], 1) for member_at in members_at]
+    suffixes = [torch.arange(len(ids)) >= len(prompt) for ids in whole]
     layout = Packed([len(ids) for ids in whole], "cpu")
-    return shared, output_and_gradients(torch.cat(whole), where, layout, len(members), keep, recompute)
+    repeated = output_and_gradients(
+        torch.cat(whole), torch.cat(whole_at, 1), layout, len(members), torch.cat(suffixes), recompute
+    )
+    return shared, repeated
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -152,13 +187,19 @@ def test_blocks_that_keep_everything_are_not_the_last(kept, recomputed, monkeypa
     """The last blocks' memory is free first in the backward pass."""
     found = []
     plain = model_module.run_block
-    monkeypatch.setattr(
-        "mmsr.model.run_block", lambda block, again, *rest: found.append(again) or plain(block, again, *rest)
-    )
+
+    def watched(block, again, *rest):
+        found.append(again)
+        return plain(block, again, *rest)
+
+    monkeypatch.setattr("mmsr.model.run_block", watched)
     model = tiny_model(1, num_hidden_layers=3)
-    model.checkpoint_blocks, model.kept_blocks = True, kept
-    ids, images = conversation(0, 7)
-    model(ids, mrope_positions(len(ids), [])[0], Packed([len(ids)], "cpu")).sum().backward()
+    model.checkpoint_blocks = True
+    model.kept_blocks = kept
+    ids, _ = conversation(0, 7)
+    where, _ = mrope_positions(len(ids), [])
+    hidden = model(ids, where, Packed([len(ids)], "cpu"))
+    hidden.sum().backward()
     assert [layer for layer, again in enumerate(found) if again] == recomputed
 
 
