@@ -312,7 +312,7 @@ def logits(
 
 
 def _fp32_product(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden @ head.T (R, V) in fp32, or in fp64 if they are.
+    """hidden @ head.T (R, V) in fp32.
 
     On CUDA half-precision factors give fp32 results: rounded to bfloat16, a logit near 30 is off by up to a sixteenth,
     and the sampler's and the trainer's log-probabilities would differ by as much. Other devices have no such product;

@@ -81,6 +81,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logps_grad.split(rows),
             hidden_grad.split(rows),
         )
+        # The last chunk first, as autograd would.
         for hidden_chunk, target_chunk, grad_chunk, out_chunk in reversed(list(chunks)):
             scores = ctx.logits(hidden_chunk, head, ctx.temperature, suppressed)  # (C, V)
             _replace_by_gradient(scores, target_chunk, grad_chunk, softmax_rows)
