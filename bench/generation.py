@@ -20,9 +20,10 @@ import torch
 import transformers
 from common import toy_base
 
-from mmsr import model, pretrained
+from mmsr import model
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
+from mmsr.pretrained.save import save
 from mmsr.vision import load_image
 
 
@@ -31,7 +32,7 @@ class Bench:
         tokenizer = toy_base.build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
-        pretrained.save(self.ours, folder)
+        save(self.ours, folder)
         self.theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         chat = Chat(folder, PROMPTS / "toy", [])
         self.chat, self.side, self.new_tokens = chat, side, new_tokens

@@ -41,6 +41,7 @@ from mmsr.engine import GeneratedSequence, SequenceGroup
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import pack, split_into_micro_batches
 from mmsr.plan import GIB
+from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.update import ImageFeatures
 
 META = torch.device("meta")
@@ -564,7 +565,8 @@ def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch, features: ImageFeature
     suppressed, kept = bench.suppressed(policy.config), Kept(policy.parameters())
 
     def read(hidden: Tensor, head: Tensor):
-        return model.log_probs(hidden[batch.logits_index], head, batch.targets, 1.0, suppressed)
+        rows = hidden[batch.logits_index]
+        return chunked_log_probs(model.logits, rows, head, batch.targets, 1.0, suppressed)
 
     with Count() as count:
         with kept:

@@ -17,10 +17,11 @@ import torch
 from tqdm import trange
 
 from examples.crop_and_search import CROP_SEARCH, tools
-from mmsr import pretrained
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Episode, Example, Observation
+from mmsr.pretrained.load import load
+from mmsr.pretrained.save import save
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import IMAGE_SEARCH, search_tools
 from mmsr.toy import base as toy_base
@@ -107,7 +108,7 @@ class PairTraces(toy_base.Traces):
 def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32, lr: float = 7e-4) -> None:
     """Make `folder`: the toy base model, having seen traces of pairs too."""
     base = toy_base.base_model(world)
-    model = pretrained.load(base, torch.float32, torch.device("cpu"))
+    model = load(base, torch.float32, torch.device("cpu"))
     chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
@@ -115,7 +116,7 @@ def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32
     for step in trange(steps, desc="warm start on pairs"):
         trainer.step([traces.batch(batch)], lr * min(1, (step + 1) / 20, (steps - step) / (steps / 2)))
     folder.mkdir(parents=True)
-    pretrained.save(model, folder, base)
+    save(model, folder, base)
 
 
 def main(argv: list[str]) -> None:

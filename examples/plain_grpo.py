@@ -34,7 +34,7 @@ from mmsr.chat import ANSWER, PROMPTS, STOP, Chat
 from mmsr.engine import sampling_key, uniform
 from mmsr.episode import Episode, Turn
 from mmsr.model import mrope_positions
-from mmsr.pretrained import load
+from mmsr.pretrained.load import load
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, search_tools
 from mmsr.toy.base import base_model

@@ -1,8 +1,11 @@
-"""Qwen2.5-VL: the decoder, M-RoPE positions, and log-probabilities.
+"""Qwen2.5-VL: the decoder, M-RoPE positions, logits and log-probabilities.
 
-One code path serves sampling, training and the reference. Sequences are packed along one token axis; what sees what is
-the caller's `attention_fn` (attention.py), so the same forward pass runs whole sequences, groups that share a prompt,
-and decoding from a cache. Weight names are those of the published checkpoints.
+A decoder block is the usual one: RMSNorm, attention with grouped key/value heads and rotary positions, RMSNorm, SwiGLU
+(arXiv 2502.13923, section 2.1). Only the positions are unusual: each token has three, time, row and column.
+
+There is no batch axis. Sequences are packed one after another along a single token axis, and which token attends to
+which is decided by the caller's `attention_fn` (attention.py). So one forward pass serves training on whole sequences,
+training on groups that share a prompt, and decoding from a cache. Weights have the names of the published checkpoints.
 
 Shape letters: N packed tokens, M image tokens, R rows to score, H query heads, K key/value heads, D head size,
 d hidden size, V vocabulary.
@@ -31,8 +34,6 @@ from mmsr.vision import (
 )
 
 SUPPRESSED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and its gradient would be NaN
-TILE = 12 * 2**20  # logits at a time on the CPU: 82 rows of the real vocabulary
-TILE_BYTES = 2**30  # on CUDA, of everything that a tile takes: a thousand rows, as each product reads the whole head
 
 
 # ---- configuration
@@ -42,6 +43,7 @@ TILE_BYTES = 2**30  # on CUDA, of everything that a tile takes: a thousand rows,
 class ModelConfig:
     """Sizes and token ids, by the names of config.json. Defaults, for keys that a file lacks, are transformers' own."""
 
+    # the decoder
     vocab_size: int = 152064
     hidden_size: int = 8192
     intermediate_size: int = 29568
@@ -49,16 +51,24 @@ class ModelConfig:
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
     rms_norm_eps: float = 1e-5
+
+    # positions
     rope_theta: float = 1_000_000.0
-    mrope_section: tuple[int, ...] = (16, 24, 24)  # rotary frequencies that turn with time, row and column
-    max_position_embeddings: int = 32768  # this and the next two are for other programs that open a saved folder
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # how many rotary frequencies turn with time, row and column
+
+    # not used here: other programs that open a saved folder read them
+    max_position_embeddings: int = 32768
     bos_token_id: int = 151643
     eos_token_id: int = 151645
-    tie_word_embeddings: bool = False
+
+    tie_word_embeddings: bool = False  # the output head is the embedding
+
+    # tokens that mark a picture
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+
     vision: VisionConfig = field(default_factory=VisionConfig)
 
     @property
@@ -66,7 +76,7 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The hub's flat form, which every version of transformers and other inference programs read."""
+        """The values of config.json in the hub's flat form, which every inference program reads."""
         values = asdict(self)
         values["rope_scaling"] = {"type": "mrope", "mrope_section": values.pop("mrope_section")}
         vision = values.pop("vision")
@@ -83,39 +93,72 @@ class ModelConfig:
 # ---- positions
 
 
-def mrope_positions(length: int, images: Sequence[tuple[int, tuple[int, int]]], start: int = 0) -> tuple[Tensor, int]:
-    """M-RoPE positions (3, length) long of a stretch of tokens, and the position that the next stretch starts at.
+def mrope_positions(
+    length: int,
+    images: Sequence[tuple[int, tuple[int, int]]],
+    start: int = 0,
+) -> tuple[Tensor, int]:
+    """M-RoPE positions (3, length) of a stretch of tokens, and the position at which the next stretch starts.
 
-    `images`: (offset of the first placeholder within the stretch, (rows, columns) in patches), in order. Text advances
-    time, row and column together; a picture's tokens stand at one time, each at its row and column, and the text after
-    it goes on from the largest position used + 1. Token ids play no role. ValueError for pictures that do not fit.
+    A text token advances time, row and column together. The tokens of a picture share one time, and have their row and
+    column in the picture. The text after a picture continues at the largest position used + 1. Two words, a picture of
+    2 x 3 tokens (4 x 6 patches) and two more words, `mrope_positions(10, [(2, (4, 6))])`:
+
+              word word | picture             | word word
+        time     0    1 |  2  2  2   2  2  2  |    5    6
+        row      0    1 |  2  2  2   3  3  3  |    5    6
+        column   0    1 |  2  3  4   2  3  4  |    5    6      and the next stretch starts at 7
+
+    `images` has (index of the picture's first token in the stretch, (rows, columns) in patches), in order. Token ids
+    play no role. Raises ValueError for pictures that do not fit.
     """
-    pieces, done, position = [], 0, start
+    pieces = []  # (3, tokens) each
+    done = 0  # tokens that have positions
+    position = start
     for offset, grid in images:
-        rows, columns = grid[0] // MERGE, grid[1] // MERGE
-        if offset < done or offset + rows * columns > length:
-            span = f"{offset}..{offset + rows * columns}"
-            raise ValueError(f"image tokens {span} do not fit between token {done} and the end at {length}")
+        rows = grid[0] // MERGE
+        columns = grid[1] // MERGE
+        end = offset + rows * columns
+        if offset < done or end > length:
+            raise ValueError(f"image tokens {offset}..{end} do not fit between token {done} and the end at {length}")
         pieces.append(_text_positions(position, offset - done))
         position += offset - done
-        axes = (torch.arange(1), torch.arange(rows), torch.arange(columns))
-        pieces.append(torch.cartesian_prod(*axes).T + position)  # (3, rows * columns)
+        pieces.append(_image_positions(position, rows, columns))
         position += max(rows, columns)
-        done = offset + rows * columns
+        done = end
     pieces.append(_text_positions(position, length - done))
-    return torch.cat(pieces, 1), position + length - done
+    position += length - done
+    return torch.cat(pieces, 1), position
 
 
 def _text_positions(first: int, count: int) -> Tensor:
-    return torch.arange(first, first + count).expand(3, -1)
+    return torch.arange(first, first + count).expand(3, -1)  # (3, count)
+
+
+def _image_positions(first: int, rows: int, columns: int) -> Tensor:
+    row = torch.arange(rows).repeat_interleave(columns)  # (rows * columns,) 0 0 0 1 1 1
+    column = torch.arange(columns).repeat(rows)  # (rows * columns,) 0 1 2 0 1 2
+    time = torch.zeros_like(row)
+    return first + torch.stack([time, row, column])  # (3, rows * columns)
 
 
 def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, D/2), fp32, of positions (3, N): each frequency turns with one of time, row and column."""
-    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, position_ids.device)
-    angles = position_ids[..., None] * frequencies  # (3, N, D/2)
-    angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(config.mrope_section, -1))], -1)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    """cos and sin (N, 1, D/2), fp32, of the angles by which positions (3, N) turn queries and keys.
+
+    Ordinary rotary embedding turns all D/2 pairs of a head by its position · frequency. Here the first 16 pairs
+    (`mrope_section`) turn with time, the next 24 with the row, the last 24 with the column. For text the three are
+    equal, so text is turned as usual.
+    """
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (D/2,)
+    angles = position_ids[:, :, None] * frequencies  # (3, N, D/2)
+    by_time, by_row, by_column = angles.split(config.mrope_section, -1)  # (3, N, section) each
+    by_time = by_time[0]  # (N, 16): the time's angles
+    by_row = by_row[1]  # (N, 24)
+    by_column = by_column[2]  # (N, 24)
+    angles = torch.cat([by_time, by_row, by_column], -1)  # (N, D/2)
+    cos = angles.cos()[:, None]  # (N, 1, D/2)
+    sin = angles.sin()[:, None]  # (N, 1, D/2)
+    return cos, sin
 
 
 # ---- the decoder
@@ -124,18 +167,30 @@ def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        size, self.head_dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(size, config.num_attention_heads * self.head_dim)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * self.head_dim)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, size, bias=False)
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_fn: AttentionFn,
+        layer: int,
+    ) -> Tensor:
         heads = (-1, self.head_dim)
-        q = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin)  # (N, H, D)
-        k = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin)  # (N, K, D)
-        v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attention_fn(layer, q, k, v).flatten(1))
+        q = self.q_proj(x).unflatten(-1, heads)  # (N, H, D)
+        k = self.k_proj(x).unflatten(-1, heads)  # (N, K, D)
+        v = self.v_proj(x).unflatten(-1, heads)  # (N, K, D)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        out = attention_fn(layer, q, k, v)  # (N, H, D)
+        return self.o_proj(out.flatten(1))  # (N, d)
 
 
 class DecoderLayer(nn.Module):
@@ -146,27 +201,37 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_fn: AttentionFn, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention_fn, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_fn: AttentionFn,
+        layer: int,
+    ) -> Tensor:
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, cos, sin, attention_fn, layer)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
-    """Holds the weights under the checkpoints' names `model.*`; Qwen2_5_VL.forward runs them."""
+    """Holds the weights under the checkpoints' names `model.*`. Qwen2_5_VL.forward runs them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Qwen2_5_VL(nn.Module):
     """The whole model.
 
-    `checkpoint_blocks` recomputes decoder blocks in the backward pass, all but the last `kept_blocks`: each of those
-    costs memory and saves its share of a forward pass. The last, as they are the first to be used up in the backward
-    pass. `visual` has its own switch.
+    With `checkpoint_blocks` the backward pass recomputes decoder blocks instead of keeping their activations, all but
+    the last `kept_blocks`. Each of those costs memory and saves a block's forward pass. They are the last because the
+    backward pass uses them first, and so frees their memory first. The vision tower, `visual`, has a switch of its own.
     """
 
     def __init__(self, config: ModelConfig):
@@ -176,16 +241,20 @@ class Qwen2_5_VL(nn.Module):
         self.kept_blocks = 0
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
-        untied = not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
+        if config.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, d)"""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Features (M, d) of pictures, one after another."""
+        """Features (M, d) of pictures, one picture after another."""
         return self.visual(images)
 
     def forward(
@@ -197,147 +266,94 @@ class Qwen2_5_VL(nn.Module):
         image_index: Tensor | None = None,
         head_fn: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> Any:
-        """Hidden states (N, d) after the final norm of tokens `input_ids` (N,) at `position_ids` (3, N).
+        """Hidden states (N, d) after the final norm, of tokens `input_ids` (N,) at `position_ids` (3, N).
 
-        `image_features` (M, d) take the places `image_index` (M,) of the packed axis. With `head_fn`, the value is
-        head_fn(hidden, head weight (V, d)), called in here because only here does FSDP hold the head in one piece.
+        `image_features` (M, d) replace the embeddings of the tokens `image_index` (M,). With `head_fn` the result is
+        head_fn(hidden, head weight (V, d)); it is called in here because only here does FSDP hold the whole head.
         """
-        hidden = self.model.embed_tokens(input_ids)
+        hidden = self.model.embed_tokens(input_ids)  # (N, d)
         if image_features is not None:
-            hidden = hidden.index_copy(0, image_index, image_features.to(hidden.dtype))
+            image_features = image_features.to(hidden.dtype)
+            hidden = hidden.index_copy(0, image_index, image_features)
         # Angles need fp32 (positions run to thousands); the rotation itself is done in the model's precision.
-        cos, sin = (x.to(hidden.dtype) for x in rotary(position_ids, self.config))
-        for index, layer in enumerate(self.model.layers):
-            recompute = self.checkpoint_blocks and index < self.config.num_hidden_layers - self.kept_blocks
-            hidden = run_block(layer, recompute, hidden, cos, sin, attention_fn, index)
+        cos, sin = rotary(position_ids, self.config)  # (N, 1, D/2)
+        cos = cos.to(hidden.dtype)
+        sin = sin.to(hidden.dtype)
+        recomputed = 0  # the first blocks, in the backward pass
+        if self.checkpoint_blocks:
+            recomputed = self.config.num_hidden_layers - self.kept_blocks
+        for i, layer in enumerate(self.model.layers):
+            hidden = run_block(layer, i < recomputed, hidden, cos, sin, attention_fn, i)
         hidden = self.model.norm(hidden)
-        return hidden if head_fn is None else head_fn(hidden, self.head_weight)
+        if head_fn is None:
+            return hidden
+        return head_fn(hidden, self.head_weight)
 
 
-# ---- log-probabilities: the one place where engine, trainer and reference get them
+# ---- logits and log-probabilities: engine, trainer and reference get them here and nowhere else
 
 
-def logits(hidden: Tensor, head: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None) -> Tensor:
-    """fp32 logits (R, V) of hidden (R, d) and head (V, d), over the temperature.
+def logits(
+    hidden: Tensor,
+    head: Tensor,
+    temperature: float = 1.0,
+    suppressed: Tensor | None = None,
+) -> Tensor:
+    """hidden @ head.T / temperature: fp32 logits (R, V) of hidden (R, d) and head (V, d).
 
     `suppressed` (V,) bool: these ids get probability 0.
     """
-    values = _scores(hidden, head)
+    scores = _fp32_product(hidden, head)  # (R, V)
     if temperature != 1:
-        values.div_(temperature)
-    return values if suppressed is None else values.masked_fill_(suppressed, SUPPRESSED_LOGIT)
+        scores.div_(temperature)
+    if suppressed is not None:
+        scores.masked_fill_(suppressed, SUPPRESSED_LOGIT)
+    return scores
 
 
-def _scores(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden @ head.T (R, V) in fp32, or wider if they are.
+def _fp32_product(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden @ head.T (R, V) in fp32.
 
     On CUDA half-precision factors give fp32 results: rounded to bfloat16, a logit near 30 is off by up to a sixteenth,
-    which the sampler's and the trainer's log-probabilities would differ by. Other devices have no such product; in
-    tests and plans the meta device is a GPU.
+    and the sampler's and the trainer's log-probabilities would differ by as much. Other devices have no such product;
+    in tests and plans the meta device is a GPU.
     """
-    if hidden.dtype in (torch.bfloat16, torch.float16) and hidden.device.type in ("cuda", "meta"):
+    half_precision = hidden.dtype in (torch.bfloat16, torch.float16)
+    gpu = hidden.device.type in ("cuda", "meta")
+    if half_precision and gpu:
         return torch.mm(hidden, head.T, out_dtype=torch.float32)
     return (hidden @ head.T).float()
 
 
 def log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, suppressed: Tensor | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    suppressed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
-    The entropy carries no gradient. Only some rows of logits exist at a time, in the backward pass too, which makes
-    them again: the memory of two tiles in all.
+    The entropy carries no gradient. This is the plain form: all rows of logits are in memory at once. Training
+    (update.py) calls `chunked_log_probs`, which gives the same numbers with some of the rows at a time.
     """
-    return _LogProbs.apply(hidden, head, targets, temperature, suppressed)
-
-
-class _LogProbs(torch.autograd.Function):
-    """`log_probs`. Its own backward pass, so that half-precision rows add up their gradient of the head in fp32."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, suppressed: Tensor | None):
-        ctx.save_for_backward(hidden, head, targets, suppressed)
-        ctx.temperature = temperature
-        tile, part = _tile_rows(hidden, head)
-        found = [
-            _tile_log_probs(logits(rows, head, temperature, suppressed), wanted, part)
-            for rows, wanted in _tiles(tile, hidden, targets)
-        ]
-        logps, entropy = (torch.cat(values) for values in zip(*found))
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor, _: Tensor):
-        hidden, head, targets, suppressed = ctx.saved_tensors
-        to_hidden = torch.empty_like(hidden)
-        to_head = torch.zeros_like(head, dtype=torch.float32)
-        tile, part = _tile_rows(hidden, head)
-        for rows, wanted, scale, out in reversed(_tiles(tile, hidden, targets, gradient[:, None], to_hidden)):
-            scores = logits(rows, head, ctx.temperature, suppressed)
-            slopes = _tile_slopes(scores, wanted, scale, part, ctx.temperature, suppressed).to(rows.dtype)
-            torch.mm(slopes, head, out=out)
-            to_head += slopes.T @ rows
-            del scores, slopes  # before the next tile's are made
-        return to_hidden, to_head.to(head.dtype), None, None, None
-
-
-def _tile_log_probs(scores: Tensor, targets: Tensor, part: int) -> tuple[Tensor, Tensor]:
-    """log p(target) (R,) and entropy (R,) from `logits` (R, V); `part` rows at a time."""
-    logps, entropy = [], []
-    for some, wanted in _tiles(part, scores, targets):
-        # Not logit − logsumexp: both may be near 30, where fp32 is ten times coarser than around a log-probability.
-        every = some.log_softmax(-1)
-        logps.append(every.gather(-1, wanted[:, None])[:, 0])
-        entropy.append(-every.exp().mul_(every).sum(-1))
-    return torch.cat(logps), torch.cat(entropy)
-
-
-def _tile_slopes(
-    scores: Tensor, targets: Tensor, scale: Tensor, part: int, temperature: float, suppressed: Tensor | None
-) -> Tensor:
-    """Gradient (R, V), fp32, of Σ scale · log p(target) with respect to hidden @ head.T; scale (R, 1).
-
-    It takes the place of `scores`, the tile's `logits`, `part` rows at a time.
-    """
-    for some, wanted, each in _tiles(part, scores, targets, scale):
-        every = some.log_softmax(-1)
-        slope = torch.zeros_like(every).scatter_(1, wanted[:, None], each)
-        slope = torch.ops.aten._log_softmax_backward_data(slope, every, -1, slope.dtype)
-        if suppressed is not None:
-            slope.masked_fill_(suppressed, 0)
-        some.copy_(slope.div_(temperature))
-    return scores
-
-
-def _tile_rows(hidden: Tensor, head: Tensor) -> tuple[int, int]:
-    """How many rows are multiplied with the head at a time, and how many of these go through a softmax at a time.
-
-    A product reads the whole head, and in the backward pass it moves the head's gradient too, so it wants many rows.
-    A softmax wants few: four numbers for each of its logits are in memory at once.
-    """
-    words, half = len(head), hidden.dtype != torch.float32
-    if hidden.device.type == "cpu":
-        rows = min(1024, max(1, TILE // words))
-        return (3 * rows, max(1, rows // 4)) if half else (rows, rows)
-    part = 64
-    room = TILE_BYTES - 16 * part * words
-    return max(part, room // ((4 + half * hidden.element_size()) * words)), part
-
-
-def _tiles(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors cut alike along their first axis into at most `rows`."""
-    return list(zip(*(x.split(rows) for x in tensors)))
+    scores = logits(hidden, head, temperature, suppressed)  # (R, V)
+    log_p = scores.log_softmax(-1)  # (R, V)
+    logps = log_p.gather(-1, targets[:, None])[:, 0]  # (R,)
+    entropy = -(log_p.exp() * log_p).sum(-1)  # (R,)
+    return logps, entropy.detach()
 
 
 # ---- random weights
 
 
 def random_model(
-    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Qwen2_5_VL:
-    """A model with fresh weights: matrices normal with standard deviation .02, norms 1, biases 0."""
+    """A model with random weights: matrices normal with standard deviation 0.02, norms 1, biases 0."""
     with torch.device("meta"):
         model = Qwen2_5_VL(config).to(dtype)
     model.to_empty(device=device)
@@ -346,6 +362,8 @@ def random_model(
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
+            elif name.endswith("weight"):
+                parameter.fill_(1.0)
             else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                parameter.fill_(0.0)
     return model

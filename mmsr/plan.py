@@ -25,8 +25,8 @@ import torch
 
 from mmsr.config import Config, parse
 from mmsr.engine import prefix_rows
-from mmsr.model import TILE_BYTES, ModelConfig, Qwen2_5_VL
-from mmsr.pretrained import read_config
+from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.pretrained.config_json import read_config
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
 from mmsr.system.options import kebab
@@ -255,7 +255,7 @@ class Activations:
 
     def head(self, tokens: int) -> int:
         """A tile of logits (T, V) in the backward pass of the head."""
-        return min(TILE_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
+        return min(CHUNK_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
 
     # The vision tower: MERGE² patches make a merged token.
 

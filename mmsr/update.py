@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from mmsr import grpo
 from mmsr.episode import Episode, Example
-from mmsr.model import Qwen2_5_VL, log_probs
+from mmsr.model import Qwen2_5_VL, logits
 from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
+from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.system.errors import UserError
 from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
@@ -365,7 +366,8 @@ class Trainer:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
-            return log_probs(hidden[batch.logits_index], head, batch.targets, self.temperature, self.suppressed)
+            rows = hidden[batch.logits_index]  # (R, d)
+            return chunked_log_probs(logits, rows, head, batch.targets, self.temperature, self.suppressed)
 
         return model(
             batch.input_ids,

@@ -1,8 +1,21 @@
 """Pictures: encoded bytes → patches → features for the decoder.
 
-`load_image` does what transformers' Qwen2-VL image processor does, with PIL and numpy alone. `VisionTower` is
-Qwen2.5-VL's encoder (arXiv 2502.13923, section 2.1): patches of one picture attend to each other within windows of
-112 x 112 pixels, in a few blocks to the whole picture, and every 2 x 2 patches are merged into one token. No video.
+`load_image` does what the published processor does (transformers' `Qwen2VLImageProcessor`), with PIL and numpy alone.
+`VisionTower` is Qwen2.5-VL's encoder (arXiv 2502.13923, section 2.1): patches of one picture attend to each other
+within windows of 112 x 112 pixels, in a few blocks to the whole picture, and every 2 x 2 patches are merged into one
+token. No video.
+
+A picture of 4 x 6 patches, numbered in the order in which they are stored. The four patches of a merged token are
+neighbours, and the merged tokens A to F are in reading order:
+
+     0  1 |  4  5 |  8  9
+     2  3 |  6  7 | 10 11         A B C
+    ------+-------+------    →    D E F
+    12 13 | 16 17 | 20 21
+    14 15 | 18 19 | 22 23
+
+Inside the tower tokens are reordered so that each window is a run of neighbours. With windows of 2 x 2 tokens (really
+4 x 4) the order is A B D E | C F, and the runs have 16 and 8 patches. The features come out as A B C D E F again.
 
 Shape letters: P patches of all pictures, M = P / 4 merged tokens, H heads, D head size, d hidden size.
 """
@@ -33,12 +46,16 @@ FRAMES = 2  # the patch embedding was trained on video: a still picture is shown
 CHANNELS = 3
 PATCH_VALUES = CHANNELS * FRAMES * PATCH * PATCH  # 1176
 
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 14 * 14 * 4 * 1280  # the image processor's defaults
+# The image processor's defaults.
+MIN_PIXELS = 56 * 56
+MAX_PIXELS = 28 * 28 * 1280
 
+# `rescale` and `normalize` of the image processor: the normalised value of each byte, rounded where it rounds.
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-# (256, 3): a byte's normalised value in each channel, rounded where transformers rounds.
-NORMALISED = ((np.arange(256)[:, None] * (1 / 255)).astype(np.float32) - CLIP_MEAN) / CLIP_STD
+RESCALED = np.arange(256) * (1 / 255)  # (256,)
+RESCALED = RESCALED.astype(np.float32)
+NORMALISED = (RESCALED[:, None] - CLIP_MEAN) / CLIP_STD  # (256, 3)
 
 
 # ---- pictures
@@ -46,7 +63,7 @@ NORMALISED = ((np.arange(256)[:, None] * (1 / 255)).astype(np.float32) - CLIP_ME
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture as the tower wants it."""
+    """A picture as the tower takes it."""
 
     patches: Tensor  # (P, 1176) float32; the four patches of a merged token are neighbours
     grid: tuple[int, int]  # rows and columns in patches, both even
@@ -55,30 +72,51 @@ class Image:
     @property
     def tokens(self) -> int:
         """Number of placeholder tokens, and of rows of features."""
-        return self.grid[0] * self.grid[1] // MERGE**2
+        rows, columns = self.grid
+        return rows * columns // MERGE**2
 
 
-def load_image(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS, upright: bool = False) -> Image:
+def load_image(
+    data: bytes,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = False,
+) -> Image:
     """Decode a picture file and resize it to between `min_pixels` and `max_pixels` pixels, aspect kept.
 
     As in transformers, transparency is laid on white, an animation gives its first frame, and EXIF turns nothing unless
-    `upright`: the model sees a question's picture as it is stored, and so do boxes that it names. Unlike there, 16-bit
-    grey is scaled to 8 bits, where the processor would make it white.
+    `upright`: the model sees a question's picture as it is stored, and its boxes refer to that. Unlike there, 16-bit
+    grey is scaled to 8 bits; the processor would make it white.
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
-    key = hashlib.sha256(data + f"|{min_pixels}|{max_pixels}{'|upright' * upright}".encode()).hexdigest()
-    return prepare(decode(data, upright=upright), key, min_pixels, max_pixels)
+    settings = f"|{min_pixels}|{max_pixels}"
+    if upright:
+        settings += "|upright"
+    key = hashlib.sha256(data + settings.encode()).hexdigest()
+    picture = decode(data, upright=upright)
+    return prepare(picture, key, min_pixels, max_pixels)
 
 
-def prepare(picture: PIL.Image.Image, key: str, min_pixels: int, max_pixels: int) -> Image:
+def prepare(
+    picture: PIL.Image.Image,
+    key: str,
+    min_pixels: int,
+    max_pixels: int,
+) -> Image:
     """What `load_image` does once an RGB picture is decoded."""
     height, width = smart_resize(picture.height, picture.width, min_pixels, max_pixels)
-    pixels = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC))
-    return Image(patchify(pixels), (height // PATCH, width // PATCH), key)
+    resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    patches = patchify(np.asarray(resized))  # (P, 1176)
+    grid = (height // PATCH, width // PATCH)
+    return Image(patches, grid, key)
 
 
-def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> int:
-    """How many tokens `load_image` would make of a picture file, from its header alone; 0 for one that it refuses."""
+def image_tokens(
+    data: bytes,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> int:
+    """How many tokens `load_image` would make of a picture file, by its header alone; 0 for a file that it refuses."""
     try:
         width, height = stored_size(data)
         height, width = smart_resize(height, width, min_pixels, max_pixels)
@@ -87,38 +125,51 @@ def image_tokens(data: bytes, min_pixels: int = MIN_PIXELS, max_pixels: int = MA
     return height * width // SIDE**2
 
 
-def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int,
+    width: int,
+    min_pixels: int,
+    max_pixels: int,
+) -> tuple[int, int]:
     """Height and width as multiples of SIDE, their product within the limits, the aspect nearly kept.
 
-    Raises ValueError when one side is more than 200 times the other.
+    The image processor's function of this name. Raises ValueError when one side is more than 200 times the other.
     """
     check_aspect(width, height)
     # Python's round takes halves to the even neighbour, and so did Qwen2-VL's training.
-    h, w = round(height / SIDE) * SIDE, round(width / SIDE) * SIDE
-    if h * w > max_pixels:
+    new_height = round(height / SIDE) * SIDE
+    new_width = round(width / SIDE) * SIDE
+    if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h = max(SIDE, math.floor(height / shrink / SIDE) * SIDE)
-        w = max(SIDE, math.floor(width / shrink / SIDE) * SIDE)
-    elif h * w < min_pixels:
+        new_height = math.floor(height / shrink / SIDE) * SIDE
+        new_width = math.floor(width / shrink / SIDE) * SIDE
+        new_height = max(SIDE, new_height)
+        new_width = max(SIDE, new_width)
+    elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        h = math.ceil(height * grow / SIDE) * SIDE
-        w = math.ceil(width * grow / SIDE) * SIDE
-    return h, w
+        new_height = math.ceil(height * grow / SIDE) * SIDE
+        new_width = math.ceil(width * grow / SIDE) * SIDE
+    return new_height, new_width
 
 
 def patchify(pixels: np.ndarray) -> Tensor:
-    """RGB bytes (h, w, 3) to normalised patches (P, 1176), merged tokens in reading order.
+    """RGB bytes (h, w, 3) to normalised patches (P, 1176), merged tokens in reading order (see the top of this file).
 
-    Raises ValueError unless both sides are multiples of 28.
+    The image processor's function of this name, after its `rescale` and `normalize`. Raises ValueError unless both
+    sides are multiples of 28.
     """
     height, width, _ = pixels.shape
     if height % SIDE or width % SIDE:
         raise ValueError(f"picture of {width} x {height} pixels: both sides must be multiples of {SIDE}")
+    rows = height // SIDE  # of merged tokens
+    columns = width // SIDE
     values = NORMALISED[pixels, np.arange(CHANNELS)]  # (h, w, 3)
-    values = values.reshape(height // SIDE, MERGE, PATCH, width // SIDE, MERGE, PATCH, CHANNELS)
-    values = values.transpose(0, 3, 1, 4, 6, 2, 5)  # (token row, token column, 2, 2, channel, 14, 14)
-    frames = np.repeat(values[..., None, :, :], FRAMES, axis=-3)
-    return torch.from_numpy(frames.reshape(-1, PATCH_VALUES))
+    values = values.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, CHANNELS)
+    values = values.transpose(0, 3, 1, 4, 6, 2, 5)  # (rows, columns, 2, 2, channel, 14, 14)
+    values = np.expand_dims(values, 5)  # (rows, columns, 2, 2, channel, 1, 14, 14)
+    frames = np.repeat(values, FRAMES, axis=5)  # (rows, columns, 2, 2, channel, 2, 14, 14)
+    patches = frames.reshape(-1, PATCH_VALUES)  # (P, 1176)
+    return torch.from_numpy(patches)
 
 
 # ---- what the tower shares with the decoder
@@ -128,9 +179,12 @@ def patchify(pixels: np.ndarray) -> Tensor:
 def inverse_frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     """theta^(-2i/size) for i < size / 2, fp32. Computed on the CPU, so that every device turns by the same angles.
 
-    Not a module buffer, so a build on the meta device cannot leave it behind, nor `model.to(bfloat16)` round it.
+    Not a module buffer: a model that is built on the meta device would leave it behind, and `model.to(bfloat16)` would
+    round it.
     """
-    return (1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)).to(device)
+    even = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")  # (size / 2,)
+    frequencies = 1.0 / theta ** (even / size)  # (size / 2,)
+    return frequencies.to(device)
 
 
 @fused
@@ -139,8 +193,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin in fp32 make the rotation itself fp32: the tower wants that, the decoder does not.
     """
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    first, second = x.chunk(2, -1)  # (N, H, D/2) each
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    turned = torch.cat((turned_first, turned_second), -1)  # (N, H, D)
+    return turned.to(x.dtype)
 
 
 @fused
@@ -158,11 +215,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)  # (N, intermediate)
+        up = self.up_proj(x)  # (N, intermediate)
+        return self.down_proj(gated(gate, up))  # (N, size)
 
 
 def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
-    """block(*args). With `recompute` only its inputs are kept, and a backward pass runs it again."""
+    """block(*args). With `recompute` only its inputs are kept, and the backward pass runs it again."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing random in a block
     return block(*args)
@@ -190,25 +249,43 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """How one picture's merged tokens are rearranged so that each window is a run of neighbours."""
+    """How one picture's merged tokens are reordered so that each window is a run of neighbours."""
 
-    order: Tensor  # (M,) long: which token stands here
+    order: Tensor  # (M,) long: which token comes at this place
     lens: tuple[int, ...]  # patches in each window
-    angles: Tensor  # (P, D/2) fp32: rotary angles in that order, the row's first, then the column's
+    angles: Tensor  # (P, D/2) fp32: rotary angles of the patches in that order, the row's first, then the column's
 
 
 @lru_cache(maxsize=512)
-def window_order(grid: tuple[int, int], window: int, head_dim: int) -> WindowOrder:
-    """`grid` in patches, `window` in merged tokens along a side. Windows at the right and the bottom may be smaller."""
-    rows, columns = grid[0] // MERGE, grid[1] // MERGE
-    tokens = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (M, 2)
-    number = tokens[:, 0] // window * columns + tokens[:, 1] // window  # grows along the windows in reading order
-    order = number.argsort(stable=True)
-    lens = number[order].unique_consecutive(return_counts=True)[1] * MERGE**2
-    inside = torch.cartesian_prod(torch.arange(MERGE), torch.arange(MERGE))
-    positions = (tokens[order][:, None] * MERGE + inside).flatten(0, 1)  # (P, 2) row and column
-    angles = positions[..., None] * inverse_frequencies(head_dim // 2, 10_000.0, torch.device("cpu"))
-    return WindowOrder(order, tuple(lens.tolist()), angles.flatten(1))
+def window_order(
+    grid: tuple[int, int],
+    window: int,
+    head_dim: int,
+) -> WindowOrder:
+    """`grid` in patches, `window` in merged tokens along a side. Windows at the right and the bottom may be smaller.
+
+    transformers' `get_vision_window_index` and `get_vision_position_ids` for one picture.
+    """
+    rows = grid[0] // MERGE
+    columns = grid[1] // MERGE
+    token_row = torch.arange(rows).repeat_interleave(columns)  # (M,) 0 0 0 1 1 1
+    token_column = torch.arange(columns).repeat(rows)  # (M,) 0 1 2 0 1 2
+    window_row = token_row // window  # (M,)
+    window_column = token_column // window  # (M,)
+    number = window_row * columns + window_column  # (M,) of the token's window, growing in reading order
+    order = number.argsort(stable=True)  # (M,)
+    _, tokens_in_window = number[order].unique_consecutive(return_counts=True)  # (windows,)
+    lens = tokens_in_window * MERGE**2
+
+    patch_row = torch.tensor([0, 0, 1, 1])  # within a merged token
+    patch_column = torch.tensor([0, 1, 0, 1])
+    row = token_row[order][:, None] * MERGE + patch_row  # (M, 4)
+    column = token_column[order][:, None] * MERGE + patch_column  # (M, 4)
+    frequencies = inverse_frequencies(head_dim // 2, 10_000.0, torch.device("cpu"))  # (D/4,)
+    row_angles = row.flatten()[:, None] * frequencies  # (P, D/4)
+    column_angles = column.flatten()[:, None] * frequencies  # (P, D/4)
+    angles = torch.cat([row_angles, column_angles], 1)  # (P, D/2)
+    return WindowOrder(order, tuple(lens.tolist()), angles)
 
 
 class VisionAttention(nn.Module):
@@ -218,10 +295,20 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # (P, H, D) each
-        out = packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
-        return self.proj(out.flatten(1))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        qkv = self.qkv(x)  # (P, 3 d)
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))  # (P, 3, H, D)
+        q, k, v = qkv.unbind(1)  # (P, H, D) each
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        out = packed_attention(q, k, v, segments)  # (P, H, D)
+        return self.proj(out.flatten(1))  # (P, d)
 
 
 class VisionBlock(nn.Module):
@@ -232,20 +319,36 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        segments: Segments,
+    ) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attn(normed, cos, sin, segments)
+        normed = self.norm2(x)
+        return x + self.mlp(normed)
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         shape = (FRAMES, PATCH, PATCH)
-        self.proj = nn.Conv3d(CHANNELS, config.hidden_size, shape, shape, bias=False)  # the checkpoint's weight shape
+        # A convolution because the checkpoint's weight has that shape.
+        self.proj = nn.Conv3d(
+            CHANNELS,
+            config.hidden_size,
+            kernel_size=shape,
+            stride=shape,
+            bias=False,
+        )
 
     def forward(self, patches: Tensor) -> Tensor:
         """(P, 1176) to (P, d). The kernel covers a patch exactly, so the convolution is one matrix product."""
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        weight = self.proj.weight.flatten(1)  # (d, 1176)
+        return F.linear(patches.to(weight.dtype), weight)
 
 
 class PatchMerger(nn.Module):
@@ -253,47 +356,76 @@ class PatchMerger(nn.Module):
         super().__init__()
         merged = config.hidden_size * MERGE**2
         self.ln_q = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, config.out_hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(merged, merged),
+            nn.GELU(),
+            nn.Linear(merged, config.out_hidden_size),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.ln_q(x).unflatten(0, (-1, MERGE**2)).flatten(1))  # (P, d) to (M, out)
+        """(P, d) to (M, out_hidden_size)."""
+        x = self.ln_q(x)  # (P, d)
+        x = x.unflatten(0, (-1, MERGE**2))  # (M, 4, d)
+        x = x.flatten(1)  # (M, 4 d)
+        return self.mlp(x)
 
 
 class VisionTower(nn.Module):
-    """Qwen2.5-VL's vision encoder. Set `checkpoint_blocks` to trade a second forward pass for activation memory."""
+    """Qwen2.5-VL's vision encoder. Set `checkpoint_blocks` to trade a second forward pass for activation memory.
+
+    Windowed attention, in its plain form, is attention over all patches with a mask (P, P) that is true where two
+    patches are in the same window. Here tokens are reordered so that a window is a run of neighbours, and each run is
+    a segment of `packed_attention`: the same numbers, without the products that the mask would throw away.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.merger = PatchMerger(config)
 
     def forward(self, images: Sequence[Image]) -> Tensor:
         """Features (M, out_hidden_size) of at least one picture, `image.tokens` rows each, in the order given."""
         device = self.patch_embed.proj.weight.device
-        order, angles, windows = self._layout(images, device)
-        whole = self._segments([len(image.patches) for image in images], device)
-        patches = torch.cat([image.patches for image in images]).to(device)
-        hidden = self.patch_embed(patches).unflatten(0, (-1, MERGE**2))[order].flatten(0, 1)  # (P, d), window by window
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (P, 1, D/2)
-        for index, block in enumerate(self.blocks):
-            segments = whole if index in self.config.fullatt_block_indexes else windows
-            hidden = run_block(block, self.checkpoint_blocks, hidden, cos, sin, segments)
-        return self.merger(hidden)[order.argsort()]
-
-    def _layout(self, images: Sequence[Image], device: torch.device) -> tuple[Tensor, Tensor, Segments]:
-        """Cached pieces of each picture's grid put together: order (M,), angles (P, D/2), one segment a window."""
         window = self.config.window_size // SIDE
-        pieces = [window_order(image.grid, window, self.config.head_dim) for image in images]
-        tokens = torch.tensor([image.tokens for image in images])
-        first = (tokens.cumsum(0) - tokens).repeat_interleave(tokens)  # (M,) where the picture of this token begins
-        order = torch.cat([piece.order for piece in pieces]) + first
-        angles = torch.cat([piece.angles for piece in pieces])
-        lens = [length for piece in pieces for length in piece.lens]
-        return order.to(device), angles.to(device), self._segments(lens, device)
+        layouts = []
+        for image in images:
+            layout = window_order(image.grid, window, self.config.head_dim)
+            layouts.append(layout)
+        order = _joined_order(layouts).to(device)  # (M,)
+        angles = torch.cat([layout.angles for layout in layouts])  # (P, D/2)
+        angles = angles.to(device)
+        cos = angles.cos()[:, None]  # (P, 1, D/2)
+        sin = angles.sin()[:, None]  # (P, 1, D/2)
+        window_lens = [length for layout in layouts for length in layout.lens]
+        windows = _segments(window_lens, device)
+        picture_lens = [len(image.patches) for image in images]
+        pictures = _segments(picture_lens, device)
 
-    @staticmethod
-    def _segments(lens: list[int], device: torch.device) -> Segments:
-        return Segments.of(lens, lens, causal=False, device=device)
+        patches = torch.cat([image.patches for image in images])  # (P, 1176)
+        hidden = self.patch_embed(patches.to(device))  # (P, d)
+        hidden = hidden.unflatten(0, (-1, MERGE**2))  # (M, 4, d)
+        hidden = hidden[order].flatten(0, 1)  # (P, d), window by window
+        for i, block in enumerate(self.blocks):
+            segments = pictures if i in self.config.fullatt_block_indexes else windows
+            hidden = run_block(block, self.checkpoint_blocks, hidden, cos, sin, segments)
+        features = self.merger(hidden)  # (M, out_hidden_size), window by window
+        return features[order.argsort()]  # in reading order
+
+
+def _joined_order(layouts: Sequence[WindowOrder]) -> Tensor:
+    """The orders of some pictures as one (M,), counting tokens from the first picture's first."""
+    orders = []
+    first = 0
+    for layout in layouts:
+        orders.append(layout.order + first)
+        first += len(layout.order)
+    return torch.cat(orders)
+
+
+def _segments(lens: Sequence[int], device: torch.device) -> Segments:
+    """Segments that attend each to itself alone, without a causal mask."""
+    return Segments.of(lens, lens, causal=False, device=device)

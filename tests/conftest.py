@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmsr import attention, pretrained
+from mmsr import attention
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.net.http import AUTHORITIES
+from mmsr.pretrained.save import save
 from mmsr.reward import LEGAL_SHAPES
 from mmsr.tools import search_tools
 from mmsr.toy import base as toy_base
@@ -62,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
     traces = toy_base.Traces(world, chat, 0)
     for step in range(25):
         trainer.step([traces.batch(16)], 3e-3 * min(1, (step + 1) / 10))
-    pretrained.save(model, folder)
+    save(model, folder)
     return folder
 
 

@@ -19,12 +19,12 @@ from helpers import documented, edit_json, picture_bytes
 from safetensors.torch import load_file, save_file
 
 import train
-from mmsr import model as modeling
-from mmsr import pretrained, reward
+from mmsr import reward
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
+from mmsr.pretrained.load import load
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
@@ -274,8 +274,8 @@ def test_tools_in_threads_give_the_same_run(first, miniature, tmp_path):
 
 @pytest.mark.slow
 def test_kl_of_nought_loads_no_reference(miniature, tmp_path, monkeypatch):
-    loaded, load = [], pretrained.load
-    monkeypatch.setattr(modeling, "load", lambda *given: loaded.append(given) or load(*given))
+    loaded = []
+    monkeypatch.setattr(policy, "load", lambda *given: loaded.append(given) or load(*given))
     with_kl = run(miniature, tmp_path / "kl", kl=0.001)
     assert len(loaded) == 2 and with_kl.steps[1]["kl"] > 0
     without = run(miniature, tmp_path / "none", kl=0)
@@ -407,7 +407,7 @@ def test_model_folder_decodes_in_transformers_as_in_our_engine(first, world):
 
     folder = first.out / "model"
     chat = Chat(folder, PROMPTS / "toy", search_tools(world.web, 1, 0))
-    model, twin = pretrained.load(folder), Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    model, twin = load(folder), Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
     suppressed = chat.suppressed_tokens(model.config.vocab_size)
     example = world.questions("familiar", 1, "transformers")[0]
     prompt = chat.prompt(example.question, load_image(example.image, 56 * 56, 56 * 56))
@@ -537,7 +537,7 @@ def test_interrupt_keeps_what_was_learnt(miniature, tmp_path, monkeypatch):
     found = Run(tmp_path / "out")
     assert stop.value.code == 130 and [line["step"] for line in found.lines] == [0, 1, 2] and len(found.rollouts) == 2
     assert not equal(found.weights, load_file(miniature / "model.safetensors"))
-    pretrained.load(tmp_path / "out" / "model")
+    load(tmp_path / "out" / "model")
     monkeypatch.undo()
     whole = run(miniature, tmp_path / "whole", lr_schedule="constant", eval_size=1)
     assert equal(found.weights, whole.weights), "the interrupted step must leave no trace"

@@ -12,8 +12,8 @@ from PIL import Image
 
 from mmsr.data.pickles import Inert, read_plain
 from mmsr.episode import Hit, Observation
+from mmsr.pretrained.hub import fetched
 from mmsr.system.errors import UserError
-from mmsr.system.hub import fetched
 from mmsr.system.images import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"

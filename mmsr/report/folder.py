@@ -40,8 +40,8 @@ MOST_NAMED = 3  # changed things in one message
 # Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
 ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
-    *("config.py", "plan.py", "setup/checks.py"),
-    *("system/checkpoint.py", "system/export.py", "system/files.py", "system/interrupt.py", "system/options.py"),
+    *("config.py", "plan.py", "setup/checks.py", "pretrained/save.py"),
+    *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
     *("data/judge.py", "search/serve.py", "toy/base.py"),
 }
 

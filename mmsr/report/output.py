@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mmsr import evaluate, pretrained
+from mmsr import evaluate
 from mmsr.assemble import Setup
 from mmsr.config import CONFIG, Config
 from mmsr.episode import Episode
+from mmsr.pretrained.save import save_weights
 from mmsr.report import alarms
 from mmsr.report.album import Album
 from mmsr.report.folder import RunFolder
@@ -143,7 +144,7 @@ class Output(RunFolder[Config]):
         weights = full_state_dict(setup.model, setup.ranks, setup.dtype)
         if self.ranks.main:
             self.check_there()
-            pretrained.save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
+            save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return

@@ -144,12 +144,14 @@ def _tower(folder: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     """The mean of a picture's tokens from the policy's vision tower."""
     import torch
 
-    from mmsr import pretrained, vision
+    from mmsr import vision
+    from mmsr.pretrained.config_json import read_config
+    from mmsr.pretrained.load import stored_weights
 
     with torch.device("meta"):
-        tower = torch.nn.ModuleDict({"visual": vision.VisionTower(pretrained.read_config(folder).vision)})
+        tower = torch.nn.ModuleDict({"visual": vision.VisionTower(read_config(folder).vision)})
     device = _device()
-    weights = pretrained.stored_weights(folder, tower)  # uses the names and shapes in `tower`
+    weights = stored_weights(folder, tower)  # uses the names and shapes in `tower`
     tower.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights}, assign=True)
 
     @torch.inference_mode()

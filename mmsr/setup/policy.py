@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
-from mmsr import attention, plan, pretrained
+from mmsr import attention, plan
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
+from mmsr.pretrained.config_json import read_config
+from mmsr.pretrained.hub import resolve
+from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_memory, check_prompts, check_tokens, this_machine
 from mmsr.setup.questions import Questions
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
-from mmsr.system.hub import resolve
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool
 from mmsr.toy import base as toy_base
@@ -49,10 +51,10 @@ def open_policy(
         find = partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
     with ranks.sync_errors():
-        sizes = pretrained.skeleton(folder).config  # weights that do not fit are refused before memory is counted
+        sizes = skeleton(folder).config  # weights that do not fit are refused before memory is counted
         chat = Chat(folder, prompts, list(tools))
         check_tokens(folder, chat, sizes)
-    if pretrained.read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+    if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
         ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)
@@ -87,8 +89,8 @@ def load_model(
 ) -> modeling.Qwen2_5_VL:
     """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
     if ranks.size == 1:
-        return pretrained.load(folder, stored, ranks.device)
+        return load(folder, stored, ranks.device)
     with ranks.sync_errors():
-        model = pretrained.skeleton(folder)
+        model = skeleton(folder)
     model = parallel.shard(model.to(stored), ranks, compute, across)
-    return parallel.load_sharded(model, pretrained.stored_weights(folder, model), ranks)
+    return parallel.load_sharded(model, stored_weights(folder, model), ranks)

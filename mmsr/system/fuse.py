@@ -1,10 +1,10 @@
 """Elementwise functions as one kernel each on CUDA, where every operation would otherwise be a kernel of its own.
 
 Such kernels only move memory, so five of them on the same tensor take five times as long as one that does it all. A
-function that is decorated here is plain PyTorch. On CUDA torch.compile makes one kernel of it, and one of its gradient,
-which also keeps the function's arguments alone for the backward pass. Anywhere else it runs as it is written.
+decorated function is its own plain form: PyTorch that runs as it is written. On CUDA torch.compile makes one kernel of
+it and one of its gradient, and the backward pass keeps only the function's arguments.
 
-Whole blocks are not compiled: what attends changes with every batch, and a compiler would compile it again each time.
+Whole blocks are not compiled: the segments of attention change with every batch, and each change would compile again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fused(function: Function) -> Function:
-    """`function` of tensors, of which the first says where it runs. It may not look at values or wait for the device.
+    """Decorator for a function of tensors; it runs where the first of them is. It must not read values on the host.
 
     On CUDA its intermediate results are fp32 and rounded once at the end, also where its arguments are bfloat16.
     """
-    compiled: list[Callable] = []  # made when it is first needed: the compiler takes seconds to import
+    compiled: list[Callable] = []  # filled by the first call on CUDA: the compiler takes seconds to import
 
     @wraps(function)
     def run(*tensors: Tensor) -> Any:
@@ -41,7 +41,7 @@ def fused(function: Function) -> Function:
 
 @lru_cache
 def compiles() -> bool:
-    """Whether torch.compile works here, tried once: it needs Triton and a C compiler. Without it all is only slower."""
+    """Whether torch.compile works here, tried once. It needs Triton and a C compiler; without it, all is slower."""
     try:
         with torch.enable_grad():  # the first call may be a sampler's
             x = torch.ones(8, device="cuda", requires_grad=True)

@@ -1,13 +1,13 @@
-"""Picture files: what is opened of strangers' files, what is refused before it can do harm, what is sent of one's own.
+"""Picture files: what is opened of a downloaded file, what is refused before it does harm, what may be sent.
 
-Pillow by itself opens a 20 kB file into a gigabyte of pixels, and formats whose decoders few have looked at. Here the
-bytes are counted before anything is read, the pixels before any is decoded, and four formats are known. Pillow sees the
-parts that make the first frame and no others (`containers.py`): damaged metadata makes no picture unreadable, and none
-can leave with a picture, as Pillow by itself writes comments and colour profiles into new files. This module imports no
-torch: a search server and a command line that show a picture start at once.
+Pillow by itself opens a 20 kB file into a gigabyte of pixels, and formats whose decoders few have looked at. Here bytes
+are counted before anything is read, pixels before any is decoded, and only four formats are known. Pillow sees the
+parts that make the first frame and no others (`containers.py`). So damaged metadata makes no picture unreadable, and no
+metadata leaves with a picture (Pillow by itself writes comments and colour profiles into new files). This module
+imports no torch: a search server and a command line that show a picture start at once.
 
 A camera that is held on its side stores the picture on its side, and EXIF tells how to turn it. `decode` turns it for
-all that people and search engines see. Only `vision.load_image` does not, of a question's picture: the published
+all that people and search engines see. Only `vision.load_image` does not turn a question's picture: the published
 processor does not either, so the model has learned from pictures as they are stored.
 """
 
@@ -24,14 +24,19 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from mmsr.system.containers import ORIENTATION, Container, kind, read
+from mmsr.system.containers import ORIENTATION, FirstFrame, first_frame, image_format
 
 MAX_ASPECT = 200
 MAX_FILE_BYTES = 32 * 2**20
 MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB
-MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_DECODED_PIXELS  # of a JPEG, whose usual scans are 1 or 10
-THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS = 4 * 2**20, 4_000_000  # of a search result, as it comes
-THUMBNAIL_SIDE, THUMBNAIL_BYTES = 448, 64 * 1024  # as it is kept
+# Of a JPEG. Usual files have 1 scan or 10, and each passes over the whole picture.
+MAX_SCANS = 100
+MAX_SCANNED_PIXELS = 20 * MAX_DECODED_PIXELS
+# Of a search result, as it is downloaded, and as it is kept.
+THUMBNAIL_FILE_BYTES = 4 * 2**20
+THUMBNAIL_DECODED_PIXELS = 4_000_000
+THUMBNAIL_SIDE = 448
+THUMBNAIL_BYTES = 64 * 1024
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 # Not PIL.Image.open, which warns of large pictures on stderr before we can refuse them.
@@ -46,23 +51,25 @@ DECODERS: dict[str, Callable[[io.BytesIO], PIL.Image.Image]] = {
 def decode(
     data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS, upright: bool = True
 ) -> PIL.Image.Image:
-    """The RGB picture of an encoded file, without metadata. Transparency is laid on white, an animation gives its first
-    frame, 16 bits a channel become 8. It is turned as its EXIF says; with `upright=False` it is left as it is stored,
-    and its EXIF says nothing but how it is to be turned, as `PIL.ImageOps.exif_transpose` does with any part of it.
+    """The RGB picture of an encoded file, without metadata, turned as its EXIF says.
 
-    Raises ValueError, in one line, for a file that is too large, too elongated, broken, or of another format. Size is
-    read from the header and refused before any pixel is decoded, so a bomb costs nothing.
+    Transparency is laid on white, an animation gives its first frame, 16 bits a channel become 8. With `upright=False`
+    the picture is left as it is stored, and its `info` keeps the orientation as EXIF, so that
+    `PIL.ImageOps.exif_transpose` can turn it, or any part of it, later.
+
+    Raises ValueError, in one line, for a file that is too large, too elongated, broken, or of another format. The size
+    is read from the header and refused before any pixel is decoded.
     """
-    picture, container = _open(data, max_bytes, max_pixels)
+    picture, frame = _open(data, max_bytes, max_pixels)
     try:
         picture = to_rgb(picture)
     except Exception as error:  # on broken files Pillow raises nearly anything: OSError, SyntaxError, struct.error, ...
         raise _unreadable(data, error) from error
     picture.info = {}
-    if container.orientation == 1:
+    if frame.orientation == 1:
         return picture
     exif = PIL.Image.Exif()
-    exif[ORIENTATION] = container.orientation
+    exif[ORIENTATION] = frame.orientation
     picture.info["exif"] = exif.tobytes()
     if upright:
         picture = PIL.ImageOps.exif_transpose(picture)
@@ -72,7 +79,8 @@ def decode(
 
 def stored_size(data: bytes) -> tuple[int, int]:
     """Width and height as stored, not turned, from the header alone. Raises ValueError for what `decode` refuses."""
-    return _open(data, MAX_FILE_BYTES, MAX_DECODED_PIXELS)[0].size
+    picture, _ = _open(data, MAX_FILE_BYTES, MAX_DECODED_PIXELS)
+    return picture.size
 
 
 def verify(data: bytes) -> None:
@@ -84,22 +92,23 @@ def verify(data: bytes) -> None:
         raise _unreadable(data, error) from error
 
 
-def _open(data: bytes, max_bytes: int, max_pixels: int) -> tuple[PIL.Image.Image, Container]:
-    """The picture, not decoded yet, and what it was read from."""
+def _open(data: bytes, max_bytes: int, max_pixels: int) -> tuple[PIL.Image.Image, FirstFrame]:
+    """The picture, not decoded yet, and the first frame's file that it is read from."""
     if len(data) > max_bytes:
         raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {max_bytes:,}")
     try:
-        container = read(data)
-        picture = DECODERS[container.kind](io.BytesIO(container.pixels))
+        frame = first_frame(data)
+        picture = DECODERS[frame.format](io.BytesIO(frame.data))
     except Exception as error:
         raise _unreadable(data, error) from error
     width, height = picture.size
-    if width * height > max_pixels:
+    pixels = width * height
+    if pixels > max_pixels:
         raise ValueError(f"not a readable picture: {width} x {height} is over the limit of {max_pixels:,} pixels")
-    if container.scans > MAX_SCANS or container.scans * width * height > MAX_SCANNED_PIXELS:
-        raise ValueError(f"picture of {width} x {height} in {container.scans:,} scans takes too long to decode")
+    if frame.scans > MAX_SCANS or frame.scans * pixels > MAX_SCANNED_PIXELS:
+        raise ValueError(f"picture of {width} x {height} in {frame.scans:,} scans takes too long to decode")
     check_aspect(width, height)
-    return picture, container
+    return picture, frame
 
 
 def _unreadable(data: bytes, error: Exception) -> ValueError:
@@ -124,56 +133,62 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """16-bit grey as 8-bit: the upper byte, which Pillow takes of 16-bit colours. Of grey it, and with it the published
-    processor, cuts off all that is over 255, and a photograph turns white. The mode I holds 16 bits, too."""
-    values = np.asarray(picture).clip(0, 65535)
-    grey = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    """16-bit grey as 8-bit: the upper byte, which Pillow takes of 16-bit colours. The mode I holds 16 bits, too.
+
+    Of grey, Pillow and so the published processor cut off all that is over 255, and a photograph turns white.
+    """
+    values = np.asarray(picture).clip(0, 65535)  # (h, w)
+    upper = (values >> 8).astype(np.uint8)  # (h, w)
+    grey = PIL.Image.fromarray(upper)
     clear = picture.info.get("transparency")
     if clear is not None:
-        grey.putalpha(PIL.Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        alpha = np.where(values == clear, 0, 255).astype(np.uint8)  # (h, w)
+        grey.putalpha(PIL.Image.fromarray(alpha))
     return grey
 
 
 def jpeg(picture: PIL.Image.Image, side: int, max_bytes: int, quality: int = 85) -> bytes:
     """The picture as a JPEG without metadata, at most `side` pixels along a side and `max_bytes` bytes long.
 
-    Raises ValueError where not even a single pixel is so short (about 700 bytes).
+    Raises ValueError if not even a single pixel is so short (about 700 bytes).
     """
     side = min(side, max(picture.size))
     while side:
         smaller = picture.copy()
         smaller.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
-        smaller.info = {}  # Pillow would write a comment, and more as its versions go
+        smaller.info = {}  # Pillow would write a comment into the file, and future versions perhaps more
         file = io.BytesIO()
         smaller.save(file, "JPEG", quality=quality)
         if file.tell() <= max_bytes:
             return file.getvalue()
-        picture, side = smaller, side * 3 // 4
+        picture = smaller
+        side = side * 3 // 4
     raise ValueError(f"no JPEG has {max_bytes:,} bytes or fewer")
 
 
 def thumbnail(data: bytes) -> bytes:
-    """A stranger's picture file as a small JPEG. Raises ValueError where it is no picture, or too much of one."""
-    return jpeg(decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS), THUMBNAIL_SIDE, THUMBNAIL_BYTES)
+    """A downloaded picture file as a small JPEG. Raises ValueError if it is no picture, or too large a one."""
+    picture = decode(data, THUMBNAIL_FILE_BYTES, THUMBNAIL_DECODED_PIXELS)
+    return jpeg(picture, THUMBNAIL_SIDE, THUMBNAIL_BYTES)
 
 
 def without_metadata(data: bytes) -> bytes:
     """A picture file that may be shown to others: the first frame's pixels, upright, and nothing else.
 
-    The parts of the file are copied, so one that holds no more stays as it is, byte for byte; only one that is to be
-    turned is encoded anew, as JPEG. A colour profile goes as well: it may name its owner's screen, and nothing here
-    heeds it. Raises ValueError for what is no picture.
+    The parts of the file are copied, so a file that holds no more stays as it is, byte for byte. Only a picture that is
+    to be turned is encoded again, as JPEG. A colour profile goes as well: it may name its owner's screen, and nothing
+    here uses it. Raises ValueError for what is no picture.
     """
     try:
-        container = read(data)
+        frame = first_frame(data)
     except ValueError as error:
         raise _unreadable(data, error) from error
-    if container.orientation == 1:
-        return container.pixels
+    if frame.orientation == 1:
+        return frame.data
     picture = decode(data)
     return jpeg(picture, max(picture.size), MAX_FILE_BYTES, quality=95)
 
 
 def media_type(data: bytes) -> str:
     """image/jpeg, image/png, image/webp or image/gif. Raises ValueError for another format."""
-    return f"image/{kind(data).lower()}"
+    return f"image/{image_format(data).lower()}"

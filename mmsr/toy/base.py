@@ -25,10 +25,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tqdm import tqdm
 
 from mmsr import model as modeling
-from mmsr import pretrained
 from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Observation
+from mmsr.pretrained.save import save
 from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
@@ -206,7 +206,17 @@ class WarmStart:
 
 # Modules of which a change makes the base model anew, unless it is one of words: comments and docstrings.
 MADE_BY = (
-    *("toy/world", "toy/base", "vision", "attention", "model", "chat", "grpo", "pack", "update", "system/optimizer"),
+    "toy/world",
+    "toy/base",
+    "vision",
+    "attention",
+    "model",
+    "system/chunked_log_probs",
+    "chat",
+    "grpo",
+    "pack",
+    "update",
+    "system/optimizer",
 )
 
 
@@ -269,7 +279,7 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
         metrics = trainer.step([traces.batch(recipe.batch)], recipe.rate(step))
         bar.update(), bar.set_postfix(loss=f"{metrics['loss']:.3f}")
     bar.close()
-    pretrained.save(model, folder)
+    save(model, folder)
 
 
 def _save_tokenizer(folder: Path) -> Tokenizer:

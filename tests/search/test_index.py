@@ -22,7 +22,7 @@ import torch
 from helpers import SEARCHES, picture_bytes, tiny_model
 from picture_files import SECRET, private, turned
 
-from mmsr import pretrained
+from mmsr.pretrained.save import save
 from mmsr.search import index
 from mmsr.search.bm25 import fold
 from mmsr.search.encoders import Encoder, open_encoder
@@ -415,7 +415,7 @@ def test_a_pickle_is_opened_as_an_encoder(tmp_path):
 
 def test_the_tower_is_not_the_policys(tmp_path):
     policy = tiny_model()
-    pretrained.save(policy, tmp_path / "policy")
+    save(policy, tmp_path / "policy")
     vectors = open_encoder(f"tower:{tmp_path / 'policy'}").encode([scene(0), scene(1, 90, 200)])
     from mmsr.vision import load_image
 

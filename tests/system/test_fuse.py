@@ -144,11 +144,13 @@ def test_rotation_is_compiled_for_every_batch_until_the_compiler_gives_up():
 
     for step in range(3):
         with torch.no_grad():
-            tower(400 + step, False), decoder(900 + step, False)
+            tower(400 + step, False)
+            decoder(900 + step, False)
             for slots in (64, 32, 16, 8, 1):
                 decoder(slots, False)
         for batch in (700, 701, 650):
-            tower(300 + batch, True), decoder(batch + step, True)
+            tower(300 + batch, True)
+            decoder(batch + step, True)
     print(f"{counter.frame_count} compilations")
     assert counter.frame_count <= torch._dynamo.config.recompile_limit - 2
 

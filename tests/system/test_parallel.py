@@ -19,8 +19,9 @@ from crew import Crew, environment, free_port, on_one
 from helpers import SGD, conversation, report, tiny_config, tiny_model
 from test_update import EXAMPLE, SUPPRESSED, made, relative
 
-from mmsr import pretrained
 from mmsr.episode import Episode
+from mmsr.pretrained.load import load
+from mmsr.pretrained.save import save, save_weights
 from mmsr.setup.policy import load_model
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
@@ -407,7 +408,7 @@ def loaded(ranks: Ranks, folder: str):
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_a_folder_gives_each_rank_its_shards(pair, tied, tmp_path):
     model = tiny_model(3, tie_word_embeddings=tied)
-    pretrained.save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=10**5)
+    save_weights(model.config, model.state_dict(), tmp_path, shard_bytes=10**5)
     (main, first), (_, second) = pair(loaded, str(tmp_path))
     assert main.keys() == model.state_dict().keys()
     assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
@@ -424,7 +425,7 @@ def load_error(ranks: Ranks, folder: str) -> str:
 def test_broken_folder_is_an_error_on_all_ranks(pair, tmp_path):
     weights = tiny_model().state_dict()
     weights.pop("model.norm.weight")
-    pretrained.save_weights(tiny_config(), weights, tmp_path)
+    save_weights(tiny_config(), weights, tmp_path)
     first, second = pair(load_error, str(tmp_path))
     assert "model.norm.weight" in first and second.startswith("rank 0 failed") and "model.norm.weight" in second
 
@@ -521,7 +522,7 @@ def test_out_of_memory_with_hybrid_shards(four, record_property):
 @pytest.mark.slow
 def test_loading_with_hybrid_shards(four, tmp_path):
     model = tiny_model(3)
-    pretrained.save(model, tmp_path)
+    save(model, tmp_path)
     (main, *_), *others = four(loaded, str(tmp_path))
     assert all(torch.equal(main[name], value) for name, value in model.state_dict().items())
     assert all(local < 0.6 * sum(p.numel() for p in model.parameters()) for _, local in others)
@@ -590,7 +591,7 @@ def test_train_on_two_ranks_does_what_one_process_does(folder, tmp_path, whole):
         assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
     assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 96
     assert [(r["group"], r["sample"]) for r in rollouts_2] == [(r["group"], r["sample"]) for r in rollouts]
-    weights = [pretrained.load(out / "model").state_dict() for out in (tmp_path / "alone", whole)]
+    weights = [load(out / "model").state_dict() for out in (tmp_path / "alone", whole)]
     assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-4
 
 

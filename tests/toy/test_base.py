@@ -13,7 +13,7 @@ from conftest import MINIATURE
 
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
-from mmsr.pretrained import load
+from mmsr.pretrained.load import load
 from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Toolbox, search_tools

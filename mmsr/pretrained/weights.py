@@ -1,8 +1,8 @@
-"""Checks a Hugging Face folder before it is loaded: the headers of its weight files, and the values of config.json.
+"""The weight files of a Hugging Face folder, checked by their headers before a weight is read.
 
-A quantised checkpoint has the usual names, but they hold whole numbers or 8-bit floats, with the scales in tensors of
-their own: cast to the model's type it loads without an error, and computes noise. So every name and every type of
-number is checked before a weight is read, and what this program does not understand is refused.
+A quantised checkpoint has the usual names, but they hold whole numbers or 8-bit floats, with the scales in separate
+tensors. Cast to the model's type it loads without an error and computes noise. So every name and every type of number
+is checked, and what this program does not understand is refused.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from torch import Tensor
 
 from mmsr.system.errors import UserError, first_line
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 FULL = "give the full-precision checkpoint that it was made from"
-# What the tensors that quantisers add are called, by bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao, HQQ,
-# AQLM and quanto.
+# Names of the tensors that quantisers add: bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, torchao, HQQ, AQLM and
+# quanto.
 QUANTISED = re.compile(
     "scale|zero|absmax|quant|packed|qweight|qdata|codebook|[.](SCB|g_idx|codes|W_q)$|_data$|_(blocks|codes)$"
 )
 PICKLED = ("pytorch_model*", "*.pth", "*.pt", "*.ckpt", "*.distcp")
 LFS = b"version https://git-lfs"  # what git leaves in place of a large file
 QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# What PEFT (LoRA and DoRA, IA3, LoHa, LoKr, VeRA, OFT) calls what it adds, and the weights that it wraps.
+# Names of what PEFT (LoRA and DoRA, IA3, LoHa, LoKr, VeRA, OFT) adds, and of the weights that it wraps.
 ADAPTERS = re.compile(
     r"^base_model\.|\b(lora|ia3|hada|lokr|vera|b?oft)_|\b(base_layer|modules_to_save|original_module)\b"
 )
 BUFFERS = re.compile(r"\binv_freq$")  # rotary frequencies, which old versions of transformers stored; computed here
+
+Shapes = Mapping[str, tuple[int, ...]]  # of a model's parameters, by name
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Header:
     shape: tuple[int, ...]
 
 
+# ---- headers against the model
+
+
 def headers(folder: Path) -> dict[str, Header]:
     """What the files of a folder hold, by on-disk name. No weight is read.
 
@@ -58,70 +64,56 @@ def headers(folder: Path) -> dict[str, Header]:
         for header in _headers_of(file):
             name = _disk_name(header.name)
             if name in found:
-                raise UserError(f"{file}: {_listed([name])} stands in {found[name].file.name} too: fetch them again")
+                raise UserError(f"{file}: {_listed([name])} is in {found[name].file.name} too: fetch them again")
             found[name] = header
     _refuse_quantised(found)
     return found
 
 
-def fitting(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Header]:
+def fitting(folder: Path, found: Mapping[str, Header], shapes: Shapes) -> dict[str, Header]:
     """The headers of the weights that a model needs, by the model's names, in the order of the files.
 
-    Raises UserError for one missing or misshapen. A tied embedding may be stored as the head.
+    A tied embedding may be stored as the head. Raises UserError for a weight that is missing or misshapen.
     """
-    if EMBEDDING in shapes and HEAD not in shapes and EMBEDDING not in found and HEAD in found:
+    tied = EMBEDDING in shapes and HEAD not in shapes
+    if tied and EMBEDDING not in found and HEAD in found:
         found = {EMBEDDING if name == HEAD else name: header for name, header in found.items()}
     for name, header in found.items():
-        if (wanted := shapes.get(name, header.shape)) != header.shape:
-            if header.shape == (0,):  # what DeepSpeed leaves of a weight that is shared out over processes
-                raise UserError(f"{header.file}: {name} is empty: save it again with the weights gathered (ZeRO-3)")
-            what = f"{name} has shape {header.shape}, config.json says {wanted}"
-            raise UserError(f"{header.file}: {what}: not of the same model")
+        if name in shapes and header.shape != shapes[name]:
+            _refuse_shape(name, header, shapes[name])
     missing = [name for name in shapes if name not in found]
     if missing:
         some = f"{len(missing)} of {len(shapes)} weights are missing ({_listed(missing)})"
-        if others := [name for name in found if name not in shapes and name != HEAD]:
-            some += f", and there is no place for others ({_listed(others)})"  # a wrapper's names, another program's
+        others = [name for name in found if name not in shapes and name != HEAD]
+        if others:  # a wrapper's names, or another program's
+            some += f", and there is no place for others ({_listed(others)})"
         raise UserError(f"{folder}: {some}: fetch it again, or take config.json and weights of one checkpoint")
     return {name: header for name, header in found.items() if name in shapes}
 
 
-def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError for weights that the model of config.json does not have. A tied head must have been checked before."""
+def _refuse_shape(name: str, header: Header, wanted: tuple[int, ...]) -> None:
+    if header.shape == (0,):  # what DeepSpeed leaves of a weight that is sharded over processes
+        raise UserError(f"{header.file}: {name} is empty: save it again with the weights gathered (ZeRO-3)")
+    what = f"{name} has shape {header.shape}, config.json says {wanted}"
+    raise UserError(f"{header.file}: {what}: not of the same model")
+
+
+def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Shapes) -> None:
+    """UserError for weights that the model of config.json does not have. `own_head` has checked a tied head before."""
     others = [name for name in found if name not in shapes and name != HEAD and not BUFFERS.search(name)]
     if others:
         some = f"{len(others)} weights have no place in the model of config.json ({_listed(others)})"
         raise UserError(f"{folder}: {some}: take config.json and weights of one checkpoint")
 
 
-def tensors(found: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time: views of the files. Raises UserError for numbers that no sound checkpoint holds."""
-    for file, group in groupby(found.items(), lambda item: item[1].file):
-        with _opened(file) as stored:
-            for name, header in group:
-                tensor = stored.get_tensor(header.name)
-                low, high = (end.float() for end in tensor.aminmax())  # one pass without a copy, which hands NaN on
-                if not (low.isfinite() and high.isfinite()):
-                    raise UserError(f"{file}: {name} holds NaN or infinite numbers: take an earlier checkpoint")
-                if low == high == 0 and _is_never_zero(name, tensor):
-                    raise UserError(
-                        f"{file}: {name} holds zeros only: not written or not fetched whole, fetch it again"
-                    )
-                yield name, tensor
-
-
-def _is_never_zero(name: str, tensor: Tensor) -> bool:
-    """Norms and embeddings. Biases may be zero, and so may a matrix that somebody switched off."""
-    return name in (EMBEDDING, HEAD) or tensor.ndim == 1 and name.endswith(".weight")
-
-
 def own_head(found: Mapping[str, Header]) -> bool:
-    """Whether the head is stored, and is another than the embedding. transformers then does not tie them either."""
+    """Whether a head is stored that differs from the embedding. transformers then does not tie them either."""
     if HEAD not in found or EMBEDDING not in found:
         return False
     if found[HEAD].shape != found[EMBEDDING].shape:
         return True
-    head, embedding = (_tensor(found[name]) for name in (HEAD, EMBEDDING))
+    head = _tensor(found[HEAD])
+    embedding = _tensor(found[EMBEDDING])
     return not bool((head == embedding).all())
 
 
@@ -131,13 +123,50 @@ def _refuse_quantised(found: Mapping[str, Header]) -> None:
             advice = "merge it into its base model and give that folder"
             raise UserError(f"{header.file}: {_listed([name])} is an adapter's: {advice}")
         if header.dtype not in FLOATS or QUANTISED.search(name):
-            raise UserError(
-                f"{header.file}: the weights are quantised ({_listed([name])} holds {header.dtype}): {FULL}"
-            )
+            what = f"{_listed([name])} holds {header.dtype}"
+            raise UserError(f"{header.file}: the weights are quantised ({what}): {FULL}")
+
+
+# ---- weights
+
+
+def tensors(found: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one at a time: views of the files.
+
+    Raises UserError for NaN, infinite numbers, and zeros where a trained model has none.
+    """
+    for file, group in groupby(found.items(), lambda item: item[1].file):
+        with _opened(file) as stored:
+            for name, header in group:
+                tensor = stored.get_tensor(header.name)
+                _check_values(file, name, tensor)
+                yield name, tensor
+
+
+def _check_values(file: Path, name: str, tensor: Tensor) -> None:
+    low, high = tensor.aminmax()  # one pass without a copy; NaN comes through
+    low = low.float()
+    high = high.float()
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"{file}: {name} holds NaN or infinite numbers: take an earlier checkpoint")
+    # Biases may be zero, and so may a matrix that was switched off on purpose. Norms and embeddings never are.
+    norm = tensor.ndim == 1 and name.endswith(".weight")
+    if low == high == 0 and (norm or name in (EMBEDDING, HEAD)):
+        raise UserError(f"{file}: {name} holds zeros only: not written or not fetched whole, fetch it again")
+
+
+def _tensor(header: Header) -> Tensor:
+    with _opened(header.file) as stored:
+        return stored.get_tensor(header.name)
+
+
+# ---- files
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """model.safetensors, or the shards that the index names."""
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -159,25 +188,23 @@ def _is_plain(name: Any) -> bool:
 
 
 def _explain_absence(folder: Path) -> None:
-    """UserError where a folder without safetensors holds weights of another form."""
-    if [*folder.glob("*.gguf")]:
-        raise UserError(
-            f"model folder {folder} holds a GGUF file, which is quantised or made for another program: {FULL}"
-        )
-    if any([*folder.glob(pattern)] for pattern in PICKLED):
-        advice = "save it again with transformers, which writes safetensors"
-        raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")
+    """UserError if a folder without safetensors holds weights of another form."""
+    if any(folder.glob("*.gguf")):
+        what = "a GGUF file, which is quantised or made for another program"
+        raise UserError(f"model folder {folder} holds {what}: {FULL}")
+    for pattern in PICKLED:
+        if any(folder.glob(pattern)):
+            advice = "save it again with transformers, which writes safetensors"
+            raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")
 
 
 def _headers_of(file: Path) -> list[Header]:
+    found = []
     with _opened(file) as stored:
-        parts = {name: stored.get_slice(name) for name in stored.keys()}
-        return [Header(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
-
-
-def _tensor(header: Header) -> Tensor:
-    with _opened(header.file) as stored:
-        return stored.get_tensor(header.name)
+        for name in stored.keys():
+            part = stored.get_slice(name)
+            found.append(Header(file, name, part.get_dtype(), tuple(part.get_shape())))
+    return found
 
 
 def _disk_name(name: str) -> str:
@@ -189,13 +216,16 @@ def _disk_name(name: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """The first of them, in one line whatever a stranger wrote there."""
-    return ", ".join(" ".join(name.split())[:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    """The first three, in one line even if a name of a downloaded file holds line breaks."""
+    shown = [" ".join(name.split())[:120] for name in names[:3]]
+    if len(names) > 3:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """safe_open. UserError for a file that is damaged, whenever that shows."""
+    """safe_open. UserError for a damaged file, whether that shows at once or while it is read."""
     try:
         with safe_open(file, framework="pt") as stored:
             yield stored
@@ -214,11 +244,6 @@ def _begins_with(file: Path, head: bytes) -> bool:
         return False
 
 
-# ---- what config.json says
-
-Bounds = tuple[type, float, float]  # of a number: int, float, or tuple for a list of ints; least, most
-
-
 def read_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds. UserError for a file that is damaged or holds something else."""
     try:
@@ -232,41 +257,13 @@ def read_object(file: Path) -> dict[str, Any]:
     return values
 
 
-def check_bounds(values: dict[str, Any], bounds: dict[str, Bounds], prefix: str) -> None:
-    """ValueError, with the name after `prefix`, for a value of another kind or out of its bounds. None is absent."""
-    for name, (kind, least, most) in bounds.items():
-        value = values.get(name)
-        if value is None:
-            continue
-        listed = kind is tuple and isinstance(value, list | tuple)
-        kinds = int | float if kind is float else int
-        for number in value if listed else [value]:
-            right = isinstance(number, kinds) and not isinstance(number, bool) and (listed or kind is not tuple)
-            if not right or not least <= number <= most:  # not a number fails here
-                what = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}[kind]
-                raise ValueError(f"{prefix}{name} is {value!r:.40}, it must be {what} from {least:g} to {most:g}")
-
-
-def section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object within config.json; empty where it is absent or null."""
-    found = values.get(name)
-    if not isinstance(found, dict | None):
-        raise ValueError(f"{name} is a JSON {type(found).__name__}, not an object")
-    return found or {}
-
-
-def flag(values: dict[str, Any], name: str) -> bool:
-    """True or false; false where it is absent or null."""
-    value = values.get(name)
-    if not isinstance(value, bool | None):
-        raise ValueError(f"{name} is {value!r:.40}, not true or false")
-    return bool(value)
+# ---- adapters and quantised checkpoints, told by other files than the weights
 
 
 def refuse_adapter(folder: Path) -> None:
-    """UserError for the folder of an adapter, such as LoRA: it holds differences from a model, and not the model."""
+    """UserError for the folder of an adapter such as LoRA: it holds a difference to a model, not the model."""
     config = folder / "adapter_config.json"
-    if not (config.is_file() or [*folder.glob("adapter_model.*")]):
+    if not config.is_file() and not any(folder.glob("adapter_model.*")):
         return
     base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
     named = _listed([str(base or "another model")])
@@ -277,10 +274,12 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """UserError where the folder's config.json, or a file beside it, says that the weights are quantised."""
+    """UserError if the folder's config.json, or a file beside it, says that the weights are quantised."""
     for part in (config, config.get("text_config"), config.get("vision_config")):
-        part = part if isinstance(part, dict) else {}
-        if found := part.get("quantization_config") or part.get("compression_config"):
+        if not isinstance(part, dict):
+            continue
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
             method = found.get("quant_method") if isinstance(found, dict) else None
             said = _listed([method if isinstance(method, str) else "quantization_config"])
             raise UserError(f"{folder / 'config.json'}: the weights are quantised ({said}): {FULL}")

@@ -10,10 +10,11 @@ import torch
 from helpers import edit_json, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
-from mmsr import pretrained
-from mmsr.pretrained import load, save, save_weights, skeleton
+from mmsr.pretrained.config_json import model_config
+from mmsr.pretrained.load import load, skeleton
+from mmsr.pretrained.save import save, save_weights
+from mmsr.pretrained.weights import FULL, QUANTISED
 from mmsr.system.errors import UserError
-from mmsr.system.weights import FULL, QUANTISED
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"  # (96, 64)
 
@@ -205,7 +206,7 @@ UNFIT = {
     "a name of two lines": (one_more("a\nb" + 300 * "c"), r"1 weights have no place .* \(a bc{117}\)"),
     "a weight twice": (
         one_more("model.language_model.norm.weight"),
-        "model.norm.weight stands in model.safetensors too",
+        "model.norm.weight is in model.safetensors too",
     ),
     "NaN": (poison(float("nan")), f"{WEIGHT} holds NaN or infinite"),
     "infinity": (poison(float("inf"), torch.bfloat16), f"{WEIGHT} holds NaN or infinite"),
@@ -248,8 +249,8 @@ def test_a_missing_folder_gives_a_traceback(tmp_path):
 def test_a_folder_is_refused_after_its_weights_are_read(tmp_path, monkeypatch):
     """What headers tell is told before the memory plan and before minutes of reading."""
     save(tiny_model(), tmp_path)
-    monkeypatch.setattr("mmsr.system.weights._tensor", lambda _: pytest.fail("read"))
-    monkeypatch.setattr("mmsr.system.weights.tensors", lambda _: pytest.fail("read"))
+    monkeypatch.setattr("mmsr.pretrained.weights._tensor", lambda _: pytest.fail("read"))
+    monkeypatch.setattr("mmsr.pretrained.load.tensors", lambda _: pytest.fail("read"))
     assert all(parameter.is_meta for parameter in skeleton(tmp_path).parameters())
     holds(weight=torch.ones(96, 64, **I8))(tmp_path)
     with pytest.raises(UserError, match="quantised"):
@@ -282,7 +283,7 @@ def test_the_flag_that_ties_is_read_otherwise_than_by_transformers(nested, outer
         values["text_config"] |= {} if inner is None else {"tie_word_embeddings": inner}
     values |= {} if outer is None else {"tie_word_embeddings": outer}
     theirs = Qwen2_5_VLConfig(**json.loads(json.dumps(values))).tie_word_embeddings
-    assert pretrained.model_config(values).tie_word_embeddings == theirs
+    assert model_config(values).tie_word_embeddings == theirs
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -13,24 +13,26 @@ SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for si
 def resolve(name: str) -> Path:
     """The folder that `--model NAME` means: a folder, a short name such as Qwen2.5-VL-7B, or a hub id.
 
-    The latter two are fetched unless they lie in the hub's cache. Raises UserError when they cannot be.
+    The latter two are downloaded unless they are in the hub's cache. Raises UserError if they cannot be.
     """
     if Path(name).is_dir():
         return Path(name)
     repository = SHORT_NAMES.get(name, name)
     return fetched(
-        "snapshot_download", f"model {name!r} is not a folder, and {repository!r}",
+        "snapshot_download",
+        f"model {name!r} is not a folder, and {repository!r}",
         "check the name and the network, or pass a local folder",
-        repo_id=repository, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-    )  # fmt: skip
+        repo_id=repository,
+        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+    )
 
 
 def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
-    """What a function of huggingface_hub's fetches, or finds in its cache. UserError "what … : advice" where it fails.
+    """The path that a download function of huggingface_hub, given by name, returns for the arguments `where`.
 
-    The hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT.
+    Its own settings apply: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT. Raises UserError "what … : advice".
     """
-    import huggingface_hub  # slow to import, and not needed for files that are here
+    import huggingface_hub  # slow to import, and not needed for local files
 
     try:
         return Path(getattr(huggingface_hub, function)(**where))

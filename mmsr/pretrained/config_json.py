@@ -1,0 +1,201 @@
+"""config.json of a Hugging Face folder: which models it may describe, and what is refused.
+
+A setting that this program does not build would load without an error and compute something else than the checkpoint
+means. So every such setting is refused here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Sequence
+
+from mmsr.model import ModelConfig
+from mmsr.pretrained.weights import read_object, refuse_adapter, refuse_quantised_config
+from mmsr.system.errors import UserError, first_line
+from mmsr.vision import CHANNELS, FRAMES, MERGE, PATCH, SIDE, VisionConfig
+
+Bounds = tuple[type, float, float]  # type (int, float, or tuple for a list of ints), smallest and largest value
+
+# A key that is absent or null has its default.
+BOUNDS: dict[str, Bounds] = {
+    "vocab_size": (int, 1, 2**24),
+    "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 1024),
+    "num_attention_heads": (int, 1, 2**20),
+    "num_key_value_heads": (int, 1, 2**20),
+    "rms_norm_eps": (float, 1e-12, 0.1),
+    "rope_theta": (float, 1, 1e12),
+    "mrope_section": (tuple, 0, 2**20),
+    "max_position_embeddings": (int, 1, 2**31),
+    "image_token_id": (int, 0, 2**24),
+    "video_token_id": (int, 0, 2**24),
+    "vision_start_token_id": (int, 0, 2**24),
+    "vision_end_token_id": (int, 0, 2**24),
+}
+VISION_BOUNDS: dict[str, Bounds] = {
+    "depth": (int, 1, 1024),
+    "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20),
+    "num_heads": (int, 1, 2**20),
+    "out_hidden_size": (int, 1, 2**20),
+    "window_size": (int, 1, 2**20),
+    "fullatt_block_indexes": (tuple, 0, 1024),
+}
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder. Raises UserError if there is none, or the model is not built here."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist: pass a Hugging Face model folder or a hub id")
+    refuse_adapter(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model folder?")
+    values = read_object(file)
+    refuse_quantised_config(folder, values)
+    try:
+        config = model_config(values)
+        _refuse_contradictions(config)
+        return config
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: {first_line(error)}: pass a Qwen2.5-VL model") from error
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig that a config.json describes, in the hub's flat form or in transformers 5's nested one.
+
+    Raises ValueError for what is not built here.
+    """
+    if values.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"model_type is {values.get('model_type')!r:.40}, this program runs 'qwen2_5_vl' only")
+    vision = _section(values, "vision_config")
+    text = _section(values, "text_config")
+    flat = {**values, **text}
+    scaling = _section(flat, "rope_scaling")
+    parameters = _section(flat, "rope_parameters")
+    rope = scaling or parameters
+    for key in ("mrope_section", "rope_theta"):
+        if rope.get(key) is not None:
+            flat[key] = rope[key]
+    # Files written before transformers 5 may have the flag in text_config alone, beside a default False outside.
+    flat["tie_word_embeddings"] = _flag(values, "tie_word_embeddings") or _flag(flat, "tie_word_embeddings")
+    if "num_key_value_heads" in flat and flat["num_key_value_heads"] is None:
+        flat["num_key_value_heads"] = flat.get("num_attention_heads")  # null, unlike absent: one for each query head
+    _check_bounds(flat, BOUNDS, "")
+    _check_bounds(vision, VISION_BOUNDS, "vision_config.")
+    tower = VisionConfig(**_known(VisionConfig, vision))
+    config = ModelConfig(**_known(ModelConfig, flat), vision=tower)
+    _refuse_variants(flat, (scaling, parameters), vision, config.head_dim)
+    return config
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within config.json; empty if it is absent or null."""
+    found = values.get(name)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"{name} is a JSON {type(found).__name__}, not an object")
+    return found or {}
+
+
+def _flag(values: dict[str, Any], name: str) -> bool:
+    """True or false; false if it is absent or null."""
+    value = values.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{name} is {value!r:.40}, not true or false")
+    return bool(value)
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that `cls` has a field for, without those that are None. Lists become tuples."""
+    chosen = {}
+    for field in fields(cls):
+        value = values.get(field.name)
+        if value is not None:
+            chosen[field.name] = tuple(value) if isinstance(value, list) else value
+    return chosen
+
+
+# ---- what is refused
+
+
+def _check_bounds(values: dict[str, Any], bounds: dict[str, Bounds], prefix: str) -> None:
+    """ValueError, with the name after `prefix`, for a value of another type or out of its bounds."""
+    nouns = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}
+    for name, (kind, least, most) in bounds.items():
+        value = values.get(name)
+        if value is not None and not _within(value, kind, least, most):
+            raise ValueError(f"{prefix}{name} is {value!r:.40}, it must be {nouns[kind]} from {least:g} to {most:g}")
+
+
+def _within(value: Any, kind: type, least: float, most: float) -> bool:
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_within(number, int, least, most) for number in value)
+    kinds = int | float if kind is float else int
+    if not isinstance(value, kinds) or isinstance(value, bool):  # Python counts a bool as an int
+        return False
+    return least <= value <= most  # NaN fails here
+
+
+def _refuse_variants(
+    text: dict[str, Any],
+    ropes: Sequence[dict],
+    vision: dict[str, Any],
+    head_dim: int,
+) -> None:
+    """ValueError for a setting that would silently compute something else than the checkpoint means."""
+    layer_types = text.get("layer_types")
+    channels = vision.get("in_channels", vision.get("in_chans"))
+    _refuse_unless("hidden_act", text.get("hidden_act"), "silu")
+    _refuse_unless("head_dim", text.get("head_dim"), head_dim)
+    _refuse_unless("use_sliding_window", text.get("use_sliding_window"), False)
+    for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
+        _refuse_unless("layer_types", layer_type, "full_attention")
+    for rope in ropes:
+        _refuse_unless("rope type", rope.get("type"), "default", "mrope")
+        _refuse_unless("rope type", rope.get("rope_type"), "default", "mrope")
+    for part in (text, *ropes):
+        _refuse_unless("partial_rotary_factor", part.get("partial_rotary_factor"), 1)
+    _refuse_unless("vision_config.hidden_act", vision.get("hidden_act"), "silu")
+    _refuse_unless("vision_config.in_channels", channels, CHANNELS)
+    _refuse_unless("vision_config.patch_size", vision.get("patch_size"), PATCH)
+    _refuse_unless("vision_config.spatial_merge_size", vision.get("spatial_merge_size"), MERGE)
+    _refuse_unless("vision_config.temporal_patch_size", vision.get("temporal_patch_size"), FRAMES)
+
+
+def _refuse_unless(name: str, found: Any, *allowed: Any) -> None:
+    """ValueError unless `found` is one of `allowed`, or None: then config.json does not say."""
+    if found is not None and found not in allowed:
+        raise ValueError(f"{name} is {found!r:.40}, this program runs {' or '.join(map(repr, allowed))} only")
+
+
+def _refuse_contradictions(config: ModelConfig) -> None:
+    """ValueError for sizes of config.json that do not fit each other."""
+    vision = config.vision
+    ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    half_head = config.head_dim / 2
+    sections = config.mrope_section
+    rules = [
+        (config.hidden_size % config.num_attention_heads == 0, "num_attention_heads must divide hidden_size"),
+        (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            "num_key_value_heads must divide num_attention_heads",
+        ),
+        (
+            len(sections) == 3 and sum(sections) == half_head,
+            f"mrope_section must be three numbers with the sum {half_head:g}, half a head",
+        ),
+        (
+            max(ids) < config.vocab_size,
+            f"image, video and vision token ids {ids} must be below vocab_size {config.vocab_size}",
+        ),
+        (len(set(ids)) == len(ids), f"image, video and vision token ids {ids} must differ"),
+        (vision.hidden_size % (4 * vision.num_heads) == 0, "vision_config: 4 * num_heads must divide hidden_size"),
+        (vision.out_hidden_size == config.hidden_size, "vision_config.out_hidden_size must be hidden_size"),
+        (vision.window_size % SIDE == 0, f"vision_config.window_size must be a multiple of {SIDE}"),
+    ]
+    for holds, rule in rules:
+        if not holds:
+            raise ValueError(rule)
