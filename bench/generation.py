@@ -2,9 +2,9 @@
 
     python bench/generation.py --runs 3
 
-Every prompt has a picture of its own. `generate` is used as one uses it for speed: one padded batch, a dynamic cache,
-scaled-dot-product attention. Rows with groups give it each prompt as often as the group has members, which is what a
-GRPO trainer does; ours prefills it once. Stop ids are banned, so both make the same number of tokens.
+Every prompt has its own picture. `generate` runs as for speed: one padded batch, a dynamic cache, scaled-dot-product
+attention. In the rows with groups it gets each prompt once for every sequence of the group, as from a GRPO trainer; our
+engine prefills it once. Stop ids are suppressed, so both generate the same number of tokens.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 import common
 import torch
 import transformers
-from common import toy_base
 
-from mmsr import model
+from mmsr import model, pretrained
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
+from mmsr.toy.base import build_tokenizer
 from mmsr.vision import load_image
 
 
 class Bench:
     def __init__(self, folder: Path, side: int, new_tokens: int):
-        tokenizer = toy_base.build_tokenizer()
+        tokenizer = build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
-        model.save(self.ours, folder)
+        pretrained.save(self.ours, folder)
         self.theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         chat = Chat(folder, PROMPTS / "toy", [])
         self.chat, self.side, self.new_tokens = chat, side, new_tokens
@@ -43,7 +43,10 @@ class Bench:
         return [self.chat.prompt("who made this ?", picture) for picture in pictures]
 
     def run_ours(self, prompts: list, sequences: int) -> list[list[int]]:
-        groups = [SequenceGroup(p.ids, p.images, [GeneratedSequence(i) for i in range(sequences)]) for p in prompts]
+        groups = []
+        for prompt in prompts:
+            members = [GeneratedSequence(i) for i in range(sequences)]
+            groups.append(SequenceGroup(prompt.ids, prompt.images, members))
         room = len(prompts[0].ids) + self.new_tokens
         engine = Engine(
             self.ours, self.chat.stop_id, self.suppressed, slots=len(prompts) * sequences, max_tokens=room,
@@ -58,7 +61,7 @@ class Bench:
     @torch.no_grad()
     def run_theirs(self, prompts: list, sequences: int) -> list[list[int]]:
         every = [prompt for prompt in prompts for _ in range(sequences)]
-        ids = torch.tensor([prompt.ids for prompt in every])  # all equally long: nothing to pad
+        ids = torch.tensor([prompt.ids for prompt in every])  # of equal length: no padding
         images = [image for prompt in every for _, image in prompt.images]
         out = self.theirs.generate(
             input_ids=ids,

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import common
 import torch
-from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
@@ -25,6 +24,7 @@ from mmsr.engine import Engine
 from mmsr.episode import Example, Hit, Observation
 from mmsr.rollout import Limits
 from mmsr.tools import Toolbox, search_tools
+from mmsr.toy.base import build_tokenizer
 
 
 class SlowWeb:
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = toy_base.build_tokenizer()
+        tokenizer = build_tokenizer()
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         policy = model.random_model(common.tiny_config(tokenizer), seed=0)
         without, with_latency = [], []

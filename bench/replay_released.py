@@ -81,7 +81,7 @@ def summary(found: Sequence[dict[str, Any]], prefixes: dict[tuple[str, int], int
         known = [turn for turn in turns if (turn["id"], number) in prefixes]
         longer = [turn["prefix"] - prefixes[turn["id"], number] for turn in known]
         leading = sum(turn["leading"] for turn in turns) / len(turns)
-        actions = sum(then == now for then, now in (turn["action"] for turn in turns))
+        actions = sum(turn["action"][0] == turn["action"][1] for turn in turns)
         same = sum(turn["same"] for turn in turns)
         rows.append([number + 1, len(turns), same, actions, f"{leading:.2f}", _range(longer)])
     return table(["turn", "n", "same text", "same action", "leading tokens that agree", "prefix longer by"], rows)
