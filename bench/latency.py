@@ -1,10 +1,10 @@
-"""What slow tools cost a rollout: seconds with a tool that takes half a second, over seconds with one that takes none.
+"""The cost of slow tools in a rollout: seconds with a tool that takes half a second, and with one that takes no time.
 
     python bench/latency.py --runs 3
 
-Every episode searches once, after its first turn, and answers after its second, both of a length drawn for it, so that
-searches begin all the time, as they do in training. Tools run in threads while the other episodes go on decoding: as
-long as there are such, latency costs nothing.
+Every episode searches once, after its first turn, and answers after its second. Turns have random lengths, so that
+searches start at all times, as in training. Tools run in threads while the other episodes decode: as long as there are
+others, latency costs nothing.
 """
 
 from __future__ import annotations
