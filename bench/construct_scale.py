@@ -4,8 +4,8 @@
     python bench/construct_scale.py --concepts 2000 --workers 64
 
 The model is another process that answers after `--delay` seconds, and sometimes badly; pictures are drawn on request,
-so that only the pipeline is in this process. Both run on one machine. The figures show that memory does not grow with the
-calls in flight, and how many calls a second one process can make.
+so that only the pipeline is in this process. Both run on one machine. The figures show that memory does not grow with
+the calls in flight, and how many calls a second one process can make.
 """
 
 from __future__ import annotations
