@@ -1,17 +1,17 @@
-"""A GRPO step against TRL's GRPOTrainer: the same numbers, and how long they take.
+"""A GRPO step against TRL's GRPOTrainer: the numbers agree, and both are timed.
 
     pip install -r requirements-bench.txt
     python bench/against_trl.py --check     # TRL's loss and gradients against ours, on the same frozen episodes
-    python bench/against_trl.py --runs 3    # seconds a step, and tokens computed, of both; some 10 minutes
+    python bench/against_trl.py --runs 3    # seconds a step, and tokens computed, of both; about 10 minutes
 
 Both sides get one tiny Qwen2.5-VL with the same random weights, one thread, fp32, AdamW, the same questions with a
-picture each, the same tool with the same thumbnails, and token for token the same prompts and tool results: those that
-TRL makes with its qwen3_vl template. A search is forced in turn 1, an answer in turn 2, and stop ids are banned, so
-both sample the same number of tokens. Both take one micro-batch per question and one update. TRL runs as it comes, with
-its default sampler, but for gradient checkpointing, on by default, which would slow it down: `--checkpointing` leaves
-it on. In `--check` TRL's KL term is the plain k3 of the paper; by default TRL 1.16 weighs it by the policy's ratio.
-Ours has bounds that TRL's lacks (`grpo.MOST_GAP`, `grpo.MOST_K3`) and the check does not reach: its largest gap between
-the two models' log-probabilities is 1.8, and the first bound begins at 2.6.
+picture each, the same tool with the same thumbnails, and token for token the same prompts and tool results, which TRL
+makes with its qwen3_vl template. A search is forced in turn 1, an answer in turn 2, and stop ids are suppressed, so
+both sample the same number of tokens. Both use one micro-batch per question and one update. TRL has its defaults and
+its default sampler, but no gradient checkpointing, which is on by default and would slow it down: `--checkpointing`
+leaves it on. In `--check` TRL's KL term is the plain k3 of the paper; by default TRL 1.16 weights it by the policy's
+ratio. Ours has bounds that TRL lacks (`grpo.MOST_GAP`, `grpo.MOST_K3`). The check does not reach them: its largest gap
+between the two models' log-probabilities is 1.8, and the first bound is 2.6.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from typing import Sequence
 import common
 import PIL.Image
 import torch
-from common import toy_base
 from torch import Tensor
 
 from mmsr import grpo, model
 from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import Episode, Example, Hit, Observation
+from mmsr.pretrained.load import load
+from mmsr.pretrained.save import save
+from mmsr.pretrained.weights import _disk_name
 from mmsr.rollout import Limits
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Toolbox, search_tools
+from mmsr.toy.base import build_tokenizer
 from mmsr.update import LocalBatch, MasterWeights, Stats, Trainer
 from mmsr.vision import load_image
 
@@ -106,12 +109,12 @@ class World:
     numbers: dict[str, int] = field(default_factory=dict)  # by question
 
     def __post_init__(self):
-        tokenizer = toy_base.build_tokenizer()
+        tokenizer = build_tokenizer()
         self.config = common.tiny_config(tokenizer)
         policy = model.random_model(self.config, seed=0)
         disturb(policy, self.disturbed, seed=1)
         tokenizer.save(str(self.folder / "tokenizer.json"))
-        model.save(policy, self.folder)
+        save(policy, self.folder)
         self.parameters = sum(p.numel() for p in policy.parameters())
         fast = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(self.folder / "tokenizer.json"), eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -289,11 +292,15 @@ class Ours:
     """`step` takes one step and adds what it computed to `counts`."""
 
     def __init__(self, world: World):
-        self.world, self.counts, self.clock = world, Counter(), Clock()
-        self.policy = model.load(world.folder)
+        self.world = world
+        self.counts: Counter = Counter()
+        self.clock = Clock()
+        self.policy = load(world.folder)
         self.tools = search_tools(self, max_images=1, max_texts=0)
         self.chat = TemplateChat(world, self.tools)
-        self.hits = [tuple(Hit("title", image=data) for data in world.thumbnails(i)) for i in world.numbers.values()]
+        self.hits = []
+        for number in world.numbers.values():
+            self.hits.append(tuple(Hit("title", image=data) for data in world.thumbnails(number)))
         self.examples = [Example(str(i), world.image(i), question, ("",)) for question, i in world.numbers.items()]
         optimizer = MasterWeights(self.policy, weight_decay=0.0)
         said = 2 * world.sizes.turn + len(world.result_ids(0))
@@ -378,7 +385,7 @@ def check() -> bool:
         world = World(Sizes.small(), Path(folder), disturbed=0.05)
         episodes = frozen(world)
         theirs = Theirs(world, steps=1, beta=0.1, use_bias_correction_kl=False)
-        policy, reference = model.load(world.folder), model.load(world.folder)
+        policy, reference = load(world.folder), load(world.folder)
         disturb(reference, 0.01, seed=2)
         theirs.trainer.ref_model.load_state_dict(_their_names(reference), strict=False)
         rows, worst = [], 0.0
@@ -495,7 +502,7 @@ class Pair:
                 )
         loss = trainer.compute_loss(theirs, inputs)
         loss.backward()
-        found = {model._disk_name(name): p.grad for name, p in theirs.named_parameters()}
+        found = {_disk_name(name): p.grad for name, p in theirs.named_parameters()}
         return loss.item(), found
 
     def _inputs(self) -> dict[str, object]:

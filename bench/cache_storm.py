@@ -1,11 +1,11 @@
-"""Eight processes search through one recorded cache while some are killed with kill -9; then count what is left.
+"""Eight processes search through one recorded cache while some are killed with kill -9; then the cache is checked.
 
     python bench/cache_storm.py                     # 10,000 calls, about a minute
     python bench/cache_storm.py --calls 2000 --seed 1
 
-Calls are text and image searches for fewer things than there are calls, some of which fail upstream, on a budget that
-runs out. An answer is acknowledged when a line about it stands in a file; a paid call is noted there too, before it is
-made. In the end every acknowledged answer must stand in the cache as it was seen, and no call may be over the budget.
+Calls are text and image searches that repeat; some fail upstream, and the budget runs out. An answer is acknowledged by
+a line in a file; a paid call is noted there too, before it is made. At the end every acknowledged answer must be in the
+cache as it was seen, and no call may exceed the budget.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ PROCESSES, DEADLINE = 8, 600
 
 
 class Engine:
-    """A paid search engine whose every answer is another, so that an answer that was lost and made anew shows."""
+    """A paid search engine that never gives the same answer twice, so that a lost and repeated answer is noticed."""
 
     def __init__(self, budget, notes: int):
-        self.budget, self.notes = budget, notes
+        self.budget = budget
+        self.notes = notes
 
     def text_search(self, query: str) -> Observation:
         self.budget.spend("made")

@@ -1,18 +1,18 @@
-"""The paper's claims put to the test in the toy world: `python bench/claims.py --only c d --seeds 0 1 2 --jobs 2`.
+"""Tests of the paper's claims in the toy world: `python bench/claims.py --only c d --seeds 0 1 2 --jobs 2`.
 
     a  search follows familiarity, on concepts that no training question is about, as a curve over exposure
     b  GRPO with N questions beats SFT on demonstrations of a foreign teacher with 2 N
     c  where retrieval errs, searching on demand is at least as accurate as always searching, with 30 % fewer searches
-    d  without the search penalty everything is searched for
-    e  without search-free questions in training everything is searched for
-    f  the trained model makes more of forced search results than the base model
+    d  without the search penalty the model always searches
+    e  without search-free questions in training the model always searches
+    f  the trained model uses forced search results better than the base model
     g  the blog's reward and the paper's lead to the same behaviour
     h  image and text search are more accurate than image search alone
 
-A claim is a function of one seed's outcomes: what was measured, and whether that meets the criterion. It holds where it
-does on every seed. The table goes to standard output and DIR/claims.md, the shares of turn shapes by step to
-DIR/shapes.tsv, and both curves to --figure. All of it takes hours on two cores; it may be interrupted and started again
-(toy_runs.py), and `--table` sums up what there is. Evaluations are greedy, as the paper's are, but for a, d and e.
+A claim is a function of one seed's outcomes: what was measured, and whether that meets the criterion. A claim holds if
+it does on every seed. The table goes to standard output and DIR/claims.md, the shares of turn shapes by step to
+DIR/shapes.tsv, and both curves to --figure. It takes hours on two cores; it may be interrupted and started again
+(toy_runs.py), and `--table` summarises the finished runs. Evaluations are greedy, as in the paper, except a, d and e.
 """
 
 from __future__ import annotations
@@ -36,22 +36,24 @@ from mmsr.toy.world import FULL, LOOK_IT_UP, NAME, QUESTIONS, Category, Settings
 # ---- variations
 
 EXPOSURES = (1000, 600, 400, 260, 180, 120, 60, 20, 0)
-NAIVE = replace(FULL, reader=(0.4, 0.3, 0.3))  # believes the second and third result as readily as the first
+NAIVE = replace(FULL, reader=(0.4, 0.3, 0.3))  # believes the second or third result nearly as often as the first
 SEARCH_FREE = ("familiar", "familiar_fact")
 NEEDS_TEXT = ("known_new_fact", "unfamiliar_fact", "unknown_two_hop")
 
 
 def asking(change: Callable[[Category], int]) -> Settings:
     """FULL with other numbers of training questions."""
-    return replace(FULL, categories=tuple(replace(c, train=change(c)) for c in FULL.categories))
+    categories = tuple(replace(category, train=change(category)) for category in FULL.categories)
+    return replace(FULL, categories=categories)
 
 
 def foreign_teacher() -> None:
-    """Have SFT imitate a teacher that knows something else, instead of the model's own rollouts.
+    """Make SFT imitate a teacher with different knowledge, instead of the model's own rollouts.
 
-    Its turns are forced and their tokens trained; as always in SFT, only of conversations that end in a right answer.
+    Its turns are forced and their tokens trained; as always in SFT, only in conversations that end in a right answer.
     """
-    open_run, assign = train.assemble, train.assign_advantages
+    open_run = train.assemble
+    assign = train.assign_advantages
 
     def assemble(config, ranks, world):
         setup = open_run(config, ranks, world)
@@ -63,16 +65,23 @@ def foreign_teacher() -> None:
             episode.imitate()
         return assign(episodes, config)
 
-    train.assemble, train.assign_advantages = assemble, assign_advantages
+    train.assemble = assemble
+    train.assign_advantages = assign_advantages
 
 
 def demonstration(world: World, example: Example) -> list[str]:
-    """How the teacher answers. It knows the names of half of all concepts, whatever the model knows, and of half of
-    those the town; for the rest it searches, and believes the first result."""
+    """The teacher's turns.
+
+    It knows the names of half of all concepts, independently of the model, and the town for half of those. For the rest
+    it searches, and believes the first result.
+    """
     concept = world.web.pictures[hashlib.sha256(example.image).digest()]
     digest = hashlib.sha256(f"teacher {world.seed} {concept.name}".encode()).digest()
-    knows_name, knows_town = digest[0] < 128, digest[0] < 64
-    question, turns, name = QUESTIONS.index(example.question), [], concept.name
+    knows_name = digest[0] < 128
+    knows_town = digest[0] < 64
+    question = QUESTIONS.index(example.question)
+    turns = []
+    name = concept.name
     if not knows_name:
         turns.append(LOOK_IT_UP)
         name = world.web.image_search(example.image).hits[0].title.split()[0]
@@ -84,7 +93,7 @@ def demonstration(world: World, example: Example) -> list[str]:
     return [*turns, look_up(name), copied(town)]
 
 
-SFT = dict(algorithm="sft", group_size=1, steps=160, kl=0.0)  # twice the questions as often as GRPO sees each
+SFT = dict(algorithm="sft", group_size=1, steps=160, kl=0.0)  # twice the questions, each as often as in GRPO
 VARIANTS = {
     "full": Variant(forced=True),
     "no-penalty": Variant(options=dict(penalty=0.0)),
@@ -194,24 +203,38 @@ CLAIMS: dict[str, tuple[str, Callable[[Outcomes], Finding], tuple[str, ...]]] = 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Spearman's, ties at the mean of their ranks; 0 where one side is constant."""
-    ranks = [[(np.sum(np.less(v, x)) + np.sum(np.less_equal(v, x)) - 1) / 2 for x in v] for v in (xs, ys)]
-    return float(np.corrcoef(*ranks)[0, 1]) if np.ptp(ranks[0]) and np.ptp(ranks[1]) else 0.0
+    x_ranks = _ranks(xs)
+    y_ranks = _ranks(ys)
+    if not np.ptp(x_ranks) or not np.ptp(y_ranks):
+        return 0.0
+    return float(np.corrcoef(x_ranks, y_ranks)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [(np.sum(np.less(values, x)) + np.sum(np.less_equal(values, x)) - 1) / 2 for x in values]
 
 
 # ---- the table and the curves
 
 
 def row(letter: str, outcomes: Mapping[str, Mapping[int, Outcome]], seeds: Sequence[int]) -> list[str]:
-    """Claim, what was measured as mean ± standard deviation over the seeds there are, and the verdict."""
+    """Claim, what was measured as mean ± standard deviation over the finished seeds, and the verdict."""
     text, claim, needs = CLAIMS[letter]
-    there = [seed for seed in seeds if all(seed in outcomes[name] for name in needs)]
-    findings = [claim({name: outcomes[name][seed] for name in needs}) for seed in there]
+    finished = []
+    findings = []
+    for seed in seeds:
+        if all(seed in outcomes[name] for name in needs):
+            finished.append(seed)
+            findings.append(claim({name: outcomes[name][seed] for name in needs}))
     if not findings:
         return [letter, text, "", "not yet run"]
-    measured = [f"{key.strip()} {across([found[key] for found, _ in findings])}" for key in findings[0][0]]
+    measured = []
+    for key in findings[0][0]:
+        values = [found[key] for found, _ in findings]
+        measured.append(f"{key.strip()} {across(values)}")
     met = sum(holds for _, holds in findings)
     verdict = "holds" if met == len(findings) else f"does not hold (met on {met} of {len(findings)} seeds)"
-    return [letter, text, "; ".join(measured), verdict + f", seeds {' '.join(map(str, there))}"]
+    return [letter, text, "; ".join(measured), verdict + f", seeds {' '.join(map(str, finished))}"]
 
 
 def across(values: Sequence[float]) -> str:
@@ -220,9 +243,14 @@ def across(values: Sequence[float]) -> str:
 
 
 def shape_shares(runs: Mapping[int, Outcome]) -> list[list[float]]:
-    """Mean over seeds of every shape's share, a row a step."""
-    steps = zip(*(outcome["shapes"] for outcome in runs.values()))
-    return [[statistics.mean(one[shape] for one in same) for shape in (*SHAPES, "other")] for same in steps]
+    """The mean of every shape's share over seeds; a row for each step."""
+    rows = []
+    for seeds in zip(*[outcome["shapes"] for outcome in runs.values()]):  # the shares of one step
+        row = []
+        for shape in (*SHAPES, "other"):
+            row.append(statistics.mean([shares[shape] for shares in seeds]))
+        rows.append(row)
+    return rows
 
 
 def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:

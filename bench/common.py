@@ -1,4 +1,4 @@
-"""What the benchmarks share: how they describe a machine, take medians and print tables, and a tiny random model."""
+"""Shared by the benchmarks: the description of a machine, medians, tables, and a tiny random model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from mmsr.model import ModelConfig  # noqa: E402
 from mmsr.rollout import Rollout  # noqa: E402
-from mmsr.toy import base as toy_base  # noqa: E402
+from mmsr.toy.base import model_config  # noqa: E402
 from mmsr.vision import VisionConfig  # noqa: E402
 
 
@@ -43,7 +43,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
 
 
 def _version(package: str) -> str:
@@ -54,13 +57,13 @@ def _version(package: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def timed(work: Callable[[], T], device: torch.device | str = "cpu") -> tuple[float, T]:
-    """Seconds that one call takes, waiting for the device, and its value."""
+    """The seconds of one call, with the device's work, and its value."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -72,18 +75,18 @@ def timed(work: Callable[[], T], device: torch.device | str = "cpu") -> tuple[fl
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and the range where there is one."""
+    """The median, and the range of more than one value."""
     middle = f"{statistics.median(values):.2f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
 
 def tiny_config(tokenizer, vocabulary: int = 4096) -> ModelConfig:
-    """Qwen2.5-VL's architecture at some 6 million parameters, for the toy tokenizer's ids."""
+    """Qwen2.5-VL's architecture with about 6 million parameters, for the toy tokenizer's ids."""
     vision = VisionConfig(
         depth=4, hidden_size=160, num_heads=4, intermediate_size=416, out_hidden_size=256, fullatt_block_indexes=(3,)
     )
     sizes = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, mrope_section=(8, 12, 12))
-    return replace(toy_base.model_config(tokenizer), vocab_size=vocabulary, vision=vision, **sizes)
+    return replace(model_config(tokenizer), vocab_size=vocabulary, vision=vision, **sizes)
 
 
 def picture(side: int, seed: int) -> bytes:

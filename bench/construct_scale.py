@@ -3,9 +3,9 @@
     python bench/construct_scale.py                       # 50,000 concepts; about as many minutes as CPU allows
     python bench/construct_scale.py --concepts 2000 --workers 64
 
-The model is another process that answers after `--delay` seconds, and sometimes badly; pictures are drawn as they are
-asked for, so that nothing but the pipeline is in this process. The figures are of one machine with both on it: what
-they show is that memory does not grow with what is in flight, and how many calls a second one process can make.
+The model is another process that answers after `--delay` seconds, and sometimes badly; pictures are drawn on request,
+so that only the pipeline is in this process. Both run on one machine. The figures show that memory does not grow with
+the calls in flight, and how many calls a second one process can make.
 """
 
 from __future__ import annotations

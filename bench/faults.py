@@ -1,13 +1,13 @@
-"""Kill a training run at random moments, half of them mid-save, resume it, and compare with an uninterrupted run.
+"""Kill a training run at random moments, half of them during a save, resume it, and compare with an uninterrupted run.
 
     python bench/faults.py --kills 50               # a miniature of the toy model, about five minutes
     python bench/faults.py --kills 50 --model DIR   # any toy base model
     python bench/faults.py --kills 20 --no-guard    # what happens without the side folder and the manifest
 
-A run is killed and resumed until it ends; then the next one begins, until there were `--kills` kills. Every run must
-end with the weights, optimizer, metrics and rollouts of the reference, bit for bit (but for seconds). Children are
-forks of this process, which has imported everything and computed nothing: kill -9 is as real to them, and they start at
-once. Saves that are to be hit are slowed down, so that a kill falls into every part of one.
+A run is killed and resumed until it ends; then the next one starts, until there were `--kills` kills. Every run must
+end with the weights, optimizer, metrics and rollouts of the reference, bit for bit (except seconds). Children are forks
+of this process, which has imported everything and computed nothing: kill -9 has its full effect, and they start at
+once. Saves that are meant to be hit are slowed down, so that kills fall into every part of a save.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from mmsr import assemble
 from mmsr.system import checkpoint
-from mmsr.toy import base as toy_base
-from mmsr.toy import world as toy  # noqa: E402
+from mmsr.toy import base
+from mmsr.toy.world import World
 
 STEPS = 5
-PAUSE = 0.02  # seconds before each sync, rename and removal of a slowed save: a quarter of a second in all
+PAUSE = 0.02  # seconds before each sync, rename and removal of a slowed save: a quarter of a second together
 
 
 # ---- a run small enough to repeat
 
 
 def miniature_base(cache: Path) -> Path:
-    """A toy base model that has learned nothing, made in seconds: for tests of the machinery around it."""
+    """A toy base model that has learned nothing, made in seconds, for tests of the program around it."""
     os.environ["MMSR_CACHE"] = str(cache)
-    gate, toy_base._gate = toy_base._gate, lambda *_: {}
+    gate = base._gate
+    base._gate = lambda *_: {}
     try:
-        return toy_base.base_model(toy.World(0), toy_base.WarmStart(steps=1, batch=4))
+        return base.base_model(World(0), base.WarmStart(steps=1, batch=4))
     finally:
-        toy_base._gate = gate
+        base._gate = gate
 
 
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
@@ -61,7 +62,7 @@ def arguments(model: Path, out: Path, *more: str) -> list[str]:
 
 
 def vary_rewards() -> None:
-    """Rewards from the sampled ids: a model that knows nothing earns the same everywhere, and would learn nothing."""
+    """Compute rewards from the sampled ids: an untrained model gets equal rewards, and would learn nothing."""
     honest = assemble.score
 
     def score(episodes, *rest) -> None:
@@ -73,11 +74,11 @@ def vary_rewards() -> None:
 
 
 def fingerprint(out: Path) -> dict[str, str]:
-    """SHA-256 by file of all that a run leaves, but for seconds and the folder's own name."""
+    """SHA-256 of every file of a run, without seconds and the folder's own name."""
     found = {}
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         content = file.read_bytes()
-        if file.name in (checkpoint.MANIFEST, "report.html"):  # made of the others: digests, seconds and all
+        if file.name in (checkpoint.MANIFEST, "report.html"):  # made from the other files, and they contain seconds
             content = b""
         elif file.suffix == ".safetensors":
             content = weights(file)
@@ -111,7 +112,8 @@ def start(argv: list[str], log: Path, slow: bool, guard: bool = True) -> int:
     status = 1
     try:
         with open(log, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         vary_rewards()
         if slow:
             _slow_down()
@@ -140,7 +142,7 @@ def _slow_down() -> None:
 
 
 def _without_guard() -> None:
-    """As if written in place and never verified: a half-written folder is taken for a checkpoint."""
+    """Write checkpoints in place and never verify them: a half-written folder then counts as a checkpoint."""
 
     def every(root: Path) -> list[Path]:
         entries = [p for p in root.iterdir() if not p.name.endswith(".old.tmp")] if root.is_dir() else ()
@@ -160,7 +162,7 @@ def ended(pid: int, wait: bool = False) -> int | None:
 def kill_somewhere(pid: int, out: Path, rng: random.Random, mid_save: bool, longest: float) -> tuple[int, bool]:
     """Kill a child at a random moment within `longest` seconds, or in the first save after it.
 
-    Returns its exit status, which is 0 when it was done before, and whether a save was under way.
+    Returns its exit status, which is 0 if it ended before, and whether a save was in progress.
     """
     moment = time.monotonic() + rng.uniform(0, longest)
     saves = out / "checkpoints"
@@ -183,8 +185,9 @@ def kill_somewhere(pid: int, out: Path, rng: random.Random, mid_save: bool, long
 
 
 def campaign(model: Path, scratch: Path, kills: int, seed: int, guard: bool = True) -> dict:
-    """Kill and resume runs until there were `kills` kills and the last run is done; what came of it."""
-    rng, log = random.Random(seed), scratch / "log.txt"
+    """Kill and resume runs until there were `kills` kills and the last run is done. Returns what was counted."""
+    rng = random.Random(seed)
+    log = scratch / "log.txt"
     began = time.monotonic()
     status = ended(start(arguments(model, scratch / "reference"), log, slow=False), wait=True)
     if status:

@@ -2,9 +2,9 @@
 
     python bench/generation.py --runs 3
 
-Every prompt has a picture of its own. `generate` is used as one uses it for speed: one padded batch, a dynamic cache,
-scaled-dot-product attention. Rows with groups give it each prompt as often as the group has sequences, which is what a
-GRPO trainer does; ours prefills it once. Stop ids are banned, so both make the same number of tokens.
+Every prompt has its own picture. `generate` runs as for speed: one padded batch, a dynamic cache, scaled-dot-product
+attention. In the rows with groups it gets each prompt once for every sequence of the group, as from a GRPO trainer; our
+engine prefills it once. Stop ids are suppressed, so both generate the same number of tokens.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 import common
 import torch
 import transformers
-from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.pretrained.save import save
+from mmsr.toy.base import build_tokenizer
 from mmsr.vision import load_image
 
 
 class Bench:
     def __init__(self, folder: Path, side: int, new_tokens: int):
-        tokenizer = toy_base.build_tokenizer()
+        tokenizer = build_tokenizer()
         tokenizer.save(str(folder / "tokenizer.json"))
         self.ours = model.random_model(common.tiny_config(tokenizer), seed=0)
         save(self.ours, folder)
@@ -66,7 +66,7 @@ class Bench:
     @torch.no_grad()
     def run_theirs(self, prompts: list, sequences: int) -> list[list[int]]:
         every = [prompt for prompt in prompts for _ in range(sequences)]
-        ids = torch.tensor([prompt.ids for prompt in every])  # all equally long: nothing to pad
+        ids = torch.tensor([prompt.ids for prompt in every])  # of equal length: no padding
         images = [image for prompt in every for _, image in prompt.images]
         out = self.theirs.generate(
             input_ids=ids,

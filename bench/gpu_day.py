@@ -4,12 +4,12 @@
     python bench/gpu_day.py --part 2                      # 7B, beside transformers
     python bench/gpu_day.py --part 1 --device cpu --tiny  # a rehearsal: its figures mean nothing
 
-A part ends within six minutes by its own clock. A row for which too little time is left is not begun, and says so.
-Rows run in a child process (`gpu_rows.py`): one that hangs is killed, one that crashes takes no other row with it, and
+A part ends within six minutes by its own clock. A row for which too little time is left is not started, and says so.
+Rows run in a child process (`gpu_rows.py`): one that hangs is killed, one that crashes does not affect the others, and
 the next row gets a fresh child. After each row a JSON file and a Markdown table are written whole, named by commit and
-card, so what is known is on the disk whenever the machine is taken away. Part 2 adds to the files of part 1.
+card, so all results are on the disk if the machine is taken away. Part 2 adds to the files of part 1.
 
-Only the standard library is imported here: a child pays for torch, and this process never touches the GPU.
+Only the standard library is imported here: the child imports torch, and this process never touches the GPU.
 """
 
 from __future__ import annotations

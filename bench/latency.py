@@ -1,10 +1,10 @@
-"""What slow tools cost a rollout: seconds with a tool that takes half a second, over seconds with one that takes none.
+"""The cost of slow tools in a rollout: seconds with a tool that takes half a second, and with one that takes no time.
 
     python bench/latency.py --runs 3
 
-Every episode searches once, after its first turn, and answers after its second, both of a length drawn for it, so that
-searches begin all the time, as they do in training. Tools run in threads while the other episodes go on decoding: as
-long as there are such, latency costs nothing.
+Every episode searches once, after its first turn, and answers after its second. Turns have random lengths, so that
+searches start at all times, as in training. Tools run in threads while the other episodes decode: as long as there are
+others, latency costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import common
 import torch
-from common import toy_base
 
 from mmsr import model
 from mmsr.chat import PROMPTS, Chat
@@ -25,6 +24,7 @@ from mmsr.engine import Engine
 from mmsr.episode import Example, Hit, Observation
 from mmsr.rollout import Limits
 from mmsr.tools import Toolbox, search_tools
+from mmsr.toy.base import build_tokenizer
 
 
 class SlowWeb:
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = toy_base.build_tokenizer()
+        tokenizer = build_tokenizer()
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         policy = model.random_model(common.tiny_config(tokenizer), seed=0)
         without, with_latency = [], []

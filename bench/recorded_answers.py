@@ -1,9 +1,9 @@
-"""Somebody else's recorded answers through our scorers, beside the verdicts that were recorded with them.
+"""Recorded answers of another program through our scorers, compared with the recorded verdicts.
 
     python bench/recorded_answers.py transcripts.jsonl
 
 A line of the file has `data_id, turns[].response, ground_truth, candidate_answers, final_answer, exact_match`. The
-recorded verdict knows the ground truth alone. `paper` is asked the same way, which must give the same verdicts; then
+recorded verdict uses only the ground truth. `paper` is used in the same way, which must give the same verdicts; then
 with the accepted aliases, and `strict` with them. Every difference from the record is listed with its reason.
 """
 

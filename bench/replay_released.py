@@ -1,4 +1,4 @@
-"""Recorded conversations through a checkpoint again: does it say, greedily, what was recorded?
+"""Recorded conversations through a checkpoint: does it generate, greedily, the recorded turns?
 
     python bench/replay_released.py --model lmms-lab/MMSearch-R1-7B --recipe released --turn-tokens 512 \\
         --data fvqa_train.parquet --search replay:transcripts.jsonl
@@ -7,8 +7,8 @@ Options are those of eval.py. The file behind `replay:` has the conversations, t
 found by id. Before every recorded model turn the conversation is forced up to it, its searches replayed; then the model
 writes one turn, which is compared. A line of the file is {"data_id", "turns": [{"response", "tool_result"}]}; where a
 turn has "input_tokens", its prefix is compared in length too. Two things can make a sound checkpoint differ: thumbnails
-are recorded as addresses, which are not followed, so a turn after an image search sees titles alone; and bfloat16
-decides near ties by the order of its sums, after which a greedy turn may go on otherwise.
+are recorded as addresses, which are not followed, so a turn after an image search sees only titles; and bfloat16
+decides near ties by the order of its sums, after which a greedy turn may continue differently.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def summary(found: Sequence[dict[str, Any]], prefixes: dict[tuple[str, int], int
         known = [turn for turn in turns if (turn["id"], number) in prefixes]
         longer = [turn["prefix"] - prefixes[turn["id"], number] for turn in known]
         leading = sum(turn["leading"] for turn in turns) / len(turns)
-        actions = sum(then == now for then, now in (turn["action"] for turn in turns))
+        actions = sum(turn["action"][0] == turn["action"][1] for turn in turns)
         same = sum(turn["same"] for turn in turns)
         rows.append([number + 1, len(turns), same, actions, f"{leading:.2f}", _range(longer)])
     return table(["turn", "n", "same text", "same action", "leading tokens that agree", "prefix longer by"], rows)

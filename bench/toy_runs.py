@@ -1,8 +1,8 @@
-"""Training runs in variations of the toy world, many and resumable: what `claims.py` and `what_breaks.py` share.
+"""Many resumable training runs in variations of the toy world, for `claims.py` and `what_breaks.py`.
 
-Every run is a process of one thread with a folder DIR/VARIANT-SEED. What it amounts to is kept there in outcome.json: a
-run that has one is not run again, and one that was cut off goes on with `--resume`. Variations of equal knowledge share
-a base model, found in MMSR_CACHE, so base models are made before the runs that start from them.
+Every run is a process of one thread with a folder DIR/VARIANT-SEED. Its results are in outcome.json there: a run with
+results is not run again, and an interrupted one continues with `--resume`. Variations with equal knowledge share a base
+model in MMSR_CACHE, so base models are made before the runs that start from them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -35,7 +34,7 @@ from mmsr.toy.world import FULL, Settings, World
 Outcome = Mapping[str, Any]
 SHAPES = ("answer", "image → answer", "text → answer", "image → text → answer")
 
-DIED = "exit status"  # the last line of the log of a job that did not end well
+DIED = "exit status"  # starts the last line of a failed job's log
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Variant:
 
     settings: Settings = FULL
     options: Mapping[str, Any] = field(default_factory=dict)  # of Config
-    patch: Callable[[], None] = lambda: None  # bends the program before training
-    patch_base: Callable[[], None] = lambda: None  # bends it before the base model is looked for or made
+    patch: Callable[[], None] = lambda: None  # changes the program before training
+    patch_base: Callable[[], None] = lambda: None  # changes it before the base model is looked up or made
     base: str = "full"
     recipe: WarmStart = WarmStart()
     forced: bool = False  # evaluate with searches forced too, greedily and after training
@@ -60,7 +59,7 @@ def base_of(variant: Variant, seed: int) -> Path:
 
 
 def run(variant: Variant, seed: int, folder: Path) -> None:
-    """Train and evaluate one variant, or go on with it, and leave its outcome.json."""
+    """Train and evaluate one variant, or continue it, and write its outcome.json."""
     options = {"save_every": 20, **Config.defaults("toy", "full"), **variant.options, "toy": "full", "seed": seed}
     world, start = World(seed, variant.settings), base_of(variant, seed)
     variant.patch()
@@ -78,11 +77,13 @@ def run(variant: Variant, seed: int, folder: Path) -> None:
 
 
 def forced(config: Config, world: World, before: Path, after: Path) -> dict[str, Any]:
-    """Evaluations with all searches forced, or none, by the model before and after training."""
+    """Evaluations with all searches forced, or without searches, of the model before and after training."""
     wanted = {
-        "always, before": (before, 0.0, False), "always, after": (after, 0.0, False),
-        "always, after, T = 1": (after, 1.0, False), "never, before": (before, 0.0, True),
-    }  # fmt: skip
+        "always, before": (before, 0.0, False),
+        "always, after": (after, 0.0, False),
+        "always, after, T = 1": (after, 1.0, False),
+        "never, before": (before, 0.0, True),
+    }
 
     def always_search(example: Example, sample: int) -> Script:
         return Script(world.always_search(example, config.max_texts > 0))
@@ -99,7 +100,7 @@ def forced(config: Config, world: World, before: Path, after: Path) -> dict[str,
 
 
 def shapes(folder: Path) -> list[dict[str, float]]:
-    """Of each step's rollouts, the share of every turn shape; what is none of `SHAPES` counts as other."""
+    """For each step the share of every turn shape; shapes that are not in `SHAPES` count as other."""
     steps = []
     for file in sorted((folder / "rollouts").glob("step-*.jsonl")):
         with open(file, encoding="utf-8", errors="replace") as lines:
@@ -118,9 +119,9 @@ def _shape(line: Mapping[str, Any]) -> str:
 
 
 def main(variants: Mapping[str, Variant], options: argparse.Namespace) -> dict[str, dict[int, Outcome]]:
-    """The outcomes of all variants by seed, as far as there are any; those that are missing are run first.
+    """The outcomes of all variants by seed, where runs succeeded; missing runs are started first.
 
-    A process started for one run or base model does that alone, and ends here.
+    A process that was started for one run or base model does only that, and ends here.
     """
     if options.child:
         raise SystemExit(_child(variants, *options.child, options.out))
@@ -147,15 +148,17 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], options: argparse.Namespace) -> None:
-    """All runs, in groups that start from one base model; the next one is made beside a group's runs."""
+    """All runs, in groups that start from one base model. The next base model is made during a group's runs."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name, seed in todo:
         groups.setdefault((variants[name].base, seed), []).append(name)
     with tqdm(total=len(todo) + len(groups), unit="job") as bar, ThreadPoolExecutor(options.jobs) as pool:
-        made, jobs = {}, []
+        made = {}
+        jobs = []
 
         def run_after_base(group: tuple[str, int], name: str) -> None:
-            made[group].result() and _start("run", name, group[1], options, bar)
+            if made[group].result():
+                _start("run", name, group[1], options, bar)
 
         for here, coming in zip([None, *groups], [*groups, None]):
             if coming:
@@ -167,7 +170,7 @@ def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], o
 
 
 def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> bool:
-    """A process of its own for one job; what it prints goes to DIR/VARIANT-SEED.log. Returns whether it ended well."""
+    """Run one job in a process, with its output in DIR/VARIANT-SEED.log. Returns whether it succeeded."""
     log = options.out / f"{name}-{seed}.log"
     command = [sys.executable, sys.argv[0], "--child", kind, name, str(seed), "--out", str(options.out)]
     with open(log, "a", encoding="utf-8") as file:
@@ -182,13 +185,11 @@ def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tq
 
 def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out: Path) -> int:
     variant = variants[name]
-    work = (
-        partial(base_of, variant, int(seed))
-        if kind == "base"
-        else partial(run, variant, int(seed), out / f"{name}-{seed}")
-    )
     try:
-        work()
+        if kind == "base":
+            base_of(variant, int(seed))
+        else:
+            run(variant, int(seed), out / f"{name}-{seed}")
     except UserError as error:
         print(error)
         return 2
@@ -196,7 +197,7 @@ def _child(variants: Mapping[str, Variant], kind: str, name: str, seed: str, out
 
 
 def last_words(log: Path) -> str:
-    """What a job said last before it died; nothing of one that did not, or has not begun."""
+    """The last line that a failed job printed; "" for jobs that did not fail or have not started."""
     lines = log.read_text(encoding="utf-8").split("\n") if log.exists() else []
     lines = [line for line in lines if line.strip()]
     return lines[-2].strip() if lines and lines[-1].startswith(DIED) else ""
@@ -206,12 +207,12 @@ def last_words(log: Path) -> str:
 
 
 def mean(evaluation: Mapping[str, Mapping[str, float]], key: str, categories: Sequence[str] = ()) -> float:
-    """Mean of a number over categories (all that weigh, if none are named), weighted as the world does."""
+    """Mean of a number over categories (default: all with a weight), by the weights of the world."""
     names = categories or [name for name, weight in FULL.mix.items() if weight]
     share = {name: FULL.mix[name] for name in names}
     return sum(_number(evaluation[name], key) * weight for name, weight in share.items()) / sum(share.values())
 
 
 def _number(row: Mapping[str, float], key: str) -> float:
-    """`calls`: searches per question, of which there is at most one by image and one by text."""
+    """`calls`: searches per question, at most one by image and one by text."""
     return row["search_ratio_image"] + row["search_ratio_text"] if key == "calls" else row[key]

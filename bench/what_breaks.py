@@ -1,8 +1,8 @@
-"""What goes wrong when a detail is wrong, in the full toy world: `python bench/what_breaks.py --only raw no-ban`.
+"""The effect of wrong details, in the full toy world: `python bench/what_breaks.py --only raw no-ban`.
 
-Each error is made here, by bending the program, and is no option of it. Runs are made as those of `claims.py` are
-(toy_runs.py): give the same --out and the sound run is shared. The table goes to standard output and DIR/breaks.md, the
-training curves to --figure; a run that died stands in the table with its last words.
+Each error is made here, by patching the program, and is not an option of it. Runs are made like those of `claims.py`
+(toy_runs.py): with the same --out, the sound run is shared. The table goes to standard output and DIR/breaks.md, the
+training curves to --figure; the row of a run that died has the last line of its log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from toy_runs import Outcome, Variant, last_words, main, mean, parser
 from mmsr import grpo, pack
 from mmsr.chat import Chat
 from mmsr.system.files import cache_folder
-from mmsr.toy import base as toy_base
+from mmsr.toy import base
 from mmsr.toy.world import FULL
 from mmsr.update import Trainer
 
@@ -32,7 +32,8 @@ UNKNOWN = ("unfamiliar", "unfamiliar_fact", "held_out", "unknown_two_hop")
 
 def raw_advantages() -> None:
     """A = R − mean(R)."""
-    plain, huge = grpo.group_advantages, 1e9  # beside which the deviation is nothing
+    plain = grpo.group_advantages
+    huge = 1e9  # the deviation is negligible beside it
 
     def raw(rewards, group_ids, eps, keep=None):
         advantages, varied = plain(rewards, group_ids, huge, keep)
@@ -42,21 +43,26 @@ def raw_advantages() -> None:
 
 
 def train_tool_tokens() -> None:
-    """What searches brought back counts as if the model had said it."""
+    """The results of searches are trained as if the model had written them."""
     plain = Trainer.step
 
+    def train_turn(self, episode, turn):
+        for t in range(turn.start, turn.end):  # except control tokens, which have no probability
+            episode.loss_mask[t] = int(not self.suppressed[episode.input_ids[t]])
+
     def step(self, mini_batches, lr):
-        for episode in (episode for batch in mini_batches for episode in batch):
-            for turn in (turn for turn in episode.turns if turn.role == "tool"):
-                for t in range(turn.start, turn.end):  # but for control tokens, which have no probability
-                    episode.loss_mask[t] = int(not self.suppressed[episode.input_ids[t]])
+        for batch in mini_batches:
+            for episode in batch:
+                for turn in episode.turns:
+                    if turn.role == "tool":
+                        train_turn(self, episode, turn)
         return plain(self, mini_batches, lr)
 
     Trainer.step = step
 
 
 def mean_per_micro_batch() -> None:
-    """Every micro-batch weighs alike, however few tokens it has."""
+    """Every micro-batch has the same weight, whether it has few tokens or many."""
     plain_micro_batches = Trainer._micro_batches
     plain_forward_backward = Trainer.forward_backward
 
@@ -74,7 +80,7 @@ def mean_per_micro_batch() -> None:
 
 
 def linear_positions() -> None:
-    """The update counts tool images as text; the sampler has them right."""
+    """The update gives tool images the positions of text; the sampler gives them the right positions."""
     plain = pack.mrope_positions
     pack.mrope_positions = lambda length, images: plain(length, images[:1])
 
@@ -86,9 +92,9 @@ def ban_nothing() -> None:
 
 
 def opaque_reasons() -> None:
-    """An answer from memory does not begin with what is recalled. Such base models are kept apart from the others."""
+    """An answer from memory does not start with the recalled facts. These base models have their own cache folder."""
     os.environ["MMSR_CACHE"] = str(cache_folder() / "opaque")
-    toy_base.recalled = lambda concept, question: (
+    base.recalled = lambda concept, question: (
         f"<reason> this is it . </reason> <answer> {concept.answer(question)} </answer>"
     )
 
@@ -111,12 +117,15 @@ BROKEN = {
 
 
 def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int]) -> list[str]:
-    """What is wrong, and the sampled evaluation after training: mean ± standard deviation over the seeds there are."""
+    """The error, and the sampled evaluation after training: mean ± standard deviation over the finished seeds."""
     if not runs:
-        words = next(filter(None, (last_words(out / f"{name}-{seed}.log") for seed in seeds)), "")
+        last_lines = [last_words(out / f"{name}-{seed}.log") for seed in seeds]
+        words = next(filter(None, last_lines), "")
         return [BROKEN[name][0], *[""] * 5, f"died: {words[-100:]}" if words else "not yet run"]
     found = [run["after"]["eval_sampled"] for run in runs.values()]
-    cells = [across([mean(evaluation, key) for evaluation in found]) for key in ("reward", "accuracy")]
+    cells = []
+    for key in ("reward", "accuracy"):
+        cells.append(across([mean(evaluation, key) for evaluation in found]))
     for categories in (SEARCH_FREE, UNKNOWN):
         cells.append(across([mean(evaluation, "search_ratio", categories) for evaluation in found]))
     gap = max(run["last"]["logp_gap_max"] or 0 for run in runs.values())
@@ -150,7 +159,7 @@ def draw(names: Sequence[str], options) -> None:
 
 
 def steps(file: Path) -> np.ndarray | None:
-    """(steps, 3): accuracy, search ratio and largest gap of a run's training steps; None where there are none."""
+    """(steps, 3): accuracy, search ratio and largest gap of a run's training steps; None if it has no steps."""
     if not file.exists():
         return None
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -3,7 +3,7 @@
     python train.py --model Qwen2.5-VL-7B --tools examples.crop_and_search:tools --prompts examples/crop_prompts
 
 The box is x1 y1 x2 y2 in thousandths of the picture's width and height: `<crop_search>500 0 1000 1000</crop_search>`.
-What is no box finds nothing: that is the model's fault, and an exception would be counted as the search engine's.
+Text that is not a box finds nothing: it is the model's mistake, and an exception would count as the search engine's.
 """
 
 import io
@@ -23,22 +23,30 @@ BOX = re.compile(r"\D*(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D*", re.ASCI
 
 def tools(backend: Backend) -> list[Tool]:
     def run(call: Call) -> Observation:
-        found = crop(decode(call.image, upright=False), call.query)  # the pixels that the model sees
-        return Observation(source=CROP_SEARCH) if found is None else backend.image_search(found, call.question)
+        picture = decode(call.image, upright=False)  # the pixels that the model sees
+        part = crop(picture, call.query)
+        if part is None:
+            return Observation(source=CROP_SEARCH)
+        return backend.image_search(part, call.question)
 
     LEGAL_SHAPES.update({(CROP_SEARCH, "answer"), (CROP_SEARCH, "text_search", "answer")})
     return [Tool(CROP_SEARCH, CROP_SEARCH, limit=1, run=run)]
 
 
 def crop(picture: PIL.Image.Image, query: str) -> bytes | None:
-    """The named part of a picture as a PNG file; None where the query is no box, or one without a pixel."""
-    numbers, size = BOX.fullmatch(query), (*picture.size, *picture.size)
+    """The named part of a picture as a PNG file; None where the query is not a box, or one without a pixel."""
+    numbers = BOX.fullmatch(query)
     if numbers is None:
         return None
-    x1, y1, x2, y2 = (min(int(n), 1000) * side // 1000 for n, side in zip(numbers.groups(), size))
+    width, height = picture.size
+    x1, y1, x2, y2 = [min(int(number), 1000) for number in numbers.groups()]  # in thousandths
+    x1 = x1 * width // 1000  # in pixels
+    x2 = x2 * width // 1000
+    y1 = y1 * height // 1000
+    y2 = y2 * height // 1000
     if x1 >= x2 or y1 >= y2:
         return None
     file = io.BytesIO()
-    upright = PIL.ImageOps.exif_transpose(picture.crop((x1, y1, x2, y2)))  # search engines know no other pictures
+    upright = PIL.ImageOps.exif_transpose(picture.crop((x1, y1, x2, y2)))  # as search engines know pictures
     upright.save(file, "PNG", compress_level=1)
     return file.getvalue()

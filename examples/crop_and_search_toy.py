@@ -1,9 +1,10 @@
 """Crop-and-search learned in minutes: `python -m examples.crop_and_search_toy` (options are train.py's).
 
 The toy world gets a second kind of picture: two emblems side by side, with a question about the left or the right one.
-No search of such a picture finds anything; one of the right half does, one of the wrong half finds the other emblem.
-A short warm start on top of the toy base model teaches the markup of a crop and to copy what it finds, but names boxes,
-searches and guesses at random. What to call for which question is left to reinforcement learning.
+A search of the whole picture finds nothing. A search of the right half finds the answer, one of the wrong half finds
+the other emblem. A short warm start on top of the toy base model teaches the markup of a crop and how to copy what it
+finds, but its traces choose boxes, searches and guesses at random. Reinforcement learning finds out what to call for
+which question.
 """
 
 import io
@@ -24,18 +25,41 @@ from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import IMAGE_SEARCH, search_tools
-from mmsr.toy import base as toy_base
-from mmsr.toy import world as toy
+from mmsr.toy.base import Traces, base_model, copied, recalled
+from mmsr.toy.world import (
+    BASIC,
+    LOOK_IT_UP,
+    NAME,
+    SIZE,
+    Category,
+    Concept,
+    World,
+    draw_emblems,
+    made_up,
+    png,
+    render,
+)
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import Image, patchify
 from train import train
 
 LEFT_RIGHT = {"left": "0 0 500 1000", "right": "500 0 1000 1000"}
-SINGLES = tuple(toy.Category(name, (name,), (toy.NAME,), train=80, weight=0.25) for name in ("familiar", "unfamiliar"))
-PAIRS = tuple(toy.Category(side, ("unfamiliar",), (toy.NAME,), train=160, weight=0.25) for side in LEFT_RIGHT)
+SINGLES = (
+    Category("familiar", ("familiar",), (NAME,), train=80, weight=0.25),
+    Category("unfamiliar", ("unfamiliar",), (NAME,), train=80, weight=0.25),
+)
+PAIRS = (
+    Category("left", ("unfamiliar",), (NAME,), train=160, weight=0.25),
+    Category("right", ("unfamiliar",), (NAME,), train=160, weight=0.25),
+)
 OPTIONS = (
-    *("--toy", "basic", "--tools", "examples.crop_and_search:tools", "--steps", "60", "--out", "runs/crop"),
-    *("--max-pixels", str(2 * toy.SIZE**2), "--turn-tokens", "48", "--max-tokens", "160"),
+    "--toy=basic",
+    "--tools=examples.crop_and_search:tools",
+    "--steps=60",
+    "--out=runs/crop",
+    f"--max-pixels={2 * SIZE**2}",
+    "--turn-tokens=48",
+    "--max-tokens=160",
 )
 
 
@@ -44,84 +68,100 @@ def question(side: str) -> str:
 
 
 def look_at(side: str) -> str:
-    return toy.LOOK_IT_UP.replace("<search><img></search>", f"<{CROP_SEARCH}> {LEFT_RIGHT[side]} </{CROP_SEARCH}>")
+    return LOOK_IT_UP.replace("<search><img></search>", f"<{CROP_SEARCH}> {LEFT_RIGHT[side]} </{CROP_SEARCH}>")
 
 
-class PairWorld(toy.World):
+class PairWorld(World):
     """The basic toy world with questions about one of two emblems. Its web knows the halves, not the whole."""
 
     def __init__(self, seed: int):
-        super().__init__(seed, replace(toy.BASIC, categories=SINGLES + PAIRS))
+        super().__init__(seed, replace(BASIC, categories=SINGLES + PAIRS))
 
-    def questions(self, category: str | toy.Category, n: int, tag: str) -> list[Example]:
+    def questions(self, category: str | Category, n: int, tag: str) -> list[Example]:
         if isinstance(category, str) or category not in PAIRS:
             return super().questions(category, n, tag)
-        singles, asked = super().questions(category, 2 * n, tag), list(LEFT_RIGHT).index(category.name)
-        return [
-            replace(pair[asked], image=beside(pair[0].image, pair[1].image), question=question(category.name))
-            for pair in zip(singles[::2], singles[1::2])
-        ]
+        singles = super().questions(category, 2 * n, tag)
+        examples = []
+        for left, right in zip(singles[::2], singles[1::2]):
+            asked = left if category.name == "left" else right
+            both = beside(left.image, right.image)
+            examples.append(replace(asked, image=both, question=question(category.name)))
+        return examples
 
     def always_search(self, example: Example, texts: bool = True) -> list[str]:
-        return [look_at(example.category)] if example.category in LEFT_RIGHT else super().always_search(example, texts)
+        if example.category in LEFT_RIGHT:
+            return [look_at(example.category)]
+        return super().always_search(example, texts)
 
 
-def beside(*pictures: bytes) -> bytes:
-    return toy.png(np.concatenate([np.asarray(PIL.Image.open(io.BytesIO(picture))) for picture in pictures], 1))
+def beside(left: bytes, right: bytes) -> bytes:
+    """Two pictures as one."""
+    pictures = [np.asarray(PIL.Image.open(io.BytesIO(data))) for data in (left, right)]  # (SIZE, SIZE, 3) each
+    return png(np.concatenate(pictures, axis=1))  # (SIZE, 2 SIZE, 3)
 
 
-class PairTraces(toy_base.Traces):
-    """Half of a batch as for the base model, half about pairs of one-off emblems, whatever side is asked for."""
+class PairTraces(Traces):
+    """Half of a batch is as for the base model, half about pairs of new emblems. Actions do not depend on the side."""
 
     def batch(self, n: int) -> list[Episode]:
-        return super().batch(n // 2) + [self.pair(group_id) for group_id in range(n // 2, n)]
+        episodes = super().batch(n // 2)
+        for group_id in range(n // 2, n):
+            episodes.append(self.pair(group_id))
+        return episodes
 
     def pair(self, group_id: int) -> Episode:
-        rng = self.rng
-        emblems = toy.draw_emblems(rng, 2, unlike=self.world.taught)
-        pair = [toy.Concept(emblem, toy.made_up(rng, 1, 3)[0], "", "novel") for emblem in emblems]
-        guess = toy.Concept(emblems[0], toy.made_up(rng, 1, 3)[0], "", "novel")
+        emblems = draw_emblems(self.rng, 2, unlike=self.world.taught)  # (2, 8)
+        left = self._novel(emblems[0])
+        right = self._novel(emblems[1])
+        guess = self._novel(emblems[0])
         self.made += 1
-        picture = np.concatenate(list(toy.render(emblems, rng)), axis=1)
-        image = Image(patchify(picture), (toy.SIZE // 14, 2 * toy.SIZE // 14), f"pair {self.made}")
-        asked = question(str(rng.choice(list(LEFT_RIGHT))))
-        prompt = self.chat.prompt(asked, image)
-        episode = Episode(
-            Example("", b"", asked, (), "pair"), group_id, 0, prompt_length=len(prompt.ids), advantage=1.0
-        )
+        picture = np.concatenate(list(render(emblems, self.rng)), axis=1)  # (SIZE, 2 SIZE, 3)
+        image = Image(patchify(picture), (SIZE // 14, 2 * SIZE // 14), f"pair {self.made}")
+        side = str(self.rng.choice(list(LEFT_RIGHT)))
+        prompt = self.chat.prompt(question(side), image)
+        example = Example(id="", image=b"", question=question(side), answers=(), category="pair")
+        episode = Episode(example, group_id, 0, prompt_length=len(prompt.ids), advantage=1.0)
         self._append(episode, prompt, 0)
-        self.act(episode, pair, guess, str(rng.choice([*LEFT_RIGHT, IMAGE_SEARCH, "guess"])))
+        action = str(self.rng.choice(["left", "right", IMAGE_SEARCH, "guess"]))
+        self.act(episode, {"left": left, "right": right}, guess, action)
         return episode
 
-    def act(self, episode: Episode, pair: list[toy.Concept], guess: toy.Concept, action: str) -> None:
-        if action in LEFT_RIGHT:
+    def _novel(self, emblem: np.ndarray) -> Concept:
+        return Concept(emblem, made_up(self.rng, 1, 3)[0], town="", pool="novel")
+
+    def act(self, episode: Episode, pair: dict[str, Concept], guess: Concept, action: str) -> None:
+        if action in pair:
             self._say(episode, look_at(action))
-            seen = self._read(episode, CROP_SEARCH, self._as_known(pair[list(LEFT_RIGHT).index(action)]))
-            return self._say(episode, toy_base.copied(seen.name))
+            seen = self._read(episode, CROP_SEARCH, self._as_known(pair[action]))
+            self._say(episode, copied(seen.name))
+            return
         if action == IMAGE_SEARCH:
-            self._say(episode, toy.LOOK_IT_UP)
+            self._say(episode, LOOK_IT_UP)
             nothing = self.chat.observation(IMAGE_SEARCH, Observation(), [], episode.example.question)
             self._append(episode, nothing, 0)
-        self._say(episode, toy_base.recalled(guess, toy.NAME))
+        self._say(episode, recalled(guess, NAME))
 
 
 def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32, lr: float = 7e-4) -> None:
-    """Make `folder`: the toy base model, having seen traces of pairs too."""
-    base = toy_base.base_model(world)
+    """Make `folder`: the toy base model after some more training, with traces of pairs too."""
+    base = base_model(world)
     model = load(base, torch.float32, torch.device("cpu"))
     chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
     traces = PairTraces(world, chat, world.seed + 1)
     for step in trange(steps, desc="warm start on pairs"):
-        trainer.step([traces.batch(batch)], lr * min(1, (step + 1) / 20, (steps - step) / (steps / 2)))
+        rising = (step + 1) / 20
+        falling = (steps - step) / (steps / 2)
+        trainer.step([traces.batch(batch)], lr * min(1, rising, falling))
     folder.mkdir(parents=True)
     save(model, folder, base)
 
 
 def main(argv: list[str]) -> None:
     config = parse([*OPTIONS, *argv])
-    world, folder = PairWorld(config.seed), Path(f"{config.out}-base")
+    world = PairWorld(config.seed)
+    folder = Path(f"{config.out}-base")
     if not (folder / "config.json").is_file():
         warm_start(world, folder)
     train(replace(config, model=str(folder)), SINGLE, world)

@@ -27,6 +27,7 @@ from mmsr.config import Config, parse
 from mmsr.engine import prefix_rows
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
+from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
 from mmsr.system.options import kebab

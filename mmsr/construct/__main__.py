@@ -1,13 +1,13 @@
-"""A FactualVQA of one's own: from a list of concepts to questions about pictures that need a search, or do not.
+"""Your own FactualVQA: from a list of concepts to questions about pictures, some of which need a search.
 
     python -m mmsr.construct --demo --out mine                     # a toy data set, off-line, with a scripted model
     python -m mmsr.construct --out mine --metadata metadata.json --counts entry_counts_400m.json \\
         --search live --budget 200000                              # OPENAI_API_KEY, SERPAPI_API_KEY
 
 Concepts come from the head and the tail of MetaCLIP's metadata, pictures and pages from a search engine, questions from
-a vision model behind any OpenAI-compatible server. A model's own rollouts tell what has to be searched for. Every stage
-leaves a file that can be read, and the same command goes on where the last one ended (see factory.py). The published
-pipeline is described in section 3 of the paper; its prompts and thresholds are not public, these are ours.
+a vision model behind any OpenAI-compatible server. Rollouts of a model show which questions need a search. Every stage
+leaves a readable file, and the same command continues where the last one ended (see factory.py). Section 3 of the paper
+describes the published pipeline; its prompts and thresholds are not public, so these are our own.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from mmsr.system.journal import Journal
 from mmsr.system.options import Parser, add_options
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, ToolFailure, search_tools
 
-# ---- the whole
+# ---- all stages
 
 
 def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.environ) -> None:
-    """All stages, in a folder that is new or one of this command's. Raises UserError."""
+    """Run all stages, in a folder that is new or that this command made. Raises UserError."""
     folder = own_folder(o.out)
     service = Service.from_environment("openai", environ)
     if not service.key and not environ.get("OPENAI_BASE_URL"):
@@ -55,12 +55,15 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
         raise UserError("--model is missing: give one to try what needs a search, or --no-rollouts to go by counts")
     factory = Factory(folder, o.workers)
     with alone(folder), closing(Store(folder / "searches.sqlite")) as store:
-        budget, client = Budget(store, "construct", o.budget), Client()
+        budget = Budget(store, "construct", o.budget)
+        client = Client()
         finder = finder or open_finder(o.search, budget.spend, client)
-        drawn = draw_concepts(*_concept_files(o, finder), o.concepts, o.familiar, o.unfamiliar, o.seed)
+        metadata, counts = _concept_files(o, finder)
+        drawn = draw_concepts(metadata, counts, o.concepts, o.familiar, o.unfamiliar, o.seed)
         server = ChatServer(service.url, o.vision_model, service.key, client, o.seconds, budget.spend, "openai")
         calls = Calls(server, Journal(folder / "work" / "calls.jsonl"))
-        backend, shelf = Cached(finder, store), Shelf(folder / "pictures")
+        backend = Cached(finder, store)
+        shelf = Shelf(folder / "pictures")
         stages = Stages(calls, finder, backend, shelf, o.min_side, o.per_concept)
         check_answers(calls)
         asked = ask_all(factory, stages, write_lines(folder / "drawn.jsonl", drawn), o)
@@ -74,20 +77,23 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
         write_card(folder, splits, factory.report, cost, shelf)
     for split, chosen in splits.items():
         print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")
-    if left := sum(sum(done["postponed"].values()) for done in factory.report.values()):
-        print(f"{left} items failed for now (see {folder}/card.md): the same command tries them again")
+    postponed = sum(sum(done["postponed"].values()) for done in factory.report.values())
+    if postponed:
+        print(f"{postponed} items failed for now (see {folder}/card.md): the same command tries them again")
 
 
 def own_folder(out: str) -> Path:
-    """Raises UserError for a folder that holds something else."""
+    """The folder `out`. Raises UserError where it holds anything that this command did not make."""
     folder = Path(out)
-    if folder.exists() and not (folder.is_dir() and ((folder / "work").is_dir() or not any(folder.iterdir()))):
-        raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
-    return folder
+    if not folder.exists():
+        return folder
+    if folder.is_dir() and ((folder / "work").is_dir() or not any(folder.iterdir())):
+        return folder
+    raise UserError(f"--out {folder}: not empty, and not a folder of this command; name another")
 
 
 def check_answers(calls: Calls) -> None:
-    """Raises UserError before hundreds of calls find out that the model does not answer."""
+    """Ask the model one question. Raises UserError where it does not answer, before hundreds of calls fail."""
     try:
         calls.complete([{"role": "user", "content": "Answer with the word ready."}], 10)
     except ToolFailure as refused:
@@ -95,20 +101,20 @@ def check_answers(calls: Calls) -> None:
 
 
 def ask_all(factory: Factory, stages: Stages, drawn: Lines, o: Construction) -> Lines:
-    """Concepts to sorted questions."""
-    told = [o.vision_model, sorted(stages.prompts.items())]
-    visual = factory.stage("concepts", drawn, stages.concept, told)
+    """From concepts to questions, each with its group."""
+    model = [o.vision_model, sorted(stages.prompts.items())]
+    visual = factory.stage("concepts", drawn, stages.concept, model)
     found = factory.stage("found", visual, stages.search, [o.search, getattr(stages.finder, "version", "")])
-    pictures = factory.stage("pictures", found, stages.pictures, [told, o.min_side, o.per_concept])
+    pictures = factory.stage("pictures", found, stages.pictures, [model, o.min_side, o.per_concept])
     single = write_lines(factory.folder / "distinct.jsonl", distinct(pictures))
-    questions = factory.stage("questions", single, stages.question, told)
+    questions = factory.stage("questions", single, stages.question, model)
     others = external(o.questions, stages.shelf)
     joined = write_lines(factory.folder / "work" / "joined.jsonl", chain(questions, others))
-    return factory.stage("groups", joined, stages.group, told)
+    return factory.stage("groups", joined, stages.group, model)
 
 
 def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: Construction) -> Iterable[dict]:
-    """What each question needs. `pool.parquet` holds the questions that the model is asked."""
+    """Find out what each question needs. `pool.parquet` holds the questions that the model is asked."""
     if not o.rollouts:
         return write_lines(factory.folder / "needs.jsonl", map(guessed_need, questions))
     pool = factory.folder / "pool.parquet"
@@ -120,19 +126,20 @@ def decide(factory: Factory, questions: Lines, backend: Any, shelf: Shelf, o: Co
 
 
 def _concept_files(o: Construction, finder: Any) -> tuple[Any, Any]:
-    """Contents of --metadata, or a corpus's titles, and of --counts, or None."""
+    """The contents of --metadata, or a corpus's titles; and the contents of --counts, or None."""
     titles = getattr(finder, "titles", None)
     if not o.metadata and titles is None:
         raise UserError("--metadata is missing: give MetaCLIP's metadata.json, or --search corpus:FILE.jsonl")
     metadata = json_file(Path(o.metadata)) if o.metadata else titles
-    return metadata, json_file(Path(o.counts)) if o.counts else None
+    counts = json_file(Path(o.counts)) if o.counts else None
+    return metadata, counts
 
 
 # ---- search need
 
 
 def need_of(tries: dict[str, int]) -> str:
-    """What a question needs, by who answered it rightly: free, image, text or both; "" where nobody did."""
+    """What a question needs, by which rollouts answered it: free, image, text or both; "" where no rollout did."""
     if tries["right_direct"] or tries["right_none"]:
         return "free"
     if tries["right_image"] or tries["right_text"]:
@@ -141,7 +148,7 @@ def need_of(tries: dict[str, int]) -> str:
 
 
 class Rollouts:
-    """k tries of a model with tools and k without them, for a chunk of questions at a time."""
+    """k rollouts of a model with tools and k without, for each question of a chunk."""
 
     def __init__(self, pool: Path, backend: Any, options: Construction):
         from mmsr.assemble import Setup
@@ -177,36 +184,52 @@ class Rollouts:
             self.setup.score(episodes)
             for episode in episodes:
                 if episode.reward_parts["accuracy"] >= 1:
-                    found[episode.group_id]["right_direct" if direct else f"right_{_searched(episode)}"] += 1
-        names = [f"right_{way}" for way in ("direct", "none", "image", "text", "both")]
-        counted = [{"tries": self.tries} | {name: right[name] for name in names} for right in found]
-        records = [q | {"tries": tries, "need": need_of(tries)} for q, tries in zip(item["questions"], counted)]
-        reasons["never answered"] += sum(not record["need"] for record in records)
-        return [record for record in records if record["need"]]
+                    way = "direct" if direct else _searched(episode)
+                    found[episode.group_id][way] += 1
+        records = []
+        for question, right in zip(item["questions"], found):
+            tries = {"tries": self.tries}
+            for way in ("direct", "none", "image", "text", "both"):
+                tries[f"right_{way}"] = right[way]
+            need = need_of(tries)
+            reasons["never answered"] += not need
+            if need:
+                records.append(question | {"tries": tries, "need": need})
+        return records
 
 
 def _refuse_failures(episodes: Sequence[Any]) -> None:
-    """Raises ToolFailure where a search failed: what a model could have found is then not known."""
-    seen = (turn.observation for episode in episodes for turn in episode.turns if turn.role == "tool")
-    for error in (one.error for one in seen if not one.ok and one.source != "limit"):
-        kind, _, message = error.partition(": ")
-        raise ToolFailure(kind, message)
+    """Raises ToolFailure where a search failed, because then it is not known what the model could have found."""
+    for episode in episodes:
+        for turn in episode.turns:
+            seen = turn.observation
+            if turn.role == "tool" and not seen.ok and seen.source != "limit":
+                kind, _, message = seen.error.partition(": ")
+                raise ToolFailure(kind, message)
 
 
 def _searched(episode: Any) -> str:
-    image, text = episode.searches(IMAGE_SEARCH) > 0, episode.searches(TEXT_SEARCH) > 0
-    return "both" if image and text else "image" if image else "text" if text else "none"
+    """Which searches an episode made: none, image, text or both."""
+    image = episode.searches(IMAGE_SEARCH) > 0
+    text = episode.searches(TEXT_SEARCH) > 0
+    if image and text:
+        return "both"
+    if image:
+        return "image"
+    return "text" if text else "none"
 
 
 def chunks(questions: Iterable[dict], size: int = 32) -> Iterator[dict]:
-    questions, first = iter(questions), 0
+    """Items of up to `size` questions, each with the number of its first question."""
+    questions = iter(questions)
+    first = 0
     while chunk := list(islice(questions, size)):
         yield {"id": f"{first:07d}", "first": first, "questions": chunk}
         first += len(chunk)
 
 
 def guessed_need(question: dict) -> dict:
-    """Without rollouts: what is familiar needs no search."""
+    """The need of a question without rollouts: familiar concepts need no search."""
     need = "free" if question["section"] == FAMILIAR else "unknown"
     return question | {"tries": None, "need": need}
 
@@ -219,9 +242,9 @@ class Construction:
     """The options."""
 
     out: str = ""
-    """Folder of the data set; the same command goes on in it."""
+    """Folder of the data set; the same command continues in it."""
     metadata: str = ""
-    """MetaCLIP's metadata.json, a list of entries; left out: the titles of a corpus."""
+    """MetaCLIP's metadata.json, a list of entries; without it, the titles of a corpus."""
     counts: str = ""
     """MetaCLIP's entry_counts_400m.json, entry to count."""
     search: str = "live"
@@ -229,9 +252,9 @@ class Construction:
     vision_model: str = os.environ.get("OPENAI_MODEL", "gpt-4o")
     """The model that judges and writes, by OPENAI_API_KEY; otherwise OPENAI_MODEL, or gpt-4o."""
     budget: int = 0
-    """Paid calls at most, searches and answers together; needed where any is paid."""
+    """Paid calls at most, searches and answers together; required for paid services."""
     concepts: int = 1000
-    """Concepts to begin with, half of them familiar (1000)."""
+    """Concepts at the start, half of them familiar (1000)."""
     familiar: float = 0.95
     """Count from which an entry is familiar; up to 1 a quantile of all counts (0.95)."""
     unfamiliar: float = 0.5
@@ -241,15 +264,15 @@ class Construction:
     min_side: int = 224
     """Pixels along the shorter side of a picture at least (224)."""
     questions: tuple[str, ...] = ()
-    """Files of questions of others that join."""
+    """Files of other questions to add."""
     rollouts: bool = True
-    """Try what needs a search; without, what is familiar counts as known."""
+    """Find out by rollouts what needs a search; without them, familiar concepts count as known."""
     model: str = ""
-    """Whose rollouts tell what needs a search, as for train.py."""
+    """The model of these rollouts, as for train.py."""
     recipe: str = ""
-    """Whose limits the rollouts have, as for train.py."""
+    """The recipe that limits them, as for train.py."""
     tries: int = 8
-    """Rollouts of a question with tools, and as many without (8)."""
+    """Rollouts of a question with tools, and the same number without (8)."""
     train: int = 5000
     """Training questions (5000)."""
     test: int = 1800
@@ -261,32 +284,48 @@ class Construction:
     workers: int = 256
     """Calls in flight (256)."""
     seconds: float = 240.0
-    """For an answer, all tries together (240)."""
+    """Time limit for an answer, with all its retries (240)."""
     seed: int = 0
     """Seeds every choice."""
     demo: bool = False
-    """A toy data set, off-line, by a scripted model; its defaults are others."""
+    """A toy data set, off-line, by a scripted model; it has other defaults."""
 
 
 DEMO = dict(
-    search="toy", concepts=600, familiar=4000, unfamiliar=1000, per_concept=8, min_side=56, vision_model="scripted",
-    train=400, test=100, required=0.5, recipe="toy", tries=4, workers=32, seconds=6.0, record=True,
-)  # fmt: skip
+    search="toy",
+    concepts=600,
+    familiar=4000,
+    unfamiliar=1000,
+    per_concept=8,
+    min_side=56,
+    vision_model="scripted",
+    train=400,
+    test=100,
+    required=0.5,
+    recipe="toy",
+    tries=4,
+    workers=32,
+    seconds=6.0,
+    record=True,
+)
 LEAST = {"workers": 1, "concepts": 2, "per_concept": 1, "tries": 1, "train": 1, "test": 0, "budget": 0, "min_side": 0}
 
 
 def options(argv: Sequence[str]) -> Construction:
-    """Exits with status 2 and one line where the command line is wrong."""
+    """The options of a command line. Exits with status 2 and one line where it is wrong."""
     parser = Parser("mmsr.construct", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [field.name for field in fields(Construction)]
-    add_options(parser, Construction, names)  # type: ignore[arg-type]  # it asks for fields alone
+    add_options(parser, Construction, names)  # type: ignore[arg-type]  # it uses only the fields
     given = vars(parser.parse_args(argv))
-    o = Construction(**((DEMO if given.get("demo") else {}) | given))  # type: ignore[arg-type]
+    defaults = DEMO if given.get("demo") else {}
+    o = Construction(**(defaults | given))  # type: ignore[arg-type]
     for name, least in LEAST.items():
         if getattr(o, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give at least {least}")
-    if not o.out or not 0 <= o.required <= 1:
-        parser.error("--out DIR is missing" if not o.out else f"--required {o.required}: give a share from 0 to 1")
+    if not o.out:
+        parser.error("--out DIR is missing")
+    if not 0 <= o.required <= 1:
+        parser.error(f"--required {o.required}: give a share from 0 to 1")
     return o
 
 
@@ -304,8 +343,8 @@ def main(argv: Sequence[str]) -> int:
         with ScriptedModel() as model:
             o.metadata, o.counts = prepare(Path(o.out) / "work", world)
             build(o, ToyFinder(world), {"OPENAI_BASE_URL": model.url})
-        files = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet --search replay:{o.out}/searches.sqlite"
-        print(f"python train.py --toy basic --seed {o.seed} {files}")
+        data = f"--data {o.out}/train.parquet --eval-data {o.out}/test.parquet"
+        print(f"python train.py --toy basic --seed {o.seed} {data} --search replay:{o.out}/searches.sqlite")
         return 0
     except UserError as error:
         print(f"mmsr.construct: {error}", file=sys.stderr)

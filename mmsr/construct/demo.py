@@ -1,7 +1,7 @@
 """The demonstration of data construction, without a network: the toy world's web, and a scripted model on loopback.
 
-The model answers in the real format and sometimes badly, as a function of what it is asked: it refuses, breaks off its
-JSON, names the concept, makes answers up, is busy, or says nothing until the caller has given up.
+The model answers in the real format. As a function of the question it sometimes answers badly: it refuses, ends in the
+middle of its JSON, names the concept, makes up an answer, is busy, or stays silent until the caller gives up.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ import numpy as np
 from mmsr.construct.sources import Picture
 from mmsr.episode import Hit, Observation
 from mmsr.system.journal import key_of
-from mmsr.toy import world as toy
+from mmsr.toy.world import QUESTIONS, World, png, render
 
 ABSTRACT = ("quickly", "beautiful", "running", "idea", "2021", "nevertheless")
-STALL = 3.0  # seconds; more than the demonstration waits
-PICTURES = {"familiar": 9, "unfamiliar": 1}  # of each concept; few are known, so many are needed of each
+STALL = 3.0  # seconds of silence; the demonstration gives up earlier
+PICTURES = {"familiar": 9, "unfamiliar": 1}  # of each concept; few are familiar, so each needs many
 
 
 class ScriptedModel:
-    """A vision model's server. `asked` counts requests by what `Calls` knows them by. It thinks for `delay` seconds
-    and now and then for `stall`."""
+    """A vision model's server. It answers after `delay` seconds, and sometimes after `stall`.
+
+    `asked` counts requests by the same key as `Calls`.
+    """
 
     def __init__(self, stall: float = STALL, delay: float = 0.0):
-        self.stall, self.delay, self.asked = stall, delay, Counter()
-        self.lock, self.server = threading.Lock(), _Server(("127.0.0.1", 0), _Handler)
-        self.server.model, self.url = self, f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.stall = stall
+        self.delay = delay
+        self.asked: Counter = Counter()
+        self.lock = threading.Lock()
+        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server.model = self
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> ScriptedModel:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -51,7 +57,7 @@ class ScriptedModel:
         content = body["messages"][0]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
         mood = hashlib.sha256(json.dumps([text, len(body["messages"])]).encode()).digest()[0]
-        key = key_of(*(body[field] for field in ("model", "messages", "max_tokens")))
+        key = key_of(body["model"], body["messages"], body["max_tokens"])
         with self.lock:
             self.asked[key] += 1
             first = self.asked[key] == 1
@@ -67,6 +73,7 @@ class ScriptedModel:
 
 
 def _badly(mood: int, text: str, answer: str) -> str:
+    """The answer, with a fault for some moods."""
     if 4 <= mood < 14:
         return "I'm sorry, but I can't help with that."
     if 14 <= mood < 24:
@@ -81,7 +88,7 @@ def _badly(mood: int, text: str, answer: str) -> str:
 
 
 def _well(text: str) -> dict:
-    """What each of the prompts asks for."""
+    """The right answer to each of the prompts."""
     if "a list of search terms" in text.lower():
         return {"visual": not any(f"\n{word}\n" in text for word in ABSTRACT)}
     if '"shows"' in text:
@@ -91,11 +98,12 @@ def _well(text: str) -> dict:
         return {"group": groups[hashlib.sha256(_field("Answer", text).encode()).digest()[0] % len(groups)]}
     if "<page>" not in text:
         return {"ready": True}
-    concept, page = _field("Concept", text), re.search(r"<page>\n(.*)\n</page>", text, re.DOTALL)[1]
+    concept = _field("Concept", text)
+    page = re.search(r"<page>\n(.*)\n</page>", text, re.DOTALL)[1]
     town = re.search(r"belongs to (\w+)", page)
     if town and hashlib.sha256(text.encode()).digest()[1] % 2:
-        return {"question": toy.QUESTIONS[1], "answer": town[1], "aliases": [], "evidence": town[0]}
-    asked = toy.QUESTIONS[0] if town else "What is the thing in this picture called?"
+        return {"question": QUESTIONS[1], "answer": town[1], "aliases": [], "evidence": town[0]}
+    asked = QUESTIONS[0] if town else "What is the thing in this picture called?"
     return {"question": asked, "answer": concept, "aliases": [concept.title()], "evidence": page}
 
 
@@ -104,11 +112,12 @@ def _field(name: str, text: str) -> str:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 1024
+    daemon_threads = True
+    request_queue_size = 1024
     model: ScriptedModel
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks a name server who we are
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks a name server for this machine's name
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -132,16 +141,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class ToyFinder:
-    """The toy world's web, with pages and pictures for its names. It shows a few things that are of no use, too."""
+    """The toy world's web, with pages and pictures for its names, and a few useless pictures."""
 
-    def __init__(self, world: toy.World):
+    def __init__(self, world: World):
         self.web = world.web
-        self.concepts = {c.name: c for pool in ("familiar", "unfamiliar") for c in world.of(pool)}
+        self.concepts = {concept.name: concept for concept in world.of("familiar", "unfamiliar")}
         self.shown: dict[str, list[bytes]] = {}
-        for pool, n in PICTURES.items():  # all drawn at once: the web must know those of an earlier run, too
-            concepts, rng = world.of(pool), np.random.default_rng([world.seed, 5, n])
-            for concept in concepts:
-                self.shown[concept.name] = [toy.png(p) for p in toy.render(np.stack([concept.emblem] * n), rng)]
+        for pool, n in PICTURES.items():  # all pictures are drawn now: the web must know those of an earlier run, too
+            rng = np.random.default_rng([world.seed, 5, n])
+            for concept in world.of(pool):
+                pictures = render(np.stack([concept.emblem] * n), rng)
+                self.shown[concept.name] = [png(picture) for picture in pictures]
                 for image in self.shown[concept.name]:
                     self.web.add(image, concept)
 
@@ -149,12 +159,13 @@ class ToyFinder:
         about = self.concepts[concept]
         titles = (f"{about.name} of {about.town}", f"{about.name} in {about.town}", "an emblem")
         url = f"https://{about.name}.example/"
-        found = [
-            Picture(titles[i % 3], url, "", f"{url}{i}.png", "CC0", image)
-            for i, image in enumerate(self.shown[about.name])
-        ]
-        tiny, other = toy.png(np.zeros((8, 8, 3), np.uint8)), toy.png(np.full((56, 56, 3), 255, np.uint8))
-        return [Picture(about.name, url, "", f"{url}dot.png", "", tiny), *found, Picture("advertisement", image=other)]
+        tiny = png(np.zeros((8, 8, 3), np.uint8))
+        white = png(np.full((56, 56, 3), 255, np.uint8))
+        found = [Picture(about.name, url, "", f"{url}dot.png", "", tiny)]
+        for i, image in enumerate(self.shown[about.name]):
+            found.append(Picture(titles[i % 3], url, "", f"{url}{i}.png", "CC0", image))
+        found.append(Picture("advertisement", image=white))
+        return found
 
     def text_search(self, query: str) -> Observation:
         about = self.concepts.get(query)
@@ -167,14 +178,21 @@ class ToyFinder:
         return self.web.image_search(image)
 
 
-def prepare(folder: Path, world: toy.World) -> tuple[str, str]:
-    """The toy world's metadata and counts in files, written as MetaCLIP's are."""
+def prepare(folder: Path, world: World) -> tuple[str, str]:
+    """Write the toy world's metadata and counts in MetaCLIP's format. Returns the two files."""
     folder.mkdir(parents=True, exist_ok=True)
-    pools = {"familiar": 5000, "unfamiliar": 1}
-    counts = {c.name: pools[pool] + i % 40 for pool in pools for i, c in enumerate(world.of(pool))}
-    counts |= {word: 5000 + i for i, word in enumerate(ABSTRACT)} | {"unheard": 0}
-    entries = [*counts, *(name.upper() for name in list(counts)[:5])]
-    files = folder / "toy-metadata.json", folder / "toy-counts.json"
-    for file, value in zip(files, (entries, counts)):
-        file.write_text(json.dumps(value), encoding="utf-8")
-    return str(files[0]), str(files[1])
+    counts = {}
+    for i, concept in enumerate(world.of("familiar")):
+        counts[concept.name] = 5000 + i % 40
+    for i, concept in enumerate(world.of("unfamiliar")):
+        counts[concept.name] = 1 + i % 40
+    for i, word in enumerate(ABSTRACT):
+        counts[word] = 5000 + i
+    counts["unheard"] = 0
+    entries = list(counts)
+    entries += [name.upper() for name in entries[:5]]
+    metadata_file = folder / "toy-metadata.json"
+    counts_file = folder / "toy-counts.json"
+    metadata_file.write_text(json.dumps(entries), encoding="utf-8")
+    counts_file.write_text(json.dumps(counts), encoding="utf-8")
+    return str(metadata_file), str(counts_file)

@@ -1,12 +1,12 @@
-"""Much work in many threads that no crash undoes: a journal, paid answers recorded before they are used, stages.
+"""Work in many threads whose results survive a crash: stages, their journals, and paid answers saved before use.
 
-A stage maps items to records. An item's outcome is one line of the stage's journal, known by the digest of the item and
-of the settings, so that whatever ends a run, the same command goes on from there, and an input that grew costs only
-what is new. The stage's file is written last, sorted by the records' ids: its bytes depend neither on the order in
+A stage maps items to records. An item's outcome is one line of the stage's journal, under the digest of the item and of
+the settings. So after a run ends, for any reason, the same command continues from there, and a longer input costs only
+its new items. The stage's file is written last, sorted by the records' ids: its bytes depend neither on the order in
 which threads finished nor on crashes.
 
-What a kill can cost: calls under way at that moment are sent again, with the same Idempotency-Key, which only some
-servers honour. What failed for now (a time-out, a busy server) is not in the journal: the next run tries it again.
+The cost of a kill: calls in flight at that moment are sent again, with the same Idempotency-Key, which only some
+servers honour. Items that failed for now (a time-out, a busy server) are not in the journal; the next run tries them.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from mmsr.system.files import Lock, write_whole
 from mmsr.system.journal import Journal, key_of
 from mmsr.tools import ToolFailure
 
-PATIENCE = 60  # seconds that a call waits for a busy or resting server, at a time
-IN_A_ROW = 50  # calls that fail for now before a stage gives up
+PATIENCE = 60  # seconds that a call waits for a busy server, at most
+IN_A_ROW = 50  # items that fail for now, one after another, before a stage gives up
 STOPPING = (*FATAL, "budget")  # kinds of failure after which no call can succeed
-FOR_GOOD = ("blocked", "too-large", "forbidden")  # kinds that would be the same tomorrow
-LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # and so would a refusal of this very request
+FOR_GOOD = ("blocked", "too-large", "forbidden")  # kinds of failure that a retry does not change
+LASTING = re.compile(r"HTTP 4(?!08|29)\d\d")  # nor does it change a server's refusal of this request
 
 Work = Callable[[dict, Counter], list[dict]]
 
 
 class LeftOut(Exception):
-    """An item, or a part of one, is of no use; says why."""
+    """An item, or a part of one, is not usable; the message says why."""
 
 
 class Calls:
-    """A chat server that is asked nothing twice: every answer is kept before anybody sees it."""
+    """A chat server that is asked nothing twice: every answer is saved before it is used."""
 
     def __init__(self, server: ChatServer, kept: Journal):
-        self.server, self.kept = server, kept
+        self.server = server
+        self.kept = kept
 
     def complete(self, messages: list[dict], max_tokens: int) -> str:
-        """As `ChatServer.complete`; where the server is busy or given a rest, waits up to `PATIENCE` seconds."""
+        """As `ChatServer.complete`, but waits up to `PATIENCE` seconds for a server that is busy or paused."""
         key = key_of(self.server.model, messages, max_tokens)
         return self.kept.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
 
@@ -66,7 +67,7 @@ class Calls:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Raises UserError where another process is at work in the folder."""
+    """Lock the folder. Raises UserError where another process works in it."""
     lock = Lock(folder)
     try:
         yield
@@ -75,45 +76,66 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Factory:
-    """Stages in a folder: `NAME.jsonl` is a stage's file, `work/NAME.jsonl` its journal. `report` tells what became of
-    each stage's items."""
+    """Stages in a folder: `NAME.jsonl` is a stage's file, `work/NAME.jsonl` its journal.
+
+    `report` counts the outcomes of each stage's items.
+    """
 
     def __init__(self, folder: Path, workers: int):
-        self.folder, self.workers = folder, workers
+        self.folder = folder
+        self.workers = workers
         self.report: dict[str, dict[str, Any]] = {}
         (folder / "work").mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str, items: Iterable[dict], work: Work, settings: Any = None, workers: int = 0) -> Lines:
         """The records of all items, each an object with an "id".
 
-        `items` is gone through several times and never held. `work(item, reasons)` runs in threads, gives the item's
-        records and counts what is worth telling; it raises LeftOut, or ToolFailure for what may pass. Equal `settings`
-        promise equal results for equal items. Raises UserError where no call can succeed any more, or many in a row
-        did not.
+        `items` is read several times and never held in memory. `work(item, reasons)` runs in threads, returns the
+        item's records and counts remarkable events in `reasons`. It raises LeftOut, or ToolFailure where a later try
+        may succeed. Equal `settings` must mean equal results for equal items. Raises UserError where no call can
+        succeed any more, or many in a row failed.
         """
         run = _Run(name, items, work, key_of(settings), Journal(self.folder / "work" / f"{name}.jsonl"))
         run.go(workers or self.workers)
         return self._finish(run)
 
     def _finish(self, run: _Run) -> Lines:
-        order, reasons, total = [], Counter(), 0
+        """Write the stage's file from its journal. It holds the order of the records in memory, not the records."""
+        order = []
+        reasons = Counter()
+        total = 0
         for key, _ in run.keyed():
             total += 1
-            if done := run.journal.get(key):
-                reasons.update(done["reasons"])
-                order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
+            done = run.journal.get(key)
+            if done is None:
+                continue
+            reasons.update(done["reasons"])
+            for place, record in enumerate(done["records"]):
+                order.append((record["id"], key, place))
+        self.report[run.name] = {
+            "items": total,
+            "records": len(order),
+            "reasons": dict(sorted(reasons.items())),
+            "postponed": dict(sorted(run.postponed.items())),
+        }
         records = (run.journal.get(key)["records"][place] for _, key, place in sorted(order))
-        counted = {"reasons": dict(sorted(reasons.items())), "postponed": dict(sorted(run.postponed.items()))}
-        self.report[run.name] = {"items": total, "records": len(order), **counted}
         return write_lines(self.folder / f"{run.name}.jsonl", records)
 
 
 class _Run:
-    """The threads of one stage. Each takes an item when it is idle, so no more than that many are in memory."""
+    """The threads of one stage. Each takes an item when it is idle, so no more items than threads are in memory."""
 
     def __init__(self, name: str, items: Iterable[dict], work: Work, settings: str, journal: Journal):
-        self.name, self.items, self.work, self.settings, self.journal = name, items, work, settings, journal
-        self.lock, self.stopped, self.postponed = threading.Lock(), threading.Event(), Counter()
+        self.name = name
+        self.items = items
+        self.work = work
+        self.settings = settings
+        self.journal = journal
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.waiting: Iterator[tuple[str, dict]] = iter(())
+        self.bar: tqdm | None = None
+        self.postponed: Counter = Counter()
         self.failed_in_a_row = 0
         self.error: BaseException | None = None
 
@@ -121,18 +143,19 @@ class _Run:
         left = sum(1 for _ in self._left())
         self.waiting = self._left()
         with tqdm(total=left, desc=self.name, unit="item", disable=None if left else True) as self.bar:
-            crew = [threading.Thread(target=self._work, daemon=True) for _ in range(min(workers, left))]
+            threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(workers, left))]
             try:
-                for worker in crew:
-                    worker.start()
-                _wait(crew)
+                for thread in threads:
+                    thread.start()
+                _wait(threads)
             finally:
-                self.stopped.set()  # Ctrl-C: what is under way is recorded, nothing new begun
-                _wait(crew)
+                self.stopped.set()  # after Ctrl-C the items in work are recorded, and no new one is started
+                _wait(threads)
         if self.error is not None:
             raise self.error
 
     def keyed(self) -> Iterator[tuple[str, dict]]:
+        """All items, each with its key in the journal."""
         return ((key_of(self.settings, item), item) for item in self.items)
 
     def _left(self) -> Iterator[tuple[str, dict]]:
@@ -148,7 +171,7 @@ class _Run:
                 self._settle(key, item)
                 with self.lock:
                     self.bar.update()
-        except BaseException as error:  # a mistake of ours or of the user's: it must end the run, not a thread
+        except BaseException as error:  # a bug or a user's mistake: it must end the run, not just this thread
             self._stop(error)
 
     def _settle(self, key: str, item: dict) -> None:
@@ -158,9 +181,11 @@ class _Run:
         except ToolFailure as refused:
             if refused.kind in STOPPING or not (refused.kind in FOR_GOOD or LASTING.search(refused.message)):
                 return self._postpone(refused)
-            records, reasons[f"refused: {refused.kind}"] = [], 1
+            records = []
+            reasons[f"refused: {refused.kind}"] = 1
         except LeftOut as why:
-            records, reasons[str(why)] = [], 1
+            records = []
+            reasons[str(why)] = 1
         self.journal.add(key, records=records, reasons=+reasons)
         self.failed_in_a_row = 0
 
@@ -180,14 +205,14 @@ class _Run:
         self.stopped.set()
 
 
-def _wait(crew: list[threading.Thread]) -> None:
-    """Not by `join`: Python 3.11 takes a thread for ended when Ctrl-C comes while it is waited for."""
-    while any(worker.is_alive() for worker in crew):
+def _wait(threads: list[threading.Thread]) -> None:
+    """Wait without `join`: when Ctrl-C arrives during a join, Python 3.11 thinks that the thread has ended."""
+    while any(thread.is_alive() for thread in threads):
         time.sleep(0.02)
 
 
 class Lines:
-    """The records of a JSONL file, read anew each time they are gone through."""
+    """The records of a JSONL file, read from the file on each iteration."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -199,6 +224,11 @@ class Lines:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:
-    """Whole or not at all. Half a surrogate pair, which a model may write, is no text and becomes a question mark."""
-    write_whole(path, (json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for record in records))
+    """Write the whole file or nothing. A lone surrogate, which a model may write, becomes a question mark."""
+
+    def encoded() -> Iterator[bytes]:
+        for record in records:
+            yield json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    write_whole(path, encoded())
     return Lines(path)

@@ -1,7 +1,7 @@
-"""The stages of data construction that ask: a vision model behind a chat server, a search engine, strangers' servers.
+"""The stages of data construction that use a vision model behind a chat server, a search engine, or the web.
 
-Each is a method that gets one item and gives records (see `Factory.stage`). What a model writes is held to the rules of
-its prompt; where it breaks one, it is told which and asked once more. The prompts are text files.
+Each is a method that maps one item to records (see `Factory.stage`). An answer of the model must follow the rules of
+its prompt. Where it breaks one, the model is told which and asked once more. The prompts are text files.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from mmsr.system.images import decode, jpeg, without_metadata
 from mmsr.tools import ToolFailure
 
 PROMPTS = Path(__file__).parents[1] / "prompts" / "construct"
-FOUND, MAX_ASPECT = 20, 3.0  # pictures of a search that are looked at, at most; of each
-PAGE_CHARACTERS, ANSWER_WORDS, ALIASES = 6000, 6, 8
+FOUND = 20  # pictures of a search that are used, at most
+MAX_ASPECT = 3.0  # longer side of a picture by its shorter side, at most
+PAGE_CHARACTERS = 6000
+ANSWER_WORDS = 6
+ALIASES = 8
 ASKING = ("who", "what", "when", "where", "which", "whose", "whom", "how")
 REFUSAL = re.compile(r"\W*(i'?m |i am )?(sorry|i can'?t|i cannot|unable|as an ai)", re.IGNORECASE)
 
@@ -36,14 +39,14 @@ T = TypeVar("T")
 
 
 class Shelf:
-    """The folder of picture files, each under its digest. A data set is shared, so they are kept without metadata."""
+    """The folder of picture files, each named by its digest. Data sets are shared, so metadata is removed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, data: bytes) -> str:
-        with suppress(ValueError):  # what is no picture is refused later, with its reason
+        with suppress(ValueError):  # a file that is not a picture is refused later, with its reason
             data = without_metadata(data)
         name = sha256(data)[:32]
         if not (self.folder / name).exists():
@@ -58,8 +61,9 @@ class Shelf:
 
 
 def object_in(answer: str) -> dict:
-    """The JSON object in an answer, whatever stands around it. Raises ValueError with a short reason."""
-    start, end = answer.find("{"), answer.rfind("}")
+    """The JSON object in an answer, without the text around it. Raises ValueError with a short reason."""
+    start = answer.find("{")
+    end = answer.rfind("}")
     try:
         found = json.loads(answer[start : end + 1])
     except (ValueError, RecursionError):
@@ -70,17 +74,20 @@ def object_in(answer: str) -> dict:
 
 
 def flag(name: str, answer: dict) -> bool:
+    """The field `name` of an answer. Raises ValueError where it is not true or false."""
     if not isinstance(answer.get(name), bool):
         raise ValueError(f"{name} is not true or false")
     return answer[name]
 
 
 def checked_question(concept: str, page: str, answer: dict) -> dict:
-    """A question as `question.txt` asks for it. Raises ValueError with the rule that it breaks."""
-    question, gold, evidence = (answer.get(name) for name in ("question", "answer", "evidence"))
+    """A question in the form that `question.txt` asks for. Raises ValueError with the rule that it breaks."""
+    question = answer.get("question")
+    gold = answer.get("answer")
+    evidence = answer.get("evidence")
     aliases = answer.get("aliases", [])
-    listed = isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases)
-    if not listed or not all(isinstance(text, str) for text in (question, gold, evidence)):
+    texts = [question, gold, evidence]
+    if not isinstance(aliases, list) or not all(isinstance(text, str) for text in texts + aliases):
         raise ValueError("fields are missing or of another type")
     rules = {
         "the question is not one short sentence that asks Who, What, Where or the like": len(question) <= 250
@@ -97,26 +104,38 @@ def checked_question(concept: str, page: str, answer: dict) -> dict:
             raise ValueError(complaint)
     others = {normal(alias): alias.strip() for alias in reversed(aliases) if normal(alias)}
     others.pop(normal(gold), None)
-    fields = {"question": " ".join(question.split()), "answer": gold.strip(), "evidence": " ".join(evidence.split())}
-    return fields | {"aliases": list(reversed(others.values()))[:ALIASES]}
+    return {
+        "question": " ".join(question.split()),
+        "answer": gold.strip(),
+        "evidence": " ".join(evidence.split()),
+        "aliases": list(reversed(others.values()))[:ALIASES],
+    }
 
 
 class Stages:
-    """What is done with one item of each stage; see `Factory.stage`."""
+    """The work of each stage on one item; see `Factory.stage`."""
 
     def __init__(self, calls: Calls, finder: Any, backend: Cached, shelf: Shelf, min_side: int, per_concept: int):
-        self.calls, self.finder, self.backend, self.shelf = calls, finder, backend, shelf
-        self.min_side, self.per_concept = min_side, per_concept
+        self.calls = calls
+        self.finder = finder
+        self.backend = backend
+        self.shelf = shelf
+        self.min_side = min_side
+        self.per_concept = per_concept
         self.prompts = {path.stem: path.read_text(encoding="utf-8") for path in PROMPTS.glob("*.txt")}
         self.groups = self.prompts["groups"].split("\n")[:-1]
 
     def ask(
-        self, prompt: str, fields: dict[str, str], check: Callable[[dict], T], reasons: Counter,
+        self,
+        prompt: str,
+        fields: dict[str, str],
+        check: Callable[[dict], T],
+        reasons: Counter,
         picture: bytes | None = None,
-    ) -> T:  # fmt: skip
-        """The answer that `check` lets pass. After one that it does not, the model is told why and asked once more.
+    ) -> T:
+        """What `check` makes of the answer. Where `check` refuses it, the model is told why and asked once more.
 
-        Raises LeftOut with what was wrong then.
+        Raises LeftOut with the second complaint.
         """
         text = re.sub(r"\{(\w+)\}", lambda place: fields[place[1]], self.prompts[prompt])
         shown = [picture_part(jpeg(decode(picture), 1024, 2**20))] if picture else []
@@ -141,7 +160,7 @@ class Stages:
         return [item]
 
     def search(self, item: dict, reasons: Counter) -> list[dict]:
-        """The paid search for pictures, by itself: what it found is recorded before anything else is done."""
+        """The paid search for pictures. It is a stage by itself, so that its results are saved before they are used."""
         found = []
         for picture in self.finder.pictures(item["concept"])[:FOUND]:
             name = self.shelf.keep(picture.image) if picture.image else ""
@@ -151,43 +170,58 @@ class Stages:
         return [item | {"found": found}]
 
     def pictures(self, item: dict, reasons: Counter) -> list[dict]:
-        """The first `per_concept` pictures that are fit, each with a page about it."""
-        about, kept, missing = {key: item[key] for key in ("concept", "count", "section")}, [], []
+        """The first `per_concept` usable pictures, each with a page about it."""
+        about = {key: item[key] for key in ("concept", "count", "section")}
+        kept = []
+        missing = []
         for found in item["found"]:
             try:
                 data = self._data(found)
             except ToolFailure as refused:
                 missing.append(refused)
                 continue
+            others = [record["hash"] for record in kept]
             try:
-                shown = self._fit(item["concept"], found, data, [one["hash"] for one in kept], reasons)
+                shown = self._fit(item["concept"], found, data, others, reasons)
                 kept.append({"id": f"{item['id']}-{shown['picture'][:8]}", **about, **shown})
             except LeftOut as why:
                 reasons[str(why)] += 1
             if len(kept) == self.per_concept:
                 break
         if len(missing) == len(item["found"]) and missing[-1].kind in ("network", "timeout"):
-            raise missing[-1]  # it is rather us: to be tried again
+            raise missing[-1]  # probably our own network: to be tried again
         reasons["picture not to be had"] += len(missing)
         return kept
 
     def _fit(self, concept: str, found: dict, data: bytes, others: list[str], reasons: Counter) -> dict:
-        """What is kept of a picture. Raises LeftOut."""
+        """The record of a picture. Raises LeftOut where it is not usable."""
         try:
             picture = decode(data)
         except ValueError:
             raise LeftOut("not a readable picture") from None
-        (short, long), code = sorted(picture.size), difference_hash(picture)
-        if short < self.min_side or long > MAX_ASPECT * short:
-            raise LeftOut("too small" if short < self.min_side else "too elongated")
-        if any(True for _, later in near_duplicates([*others, code]) if later == len(others)):
+        short, long = sorted(picture.size)
+        if short < self.min_side:
+            raise LeftOut("too small")
+        if long > MAX_ASPECT * short:
+            raise LeftOut("too elongated")
+        code = difference_hash(picture)
+        if any(later == len(others) for _, later in near_duplicates([*others, code])):
             raise LeftOut("much like another of its concept")
-        page, fields = self._page(concept, found), {"concept": concept, "title": found["title"]}
-        if not (says(found["title"], concept) or self.ask("relevant", fields, partial(flag, "shows"), reasons, data)):
-            raise LeftOut("shows something else")
-        size = dict(zip(("width", "height"), picture.size))
-        source = {key: found[key] for key in ("title", "address", "licence")}
-        return {"picture": self.shelf.keep(data), "hash": code, **size, **source, "page": page}
+        page = self._page(concept, found)
+        if not says(found["title"], concept):
+            fields = {"concept": concept, "title": found["title"]}
+            if not self.ask("relevant", fields, partial(flag, "shows"), reasons, data):
+                raise LeftOut("shows something else")
+        return {
+            "picture": self.shelf.keep(data),
+            "hash": code,
+            "width": picture.width,
+            "height": picture.height,
+            "title": found["title"],
+            "address": found["address"],
+            "licence": found["licence"],
+            "page": page,
+        }
 
     def _data(self, found: dict) -> bytes:
         if found["image"]:
@@ -195,9 +229,11 @@ class Stages:
         return self.calls.server.client.fetch_public(found["address"]).body
 
     def _page(self, concept: str, found: dict) -> dict:
-        """The picture's own page, where its text is known, or else the first found page that names the concept."""
-        pages = [Hit(found["title"], found["url"], found["text"])] if found["text"] else []
-        pages = pages or sorted(self.backend.text_search(concept).hits, key=lambda hit: hit.url != found["url"])
+        """The picture's own page if its text is known, otherwise the first page of a search that names the concept."""
+        if found["text"]:
+            pages = [Hit(found["title"], found["url"], found["text"])]
+        else:
+            pages = sorted(self.backend.text_search(concept).hits, key=lambda hit: hit.url != found["url"])
         for hit in pages:
             if hit.text and says(f"{hit.title} {hit.text}", concept):
                 text = hit.text[:PAGE_CHARACTERS]
@@ -230,9 +266,7 @@ class Stages:
 
 
 def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
-    """Questions that others wrote, in any format that formats.py reads."""
-    unknown = {"concept": "", "count": None, "section": "external", "title": "", "address": "", "licence": ""}
-    page = {"url": "", "title": "", "sha256": ""}
+    """Questions from other files, in any format that formats.py reads."""
     for file in files:
         for row, example in enumerate(read_examples(file)):
             try:
@@ -240,7 +274,20 @@ def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
             except ValueError as error:
                 raise UserError(f"{file}: row {row}: {error}; mend or remove this row") from None
             name = short_id(Path(file).name, str(row), example.id)
-            gold, aliases = example.answers[0], example.answers[1:]
-            asked = {"question": example.question, "answer": gold, "aliases": list(aliases), "evidence": ""}
-            shown = {"picture": shelf.keep(example.image), "hash": code, "page": page}
-            yield {"id": f"external-{name}", "source": Path(file).name, **unknown, **shown, **asked}
+            yield {
+                "id": f"external-{name}",
+                "source": Path(file).name,
+                "concept": "",
+                "count": None,
+                "section": "external",
+                "title": "",
+                "address": "",
+                "licence": "",
+                "picture": shelf.keep(example.image),
+                "hash": code,
+                "page": {"url": "", "title": "", "sha256": ""},
+                "question": example.question,
+                "answer": example.answers[0],
+                "aliases": list(example.answers[1:]),
+                "evidence": "",
+            }

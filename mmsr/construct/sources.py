@@ -1,4 +1,4 @@
-"""Where the pictures of a new data set come from: photographs of one's own, or the live web.
+"""Where the pictures of a new data set come from: a folder of photographs, or the live web.
 
 A finder is a `tools.Backend` that also has `pictures(concept)`, the best first.
 """
@@ -23,18 +23,18 @@ from mmsr.tools import Backend
 
 
 class Picture(NamedTuple):
-    """A picture that is said to show a concept. What is not known is empty."""
+    """A picture that, by its title, shows a concept. Unknown fields are empty."""
 
     title: str = ""
-    url: str = ""  # of the page it stands on
-    text: str = ""  # of that page
-    address: str = ""  # its own
+    url: str = ""  # of its page
+    text: str = ""  # of its page
+    address: str = ""  # of the picture
     licence: str = ""
-    image: bytes | None = None  # the encoded file; None: it is to be fetched from its address
+    image: bytes | None = None  # the encoded file; None: fetch it from its address
 
 
 def open_finder(spec: str, spend: Callable[[str], None], client: Client) -> Backend:
-    """`corpus:FILE.jsonl` or `live`: the search engines that find pictures by words. Raises UserError."""
+    """The finder `corpus:FILE.jsonl` or `live`. Raises UserError for others, which cannot find pictures by words."""
     kind, _, where = spec.partition(":")
     if kind == "corpus":
         return Corpus(Path(where))
@@ -44,13 +44,15 @@ def open_finder(spec: str, spend: Callable[[str], None], client: Client) -> Back
 
 
 class Corpus:
-    """Pictures of one's own: lines {"file", "title"} and, where known, "url", "text", "licence"; files stand beside.
+    """Your own pictures: lines {"file", "title"} and, where known, "url", "text", "licence"; paths are relative to it.
 
-    Its image search knows the very files, its text search the titles and texts.
+    Its image search finds only the same files, its text search reads the titles and texts.
     """
 
     def __init__(self, path: Path):
-        self.folder, self.lines, self.version = path.parent, [], ""
+        self.folder = path.parent
+        self.lines: list[dict] = []
+        self.version = ""  # changes with every line, so that what was found in another corpus is not reused for this
         self.by_title: dict[str, list[dict]] = defaultdict(list)
         for row, (_, text) in enumerate(lines(path)):
             line = json_object(path, row, text)
@@ -58,7 +60,7 @@ class Corpus:
                 raise UserError(f'{path}: row {row}: give {{"file", "title"}}, both texts')
             self.by_title[normal(line["title"])].append(line)
             self.lines.append(line)
-            self.version = key_of(self.version, line)  # what was found in another corpus is not taken for this
+            self.version = key_of(self.version, line)
 
     @property
     def titles(self) -> list[str]:
@@ -68,8 +70,10 @@ class Corpus:
         return [self._picture(line) for line in self.by_title.get(normal(concept), ())]
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
-        found = self.by_content.get(_content(image), ())
-        return Observation(tuple(Hit(line["title"], str(line.get("url") or "")) for line in found), source="corpus")
+        hits = []
+        for line in self.by_content.get(_content(image), ()):
+            hits.append(Hit(line["title"], str(line.get("url") or "")))
+        return Observation(tuple(hits), source="corpus")
 
     @cached_property
     def by_content(self) -> dict[str, list[dict]]:
@@ -79,23 +83,31 @@ class Corpus:
         return found
 
     def text_search(self, query: str) -> Observation:
-        ranked = bm25.rank(query, [f"{line['title']} {line.get('text') or ''}" for line in self.lines])[:5]
-        hits = (self._picture(self.lines[place]) for place, _ in ranked)
-        return Observation(tuple(Hit(hit.title, hit.url, hit.text) for hit in hits), source="corpus")
+        texts = [f"{line['title']} {line.get('text') or ''}" for line in self.lines]
+        hits = []
+        for place, _ in bm25.rank(query, texts)[:5]:
+            picture = self._picture(self.lines[place])
+            hits.append(Hit(picture.title, picture.url, picture.text))
+        return Observation(tuple(hits), source="corpus")
 
     def _picture(self, line: dict[str, Any]) -> Picture:
+        file = self.folder / line["file"]
         try:
-            image = (self.folder / line["file"]).read_bytes()
+            image = file.read_bytes()
         except OSError as error:
-            raise UserError(
-                f"{self.folder / line['file']}: cannot be read ({error.strerror}); correct the line"
-            ) from None
-        url, text, licence = (str(line.get(key) or "") for key in ("url", "text", "licence"))
-        return Picture(line["title"], url, text or line["title"], line["file"], licence, image)
+            raise UserError(f"{file}: cannot be read ({error.strerror}); correct the line") from None
+        return Picture(
+            title=line["title"],
+            url=str(line.get("url") or ""),
+            text=str(line.get("text") or line["title"]),
+            address=line["file"],
+            licence=str(line.get("licence") or ""),
+            image=image,
+        )
 
 
 def _content(image: bytes) -> str:
-    """What a picture is known by: it is searched for as it is kept, without metadata."""
+    """The digest of a picture without its metadata, because searches send the kept file, which has none."""
     try:
         return digest(without_metadata(image))
     except ValueError:
@@ -103,7 +115,7 @@ def _content(image: bytes) -> str:
 
 
 class Web(Live):
-    """The live web: pages as `web.Live` reads them, pictures through SerpApi's or Serper's search for images."""
+    """The live web: pages as `web.Live` reads them, pictures from SerpApi's or Serper's image search."""
 
     def pictures(self, concept: str) -> list[Picture]:
         if self.engine.name == "serpapi":
@@ -116,5 +128,9 @@ class Web(Live):
 
 def _web_picture(entry: dict[str, Any]) -> Picture:
     title = entry.get("title") if isinstance(entry.get("title"), str) else ""
-    address = web_address(entry.get("original")) or web_address(entry.get("imageUrl"))
-    return Picture(title, web_address(entry.get("link")), "", address, web_address(entry.get("license_details_url")))
+    return Picture(
+        title=title,
+        url=web_address(entry.get("link")),
+        address=web_address(entry.get("original")) or web_address(entry.get("imageUrl")),
+        licence=web_address(entry.get("license_details_url")),
+    )

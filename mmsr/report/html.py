@@ -1,19 +1,19 @@
-"""report.html: what a run's files say, as one page that needs nothing else: curves, tables, a browser of rollouts.
+"""report.html: a run's files as one self-contained page, with curves, tables and a browser of rollouts.
 
     python -m mmsr.report RUN…
 
-`report.html` beside this file is the page without data; its script draws what is embedded here. A RUN is a folder of
-train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout, by
-metrics.jsonl; of the rollouts themselves, whole groups are embedded, evenly spread, as many as a browser can show.
+`page.html` beside this file is the page without data; its script draws the data that this module embeds. A RUN is a
+folder of train.py (metrics.jsonl, rollouts/) or of eval.py (results.json, episodes.jsonl). Curves count every rollout,
+from metrics.jsonl. Of the rollouts themselves, as many whole groups are embedded as a browser can show, evenly spread.
 
-No more than about twice these is read of the rollouts: a run of the blog's sizes leaves 16,384 a step, and torchrun
+At most about twice the embedded bytes are read: a run of the blog's sizes writes 16,384 rollouts a step, and torchrun
 kills a run that needs more than 30 seconds for its last report.
 
-A line that is damaged, or none of ours, is left out, and one message names the first of them by file and line.
+A line that is damaged, or that mmsr did not write, is left out, and one message names the first by file and line.
 
-The traps: `json.dumps` leaves `</script>` as it is, so every `<` of the data is written as \\u003c; a script or a style
-that is not the page's own is refused by its content-security policy; and the page makes elements and text nodes, never
-markup from data.
+The traps: `json.dumps` leaves `</script>` as it is, so every `<` of the data is written as \\u003c; the page's
+content-security policy refuses every other script or style; and the page makes elements and text nodes from data, never
+markup.
 """
 
 from __future__ import annotations
@@ -41,26 +41,45 @@ REPORT = "report.html"
 MOST_ROLLOUTS = 10_000
 MOST_ROLLOUT_BYTES = 24 * 2**20
 MOST_PICTURE_BYTES = 8 * 2**20
-PLAIN = {"reward", "accuracy", "format", "tool_failures", "response_tokens", "zero_std_groups", "kl", "entropy"}
-PLAIN |= {"search_ratio", "search_ratio_image", "search_ratio_text", "clip_fraction", "logp_gap", "logp_gap_max"}
-PLAIN |= {"grad_norm", "loss", "lr", "seconds"}
-MOST_SHAPES = 7  # in the chart of turn shapes, which has eight colours; the rest are one more
+# The metrics that are drawn as they are.
+PLAIN = {
+    "reward",
+    "accuracy",
+    "format",
+    "tool_failures",
+    "response_tokens",
+    "zero_std_groups",
+    "kl",
+    "entropy",
+    "search_ratio",
+    "search_ratio_image",
+    "search_ratio_text",
+    "clip_fraction",
+    "logp_gap",
+    "logp_gap_max",
+    "grad_norm",
+    "loss",
+    "lr",
+    "seconds",
+}
+MOST_SHAPES = 7  # in the chart of turn shapes; it has eight colours, and the eighth is for all others
 GROUP = re.compile(rb'"group": (\d+),')
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `folder`/report.html, whole or not at all. Raises UserError where the folder is none of a run."""
+    """Write `folder`/report.html, the whole file or nothing. Raises UserError where the folder holds no run."""
     return _write([Path(folder)], Path(folder) / REPORT, MOST_ROLLOUTS)
 
 
 def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
-    share, damage = 1 / len(folders), Damage()
+    share = 1 / len(folders)
+    damage = Damage()
     runs = [_run(folder, most_rollouts * share, MOST_ROLLOUT_BYTES * share, damage) for folder in folders]
-    parts = [folder.resolve().parts for folder in folders]
-    distinct = len({part[-1:] for part in parts}) == len(parts)
-    for run, part in zip(runs, parts):
-        run["name"] = "/".join(part[-1:] if distinct else part[-2:])
+    paths = [folder.resolve().parts for folder in folders]
+    last_names = {path[-1:] for path in paths}
+    for run, path in zip(runs, paths):
+        run["name"] = "/".join(path[-1:] if len(last_names) == len(paths) else path[-2:])
     data = {"runs": runs, **_pictures(folders, runs)}
     write_whole(out, [_page(data)])
     if damage.places:
@@ -68,19 +87,19 @@ def _write(folders: Sequence[Path], out: Path, most_rollouts: int) -> Path:
     return out
 
 
-@lru_cache  # a run rewrites its report every now and then
+@lru_cache  # a run rewrites its report from time to time
 def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
 class Damage:
-    """Where the files of a run are damaged."""
+    """The damaged places in the files of a run."""
 
     def __init__(self):
-        self.places: list[tuple[Path, int]] = []  # file, and the offset of the line; -1: the whole file
+        self.places: list[tuple[Path, int]] = []  # file and offset of the line; -1: the whole file
 
     def add(self, file: Path, offset: int = -1, line: bytes = b"?") -> None:
-        """A line that is blank is no damage."""
+        """Add a file or a line of it; a blank line is not damage."""
         if line.strip():
             self.places.append((file, offset))
 
@@ -88,13 +107,14 @@ class Damage:
         file, offset = self.places[0]
         name = str(file) if offset < 0 else f"{file}, line {_count_lines(file, offset) + 1}"
         more = len(self.places) - 1
-        return f"what is damaged: {name}" + (f", and {more} more" if more else "")
+        return f"damaged data: {name}" + (f", and {more} more" if more else "")
 
 
 def _page(data: dict[str, Any]) -> bytes:
-    """The page with `data` in it. Its policy lets the script and style of the file beside this one work, no other."""
+    """The page with `data` in it. Its content-security policy allows only the script and the style of page.html."""
     page = PAGE.read_text(encoding="utf-8")
-    style, script = (re.search(f"<{tag}>(.*)</{tag}>", page, re.DOTALL)[1] for tag in ("style", "script"))
+    style = re.search("<style>(.*)</style>", page, re.DOTALL)[1]
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
     page = page.replace("STYLE-HASH", _csp_hash(style)).replace("SCRIPT-HASH", _csp_hash(script))
     head, tail = page.split("DATA-HERE")
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -111,7 +131,7 @@ def _csp_hash(text: str) -> str:
 
 
 def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) -> dict[str, Any]:
-    """Everything that the page shows of one run, but the pictures."""
+    """Everything that the page shows of one run, except the pictures."""
     lines = _metrics(folder / "metrics.jsonl", damage)
     steps = {line["step"]: line for line in lines if "reward" in line}
     files = _rollout_files(folder, damage)
@@ -120,21 +140,26 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
         empty = "there is nothing of a run in metrics.jsonl, rollouts/, results.json or episodes.jsonl"
         more = f" (it leaves out {damage})" if damage.places else ""
         raise UserError(f"{folder}: {empty}{more}; name a run's folder")
-    told = {step: counts for step, line in steps.items() if (counts := counts_of_step(line))}
+    recorded = {}  # counts of all rollouts of a step, as metrics.jsonl has them
+    for step, line in steps.items():
+        counts = counts_of_step(line)
+        if counts:
+            recorded[step] = counts
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
-    kept, seen = _rollouts(files, total, most_rollouts, most_bytes, damage)
+    embedded, counted = _rollouts(files, total, most_rollouts, most_bytes, damage)
+    config = _object(folder / "config.json", damage)
     return {
-        "config": {name: _shown(value) for name, value in _object(folder / "config.json", damage).items()},
-        "columns": _columns(steps, seen | told),
+        "config": {name: _shown(value) for name, value in config.items()},
+        "columns": _columns(steps, counted | recorded),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
-        "rollouts": kept,
+        "rollouts": embedded,
         "total": total,
-        "guessed": len(kept) < total and not seen.keys() <= told.keys() | {0},
+        "guessed": len(embedded) < total and not counted.keys() <= recorded.keys() | {0},
     }
 
 
 def _rollout_files(folder: Path, damage: Damage) -> dict[int, Path]:
-    """By step; an evaluation's episodes are of no step and stand under 0."""
+    """The files by step; an evaluation's episodes have no step and are under 0."""
     files = {0: folder / "episodes.jsonl"}
     for file in sorted(folder.glob("rollouts/step-*.jsonl")):
         if re.fullmatch("[0-9]+", file.stem[5:]):
@@ -143,12 +168,12 @@ def _rollout_files(folder: Path, damage: Damage) -> dict[int, Path]:
 
 
 def _how_many(line: dict[str, Any], file: Path) -> int:
-    """Rollouts of a step, from its line of metrics.jsonl; a file is read for it only where that says nothing."""
+    """Rollouts of a step, from its line of metrics.jsonl; the file's lines are counted only where that does not say."""
     return sum((line.get("status") or {}).values()) or _count_lines(file)
 
 
 def counts_of_step(line: dict[str, Any]) -> Counter:
-    """What `count_rollout` finds in a step, from its line of metrics.jsonl; empty if an older version wrote that."""
+    """The counts of `count_rollout` for a step, from its line of metrics.jsonl; empty if an older version wrote it."""
     counts: Counter = Counter()
     for name, n in (line.get("shapes") or {}).items():
         counts["n"] += n
@@ -162,8 +187,9 @@ def counts_of_step(line: dict[str, Any]) -> Counter:
 def _rollouts(
     files: dict[int, Path], total: int, most: float, most_bytes: float, damage: Damage
 ) -> tuple[list, dict[int, Counter]]:
-    """Rollouts to embed, of `total`; per step, how many of them have each turn shape, category and search in it."""
-    kept, counts = [], {step: Counter() for step in files}
+    """Rollouts to embed, of `total`; and for each step how many of these have each turn shape, category and search."""
+    kept = []
+    counts: dict[int, Counter] = {step: Counter() for step in files}
     for step, offset, lines in _spread(files, total, most, most_bytes):
         for line in lines:
             rollout = _sound(line, _check_rollout)
@@ -177,33 +203,44 @@ def _rollouts(
 
 
 def _check_rollout(rollout: dict[str, Any]) -> None:
-    """Make of it all that the page makes of it. Raises whatever comes of a line that is none of ours."""
+    """Use a rollout as the page does. Raises any of several errors where mmsr did not write it."""
     count_rollout(Counter(), rollout)
     if not all(isinstance(name, str) for name in _named([rollout])):
-        raise TypeError("a picture is named by text")
-    if not isinstance(rollout.get("answers"), list | None) or not all(map(_can_be_shown, rollout.get("turns", ()))):
-        raise TypeError("the page cannot show it")
+        raise TypeError("the name of a picture must be text")
+    if not isinstance(rollout.get("answers"), list | None):
+        raise TypeError("answers must be a list")
+    for turn in rollout.get("turns", ()):
+        _check_turn(turn)
 
 
-def _can_be_shown(turn: dict[str, Any]) -> bool:
-    seen, pieces = turn.get("observation") or {}, turn.get("pieces")
-    lists = [pieces, *(seen.get(name) for name in ("titles", "urls", "thumbnails"))]
-    if not isinstance(turn.get("text"), str | None) or not all(isinstance(each, list | None) for each in lists):
-        return False
-    return all(isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], str) for piece in pieces or ())
+def _check_turn(turn: dict[str, Any]) -> None:
+    """As `_check_rollout`."""
+    if not isinstance(turn.get("text"), str | None):
+        raise TypeError("the text of a turn must be text")
+    seen = turn.get("observation") or {}
+    pieces = turn.get("pieces")
+    for each in (pieces, seen.get("titles"), seen.get("urls"), seen.get("thumbnails")):
+        if not isinstance(each, list | None):
+            raise TypeError("pieces and results must be lists")
+    for piece in pieces or ():
+        if not (isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], str)):
+            raise TypeError("a piece must be a list of text, mask and probability")
 
 
 def _spread(
     files: dict[int, Path], total: int, most: float, most_bytes: float
 ) -> Iterator[tuple[int, int, list[bytes]]]:
-    """(step, offset, lines) of whole groups: all if they fit, else as many as do, evenly spread over all files' bytes.
+    """(step, offset, lines) of whole groups: all if they fit, otherwise groups that are evenly spread over all bytes.
 
-    What was taken so far is a share of what may be taken, and the next group is looked for at that share of the bytes.
-    So about twice the bytes that are taken are read, however many there are.
+    After a share of the allowed rollouts or bytes is taken, the next group is taken from the same share of the files'
+    bytes. So about twice the taken bytes are read, however large the files are.
     """
     sizes = {step: file.stat().st_size for step, file in files.items()}
-    size, begin, rollouts, taken = sum(sizes.values()), 0, 0, 0
+    size = sum(sizes.values())
     fits = total <= most and size <= most_bytes
+    begin = 0  # of the current file, in the bytes of all files
+    rollouts = 0  # taken so far
+    taken = 0  # bytes of these
     if not most:
         return
     for step, file in files.items():
@@ -211,9 +248,11 @@ def _spread(
             groups = _Groups(data)
             while True:
                 if not fits:
-                    groups.skip_to(int(size * max(rollouts / most, taken / most_bytes)) - begin)
+                    share = max(rollouts / most, taken / most_bytes)
+                    groups.skip_to(int(size * share) - begin)
                 offset, lines = groups.take()
-                rollouts, taken = rollouts + len(lines), taken + sum(map(len, lines))
+                rollouts += len(lines)
+                taken += sum(map(len, lines))
                 if not fits and (rollouts > most or taken > most_bytes):
                     return
                 if not lines:
@@ -223,21 +262,24 @@ def _spread(
 
 
 class _Groups:
-    """The lines of a file of rollouts by groups, which stand there one after another."""
+    """The lines of a file of rollouts, group by group. The lines of a group follow one another in the file."""
 
     def __init__(self, data: BinaryIO):
-        self.data, self.next = data, data.readline()
+        self.data = data
+        self.next = data.readline()
 
     def take(self) -> tuple[int, list[bytes]]:
-        """Where the next group begins, and its lines; none at the end of the file."""
-        offset, lines, group = self.data.tell() - len(self.next), [], _group(self.next)
+        """The offset of the next group, and its lines; no lines at the end of the file."""
+        offset = self.data.tell() - len(self.next)
+        lines: list[bytes] = []
+        group = _group(self.next)
         while self.next and _group(self.next) == group:
             lines.append(self.next)
             self.next = self.data.readline()
         return offset, lines
 
     def skip_to(self, offset: int) -> None:
-        """Pass over what begins before this byte, and over the rest of the group in which it lies."""
+        """Skip all groups that begin before this byte."""
         if offset <= self.data.tell() - len(self.next):
             return
         self.data.seek(offset)
@@ -247,12 +289,13 @@ class _Groups:
 
 
 def _group(line: bytes) -> bytes | None:
-    """The number of a line's group, without parsing it: within a string of JSON the quotes would have backslashes."""
+    """The number of a line's group, without parsing it: inside a JSON string the quotes would have backslashes."""
     found = GROUP.search(line)
     return found[1] if found else None
 
 
 def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
+    """Add a rollout to the counts of turn shapes, and of rollouts and searching rollouts by category."""
     category = rollout.get("category") or "all"
     counts["n"] += 1
     counts["shape", shape(rollout)] += 1
@@ -269,79 +312,108 @@ def shape(rollout: dict[str, Any]) -> str:
 
 
 def shape_name(actions: Iterable[str | None], status: str | None) -> str:
-    """The model's actions in order, as in "image → answer", and the status where no answer ended it."""
-    names = [action or "?" for action in actions] + ([] if status == "answered" else [f"({status})"])
+    """The model's actions in order, as in "image → answer", then the status of a rollout without an answer."""
+    names = [action or "?" for action in actions]
+    if status != "answered":
+        names.append(f"({status})")
     return " → ".join(name.removesuffix("_search") for name in names)
 
 
 def _columns(steps: dict[int, dict], counts: dict[int, Counter]) -> dict[str, list]:
-    """What the curves draw, a list per quantity along the steps. None where a step does not have it."""
+    """The data of the curves: for each quantity a list with a value for each step, or None."""
     counts = {step: seen for step, seen in counts.items() if step}
-    rows, labels = [], _shape_labels(counts)
+    labels = _shape_labels(counts)
+    rows = []
+    names = dict.fromkeys(labels.values())  # a set that keeps the order
     for step in sorted(steps.keys() | counts.keys()):
-        row: dict[str, Any] = {"step": step}
-        seen = counts.get(step, Counter())
-        for name, value in steps.get(step, {}).items():
-            if name in PLAIN:
-                row |= {f"{name}/{phase}": x for phase, x in value.items()} if name == "seconds" else {name: value}
-        for kind, name in (key for key in seen if isinstance(key, tuple)):
-            if kind == "shape":
-                row[labels[name]] = row.get(labels[name], 0) + seen[kind, name] / seen["n"]
-            elif kind == "search":
-                row[f"search/{name}"] = seen[kind, name] / seen["n of", name]
-        rows.append(row)
-    names = dict.fromkeys([*labels.values(), *(name for row in rows for name in row)])
-    return {name: [_rounded(row.get(name, 0 if name.startswith("shape/") else None)) for row in rows] for name in names}
+        row = _column_values(steps.get(step, {}), counts.get(step, Counter()), labels)
+        rows.append({"step": step} | row)
+        names.update(dict.fromkeys(rows[-1]))
+    columns = {}
+    for name in names:
+        missing = 0 if name.startswith("shape/") else None
+        columns[name] = [_rounded(row.get(name, missing)) for row in rows]
+    return columns
+
+
+def _column_values(line: dict[str, Any], seen: Counter, labels: dict[str, str]) -> dict[str, Any]:
+    """The values of one step, from its line of metrics.jsonl and the counts of its rollouts."""
+    row: dict[str, Any] = {}
+    for name, value in line.items():
+        if name == "seconds":
+            for phase, seconds in value.items():
+                row[f"seconds/{phase}"] = seconds
+        elif name in PLAIN:
+            row[name] = value
+    for key in seen:
+        if not isinstance(key, tuple):
+            continue
+        kind, name = key
+        if kind == "shape":
+            row[labels[name]] = row.get(labels[name], 0) + seen[key] / seen["n"]
+        elif kind == "search":
+            row[f"search/{name}"] = seen[key] / seen["n of", name]
+    return row
 
 
 def _shape_labels(counts: dict[int, Counter]) -> dict[str, str]:
-    """The column of each turn shape, the commonest first; rare ones share the last."""
-    found = Counter()
+    """The column of each turn shape, the most frequent first; rare shapes share the last."""
+    found: Counter = Counter()
     for seen in counts.values():
         found.update({key[1]: n for key, n in seen.items() if key[0] == "shape"})
-    names = [name for name, _ in found.most_common()]
-    return {name: f"shape/{name if i < MOST_SHAPES else 'others'}" for i, name in enumerate(names)}
+    labels = {}
+    for i, (name, _) in enumerate(found.most_common()):
+        labels[name] = f"shape/{name}" if i < MOST_SHAPES else "shape/others"
+    return labels
 
 
 def _rounded(value: Any) -> Any:
-    """Raises TypeError for what is no number."""
+    """A number of five digits for a curve. Raises TypeError where it is not a number."""
     if not isinstance(value, int | float | None):
-        raise TypeError("a curve is drawn of numbers")
+        raise TypeError("a curve needs numbers")
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _evaluations(lines: list[dict]) -> list[dict]:
-    """Rows of the table: the first and the last evaluation, every mode they have."""
-    picked = [("before", lines[0]), ("after", lines[-1])] if len(lines) > 1 else [("before", line) for line in lines]
-    return [
-        {
-            "name": f"{when}, {MODES.get(mode, mode.replace('_', ' '))}",
-            "step": line.get("step"),
-            "by": _by_category(found),
-        }
-        for mode in dict.fromkeys(mode for _, line in picked for mode in line if mode != "step")
-        for when, line in picked
-        if isinstance(found := line.get(mode), dict)
-    ]
+    """Rows of the table: the first and the last evaluation, in each of their modes."""
+    picked = [("before", line) for line in lines[:1]]
+    if len(lines) > 1:
+        picked.append(("after", lines[-1]))
+    modes: dict[str, None] = {}  # a set that keeps the order
+    for _, line in picked:
+        modes.update(dict.fromkeys(mode for mode in line if mode != "step"))
+    rows = []
+    for mode in modes:
+        title = MODES.get(mode, mode.replace("_", " "))
+        for when, line in picked:
+            found = line.get(mode)
+            if isinstance(found, dict):
+                rows.append({"name": f"{when}, {title}", "step": line.get("step"), "by": _by_category(found)})
+    return rows
 
 
 def _results(results: dict[str, Any]) -> list[dict]:
-    return [
-        {"name": name + _unanswered(found), "step": None, "by": _by_category(found.get("by_category")), "all": found}
-        for name, found in results.items()
-        if isinstance(found, dict)
-    ]
+    """Rows of the table from results.json."""
+    rows = []
+    for name, found in results.items():
+        if isinstance(found, dict):
+            by_category = _by_category(found.get("by_category"))
+            rows.append({"name": name + _unanswered(found), "step": None, "by": by_category, "all": found})
+    return rows
 
 
 def _by_category(found: Any) -> dict[str, Any]:
-    """Without what is damaged."""
-    return {name: part for name, part in found.items() if isinstance(part, dict)} if isinstance(found, dict) else {}
+    """The entries that are not damaged."""
+    if not isinstance(found, dict):
+        return {}
+    return {name: part for name, part in found.items() if isinstance(part, dict)}
 
 
 def _unanswered(found: dict[str, Any]) -> str:
-    """What is in the accuracy of an evaluation without having been a wrong answer."""
-    missed, cut = found.get("not_asked"), found.get("cut")
-    return f" ({missed or 0} not asked, {cut or 0} cut: counted as wrong)" if missed or cut else ""
+    """The questions that an evaluation counts as wrong although the model did not answer them wrongly."""
+    missed = found.get("not_asked") or 0
+    cut = found.get("cut") or 0
+    return f" ({missed} not asked, {cut} cut: counted as wrong)" if missed or cut else ""
 
 
 # ---- pictures
@@ -349,8 +421,13 @@ def _unanswered(found: dict[str, Any]) -> str:
 
 def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
     """Data URLs of the pictures that embedded rollouts name, by digest, while there is room."""
-    found, room, missing = {}, MOST_PICTURE_BYTES, 0
-    for name, folder in dict.fromkeys((n, f) for f, run in zip(folders, runs) for n in _named(run["rollouts"])):
+    wanted: dict[tuple[str, Path], None] = {}  # a set that keeps the order
+    for folder, run in zip(folders, runs):
+        wanted.update(dict.fromkeys((name, folder) for name in _named(run["rollouts"])))
+    found: dict[str, str] = {}
+    room = MOST_PICTURE_BYTES
+    missing = 0
+    for name, folder in wanted:
         file = folder / "images" / f"{name}.jpg"
         if name in found or not re.fullmatch("[0-9a-f]{16}", name):
             continue
@@ -364,17 +441,19 @@ def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
 
 
 def _named(rollouts: list[dict]) -> Iterator[str]:
+    """The names of all pictures: first those of the questions, then the thumbnails."""
     for rollout in rollouts:
         yield str(rollout.get("image"))
-    for turn in (turn for rollout in rollouts for turn in rollout.get("turns", ())):
-        yield from filter(None, (turn.get("observation") or {}).get("thumbnails", ()))
+    for rollout in rollouts:
+        for turn in rollout.get("turns", ()):
+            yield from filter(None, (turn.get("observation") or {}).get("thumbnails", ()))
 
 
-# ---- files that a run may be writing
+# ---- files that a run may still be writing
 
 
 def _is_there(file: Path, damage: Damage) -> bool:
-    """Whether it can be read; a folder or a link to nothing in its place, or a file that may not be, is damage."""
+    """Whether a file can be read. A folder or a dangling link in its place, or an unreadable file, is damage."""
     if file.is_file() and os.access(file, os.R_OK):
         return True
     if file.exists() or file.is_symlink():
@@ -384,7 +463,8 @@ def _is_there(file: Path, damage: Damage) -> bool:
 
 def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
     """The sound lines of metrics.jsonl."""
-    lines, offset = [], 0
+    lines = []
+    offset = 0
     with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as data:
         for line in data:
             record = _sound(line, _check_metrics)
@@ -399,14 +479,14 @@ def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
 def _check_metrics(line: dict[str, Any]) -> None:
     """As `_check_rollout`."""
     if not isinstance(line["step"], int):
-        raise TypeError("a step is a whole number")
+        raise TypeError("a step must be a whole number")
     counts = counts_of_step(line)
     _columns({line["step"]: line}, {line["step"]: counts} if counts else {})
     sum((line.get("status") or {}).values())
 
 
 def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
-    """The object of a line; None where it is cut short, no object, or nothing that `check` can make something of."""
+    """The object of a line; None where it is cut short, is not an object, or fails `check`."""
     for record in _parsed([line]):
         try:
             check(record)
@@ -417,10 +497,10 @@ def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any
 
 
 def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects of these lines, without those that are none. JSON has no infinity: such a number becomes null."""
+    """The objects of the lines that hold one. JSON has no infinity: such a number becomes None."""
     for line in lines:
         try:
-            text = line.decode("utf-8", "replace").removeprefix("\ufeff")  # which some editors put first
+            text = line.decode("utf-8", "replace").removeprefix("\ufeff")  # some editors write it first
             record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
         except (ValueError, RecursionError):
             continue
@@ -434,7 +514,7 @@ def _finite(text: str) -> float | None:
 
 
 def _object(file: Path, damage: Damage) -> dict[str, Any]:
-    """The object of a whole file; empty where that is missing, or damaged."""
+    """The object of a whole file; empty where the file is missing or damaged."""
     if not _is_there(file, damage):
         return {}
     for found in _parsed([file.read_bytes()]):
@@ -444,15 +524,16 @@ def _object(file: Path, damage: Damage) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """An option's value; older runs' addresses may hold a password."""
+    """An option's value without passwords, which the addresses of older runs may hold."""
     if isinstance(value, list):
         return [_shown(part) for part in value]
     return hidden(value) if isinstance(value, str) else value
 
 
 def _count_lines(file: Path, before: float = math.inf) -> int:
-    """How many lines end in a file, or in its first bytes."""
-    count, at = 0, 0
+    """How many lines end in a file, or in its first `before` bytes."""
+    count = 0
+    at = 0
     with open(file, "rb") as data:
         while block := data.read(int(min(2**20, before - at))):
             count += block.count(b"\n")
@@ -468,7 +549,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help=f"the file; otherwise RUN/{REPORT}, or ./{REPORT} for several runs")
     parser.add_argument("--rollouts", type=int, default=MOST_ROLLOUTS, help=f"embed at most so many ({MOST_ROLLOUTS})")
     given = parser.parse_args(argv)
-    out = given.out or (given.runs[0] / REPORT if len(given.runs) == 1 else Path(REPORT))
+    folder = given.runs[0] if len(given.runs) == 1 else Path()
+    out = given.out or folder / REPORT
     try:
         if given.rollouts < 0:
             raise UserError(f"--rollouts {given.rollouts}: give a number from 0")

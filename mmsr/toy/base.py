@@ -1,12 +1,13 @@
 """The toy world's base model: a tokenizer, a tiny Qwen2.5-VL and its warm start.
 
-The warm start stands in for pre-training and instruction tuning: supervised traces through the very trainer that GRPO
-uses later. A trace that does not search recalls first what a search would find: recall and "let me look it up" then
-compete in one softmax, recall of the town and "look it up" in another, and how sharp the recall is becomes the
+The warm start stands in for pre-training and instruction tuning: it trains on supervised traces, with the same trainer
+that GRPO uses later. A trace that does not search first recalls what a search would find. So recall and "let me look it
+up" compete in one softmax, and recall of the town and "look it up" in another. How sharp the recall is becomes the
 knowledge boundary that reinforcement learning finds. With an opaque reason ("I recognise it") every run drifts to
 searching always.
 
-Too short a warm start does the same, however perfect its greedy answers look: so the result is gated, at T = 1.
+A warm start that is too short does the same, even where its greedy answers are perfect. So the result must pass a gate,
+a test at T = 1.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import hashlib
 import json
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -33,38 +32,80 @@ from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
-from mmsr.toy import world as toy
-from mmsr.toy.world import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
+from mmsr.toy.world import (
+    ENOUGH,
+    LOOK_IT_UP,
+    NAME,
+    PAGES,
+    QUESTIONS,
+    SIZE,
+    SYLLABLES,
+    TITLES,
+    TOWN,
+    Category,
+    Concept,
+    World,
+    draw_emblems,
+    look_up,
+    made_up,
+    render,
+)
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import Image, VisionConfig, load_image, patchify
 
 # ---- tokenizer and model --------------------------------------------------------------------------------------------
 
-# The control tokens of Qwen2.5-VL, in its order, behind the vocabulary.
+# The control tokens of Qwen2.5-VL, in its order. They follow the vocabulary.
 SPECIAL = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 ]
 
 
 def build_tokenizer() -> Tokenizer:
-    """Byte-level BPE, so that any text has ids, trained so that a syllable is a token and a word of the traces too."""
+    """Byte-level BPE, so that any text has ids, trained so that a syllable or a word of the traces is one token."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    templates = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
-    said = [*QUESTIONS, *toy.PAGES, *toy.TITLES, toy.LOOK_IT_UP, toy.look_up(""), copied(""), "user assistant system"]
-    words = [word for word in dict.fromkeys(" ".join(templates + said).split()) if "{" not in word]
-    corpus = [form for s in toy.SYLLABLES for form in [s, f" {s}"] for _ in range(2000)]
-    corpus += [form for w in words for form in [w, f" {w}"] for _ in range(200)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=100, initial_alphabet=alphabet, show_progress=False)
+    corpus = []
+    for syllable in SYLLABLES:
+        corpus += [syllable, f" {syllable}"] * 2000
+    for word in _words():
+        corpus += [word, f" {word}"] * 200
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=100,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
+
+
+def _words() -> list[str]:
+    """The words of the prompts and the traces, each once, without the placeholders."""
+    texts = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
+    texts += QUESTIONS
+    texts += PAGES
+    texts += TITLES
+    texts += [LOOK_IT_UP, look_up(""), copied(""), "user assistant system"]
+    words = dict.fromkeys(" ".join(texts).split())  # a set that keeps the order
+    return [word for word in words if "{" not in word]
 
 
 def model_config(tokenizer: Tokenizer) -> modeling.ModelConfig:
@@ -97,85 +138,104 @@ SEARCH = 0.5  # chance, in the others, of each search that could be made
 
 
 def recalled(concept: Concept, question: int) -> str:
-    facts = " , ".join((concept.name, concept.town)[: question + 1])
+    """The model turn that answers from memory."""
+    facts = concept.name if question == NAME else f"{concept.name} , {concept.town}"
     return f"<reason> {facts} . </reason> <answer> {concept.answer(question)} </answer>"
 
 
 def copied(answer: str) -> str:
+    """The model turn that answers from the results of a search."""
     return f"<reason> results say so . </reason> <answer> {answer} </answer>"
 
 
 class Traces:
-    """Supervised episodes: half about the pools that are taught, half about one-off emblems with random facts.
+    """Supervised episodes: half about the taught pools, half about emblems that are seen once, with random facts.
 
-    What is not to be known of a concept is made up afresh each time, as the model will make it up.
+    What the model is not meant to know about a concept is made up for each trace, as the model will make it up.
     """
 
     def __init__(self, world: World, chat: Chat, seed: int):
-        self.world, self.chat = world, chat
+        self.world = world
+        self.chat = chat
         self.rng = np.random.default_rng([seed, 4])
         self.made = 0
-        self.taught = world.of(*(pool.name for pool in world.settings.pools if pool.facts))
-        shown = {pool.name: pool.exposure for pool in world.settings.pools}
-        exposures = np.array([shown[concept.pool] for concept in self.taught])
-        self.chances = exposures / exposures.sum()
+        pools = [pool for pool in world.settings.pools if pool.facts]
+        self.taught = world.of(*[pool.name for pool in pools])
+        exposure = {pool.name: pool.exposure for pool in pools}
+        exposures = np.array([exposure[concept.pool] for concept in self.taught])  # (taught,)
+        self.chances = exposures / exposures.sum()  # (taught,)
 
     def batch(self, n: int) -> list[Episode]:
-        rng = self.rng
-        emblems = toy.draw_emblems(rng, n // 2, unlike=self.world.taught)
-        novel = [Concept(emblem, *toy.made_up(rng, 1, 3), "", "novel") for emblem in emblems]
-        concepts = [self.taught[i] for i in rng.choice(len(self.taught), n - len(novel), p=self.chances)] + novel
-        pictures = toy.render(np.stack([concept.emblem for concept in concepts]), rng)
-        return [self._episode(concept, picture, i) for i, (concept, picture) in enumerate(zip(concepts, pictures))]
+        emblems = draw_emblems(self.rng, n // 2, unlike=self.world.taught)  # (N / 2, 8)
+        novel = []
+        for emblem in emblems:
+            name = made_up(self.rng, 1, 3)[0]
+            novel.append(Concept(emblem, name, town="", pool="novel"))
+        drawn = self.rng.choice(len(self.taught), n - len(novel), p=self.chances)  # (N / 2,)
+        concepts = [self.taught[i] for i in drawn] + novel
+        pictures = render(np.stack([concept.emblem for concept in concepts]), self.rng)  # (N, SIZE, SIZE, 3)
+        episodes = []
+        for i in range(n):
+            episodes.append(self._episode(concepts[i], pictures[i], i))
+        return episodes
 
     def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
-        rng, question = self.rng, int(self.rng.integers(len(QUESTIONS)))
+        question = int(self.rng.integers(len(QUESTIONS)))
         self.made += 1
         image = Image(patchify(picture), (SIZE // 14, SIZE // 14), f"trace {self.made}")
-        direct = rng.random() < DIRECT
+        direct = self.rng.random() < DIRECT
         prompt = self.chat.prompt(QUESTIONS[question], image, direct)
-        episode = Episode(Example("", b"", QUESTIONS[question], (), concept.pool), group_id, 0)
-        episode.prompt_length, episode.advantage = len(prompt.ids), 1.0
+        example = Example(id="", image=b"", question=QUESTIONS[question], answers=(), category=concept.pool)
+        episode = Episode(example, group_id, 0)
+        episode.prompt_length = len(prompt.ids)
+        episode.advantage = 1.0
         self._append(episode, prompt, 0)
         self._converse(episode, self._as_known(concept), question, direct)
         return episode
 
     def _converse(self, episode: Episode, concept: Concept, question: int, direct: bool) -> None:
+        """Add the model's turns and the searches to a prompt."""
         two_hops = self.world.settings.two_hops
-        by_image, by_text = (self.rng.random(2) < SEARCH) & (not direct)
-        if by_image:
-            self._say(episode, toy.LOOK_IT_UP)
+        by_image, by_text = self.rng.random(2) < SEARCH
+        if by_image and not direct:
+            self._say(episode, LOOK_IT_UP)
             concept = self._read(episode, IMAGE_SEARCH, concept)
             if question == NAME or not two_hops:
-                return self._say(episode, copied(concept.answer(question)))
+                self._say(episode, copied(concept.answer(question)))
+                return
             concept = self._as_known(concept)
-        if by_text and question == TOWN and two_hops:
-            self._say(episode, toy.look_up(concept.name))
+        if by_text and not direct and question == TOWN and two_hops:
+            self._say(episode, look_up(concept.name))
             concept = self._read(episode, TEXT_SEARCH, concept)
-            return self._say(episode, copied(concept.town))
-        return self._say(episode, recalled(concept, question))
+            self._say(episode, copied(concept.town))
+            return
+        self._say(episode, recalled(concept, question))
 
     def _as_known(self, concept: Concept) -> Concept:
-        """The concept with a town that is made up, unless that is to be known."""
+        """The concept, with a made-up town if the model is not meant to know the town."""
         if self.world.settings.facts(concept.pool) > TOWN:
             return concept
-        return replace(concept, town=toy.made_up(self.rng, 1, 2)[0])
+        town = made_up(self.rng, 1, 2)[0]
+        return replace(concept, town=town)
 
     def _read(self, episode: Episode, tool: str, concept: Concept) -> Concept:
-        """Show the results of a search for a concept. Returns what the result that is believed is about."""
-        web, reader = self.world.web, self.world.settings.reader
-        about = web.about(concept, self.rng)
-        hits = web.hits(tool, about, self.rng)
-        thumbnails = [load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None for hit in hits]
-        back = self.chat.observation(tool, Observation(hits), thumbnails, episode.example.question)
-        self._append(episode, back, 0)
-        return about[self.rng.choice(len(about), p=reader)]
+        """Show the results of a search for a concept. Returns the concept of the result that the trace believes."""
+        about = self.world.web.about(concept, self.rng)
+        hits = self.world.web.hits(tool, about, self.rng)
+        thumbnails = []
+        for hit in hits:
+            thumbnails.append(load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None)
+        results = self.chat.observation(tool, Observation(hits), thumbnails, episode.example.question)
+        self._append(episode, results, 0)
+        believed = self.rng.choice(len(about), p=self.world.settings.reader)
+        return about[believed]
 
     def _say(self, episode: Episode, text: str) -> None:
         self._append(episode, Piece(self.chat.assistant(text)), 1)
 
     def _append(self, episode: Episode, piece: Piece, trained: int) -> None:
-        episode.images += [(len(episode.input_ids) + at, image) for at, image in piece.images]
+        for place, image in piece.images:
+            episode.images.append((len(episode.input_ids) + place, image))
         episode.input_ids += piece.ids
         episode.loss_mask += [trained] * len(piece.ids)
         episode.logps += [0.0] * len(piece.ids)
@@ -186,25 +246,27 @@ class Traces:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The proven recipe. After `steps`, training goes on in stretches of `extra` until the gate is passed."""
+    """The proven recipe. After `steps`, training continues for `extra` steps at a time until the gate is passed."""
 
-    steps: int = 0  # 0: as many as the pools' exposures take
+    steps: int = 0  # 0: as many as the pools' exposures need
     batch: int = 64
     lr: float = 1.5e-3
     warmup: int = 50
     decay_from: float = 0.6
     extra: int = 150
-    stretches: int = 6
+    stretches: int = 6  # how often, at most, it continues
     copying: float = 0.95  # gate: accuracy on unknown concepts when all searches are forced, T = 1
-    names: float = 0.85  # gate: accuracy on names that were taught when asked to answer directly, T = 1
-    towns: float = 0.85  # gate: the same on towns
+    names: float = 0.85  # gate: accuracy on taught names when asked to answer directly, T = 1
+    towns: float = 0.85  # gate: the same for towns
 
     def rate(self, step: int) -> float:
-        left = (self.steps - step) / (self.steps * (1 - self.decay_from))
-        return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.05))
+        """The learning rate: a linear warm-up, a constant, and a linear decay to 5 % from `decay_from` of the steps."""
+        rising = (step + 1) / self.warmup
+        falling = (self.steps - step) / (self.steps * (1 - self.decay_from))
+        return self.lr * min(1.0, rising, max(falling, 0.05))
 
 
-# Modules of which a change makes the base model anew, unless it is one of words: comments and docstrings.
+# A change of the code of these modules makes a new base model; a change of comments and docstrings does not.
 MADE_BY = (
     "toy/world",
     "toy/base",
@@ -225,17 +287,13 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
 
     Raises UserError when the gate is not passed after the last of `recipe.stretches`.
     """
-    # How well the web retrieves and what is asked later is nothing that the base model can know: worlds share it.
+    # The base model cannot know how well the web retrieves, nor what is asked later. Such worlds share a base model.
     world = World(world.seed, replace(world.settings, wrong=0.0, categories=()))
     if not recipe.steps:
         shown = sum(pool.size * pool.exposure for pool in world.settings.pools if pool.facts)
         recipe = replace(recipe, steps=round(shown / (recipe.batch / 2)))
-    made_by = [code_digest(Path(__file__).parents[1] / f"{name}.py") for name in MADE_BY]
-    prompts = [file.read_text(encoding="utf-8") for file in sorted((PROMPTS / "toy").glob("*.txt"))]
-    made_of = repr((made_by, prompts, world.seed, world.settings, recipe))
-    digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     cache = cache_folder()
-    folder = cache / f"toy-base-{digest}"
+    folder = cache / f"toy-base-{_digest(world, recipe)}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -248,11 +306,21 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     return folder
 
 
+def _digest(world: World, recipe: WarmStart) -> str:
+    """Identifies the base model by everything that it is made from."""
+    package = Path(__file__).parents[1]
+    made_by = [code_digest(package / f"{name}.py") for name in MADE_BY]
+    prompts = [file.read_text(encoding="utf-8") for file in sorted((PROMPTS / "toy").glob("*.txt"))]
+    made_of = repr((made_by, prompts, world.seed, world.settings, recipe))
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
 def _tools(world: World) -> list[Tool]:
     return search_tools(world.web, 1, int(world.settings.two_hops))
 
 
 def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
+    """Train a model until it passes the gate, and save it. Raises UserError when it does not pass."""
     folder.mkdir()
     tokenizer = _save_tokenizer(folder)
     chat = Chat(folder, PROMPTS / "toy", _tools(world))
@@ -261,44 +329,60 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, suppressed, loss_norm="token", sft=True)
     traces = Traces(world, chat, world.seed)
-    needed = {"copying": recipe.copying, "names": recipe.names, "towns": recipe.towns}
     print("Warm start, a stand-in for pre-training: made once per world, then kept.")
     bar = tqdm(total=recipe.steps, desc="warm start", unit="step")
-    for step in count():
+    last = recipe.steps + recipe.stretches * recipe.extra
+    for step in range(last + 1):
         if step >= recipe.steps and (step - recipe.steps) % recipe.extra == 0:
-            reached = _gate(model, chat, world, suppressed)
-            told = ", ".join(f"{what} {reached[what]:.3f} (needs {needed[what]})" for what in reached)
-            bar.write(f"step {step}: {told}")
-            if all(reached[what] >= needed[what] for what in reached):
+            passed, message = _gate_passed(_gate(model, chat, world, suppressed), recipe)
+            bar.write(f"step {step}: {message}")
+            if passed:
                 break
-            if step >= recipe.steps + recipe.stretches * recipe.extra:
+            if step == last:
                 raise UserError(
-                    f"the toy warm start is not good enough after {step} steps: {told}; take another --seed"
+                    f"the toy warm start is not good enough after {step} steps: {message}; take another --seed"
                 )
             bar.total = step + recipe.extra
         metrics = trainer.step([traces.batch(recipe.batch)], recipe.rate(step))
-        bar.update(), bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
     bar.close()
     save(model, folder)
 
 
 def _save_tokenizer(folder: Path) -> Tokenizer:
-    """Make the tokenizer, and the files by which transformers opens it."""
+    """Make the tokenizer, and the files that transformers needs to open it."""
     tokenizer = build_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(kind | names, indent=2) + "\n")
-    ends = {name.replace("token", "token_id"): tokenizer.token_to_id(token) for name, token in names.items()}
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+    end_token = "<|im_end|>"
+    pad_token = "<|endoftext|>"
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end_token,
+        "pad_token": pad_token,
+    }
+    generation_config = {
+        "eos_token_id": tokenizer.token_to_id(end_token),
+        "pad_token_id": tokenizer.token_to_id(pad_token),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
     return tokenizer
 
 
 def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str, float]:
     """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly."""
-
-    def pools(known: Callable[[toy.Pool], bool]) -> tuple[str, ...]:
-        return tuple(pool.name for pool in world.settings.pools if known(pool))
+    unknown = []
+    named = []
+    placed = []
+    for pool in world.settings.pools:
+        if pool.facts == 0:
+            unknown.append(pool.name)
+        if pool.facts > NAME and pool.exposure >= ENOUGH:
+            named.append(pool.name)
+        if pool.facts > TOWN and pool.exposure >= ENOUGH:
+            placed.append(pool.name)
 
     def accuracy(asked: Category, direct: bool) -> float:
         engine = Engine(model, chat.stop_id, suppressed, slots=256, max_tokens=256, turn_tokens=32)
@@ -306,13 +390,19 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
         rollout = Rollout(engine, chat, Toolbox(_tools(world), inline=True), limits, direct=direct)
         scripts = None if direct else lambda example, sample: Script(world.always_search(example))
         episodes = rollout(world.questions(asked, 200, "gate"), 1, ("gate", world.seed), scripts)
-        return sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes) / len(episodes)
+        right = sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes)
+        return right / len(episodes)
 
-    unknown = pools(lambda pool: not pool.facts)
-    named = pools(lambda pool: pool.facts > NAME and pool.exposure >= toy.ENOUGH)
-    placed = pools(lambda pool: pool.facts > TOWN and pool.exposure >= toy.ENOUGH)
     return {
-        "copying": accuracy(Category("copying", unknown), direct=False),
-        "names": accuracy(Category("names", named, (NAME,)), direct=True),
-        "towns": accuracy(Category("towns", placed, (TOWN,)), direct=True),
+        "copying": accuracy(Category("copying", tuple(unknown)), direct=False),
+        "names": accuracy(Category("names", tuple(named), (NAME,)), direct=True),
+        "towns": accuracy(Category("towns", tuple(placed), (TOWN,)), direct=True),
     }
+
+
+def _gate_passed(reached: dict[str, float], recipe: WarmStart) -> tuple[bool, str]:
+    """Whether every accuracy is as high as `recipe` needs, and a message that says so."""
+    needed = {"copying": recipe.copying, "names": recipe.names, "towns": recipe.towns}
+    passed = all(reached[name] >= needed[name] for name in reached)
+    message = ", ".join(f"{name} {reached[name]:.3f} (needs {needed[name]})" for name in reached)
+    return passed, message

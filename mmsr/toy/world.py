@@ -1,14 +1,14 @@
 """The toy world: a synthetic FactualVQA and its web, for training on any machine in minutes.
 
 A *concept* is an emblem of eight attributes with a made-up name and a made-up town. Concepts come in *pools*, by how
-much the base model was taught of them (`base.py`): nothing, the name, or name and town. What it does not know, the
-toy web does. So the best policy is to answer what one knows and to search for what one does not — and to tell which is
-which, on emblems never trained on. Questions come in *categories*, by their pools and by what they ask for.
+much the base model was taught about them (`base.py`): nothing, the name, or name and town. The toy web knows all of
+them. So the best policy is to answer what the model knows and to search for what it does not know — and to tell the two
+apart, on emblems that were never trained on. Questions come in *categories*, by their pools and by what they ask for.
 
-One world, two settings. In BASIC the titles that an image search finds tell the town too: the right episode is `answer`
-or `image → answer`. In FULL they tell the name alone, and a town is found by a text search for that name:
+There are two settings. In BASIC the titles that an image search finds also tell the town: the right episode is `answer`
+or `image → answer`. In FULL they tell only the name, and a text search for that name finds the town:
 
-| category (what is asked of whom)                | the model knows | the right episode     |
+| category (what is asked for)                    | the model knows | the right episode     |
 |-------------------------------------------------|-----------------|-----------------------|
 | familiar (a name), familiar_fact (a town)       | name; and town  | answer                |
 | known_new_fact (a town)                         | name            | text → answer         |
@@ -16,6 +16,8 @@ or `image → answer`. In FULL they tell the name alone, and a town is found by 
 | unfamiliar_fact, unknown_two_hop (a town)       | nothing         | image → text → answer |
 
 held_out and unknown_two_hop ask about concepts that no training question is about.
+
+Shapes: N emblems or pictures, S = SIZE pixels.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from mmsr.episode import Example, Hit, Observation
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
 QUESTIONS = ("what is this ?", "which town does it belong to ?")
-NAME, TOWN = 0, 1  # places in QUESTIONS; a concept of which n facts are known is one whose first n answers are
+NAME = 0  # index in QUESTIONS
+TOWN = 1  # index in QUESTIONS; of a concept with n known facts the first n questions can be answered
 PAGES = ("{name} of {town}", "{name} in {town}", "{name} from {town}")
-TITLES = ("{name} crest", "{name} wiki", "{name} emblem")  # of an image search where they do not tell the town
+TITLES = ("{name} crest", "{name} wiki", "{name} emblem")  # of an image search that does not tell the town
 ENOUGH = 450  # exposures in the warm start; with fewer a concept is known, but not as surely as training needs
-RESULTS, DISTRACTION = 3, 0.3  # results per search; chance that one below the first is about something else
+RESULTS = 3  # results of a search
+DISTRACTION = 0.3  # chance that a result below the first is about something else
 LOOK_IT_UP = "<reason> let me look it up . </reason> <search><img></search>"
 SIZE = 56  # picture side in pixels: 4 × 4 patches, 4 image tokens
 
@@ -52,11 +56,11 @@ def look_up(name: str) -> str:
 
 @dataclass(frozen=True)
 class Pool:
-    """Concepts of which the base model knows equally much."""
+    """Concepts about which the base model knows equally much."""
 
     name: str
     size: int
-    facts: int = 0  # known of each: none, its name, its name and town
+    facts: int = 0  # known about each: 0 nothing, 1 its name, 2 its name and town
     exposure: int = 0  # how often the warm start shows each
 
 
@@ -73,11 +77,11 @@ class Category:
 
 @dataclass(frozen=True)
 class Settings:
-    """What kind of world. A variation is a `dataclasses.replace` of BASIC or FULL."""
+    """The kind of world. A variation is a `dataclasses.replace` of BASIC or FULL."""
 
     pools: tuple[Pool, ...]
     categories: tuple[Category, ...]
-    two_hops: bool = False  # an image search tells the name alone, and a text search for that the town
+    two_hops: bool = False  # an image search tells only the name, and a text search for that name the town
     wrong: float = 0.0  # share of searches whose first result is about something else
     thumbnails: bool = False  # image search shows a picture beside each title
     reader: tuple[float, ...] = (1.0, 0.0, 0.0)  # chance that the warm start copies from the first result, the second …
@@ -87,8 +91,11 @@ class Settings:
         return {category.name: category.weight for category in self.categories}
 
     def facts(self, pool: str) -> int:
-        """How many facts the base model knows of the concepts of a pool; none of one that is not the world's."""
-        return next((p.facts for p in self.pools if p.name == pool), 0)
+        """How many facts the base model knows about each concept of a pool; 0 for a pool that this world lacks."""
+        for found in self.pools:
+            if found.name == pool:
+                return found.facts
+        return 0
 
 
 BASIC = Settings(
@@ -106,12 +113,13 @@ BASIC = Settings(
 
 FULL = Settings(
     pools=(
-        Pool("known", 24, facts=2, exposure=700),  # its towns are recalled in a quarter of the traces only
+        Pool("known", 24, facts=2, exposure=700),  # its towns are recalled in only a quarter of the traces
         Pool("named", 24, facts=1, exposure=500),
         Pool("unfamiliar", 300),
         Pool("held_out", 300),
     ),
-    categories=(  # a third of the training questions about each pool but held_out; known and unknown weigh alike
+    # A third of the training questions is about each pool but held_out. Known and unknown have equal weight.
+    categories=(
         Category("familiar", ("known", "named"), (NAME,), train=160, weight=4 / 12),
         Category("familiar_fact", ("known",), (TOWN,), train=80, weight=2 / 12),
         Category("known_new_fact", ("named",), (TOWN,), train=80, weight=2 / 12),
@@ -121,87 +129,138 @@ FULL = Settings(
         Category("unknown_two_hop", ("held_out",), (TOWN,), weight=1 / 12),
     ),
     two_hops=True,
-    wrong=0.07,  # so that .93 can be right at best where one search is needed, and .86 where two are
+    wrong=0.07,  # at best .93 of the answers are right where one search is needed, and .86 where two are
 )
 
 SETTINGS = {"basic": BASIC, "full": FULL}
 
 
 def graded(settings: Settings, exposures: Sequence[int], size: int = 6) -> Settings:
-    """`settings` with more pools, of graded familiarity: the warm start shows the concepts of each as often as said.
+    """`settings` with one more pool for each of `exposures`, which says how often the warm start shows its concepts.
 
-    Nothing is known of them but the name, they are in no training question, and for each there is a category of name
-    questions, `exposure_0` and so on, which has no weight in means.
+    The base model knows only their names, and no training question is about them. For each pool there is a category of
+    name questions, `exposure_0` and so on, which has no weight in means.
     """
-    pools = tuple(Pool(f"exposure_{n}", size, facts=int(n > 0), exposure=n) for n in exposures)
-    categories = tuple(Category(pool.name, (pool.name,), (NAME,)) for pool in pools)
-    return replace(settings, pools=settings.pools + pools, categories=settings.categories + categories)
+    pools = []
+    categories = []
+    for exposure in exposures:
+        name = f"exposure_{exposure}"
+        pools.append(Pool(name, size, facts=1 if exposure > 0 else 0, exposure=exposure))
+        categories.append(Category(name, (name,), (NAME,)))
+    return replace(
+        settings,
+        pools=settings.pools + tuple(pools),
+        categories=settings.categories + tuple(categories),
+    )
 
 
 # ---- concepts and their pictures ------------------------------------------------------------------------------------
 
-COLOURS = np.array(
-    [(220, 40, 40), (40, 170, 60), (50, 80, 220), (240, 210, 40), (200, 60, 200), (40, 200, 210), (245,) * 3, (40,) * 3]
-) / 255.0  # fmt: skip
-# Attributes: background colour, main shape and colour, inner shape and colour, badge shape, colour and corner.
-RANGES = np.array([8, 6, 8, 4, 8, 3, 8, 4])
+COLOURS = (
+    np.array(
+        [
+            (220, 40, 40),
+            (40, 170, 60),
+            (50, 80, 220),
+            (240, 210, 40),
+            (200, 60, 200),
+            (40, 200, 210),
+            (245, 245, 245),
+            (40, 40, 40),
+        ]
+    )
+    / 255.0
+)
+# The attributes of an emblem, and how many values each has.
 BACKGROUND, MAIN, MAIN_COLOUR, INNER, INNER_COLOUR, BADGE, BADGE_COLOUR, CORNER = range(8)
-CORNERS = np.array([[-0.68, -0.68], [0.68, -0.68], [-0.68, 0.68], [0.68, 0.68]])
+RANGES = np.array([8, 6, 8, 4, 8, 3, 8, 4])
+CORNERS = np.array([[-0.68, -0.68], [0.68, -0.68], [-0.68, 0.68], [0.68, 0.68]])  # where the badge is: x, y
 
 
 def draw_emblems(rng: np.random.Generator, n: int, unlike: np.ndarray | None = None) -> np.ndarray:
-    """`n` distinct random emblems (n, 8), adjacent colours different, each ≥ 3 attributes away from all `unlike`."""
+    """`n` distinct random emblems (N, 8) with different adjacent colours, ≥ 3 attributes away from each of `unlike`."""
     found = np.empty((0, 8), dtype=int)
     while len(found) < n:
-        new = rng.integers(0, RANGES, (2 * n, 8))
-        clash = (new[:, BACKGROUND] == new[:, MAIN_COLOUR]) | (new[:, MAIN_COLOUR] == new[:, INNER_COLOUR])
-        new = new[~clash & (new[:, BADGE_COLOUR] != new[:, BACKGROUND])]
+        new = rng.integers(0, RANGES, (2 * n, 8))  # (2N, 8)
+        clash = new[:, BACKGROUND] == new[:, MAIN_COLOUR]  # (2N,)
+        clash |= new[:, MAIN_COLOUR] == new[:, INNER_COLOUR]
+        clash |= new[:, BADGE_COLOUR] == new[:, BACKGROUND]
+        new = new[~clash]
         if unlike is not None:
-            new = new[((new[:, None] != unlike[None]).sum(-1) >= 3).all(1)]
+            differences = (new[:, None] != unlike[None]).sum(-1)  # (number of new ones, number of unlike)
+            new = new[(differences >= 3).all(1)]
         both = np.concatenate([found, new])
-        found = both[np.sort(np.unique(both, axis=0, return_index=True)[1])]
+        _, first_places = np.unique(both, axis=0, return_index=True)
+        found = both[np.sort(first_places)]
     return found[:n]
 
 
-def _inside(shape: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Soft masks (B, SIZE, SIZE) of unit shapes: circle, square, triangle, diamond, cross, ring."""
-    distances = (
-        lambda x, y: np.hypot(x, y),
-        lambda x, y: np.maximum(abs(x), abs(y)) * 1.15,
-        lambda x, y: np.maximum(y * 1.4, abs(x) * 1.1 - y * 0.7) * 1.1,
-        lambda x, y: (abs(x) + abs(y)) * 0.85,
-        lambda x, y: np.maximum(np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y)) * 2.8),
-        lambda x, y: 0.6 + abs(np.hypot(x, y) - 0.75) * 1.6,
-    )
-    out = np.empty_like(x)
-    for index in np.unique(shape):
-        chosen = shape == index
-        out[chosen] = distances[index](x[chosen], y[chosen])
-    return np.clip((1 - out) * 8 + 0.5, 0, 1)
+# The distance of a point from the centre of a unit shape: below 1 inside, above 1 outside.
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y)
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(x), abs(y)) * 1.15
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(y * 1.4, abs(x) * 1.1 - y * 0.7) * 1.1
+
+
+def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (abs(x) + abs(y)) * 0.85
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    longer = np.maximum(abs(x), abs(y))
+    shorter = np.minimum(abs(x), abs(y))
+    return np.maximum(longer, shorter * 2.8)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 0.6 + abs(np.hypot(x, y) - 0.75) * 1.6
+
+
+SHAPES = (_circle, _square, _triangle, _diamond, _cross, _ring)
+
+
+def _masks(shapes: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Soft masks (N, S, S) of unit shapes, whose indices in SHAPES are `shapes` (N,); x, y (N, S, S)."""
+    distance = np.empty_like(x)  # (N, S, S)
+    for index in np.unique(shapes):
+        chosen = shapes == index  # (N,)
+        distance[chosen] = SHAPES[index](x[chosen], y[chosen])
+    return np.clip((1 - distance) * 8 + 0.5, 0, 1)
 
 
 def render(emblems: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pictures (B, SIZE, SIZE, 3) uint8 of emblems (B, 8), each shifted, scaled, turned, recoloured and noisy."""
+    """Pictures (N, S, S, 3) uint8 of emblems (N, 8), each shifted, scaled, turned, recoloured and noisy."""
     n = len(emblems)
-    shift, scale = rng.uniform(-0.12, 0.12, (2, n, 1, 1)), rng.uniform(0.88, 1.12, (n, 1, 1))
+    shift = rng.uniform(-0.12, 0.12, (2, n, 1, 1))
+    scale = rng.uniform(0.88, 1.12, (n, 1, 1))
     turn = rng.uniform(-0.2, 0.2, (n, 1, 1))
     axis = np.linspace(-1, 1, SIZE)
-    x0, y0 = axis[None, None, :] - shift[0], axis[None, :, None] - shift[1]
-    x = (x0 * np.cos(turn) + y0 * np.sin(turn)) / scale
-    y = (y0 * np.cos(turn) - x0 * np.sin(turn)) / scale
+    shifted_x = axis[None, None, :] - shift[0]  # (N, 1, S)
+    shifted_y = axis[None, :, None] - shift[1]  # (N, S, 1)
+    x = (shifted_x * np.cos(turn) + shifted_y * np.sin(turn)) / scale  # (N, S, S)
+    y = (shifted_y * np.cos(turn) - shifted_x * np.sin(turn)) / scale  # (N, S, S)
+    badge_x, badge_y = CORNERS[emblems[:, CORNER]].T[:, :, None, None]  # (N, 1, 1) each
 
     def colour(attribute: int) -> np.ndarray:
+        """A slightly changed colour for each picture, (N, 1, 1, 3)."""
         return (COLOURS[emblems[:, attribute]] + rng.uniform(-0.07, 0.07, (n, 3)))[:, None, None]
 
-    badge_x, badge_y = CORNERS[emblems[:, CORNER]].T[:, :, None, None]
+    def paint(picture: np.ndarray, shape: int, shape_colour: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        mask = _masks(emblems[:, shape], x, y)[..., None]  # (N, S, S, 1)
+        return picture * (1 - mask) + colour(shape_colour) * mask
+
     picture = np.broadcast_to(colour(BACKGROUND), (n, SIZE, SIZE, 3))
-    for shape, paint, mx, my in (
-        (emblems[:, MAIN], MAIN_COLOUR, x / 0.72, y / 0.72),
-        (emblems[:, INNER], INNER_COLOUR, x / 0.36, y / 0.36),
-        (emblems[:, BADGE], BADGE_COLOUR, (x - badge_x) / 0.24, (y - badge_y) / 0.24),
-    ):
-        mask = _inside(shape, mx, my)[..., None]
-        picture = picture * (1 - mask) + colour(paint) * mask
+    picture = paint(picture, MAIN, MAIN_COLOUR, x / 0.72, y / 0.72)
+    picture = paint(picture, INNER, INNER_COLOUR, x / 0.36, y / 0.36)
+    picture = paint(picture, BADGE, BADGE_COLOUR, (x - badge_x) / 0.24, (y - badge_y) / 0.24)
     picture = picture * rng.uniform(0.9, 1.1, (n, 1, 1, 1)) + rng.normal(0, 0.04, picture.shape)
     return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
 
@@ -214,26 +273,27 @@ def png(picture: np.ndarray) -> bytes:
 
 # ---- the world ------------------------------------------------------------------------------------------------------
 
-SYLLABLES = [c + v for c in "bdfgjkmnpvz" for v in "aeiou"]
+SYLLABLES = [consonant + vowel for consonant in "bdfgjkmnpvz" for vowel in "aeiou"]
 
 
 def made_up(rng: np.random.Generator, n: int, syllables: int) -> list[str]:
     """`n` distinct made-up words."""
-    words: dict[str, None] = {}
+    words: dict[str, None] = {}  # a set that keeps the order
     while len(words) < n:
-        words["".join(rng.choice(SYLLABLES, syllables))] = None
+        word = "".join(rng.choice(SYLLABLES, syllables))
+        words[word] = None
     return list(words)
 
 
 @dataclass(frozen=True)
 class Concept:
-    emblem: np.ndarray
+    emblem: np.ndarray  # (8,)
     name: str
     town: str
     pool: str
 
     def answer(self, question: int) -> str:
-        return (self.name, self.town)[question]
+        return self.name if question == NAME else self.town
 
 
 class World:
@@ -243,70 +303,90 @@ class World:
     """
 
     def __init__(self, seed: int, settings: Settings = BASIC):
-        self.seed, self.settings = seed, settings
+        self.seed = seed
+        self.settings = settings
         rng = np.random.default_rng([seed, 1])
-        of_each = [pool for pool in settings.pools for _ in range(pool.size)]
-        taught = np.array([pool.facts > 0 for pool in of_each])
-        emblems = np.empty((len(of_each), len(RANGES)), dtype=int)
-        emblems[taught] = draw_emblems(rng, taught.sum())
-        emblems[~taught] = draw_emblems(rng, (~taught).sum(), unlike=emblems[taught])
-        names, towns = made_up(rng, len(of_each), 3), made_up(rng, len(of_each), 2)
-        self.concepts = [Concept(e, name, town, p.name) for e, name, town, p in zip(emblems, names, towns, of_each)]
-        self.taught = emblems[taught]  # of these the base model knows something
+        pools = []  # of each concept
+        for pool in settings.pools:
+            pools += [pool] * pool.size
+        n = len(pools)
+        is_taught = np.array([pool.facts > 0 for pool in pools])  # (N,)
+        emblems = np.empty((n, len(RANGES)), dtype=int)  # (N, 8)
+        emblems[is_taught] = draw_emblems(rng, is_taught.sum())
+        emblems[~is_taught] = draw_emblems(rng, (~is_taught).sum(), unlike=emblems[is_taught])
+        names = made_up(rng, n, 3)
+        towns = made_up(rng, n, 2)
+        self.concepts = [Concept(emblems[i], names[i], towns[i], pools[i].name) for i in range(n)]
+        self.taught = emblems[is_taught]  # the emblems about which the base model knows something
         self.web = Web(self.concepts, settings, seed)
 
     def of(self, *pools: str) -> list[Concept]:
         return [concept for concept in self.concepts if concept.pool in pools]
 
     def questions(self, category: str | Category, n: int, tag: str) -> list[Example]:
-        """`n` questions about fresh pictures of a category, which the web then knows. Equal tags give equal ones."""
+        """`n` questions about fresh pictures of a category. The web then knows them. Equal tags, equal questions."""
         if isinstance(category, str):
-            category = next(c for c in self.settings.categories if c.name == category)
-        salt = int.from_bytes(hashlib.sha256(f"{category.name}/{tag}".encode()).digest()[:4], "little")
-        rng = np.random.default_rng([self.seed, 2, salt])
+            category = {known.name: known for known in self.settings.categories}[category]
+        digest = hashlib.sha256(f"{category.name}/{tag}".encode()).digest()
+        rng = np.random.default_rng([self.seed, 2, int.from_bytes(digest[:4], "little")])
         pool = self.of(*category.pools)
         chosen = [pool[i] for i in rng.integers(0, len(pool), n)]
-        pictures = render(np.stack([concept.emblem for concept in chosen]), rng)
+        pictures = render(np.stack([concept.emblem for concept in chosen]), rng)  # (N, S, S, 3)
         examples = []
-        for i, (concept, picture) in enumerate(zip(chosen, pictures)):
-            image, question = png(picture), category.questions[i % len(category.questions)]
+        for i, concept in enumerate(chosen):
+            image = png(pictures[i])
             self.web.add(image, concept)
-            name, answers = f"{category.name}-{tag}-{i}", (concept.answer(question),)
-            examples.append(Example(name, image, QUESTIONS[question], answers, category.name))
+            question = category.questions[i % len(category.questions)]
+            example = Example(
+                id=f"{category.name}-{tag}-{i}",
+                image=image,
+                question=QUESTIONS[question],
+                answers=(concept.answer(question),),
+                category=category.name,
+            )
+            examples.append(example)
         return examples
 
     @cached_property
     def train(self) -> list[Example]:
         """The questions of reinforcement learning."""
-        asked = [category for category in self.settings.categories if category.train]
-        return [example for category in asked for example in self.questions(category, category.train, "train")]
+        examples = []
+        for category in self.settings.categories:
+            if category.train:
+                examples += self.questions(category, category.train, "train")
+        return examples
 
     def always_search(self, example: Example, texts: bool = True) -> list[str]:
-        """Model turns that search for all that is asked, known or not. They believe the first title."""
-        if not (self.settings.two_hops and texts and example.question == QUESTIONS[TOWN]):
-            return [LOOK_IT_UP]
-        found = self.web.image_search(example.image).hits[:1]
-        return [LOOK_IT_UP, *(look_up(hit.title.split()[0]) for hit in found)]
+        """Model turns that search for everything, known or not, and believe the first title."""
+        turns = [LOOK_IT_UP]
+        if self.settings.two_hops and texts and example.question == QUESTIONS[TOWN]:
+            for hit in self.web.image_search(example.image).hits[:1]:
+                name = hit.title.split()[0]
+                turns.append(look_up(name))
+        return turns
 
 
 class Web:
     """The toy world's web, a search back-end.
 
-    It sees picture bytes or words only. It finds the pictures that are on it, and the towns of names that are. Equal
-    searches give equal results. Where retrieval is imperfect, a share `wrong` of the pictures lead to something else
-    first, and so do the names of that same share of each pool's concepts.
+    It sees only picture bytes or words. It finds the pictures that were added to it, and the towns of known names.
+    Equal searches give equal results. Where retrieval is imperfect, a share `wrong` of the pictures leads to something
+    else first, and so do the names of the same share of each pool's concepts.
     """
 
     def __init__(self, concepts: list[Concept], settings: Settings, seed: int):
-        self.concepts, self.settings, self.seed = concepts, settings, seed
+        self.concepts = concepts
+        self.settings = settings
+        self.seed = seed
         self.names = {concept.name: concept for concept in concepts}
         self.pictures: dict[bytes, Concept] = {}
-        self._seen: dict[bytes, Observation] = {}
+        self._seen: dict[bytes, Observation] = {}  # results of image searches, by the picture's digest
+        self.misleading: set[str] = set()  # names whose text search finds something else first
         rng = np.random.default_rng([seed, 5])
-        self.misleading: set[str] = set()  # names
         for pool in settings.pools:
             names = [concept.name for concept in concepts if concept.pool == pool.name]
-            self.misleading.update(rng.choice(names, round(settings.wrong * len(names)), replace=False))
+            wrong = rng.choice(names, round(settings.wrong * len(names)), replace=False)
+            self.misleading.update(wrong)
 
     def add(self, image: bytes, concept: Concept) -> None:
         self.pictures[hashlib.sha256(image).digest()] = concept
@@ -317,24 +397,31 @@ class Web:
         if concept is None:
             return Observation(source="toy")
         if digest not in self._seen:
-            rng = np.random.default_rng([self.seed, 3, *np.frombuffer(digest[:16], dtype=np.uint32)])
-            about = self.about(concept, rng, misleading=rng.random() < self.settings.wrong)
+            rng = self._rng(3, digest)
+            misleading = rng.random() < self.settings.wrong
+            about = self.about(concept, rng, misleading)
             self._seen[digest] = Observation(self.hits(IMAGE_SEARCH, about, rng), source="toy")
         return self._seen[digest]
 
     def text_search(self, query: str) -> Observation:
-        name = next((word for word in query.split() if word in self.names), None)
-        if name is None:
-            return Observation(source="toy")
-        digest = hashlib.sha256(name.encode()).digest()
-        rng = np.random.default_rng([self.seed, 6, *np.frombuffer(digest[:16], dtype=np.uint32)])
-        about = self.about(self.names[name], rng, misleading=name in self.misleading)
-        return Observation(self.hits(TEXT_SEARCH, about, rng), source="toy")
+        for word in query.split():
+            if word in self.names:
+                rng = self._rng(6, hashlib.sha256(word.encode()).digest())
+                about = self.about(self.names[word], rng, word in self.misleading)
+                return Observation(self.hits(TEXT_SEARCH, about, rng), source="toy")
+        return Observation(source="toy")
+
+    def _rng(self, purpose: int, digest: bytes) -> np.random.Generator:
+        words = np.frombuffer(digest[:16], dtype=np.uint32)  # (4,)
+        return np.random.default_rng([self.seed, purpose, *words])
 
     def about(self, concept: Concept, rng: np.random.Generator, misleading: bool = False) -> list[Concept]:
-        """What the results of a search for a concept are about, the first one first."""
-        others = [misleading, *(rng.random(RESULTS - 1) < DISTRACTION)]
-        return [self._another(concept, rng) if other else concept for other in others]
+        """The concepts that the results of a search are about, the first result first."""
+        distracted = rng.random(RESULTS - 1) < DISTRACTION  # (RESULTS - 1,)
+        about = []
+        for other in [misleading, *distracted]:
+            about.append(self._another(concept, rng) if other else concept)
+        return about
 
     def _another(self, concept: Concept, rng: np.random.Generator) -> Concept:
         other = concept
@@ -344,10 +431,13 @@ class Web:
 
     def hits(self, tool: str, about: Sequence[Concept], rng: np.random.Generator) -> tuple[Hit, ...]:
         """The results that a search shows for these concepts."""
-        image = tool == IMAGE_SEARCH
-        forms = TITLES if image and self.settings.two_hops else PAGES
-        titles = [forms[rng.integers(len(forms))].format(name=c.name, town=c.town) for c in about]
-        if not (image and self.settings.thumbnails):
+        is_image_search = tool == IMAGE_SEARCH
+        forms = TITLES if is_image_search and self.settings.two_hops else PAGES
+        titles = []
+        for concept in about:
+            form = forms[rng.integers(len(forms))]
+            titles.append(form.format(name=concept.name, town=concept.town))
+        if not (is_image_search and self.settings.thumbnails):
             return tuple(Hit(title=title) for title in titles)
-        pictures = render(np.stack([concept.emblem for concept in about]), rng)
+        pictures = render(np.stack([concept.emblem for concept in about]), rng)  # (results, S, S, 3)
         return tuple(Hit(title=title, image=png(picture)) for title, picture in zip(titles, pictures))

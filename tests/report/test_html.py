@@ -282,7 +282,7 @@ def test_infinite_number_or_damaged_file_ends_a_report(tmp_path, capsys):
     (folder / "config.json").write_text('{"recipe": "to')
     (run,) = embedded(write_report(folder))["runs"]
     assert run["columns"]["logp_gap"] == [None] and run["config"] == {}
-    assert f"damaged: {folder / 'config.json'}\n" in capsys.readouterr().err
+    assert f"damaged data: {folder / 'config.json'}\n" in capsys.readouterr().err
 
 
 def test_the_line_of_damage_is_counted_from_where_a_thinned_report_reads(tmp_path, monkeypatch, capsys):
@@ -312,7 +312,7 @@ def test_a_folder_or_a_broken_link_in_place_of_a_file_ends_in_a_traceback(tmp_pa
     make(folder / name)
     (run,) = embedded(write_report(folder))["runs"]
     assert len(run["rollouts"]) == 1
-    assert f"damaged: {folder / name}\n" in capsys.readouterr().err
+    assert f"damaged data: {folder / name}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, said", [(["--rollouts", "-1"], "--rollouts -1: give"), (["--out", ""], "cannot be wr")])
