@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -147,13 +148,23 @@ def number(value: float, digits: int = 3) -> str:
 # ---- sections of the page
 
 
+def reflowed(page: str) -> str:
+    """The page with its paragraphs filled; tables, code, figures and headings as they are."""
+    paragraphs = page.split("\n\n")
+    for place, paragraph in enumerate(paragraphs):
+        if not paragraph.startswith(("|", "#", "!", "    ", "<!--")):
+            paragraphs[place] = textwrap.fill(" ".join(paragraph.split()), 120, break_on_hyphens=False)
+    return "\n\n".join(paragraphs)
+
+
 def section_question(example: Example) -> str:
     return f"""## 1. The question
 
 ![The emblem](walkthrough/picture.png)
 
 An `Example` is a picture, a question and the accepted answers: here "{example.question}" and
-`{example.answers[0]}`. Its category is *{example.category}*: the model was never taught this emblem. It can guess, or search by picture."""
+`{example.answers[0]}`. Its category is *{example.category}*: the model was never taught this emblem. It can
+guess, or search by picture."""
 
 
 def prompt_rows(parts: Parts, episode: Episode) -> list[list[object]]:
@@ -175,9 +186,10 @@ def section_prompt(parts: Parts, episode: Episode) -> str:
     rows = prompt_rows(parts, episode)
     return f"""## 2. The question as tokens
 
-`Chat.prompt` makes {len(rows)} tokens of it. The picture's four placeholders get the vision tower's four vectors instead of
-an embedding. Each token has three positions (time, row, column): on text they are equal, inside the picture time stands
-still and rows and columns count up, and the text behind it continues from the largest number used.
+`Chat.prompt` makes {len(rows)} tokens of it. The picture's four placeholders get the vision tower's four
+vectors instead of an embedding. Each token has three positions (time, row, column): on text they are equal,
+inside the picture time stands still and rows and columns count up, and the text behind it continues from the
+largest number used.
 
 {table(["place", "token", "id", "positions"], rows)}"""
 
@@ -204,9 +216,10 @@ def section_rollout(parts: Parts, episode: Episode) -> str:
     sampled = sum(episode.loss_mask)
     return f"""## 3. One rollout, token by token
 
-The model samples a token at a time until its turn ends. `Chat.parse` finds a search in the text, so the rollout stops
-there: the tool runs, and what it found is appended as a user turn. Then the model continues. Tokens that the model sampled
-have mask 1 and a log-probability, {sampled} of them here; the tool's {len(ids) - sampled} tokens have mask 0, and no loss will ever see them.
+The model samples a token at a time until its turn ends. `Chat.parse` finds a search in the text, so the rollout
+stops there: the tool runs, and what it found is appended as a user turn. Then the model continues. Tokens that
+the model sampled have mask 1 and a log-probability, {sampled} of them here; the tool's {len(ids) - sampled}
+tokens have mask 0, and no loss will ever see them.
 
 {table(["place", "begins", "token", "mask", "log π", "π"], rows)}"""
 
@@ -235,16 +248,17 @@ def section_group(parts: Parts, episodes: Sequence[Episode]) -> str:
     header = ["rollout", "answer", "searches", "accuracy", "format", "reward", "equation (2)", "advantage"]
     return f"""## 4. Four rollouts, four rewards, four advantages
 
-The same question is asked four times. The reward is `.9 · accuracy · .9^searched + .1 · format`: .91 for a right answer
-after a search, 1 for a right one without, .1 for a wrong one in good form. The group's mean is {number(mean, 4)}, its
-deviation {number(deviation, 4)}. No value network is needed: a rollout that did better than the group's mean gets a positive advantage, a
-worse one a negative advantage, and they sum to zero.
+The same question is asked four times. The reward is `.9 · accuracy · .9^searched + .1 · format`: .91 for a
+right answer after a search, 1 for a right one without, .1 for a wrong one in good form. The group's mean is
+{number(mean, 4)}, its deviation {number(deviation, 4)}. No value network is needed: a rollout that did better
+than the group's mean gets a positive advantage, a worse one a negative advantage, and they sum to zero.
 
 {table(header, rows)}
 
 ![Mask strip](walkthrough/masks.png)
 
-Each row is a rollout. Grey: the shared prompt. Blue: sampled, trained. Orange: what the search gave, not trained."""
+Each row is a rollout. Grey: the shared prompt. Blue: sampled, trained. Orange: what the search gave, not
+trained."""
 
 
 def section_generation(engine: WatchedEngine, rollout: Rollout, episodes: Sequence[Episode]) -> str:
@@ -258,14 +272,15 @@ def section_generation(engine: WatchedEngine, rollout: Rollout, episodes: Sequen
         naive += sum(place for place, mask in enumerate(episode.loss_mask) if mask)  # as many tokens stand before it
     return f"""## 5. How they were generated
 
-The plain way runs the whole sequence through the model for every new token: {naive:,} tokens for these four rollouts. The
-engine keeps keys and values. It ran the prompt's {prompt} tokens once for the group, into a *prefix row*, the search results
-once each, and one token per slot and step: {prefilled} prefilled and {sampled} sampled.
+The plain way runs the whole sequence through the model for every new token: {naive:,} tokens for these four
+rollouts. The engine keeps keys and values. It ran the prompt's {prompt} tokens once for the group, into a
+*prefix row*, the search results once each, and one token per slot and step: {prefilled} prefilled and {sampled}
+sampled.
 
 ![Slots over time](walkthrough/slots.png)
 
-Each row is a slot, each column a step of the engine. Orange: the rollout's turn has
-ended; it waits for its tool, or it is finished. The others continue to decode."""
+Each row is a slot, each column a step of the engine. Orange: the rollout's turn has ended; it waits for its
+tool, or it is finished. The others continue to decode."""
 
 
 def section_pack(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
@@ -281,17 +296,19 @@ def section_pack(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
         rows.append([int(batch.episode_index[place]), int(batch.rows[place]), shown(texts[place])])
     return f"""## 6. The pack
 
-For training the four rollouts are laid out as one sequence in which the prompt occurs once: `[prompt, completion 0,
-completion 1, completion 2, completion 3]`. That is {packed} tokens instead of {apart}: every linear layer sees the prompt's
-{prompt} tokens once. Inside attention each completion sees the prompt and itself, so its keys are gathered by an index: {keys} keys for {packed}
-queries. (The last token of each rollout is predicted and never fed.)
+For training the four rollouts are laid out as one sequence in which the prompt occurs once: `[prompt,
+completion 0, completion 1, completion 2, completion 3]`. That is {packed} tokens instead of {apart}: every
+linear layer sees the prompt's {prompt} tokens once. Inside attention each completion sees the prompt and
+itself, so its keys are gathered by an index: {keys} keys for {packed} queries. (The last token of each rollout
+is predicted and never fed.)
 
 ![Who sees whom](walkthrough/attention.png)
 
 A row is a query, a column a key; dark: seen. The first columns are the prompt, which all four see.
 
-The loss reads hidden states only where a sampled token is predicted. `rows` says where, `targets` what. The first
-token of *every* completion is predicted by the prompt's last hidden state, so row {int(batch.rows[0])} occurs four times:
+The loss reads hidden states only where a sampled token is predicted. `rows` says where, `targets` what. The
+first token of *every* completion is predicted by the prompt's last hidden state, so row {int(batch.rows[0])}
+occurs four times:
 
 {table(["rollout", "row of the hidden state", "token that it predicts"], rows)}"""
 
@@ -337,14 +354,15 @@ def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
         assert (after > before) == (episode.advantage > 0)
     return f"""## 7. The loss of one token, by hand
 
-The trainer runs the pack through the same model and gets log π of each trained token again. The largest difference to what
-the sampler had is {gap:.0e}: sampler and trainer are one code. In the first update on a batch the ratio is 1 everywhere; so
-look at the second. After one update at a small rate, the token {shown(text)} of rollout {owner.sample}, with
-which it begins a guess instead of a search, and whose advantage is {number(advantage)}, has
+The trainer runs the pack through the same model and gets log π of each trained token again. The largest
+difference to what the sampler had is {gap:.0e}: sampler and trainer are one code. In the first update on a
+batch the ratio is 1 everywhere; so look at the second. After one update at a small rate, the token
+{shown(text)} of rollout {owner.sample}, with which it begins a guess instead of a search, and whose advantage
+is {number(advantage)}, has
 
     log π_old = {number(log_old, 4)}    log π = {number(log_new, 4)}    log π_ref = {number(log_ref, 4)}
 
-    ratio     ρ = exp(log π − log π_old) = exp({number(log_new - log_old, 4)}) = {number(ratio, 4)}                       (3)
+    ratio     ρ = exp(log π − log π_old) = exp({number(log_new - log_old, 4)}) = {number(ratio, 4)}    (3)
     clipped   clip(ρ, .8, 1.2) = {number(clipped, 4)}
     surrogate min(ρ A, clip(ρ) A) = min({number(ratio * advantage, 4)}, {number(clipped * advantage, 4)}) = {number(surrogate, 4)}
     KL        d = log π_ref − log π = {number(difference, 4)},  k3 = e^d − d − 1 = {number(k3, 4)}                  (3)
@@ -358,8 +376,8 @@ What the first update did to the probability of each whole rollout (the product 
 
 {table(["rollout", "advantage", "π(o) before", "after"], changes)}
 
-Rollouts with a positive advantage have become likelier, the others less likely. A training run repeats this: the README's
-has 80 steps, each with 32 questions of eight rollouts."""
+Rollouts with a positive advantage have become likelier, the others less likely. A training run repeats this:
+the README's has 80 steps, each with 32 questions of eight rollouts."""
 
 
 def clip_sentence(ratio: float, advantage: float, clipped: int) -> str:
@@ -409,7 +427,7 @@ def draw_slots(engine: WatchedEngine, rollout: Rollout) -> None:
     names = {sequence.key: run.episode.sample for sequence, run in rollout.runs.items()}
     figure, axes = plt.subplots(figsize=(8, 1.6))
     for step, states in enumerate(engine.occupied):
-        for slot, (key, state) in states.items():
+        for slot, (_, state) in states.items():
             axes.barh(
                 slot, 1, left=step, color=BLUE if state == "decodes" else ORANGE, edgecolor="white", linewidth=0.5
             )
@@ -472,7 +490,7 @@ def make(folder: Path) -> str:
     ]
     attention.sum_widely(False)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return "\n\n".join([INTRODUCTION, *sections, f"<!-- made with weights {weights} -->"]) + "\n"
+    return reflowed("\n\n".join([INTRODUCTION, *sections, f"<!-- made with weights {weights} -->"])) + "\n"
 
 
 INTRODUCTION = """# One question through the code

@@ -24,10 +24,10 @@ def weights(page: str) -> str:
 
 @pytest.mark.slow
 def test_the_walkthrough_shows_other_numbers_than_the_program(basic_base, tmp_path):
-    """Equal to the byte where the base model has the weights that the page was made with, as on the machine of its author.
+    """Equal to the byte where the base model has the weights that the page was made with.
 
-    Elsewhere the warm start rounds otherwise and another question may be the first that fits: then the prose is compared,
-    and the script's own assertions have held on the numbers.
+    On another processor the warm start rounds differently, and another question may be the first that fits: then the
+    prose is compared, and the script's own assertions have checked the numbers.
     """
     script = runpy.run_path(str(ROOT / "docs" / "walkthrough.py"))
     make = script["make"]
