@@ -274,7 +274,7 @@ def section_generation(engine: WatchedEngine, rollout: Rollout, episodes: Sequen
 
 The plain way runs the whole sequence through the model for every new token: {naive:,} tokens for these four
 rollouts. The engine keeps keys and values. It ran the prompt's {prompt} tokens once for the group, into a
-*prefix row*, the search results once each, and one token per slot and step: {prefilled} prefilled and {sampled}
+*prefix row*, each search result once, and one token per slot and step: {prefilled} prefilled and {sampled}
 sampled.
 
 ![Slots over time](walkthrough/slots.png)
@@ -334,7 +334,8 @@ def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     log_old, log_new, log_ref = float(old[place]), float(new[place]), float(reference[place])
     ratio = math.exp(log_new - log_old)
     clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
-    surrogate = min(ratio * advantage, clipped * advantage)
+    plain, cut = ratio * advantage, clipped * advantage
+    surrogate = min(plain, cut)
     difference = log_ref - log_new
     k3 = min(math.exp(difference) - difference - 1, 10.0)
     loss = -surrogate + KL * k3
@@ -355,7 +356,7 @@ def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     return f"""## 7. The loss of one token, by hand
 
 The trainer runs the pack through the same model and gets log π of each trained token again. The largest
-difference to what the sampler had is {gap:.0e}: sampler and trainer are one code. In the first update on a
+difference to what the sampler had is {size(gap)}: sampler and trainer are one code. In the first update on a
 batch the ratio is 1 everywhere; so look at the second. After one update at a small rate, the token
 {shown(text)} of rollout {owner.sample}, with which it begins a guess instead of a search, and whose advantage
 is {number(advantage)}, has
@@ -364,10 +365,10 @@ is {number(advantage)}, has
 
     ratio     ρ = exp(log π − log π_old) = exp({number(log_new - log_old, 4)}) = {number(ratio, 4)}    (3)
     clipped   clip(ρ, .8, 1.2) = {number(clipped, 4)}
-    surrogate min(ρ A, clip(ρ) A) = min({number(ratio * advantage, 4)}, {number(clipped * advantage, 4)}) = {number(surrogate, 4)}
-    KL        d = log π_ref − log π = {number(difference, 4)},  k3 = e^d − d − 1 = {number(k3, 4)}                  (3)
-    loss      −({number(surrogate, 4)}) + .001 · {number(k3, 4)} = {number(loss, 4)}                           (1)
-    weight    1 / (4 rollouts · {sum(owner.loss_mask)} tokens) = {number(weight, 4)}                            (4)
+    surrogate min(ρ A, clip(ρ) A) = min({number(plain, 4)}, {number(cut, 4)}) = {number(surrogate, 4)}
+    KL        d = log π_ref − log π = {number(difference, 4)},  k3 = e^d − d − 1 = {number(k3, 4)}    (3)
+    loss      −({number(surrogate, 4)}) + .001 · {number(k3, 4)} = {number(loss, 4)}    (1)
+    weight    1 / (4 rollouts · {sum(owner.loss_mask)} tokens) = {number(weight, 4)}    (4)
 
 `grpo.token_losses` computes this for all {len(new)} tokens at once; the weighted sum is {number(whole, 4)}.
 {clip_sentence(ratio, advantage, n)}
@@ -378,6 +379,10 @@ What the first update did to the probability of each whole rollout (the product 
 
 Rollouts with a positive advantage have become likelier, the others less likely. A training run repeats this:
 the README's has 80 steps, each with 32 questions of eight rollouts."""
+
+
+def size(difference: float) -> str:
+    return f"{difference:.0e}" if difference else "exactly 0"
 
 
 def clip_sentence(ratio: float, advantage: float, clipped: int) -> str:
