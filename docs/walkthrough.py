@@ -33,7 +33,7 @@ from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example
 from mmsr.model import Qwen2_5_VL, log_probs, mrope_positions
 from mmsr.pack import Pack, pack, unique_tokens
-from mmsr.pretrained import load
+from mmsr.pretrained.load import load
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout
 from mmsr.system.optimizer import MasterWeights
@@ -66,8 +66,8 @@ class WatchedEngine(Engine):
     def step(self):
         ended = super().step()
         states = {}
-        for slot, sequence in self.seated.items():
-            states[slot] = (sequence.key, "waits" if sequence in ended or sequence.since is None else "decodes")
+        for slot, sequence in self.by_slot.items():
+            states[slot] = (sequence.key, "waits" if sequence in ended or sequence.start_step is None else "decodes")
         self.occupied.append(states)
         return ended
 
@@ -100,9 +100,7 @@ class Parts:
         return episodes, engine, rollout
 
     def trainer(self) -> Trainer:
-        optimizer = MasterWeights(
-            self.model, lambda params: torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=0)
-        )
+        optimizer = MasterWeights(self.model, betas=(0.9, 0.99), weight_decay=0.0)
         return Trainer(
             self.model, optimizer, self.suppressed, reference=self.reference, kl=KL, clip_low=CLIP, clip_high=CLIP
         )
@@ -293,7 +291,7 @@ def section_pack(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     texts = parts.chat.pieces(batch.targets.tolist())
     rows = []
     for place in (0, 1, 2, first, first + 1):
-        rows.append([int(batch.episode_index[place]), int(batch.rows[place]), shown(texts[place])])
+        rows.append([int(batch.episode_index[place]), int(batch.logits_index[place]), shown(texts[place])])
     return f"""## 6. The pack
 
 For training the four rollouts are laid out as one sequence in which the prompt occurs once: `[prompt,
@@ -306,8 +304,8 @@ is predicted and never fed.)
 
 A row is a query, a column a key; dark: seen. The first columns are the prompt, which all four see.
 
-The loss reads hidden states only where a sampled token is predicted. `rows` says where, `targets` what. The
-first token of *every* completion is predicted by the prompt's last hidden state, so row {int(batch.rows[0])}
+The loss reads hidden states only where a sampled token is predicted. `logits_index` says where, `targets` what. The
+first token of *every* completion is predicted by the prompt's last hidden state, so row {int(batch.logits_index[0])}
 occurs four times:
 
 {table(["rollout", "row of the hidden state", "token that it predicts"], rows)}"""
@@ -397,7 +395,7 @@ def recomputed(parts: Parts, model: Qwen2_5_VL, batch: Pack) -> Tensor:
     features = model.encode_images(batch.images)  # (M, d)
 
     def head_fn(hidden: Tensor, head: Tensor) -> Tensor:
-        logps, _ = log_probs(hidden[batch.rows], head, batch.targets, 1.0, parts.suppressed)
+        logps, _ = log_probs(hidden[batch.logits_index], head, batch.targets, 1.0, parts.suppressed)
         return logps
 
     return model(batch.input_ids, batch.position_ids, batch.attention_fn, features, batch.image_index, head_fn=head_fn)
@@ -429,7 +427,7 @@ def draw_masks(episodes: Sequence[Episode]) -> None:
 
 
 def draw_slots(engine: WatchedEngine, rollout: Rollout) -> None:
-    names = {sequence.key: run.episode.sample for sequence, run in rollout.runs.items()}
+    names = {sequence.key: conversation.episode.sample for sequence, conversation in rollout.conversations.items()}
     figure, axes = plt.subplots(figsize=(8, 1.6))
     for step, states in enumerate(engine.occupied):
         for slot, (_, state) in states.items():
