@@ -88,7 +88,7 @@ class Figure:
 
 @contextmanager
 def counting_graphs() -> Iterator[Counter]:
-    """How many captures of CUDA graphs are begun and done, and how many graphs replayed, while the block runs."""
+    """How many captures of CUDA graphs are started and done, and how many graphs replayed, while the block runs."""
     seen, graph = Counter(), torch.cuda.CUDAGraph
 
     def counting(name: str, call: Callable) -> Callable:

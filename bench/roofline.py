@@ -107,7 +107,7 @@ class Count(TorchDispatchMode):
     def __init__(self, keys_used: Iterable[tuple[Tensor, float]] = ()):
         super().__init__()
         self.kernels: Counter[Kernel] = Counter()
-        self.fusing: str | None = None  # the fused kernel that a function stands for whose operators are now running
+        self.fusing: str | None = None  # the fused kernel of the function whose operators are running now
         self.keys_used = {_storage(store): (store, keys) for store, keys in keys_used}
         self.pairs: dict[int, tuple[Tensor, int]] = {}  # by the storage of `cu_q`: see `tell_lengths`
 
@@ -193,7 +193,8 @@ def _storage(x: Tensor) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Of the distinct ones among these; what is only expanded is in memory once."""
-    return sum(_elements(x) * x.element_size() for x in {id(x): x for x in tensors}.values())
+    distinct = {id(x): x for x in tensors}
+    return sum(_elements(x) * x.element_size() for x in distinct.values())
 
 
 def _elements(x: Tensor) -> int:
@@ -533,7 +534,8 @@ def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, Pass
     questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
     episodes = bench.episodes(policy.config, questions)
     batch = pack(episodes, split_into_micro_batches(episodes, MICRO_TOKENS)[0], META)
-    patches = sum(len(image.patches) for image in {i.key: i for i in batch.images}.values())
+    distinct = {image.key: image for image in batch.images}
+    patches = sum(len(image.patches) for image in distinct.values())
     tower = sum(p.numel() for p in policy.visual.blocks.parameters())
     needs = bench.operations(policy, episodes, len(batch.input_ids)) - 6 * patches * tower
     policy.checkpoint_blocks, policy.kept_blocks = True, blocks - recomputed

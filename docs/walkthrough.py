@@ -300,7 +300,7 @@ linear layer sees the prompt's {prompt} tokens once. Inside attention each compl
 itself, so its keys are gathered by an index: {keys} keys for {packed} queries. (The last token of each rollout
 is predicted and never fed.)
 
-![Who sees whom](walkthrough/attention.png)
+![What each query sees](walkthrough/attention.png)
 
 A row is a query, a column a key; dark: seen. The first columns are the prompt, which all four see.
 

@@ -165,7 +165,7 @@ class Options:
     step_budget: int = 0
     """Paid calls that a step may make; 0: as many as --budget has left."""
     out: str = ""
-    """Folder of the run. One that is not empty is refused, unless the same run goes on in it."""
+    """Folder of the run. One that is not empty is refused, unless the same run continues in it."""
     seed: int = 0
     """Seeds the data order, the sampling and the toy world."""
     reward: Literal["blog", "paper", "strict"] = "paper"

@@ -30,6 +30,9 @@ whose turn is over, and does no work per token. On CUDA it launches the step as 
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
 
+The plain form is `sample_turn` in examples/plain_grpo.py: one rollout at a time, and the model computes the whole past
+again for every token.
+
 Shape letters: S slots, R rows, G sequences of a group at most, K key/value heads, P room of a row, L room of a slot,
 D head size, d hidden size, V vocabulary, N packed tokens, M packed keys, I image tokens, E turns that ended, n any
 number of slots.

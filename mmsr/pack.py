@@ -13,6 +13,9 @@ predicts the next. The last trained token (a2, b1, c2) is predicted but is no in
 the positions that predict a trained token, and nowhere else. Attention lets a completion see its own group's prompt and
 itself (`attention.SharedPrefix`).
 
+The plain form is `add_gradient` in examples/plain_grpo.py, which sends the prompt through the model once for every
+rollout of a group.
+
 Shape letters: N packed tokens, R trained tokens, M image tokens, T tokens of one episode.
 """
 

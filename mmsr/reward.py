@@ -23,8 +23,8 @@ and the actions make a legal shape. Ours is that of `Chat.well_formed`. R stands
 The differences in a conversation:
 - The official code counts the search tags in the turns' text, this one the searches that were executed. So a call over
   its limit (a second image search) and one in the last turn, after which nothing is executed, cost no penalty here.
-- A call that was refused earns no format here, even where its shape is legal (a text search where none is allowed, then
-  the answer).
+- A call that was refused earns no format here, even where its shape is legal (a text search where it is not allowed,
+  then the answer).
 - The official code raises on a conversation of four model turns. Here it has no format, as no legal shape is so long.
 
 Reward and advantage are separate: `grpo.py` makes advantages from a group's rewards.

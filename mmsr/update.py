@@ -16,6 +16,8 @@ same passes, because FSDP's collectives need them all: a rank with fewer micro-b
 without pictures encodes an empty one. An update that meets a value which is not finite is skipped by all ranks. One in
 which some rank runs out of memory is repeated by all ranks with smaller micro-batches.
 
+The plain form is `add_gradient` in examples/plain_grpo.py: one backward pass per rollout, and each encodes its images.
+
 Shape letters: E this rank's episodes of an update, R trained tokens of a micro-batch, M image tokens, d hidden size,
 V vocabulary.
 """

@@ -16,7 +16,7 @@ SCREEN = 40  # lines of a function, with its docstring
 DENSITY = 9.5  # tokens a line on average; nanochat and nano-vllm have 8, this project had 11.4
 
 # Words that made readers stop: archaic ones, and riddles for plain facts.
-STOPS = r"anew|whoever|bears|hears of|obituary|somebody|begun|thereby|heed|whom|lest|nought|in vain|is no news|none is"
+STOPS = r"anew|whoever|bears|hears of|obituary|somebody|begun|thereby|heed|lest|nought|in vain|is no news|none is"
 
 
 def tree(file: Path) -> ast.Module:
@@ -71,6 +71,7 @@ def test_the_lines_of_the_core_hold_more_than_a_reader_takes_in():
 
 @pytest.mark.parametrize("file", [*CODE, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"], ids=lambda file: file.name)
 def test_a_word_makes_a_reader_stop(file):
-    texts = words(file) if file.suffix == ".py" else [(0, file.read_text(encoding="utf-8"))]
+    page = re.sub(r"`test_\w+`", "", file.read_text(encoding="utf-8"))
+    texts = words(file) if file.suffix == ".py" else [(0, page)]
     found = {(line, stop[0]) for line, text in texts for stop in re.finditer(rf"\b({STOPS})\b", text)}
     assert not found

@@ -124,7 +124,7 @@ class RunFolder(Generic[AnyOptions]):
         if self.lock is None:
             self.lock = Lock(self.folder)
             if (self.folder / CONFIG).exists():
-                raise UserError(f"--out {self.folder}: another run has begun in it meanwhile; name another folder")
+                raise UserError(f"--out {self.folder}: another run has started in it meanwhile; name another folder")
 
     def keep_inputs(self) -> None:
         """Write inputs.json, unless it is there: it describes how the run began."""

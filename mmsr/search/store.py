@@ -426,7 +426,7 @@ class Budget:
         self.step = step
 
     def spend(self, provider: str) -> None:
-        """Reserve one call. ToolFailure("budget") where none is left, or where the file cannot be written."""
+        """Reserve one call. ToolFailure("budget") where no call is left, or where the file cannot be written."""
         try:
             self._store()._write(self._reserve, provider)
         except sqlite3.Error as error:

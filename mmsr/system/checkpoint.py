@@ -96,7 +96,7 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
     """Load the newest sound checkpoint under `root` into `model` and `optimizer`, in place; returns its state.
 
     None if there is no checkpoint. A checkpoint that is not sound is named on standard error and left out. Raises
-    UserError when there are checkpoints but none is sound, or when it is of another model, precision or optimizer.
+    UserError when there are checkpoints, all of them damaged, or when it is of another model, precision or optimizer.
     """
     found = _on_main(ranks, lambda: _checkpoints(root))
     for folder in found:

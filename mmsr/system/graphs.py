@@ -6,6 +6,9 @@ A graph repeats the kernels of the pass that was captured, on the same addresses
 - depends on no number of the host but those in its `shape`,
 - and never waits for the device.
 
+The plain form is the loop of `sample_turn` in examples/plain_grpo.py, where the host launches every kernel of every
+token's pass by itself.
+
 Every shape is captured by itself, which takes as long as a pass. So there should be few shapes: what varies from step
 to step is rounded up (`bucket`).
 """

@@ -126,7 +126,7 @@ def test_a_run_that_was_first_in_an_empty_folder_is_overwritten(tmp_path):
     """Both found it empty and opened their models; the other one has finished by now."""
     with RunFolder(config(tmp_path), SINGLE) as late:
         begin(config(tmp_path), setup(tmp_path))
-        with pytest.raises(UserError, match="another run has begun in it meanwhile"):
+        with pytest.raises(UserError, match="another run has started in it meanwhile"):
             late.claim()
 
 
