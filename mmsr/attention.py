@@ -14,8 +14,8 @@ the last query sees every key, the query before it all keys but one, and so on.
 The prefix is a shared prompt in training (`SharedPrefix`), and the cache in generation. `Cached` is the layout of a
 decode step, where every sequence has one query.
 
-The plain form is `Packed([len(ids)])` in examples/plain_grpo.py: one whole sequence that sees itself. `SharedPrefix` and
-`Cached` give the same values without computing a prompt or a past token twice.
+The plain form is `Packed([len(ids)])` in examples/plain_grpo.py: one whole sequence that sees itself. `SharedPrefix`
+and `Cached` give the same values without computing a prompt or a past token twice.
 
 Shape letters: N packed queries, M packed keys, H query heads, K key/value heads, D head size. In a decode step: S slots
 (one sequence each), R rows (one prompt each), G sequences of a prompt at most, P room of a row, L room of a slot. Where
