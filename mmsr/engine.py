@@ -166,7 +166,7 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
         cdf = probabilities(logps).cumsum(-1)  # (n, V)
         target = noise * cdf[:, -1]  # (n,) the last entry is 1 but for rounding
         tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]  # (n,) the first with cdf > target
-        tokens = tokens.clamp_(max=scores.shape[1] - 1)
+        tokens = tokens.clamp_(max=scores.shape[1] - 1)  # where the product was rounded up to the last entry
     logps = logps.gather(1, tokens[:, None])[:, 0]  # (n,)
     return tokens, logps
 
@@ -174,13 +174,13 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
 # ---- memory
 
 
-def prefix_rows(prompts: int, slots: int, sequences: int) -> int:
-    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `sequences`.
+def prefix_rows(prompts: int, slots: int, smallest_group: int) -> int:
+    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `smallest_group`.
 
     Twice as many as fill the slots, and one: a group's slowest sequences keep its row while the next groups run.
     On recorded lengths that keeps the slots full (tests/test_occupancy.py). A row in use has at least one slot.
     """
-    return min(prompts, slots, 2 * math.ceil(slots / sequences) + 1)
+    return min(prompts, slots, 2 * math.ceil(slots / smallest_group) + 1)
 
 
 class Cache:

@@ -28,7 +28,6 @@ Line = Mapping[str, Any]  # of episodes.jsonl
 Numbers = dict[str, float]  # by the name of a measure
 OFFICIAL = RewardRule("paper")
 STRICT = RewardRule("strict")
-RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")  # the measures that get an interval
 DRAWS = 1000
 
 
@@ -181,14 +180,12 @@ def results(lines: Sequence[Line]) -> dict[str, Any]:
         groups.setdefault(category, []).append(line)
     numbers = _means_and_counts(lines)
     numbers |= decision(lines)
-    numbers["interval"] = {}
-    for key in RESAMPLED:
-        if key == "accuracy_judge":
-            values = _verdicts(lines)
-        else:
-            values = [line["measures"][key] for line in lines]
-        if values:
-            numbers["interval"][key] = interval(values)
+    resampled = {
+        "accuracy": [line["measures"]["accuracy"] for line in lines],
+        "accuracy_judge": _verdicts(lines),
+        "search_ratio": [line["measures"]["search_ratio"] for line in lines],
+    }
+    numbers["interval"] = {key: interval(values) for key, values in resampled.items() if values}
     numbers["by_category"] = {category: _means_and_counts(groups[category]) for category in sorted(groups)}
     return numbers
 

@@ -183,7 +183,7 @@ def balanced_partition(loads: Sequence[float], parts: int) -> list[list[int]]:
 
 
 @contextmanager
-def distributed(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
+def distributed(device: str, timeout: float = 1800) -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun, be the only one.
 
     `timeout`: seconds that a rank waits for another. With several ranks, an exception in the block ends this process
@@ -238,7 +238,7 @@ def _init_ranks(device: str, timeout: float) -> Ranks:
     return Ranks(rank, size, place, node_size, timeout, dist.PrefixStore("mmsr", store))
 
 
-def _device(name: str, local_rank: int | None = None) -> torch.device:
+def _device(name: str, local_rank: int | None) -> torch.device:
     """The device of that name with its number; the best there is for "". `local_rank` None: a single process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if local_rank is not None and ":" in name:
