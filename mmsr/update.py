@@ -141,12 +141,12 @@ class ImageFeatures:
             self.leaf = self.output.detach().requires_grad_(train)  # (M, d)
             self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
-    def of(self, batch: Pack) -> Tensor | None:
-        """The features of a pack's image tokens, in the order of `batch.image_index`."""
-        if not batch.images:
+    def of(self, packed: Pack) -> Tensor | None:
+        """The features of a pack's image tokens, in the order of `packed.image_index`."""
+        if not packed.images:
             return None
         rows = []
-        for image in batch.images:
+        for image in packed.images:
             first = self.first_row[image.key]
             rows.append(torch.arange(first, first + image.tokens))
         return self.leaf[torch.cat(rows).to(self.leaf.device)]
@@ -328,8 +328,8 @@ class Trainer:
         stats: Stats,
     ) -> None:
         """Forward pass, loss (1) to (4) and backward pass. `weights` w and `advantages` A are (E + 1,), per episode."""
-        batch = micro_batch.pack
-        logps, entropy = self.log_probs(self.model, batch, features)  # (R,), (R,)
+        packed = micro_batch.pack
+        logps, entropy = self.log_probs(self.model, packed, features)  # (R,), (R,)
         if old_logps is None:
             old = logps.detach()  # (R,) so ρ = 1, and its gradient is that of log π
         else:
@@ -337,45 +337,45 @@ class Trainer:
         ref = None
         if self.reference is not None:
             with torch.no_grad():
-                ref, _ = self.log_probs(self.reference, batch, ref_features)  # (R,)
+                ref, _ = self.log_probs(self.reference, packed, ref_features)  # (R,)
 
         if self.sft:
             losses = grpo.likelihood_losses(logps)
         else:
             importance = None
             if self.importance_cap:
-                importance = grpo.importance_weights(old, batch.sampled_logps, self.importance_cap)  # (R,)
-            token_advantages = advantages[batch.episode_index]  # (R,)
+                importance = grpo.importance_weights(old, packed.sampled_logps, self.importance_cap)  # (R,)
+            token_advantages = advantages[packed.episode_index]  # (R,)
             losses = grpo.token_losses(
                 logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
             )  # (1) to (3)
-        loss = (losses.loss * weights[batch.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
+        loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
         (loss * self.ranks.size).backward()  # FSDP averages gradients over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
-            self._record(stats, batch, loss, losses, entropy, old)
+            self._record(stats, packed, loss, losses, entropy, old)
 
     @staticmethod
-    def _record(stats: Stats, batch: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
+    def _record(stats: Stats, packed: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
         """Add a micro-batch's sums to `stats`."""
-        gap = (old - batch.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
+        gap = (old - packed.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
         stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
-        stats.add(tokens=len(gap), trained=len(batch.input_ids))
+        stats.add(tokens=len(gap), trained=len(packed.input_ids))
         stats.gap_max = max(stats.gap_max, float(gap.max()))
 
-    def log_probs(self, model: Qwen2_5_VL, batch: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
+    def log_probs(self, model: Qwen2_5_VL, packed: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
-            rows = hidden[batch.logits_index]  # (R, d)
-            return chunked_log_probs(logits, rows, head, batch.targets, self.temperature, self.suppressed)
+            rows = hidden[packed.logits_index]  # (R, d)
+            return chunked_log_probs(logits, rows, head, packed.targets, self.temperature, self.suppressed)
 
         return model(
-            batch.input_ids,
-            batch.position_ids,
-            batch.attention_fn,
-            features.of(batch),
-            batch.image_index,
+            packed.input_ids,
+            packed.position_ids,
+            packed.attention_fn,
+            features.of(packed),
+            packed.image_index,
             head_fn=head_fn,
         )
 
