@@ -12,30 +12,35 @@ holds those of one sequence's own tokens. Here two groups, A and B, share two sl
 
     ━ running: one token each step    . a tool works    + its result is prefilled    | finished
 
-The states of a sequence, by the names that vLLM gives them:
+The states of a sequence, and the methods of `Engine` that move it on:
+
+    submit ─► waiting ── _admit ─► prefilling ── _prefill_sequences ─► running ── _decode ─► at a tool ── finish ─►
+                                       ▲                                                        │
+                                       └──────────────────────── extend ────────────────────────┘
 
     waiting       It has no slot. Its group has no row yet (`waiting_groups`), or it has one (`waiting`).
-    prefilling    It has tokens that are not in the cache: a tool's result, or a beginning that was forced.
+    prefilling    It has tokens that are not in the cache: a tool's result, or a beginning that was forced. Without
+                  such a beginning it goes from waiting to running, as the prompt's scores give its first token.
     running       It samples a token in each decode step, until the stop token or the limit of the turn.
-    (at a tool)   Its turn is over, and it keeps its slot. The caller extends it with a result, so it is prefilling
-                  again, or finishes it.
-    finished      Its slot is free.
+    at a tool     Its turn is over, and it keeps its slot until the caller extends or finishes it.
 
 There is no barrier between turns: the other sequences decode meanwhile. There is none between groups either: a freed
 slot is taken at once by the next sequence. A row is freed by the last sequence of its group. So there are more rows
-than groups that fit into the slots: otherwise the slowest sequence of every group would keep slots empty.
+than groups that fit into the slots: otherwise the slowest sequence of every group would keep slots empty. Unlike vLLM's
+cache, this one has no pages: a slot has room for the longest conversation, so no sequence is ever preempted.
 
 All that changes with every token is in tensors on the device. The host waits for the device once a decode step, to see
 whose turn is over, and does no work per token. On CUDA it launches the step as one graph (graphs.py).
 
 Sampling is a pure function of (seed key, token index): inverse CDF of a counter-based uniform, no generator, no state.
+It takes `scores`: logits over the temperature, in which suppressed ids have probability 0 (`model.logits`).
 
 The plain form is `sample_turn` in examples/plain_grpo.py: one rollout at a time, and the model computes the whole past
 again for every token.
 
 Shape letters: S slots, R rows, G sequences of a group at most, K key/value heads, P room of a row, L room of a slot,
-D head size, d hidden size, V vocabulary, N packed tokens, M packed keys, I image tokens, E turns that ended, n any
-number of slots.
+D head size, d hidden size, V vocabulary, N packed tokens, M packed keys, I image tokens, E turns that ended, n some
+of the slots.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -56,32 +61,32 @@ from mmsr.attention import AttentionFn, Cached, Packed, Segments, packed_attenti
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
 from mmsr.system.fuse import fused
 from mmsr.system.graphs import Graphs
+from mmsr.vision import Image
 
 # ---- what is generated
 
 
 @dataclass(eq=False)
 class GeneratedSequence:
-    """One conversation being generated. `ids` is everything after the prompt; the three lists are aligned.
-
-    A sequence may begin with forced tokens in `ids` (log-probability and mask 0).
-    """
+    """One conversation being generated. `ids`, `logps` and `loss_mask` are aligned, and may begin forced."""
 
     key: int  # seeds its randomness; see `sampling_key`
-    ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # everything after the prompt
     logps: list[float] = field(default_factory=list)  # 0 where a token was forced
     loss_mask: list[int] = field(default_factory=list)  # 1 where it was sampled
-    images: list[tuple[int, Any]] = field(default_factory=list)  # (offset within ids, vision.Image)
+    images: list[tuple[int, Image]] = field(default_factory=list)  # (offset within ids, picture)
     stopped: bool = False  # the last turn ended with the stop token, not out of room
+
+    # Only the engine writes these.
     start: int = 0  # where in `ids` the tokens of the last sampled turn begin
     cached: int = 0  # how many of `ids` are in the cache; while it is running, as of the beginning of the turn
     start_step: int | None = None  # the engine's count of decode steps when the turn began; None if it is not running
     position: int = 0  # rotary position of the first token that is not in the cache
     slot: int = -1
-    group: SequenceGroup | None = None
+    group: SequenceGroup | None = None  # None until it is waiting
 
-    def force(self, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
-        """Append tokens that are given, not sampled. `images`: (offset within these tokens, vision.Image)."""
+    def force(self, ids: list[int], images: Sequence[tuple[int, Image]] = ()) -> None:
+        """Append tokens that are given, not sampled. `images`: (offset within these tokens, picture)."""
         for offset, image in images:
             self.images.append((len(self.ids) + offset, image))
         self.ids += ids
@@ -94,35 +99,33 @@ class SequenceGroup:
     """A prompt and the sequences that share it."""
 
     ids: list[int]
-    images: list[tuple[int, Any]]  # (offset within ids, vision.Image)
+    images: list[tuple[int, Image]]  # (offset within ids, picture)
     sequences: list[GeneratedSequence]
+
+    # Only the engine writes these.
     row: int = -1
     unfinished: int = 0  # sequences
     scores: Tensor | None = None  # (V,) after the prompt: every sequence's first token is drawn from them
 
 
 @dataclass
-class Piece:
+class NewTokens:
     """Tokens to prefill in one pass with others: a prompt, or what was appended to a sequence."""
 
     ids: list[int]
-    images: list[tuple[int, Any]]  # (offset within ids, vision.Image)
+    images: list[tuple[int, Image]]  # (offset within ids, picture)
     position: int  # rotary position of the first token
 
 
 # ---- sampling
 
 
-def _signed(bits: int) -> int:
-    """The int64 with these 64 bits, of which the highest is set. Tensors have no uint64 arithmetic."""
-    return bits - 2**64
-
-
 # splitmix64: "Fast Splittable Pseudorandom Number Generators" (Steele, Lea, Flood, 2014), with the constants of Vigna's
-# splitmix64.c. The first is 2^64 over the golden ratio. Products wrap around at 64 bits, signed or not.
-GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
-MIX_1 = _signed(0xBF58476D1CE4E5B9)
-MIX_2 = _signed(0x94D049BB133111EB)
+# splitmix64.c. The first is 2^64 over the golden ratio. Tensors have no uint64 arithmetic, so these are the int64 with
+# the same bits. Products wrap around, signed or not.
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def sampling_key(*parts: object) -> int:
@@ -163,7 +166,7 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
         cdf = probabilities(logps).cumsum(-1)  # (n, V)
         target = noise * cdf[:, -1]  # (n,) the last entry is 1 but for rounding
         tokens = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]  # (n,) the first with cdf > target
-        tokens = tokens.clamp_(max=scores.shape[1] - 1)
+        tokens = tokens.clamp_(max=scores.shape[1] - 1)  # where the product was rounded up to the last entry
     logps = logps.gather(1, tokens[:, None])[:, 0]  # (n,)
     return tokens, logps
 
@@ -171,13 +174,13 @@ def sample(scores: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]
 # ---- memory
 
 
-def prefix_rows(prompts: int, slots: int, sequences: int) -> int:
-    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `sequences`.
+def prefix_rows(prompts: int, slots: int, smallest_group: int) -> int:
+    """How many prompts the cache holds at once, for `slots` conversations in groups of at least `smallest_group`.
 
     Twice as many as fill the slots, and one: a group's slowest sequences keep its row while the next groups run.
     On recorded lengths that keeps the slots full (tests/test_occupancy.py). A row in use has at least one slot.
     """
-    return min(prompts, slots, 2 * math.ceil(slots / sequences) + 1)
+    return min(prompts, slots, 2 * math.ceil(slots / smallest_group) + 1)
 
 
 class Cache:
@@ -189,14 +192,14 @@ class Cache:
 
     def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, room: int, device, dtype):
         heads = config.num_key_value_heads
-        size = config.head_dim
+        head_dim = config.head_dim
         kernel = attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype))
 
         def zeros(count: int, length: int) -> Tensor:
             if kernel:
-                return torch.zeros(count, length, heads, size, device=device, dtype=dtype)
-            # The same shape, but each head's keys are in one piece: plain products are faster with that.
-            return torch.zeros(count, heads, length, size, device=device, dtype=dtype).transpose(1, 2)
+                return torch.zeros(count, length, heads, head_dim, device=device, dtype=dtype)
+            # The same shape, but the keys of a head are contiguous: plain products are faster with that.
+            return torch.zeros(count, heads, length, head_dim, device=device, dtype=dtype).transpose(1, 2)
 
         self.prefix: list[tuple[Tensor, Tensor]] = []  # (keys, values) of each layer
         self.suffix: list[tuple[Tensor, Tensor]] = []
@@ -252,11 +255,11 @@ class DecodeLayout:
         prefix_lens = [0] * num_rows  # (R,) tokens of each row's prompt
         group_slots = [0] * (num_rows * group_size)  # (R * G,) the slots of each row's sequences, slot 0 as filler
         slot_mapping = [any_row * group_size] * num_slots  # (S,) where each slot is in `group_slots`
-        sequences: Counter[SequenceGroup] = Counter()  # of a group, so far
+        columns_used: Counter[SequenceGroup] = Counter()  # of a group's row in `group_slots`
         for slot, sequence in by_slot.items():
             group = sequence.group
-            index = group.row * group_size + sequences[group]
-            sequences[group] += 1
+            index = group.row * group_size + columns_used[group]
+            columns_used[group] += 1
             prefix_lens[group.row] = len(group.ids)
             group_slots[index] = slot
             slot_mapping[slot] = index
@@ -282,7 +285,7 @@ class Engine:
 
     `max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn. `temperature` 0 is
     greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts. `capture`: on CUDA, replay
-    decode steps from graphs. The model's weights may not move while the engine lives.
+    decode steps from graphs. The model's weights may not change or move while the engine lives.
     """
 
     def __init__(
@@ -314,7 +317,7 @@ class Engine:
         # Sequences by their states, and all that have a slot: prefilling, running or at a tool.
         self.waiting_groups: deque[SequenceGroup] = deque()  # have no row yet
         self.waiting: deque[GeneratedSequence] = deque()  # have a row, and no slot yet
-        self.prefilling: list[GeneratedSequence] = []  # have tokens that are not in the cache
+        self.prefilling: deque[GeneratedSequence] = deque()  # have tokens that are not in the cache
         self.num_running = 0  # sample a token in each decode step
         self.by_slot: dict[int, GeneratedSequence] = {}
         # Memory: `submit` makes it, because then its sizes are known.
@@ -324,7 +327,7 @@ class Engine:
         self.batch_shape: tuple[int, int, int] | None = None  # of `layout`; None when sequences came or went
         self.longest = 0  # no running sequence has more tokens in its slot
 
-    # ---- what a caller uses -----------------------------------------------------------------------------------------
+    # ---- what a caller uses
 
     def submit(self, groups: Sequence[SequenceGroup]) -> list[GeneratedSequence]:
         """Queue groups and make room for them. Returns sequences without room to answer; their groups will not run."""
@@ -351,8 +354,8 @@ class Engine:
         has_prompt = self.waiting or (self.waiting_groups and self.cache.free_rows)
         return bool(has_prompt and self.cache.free_slots)
 
-    def extend(self, sequence: GeneratedSequence, ids: list[int], images: Sequence[tuple[int, Any]] = ()) -> None:
-        """Append what a tool gave; the sequence samples its next turn after it. `images`: (offset in ids, Image).
+    def extend(self, sequence: GeneratedSequence, ids: list[int], images: Sequence[tuple[int, Image]] = ()) -> None:
+        """Append what a tool gave; the sequence samples its next turn after it. `images`: (offset in ids, picture).
 
         Raises ValueError where that leaves no room for a token: finish the sequence instead.
         """
@@ -379,12 +382,12 @@ class Engine:
         if self._can_admit:
             ended += self._admit()
         if self.prefilling:
-            ended += self._prefill_forced()
+            ended += self._prefill_sequences()
         if self.num_running:
             ended += self._decode()
         return ended
 
-    # ---- admission --------------------------------------------------------------------------------------------------
+    # ---- admission
 
     def _allocate(self) -> None:
         """Make cache and slot state for the waiting groups."""
@@ -398,7 +401,6 @@ class Engine:
         self.cache = Cache(config, rows, max(prompt_lens), slots, room, self.device, dtype)
         self.state = SlotState(slots, room, self.device)
         self.layout = DecodeLayout(rows, slots, max(group_sizes), self.device)
-        self.batch_shape = None
 
     def _admit(self) -> list[GeneratedSequence]:
         """Give free slots to waiting sequences. Returns those whose turn ended with its first token.
@@ -409,48 +411,43 @@ class Engine:
         groups = self._next_groups()
         if groups:
             self._open_groups(groups)
-        admitted = []
         starting = []
         scores = []
         while self.cache.free_slots and self.waiting:
             sequence = self.waiting.popleft()
             sequence.slot = heappop(self.cache.free_slots)
             self.by_slot[sequence.slot] = sequence
-            admitted.append(sequence)
+            group = sequence.group
             if sequence.ids:
                 self.prefilling.append(sequence)
             else:
                 starting.append(sequence)
-                scores.append(sequence.group.scores)
+                scores.append(group.scores)
+            if sequence is group.sequences[-1]:  # sequences are admitted in order
+                group.scores = None  # a megabyte that no sequence will ask for
         self.batch_shape = None
-        needed_by = self.waiting[0].group if self.waiting else None  # groups are admitted in order
-        for sequence in admitted:
-            if sequence.group is not needed_by:
-                sequence.group.scores = None  # a megabyte that no sequence will ask for
         if not starting:
             return []
         return self._start_turns(torch.stack(scores), starting)
 
     def _next_groups(self) -> list[SequenceGroup]:
-        """The waiting groups to open now, in order: while slots and rows are left, one pass's worth of prompts."""
+        """Give rows to waiting groups, in order: while slots and rows are left, one pass's worth of prompts."""
         groups: list[SequenceGroup] = []
         slots = len(self.cache.free_slots) - len(self.waiting)  # those that are left for new groups
         tokens = 0
-        for group in self.waiting_groups:
+        while self.waiting_groups and self.cache.free_rows and slots > 0:
+            group = self.waiting_groups[0]
             tokens += len(group.ids)
-            too_long = groups and tokens > self.prefill_tokens
-            if slots <= 0 or len(groups) == len(self.cache.free_rows) or too_long:
+            if groups and tokens > self.prefill_tokens:
                 break
-            groups.append(group)
+            group.row = heappop(self.cache.free_rows)
+            group.unfinished = len(group.sequences)
             slots -= len(group.sequences)
+            groups.append(self.waiting_groups.popleft())
         return groups
 
     def _open_groups(self, groups: list[SequenceGroup]) -> None:
-        """Prefill the prompts of the first waiting groups, each into a row; their sequences then wait for slots."""
-        for group in groups:
-            self.waiting_groups.popleft()
-            group.row = heappop(self.cache.free_rows)
-            group.unfinished = len(group.sequences)
+        """Prefill the prompts of groups, each into its row; their sequences then wait for slots."""
         scores, positions = self._prefill_prompts(groups)  # (groups, V)
         for group, group_scores, position in zip(groups, scores, positions):
             group.scores = group_scores.clone()  # (V,) a view would keep the scores of the whole pass alive
@@ -459,7 +456,7 @@ class Engine:
                 sequence.position = position
                 self.waiting.append(sequence)
 
-    # ---- prefill ----------------------------------------------------------------------------------------------------
+    # ---- prefill
 
     def _prefill_prompts(self, groups: Sequence[SequenceGroup]) -> tuple[Tensor, list[int]]:
         """Run prompts through the model into their rows; returns scores after them (groups, V) and next positions."""
@@ -478,10 +475,10 @@ class Engine:
             prefix_v[row_index, place_index] = v
             return packed(layer, q, k, v)
 
-        pieces = [Piece(group.ids, group.images, position=0) for group in groups]
-        return self._forward(pieces, attention_fn)
+        prompts = [NewTokens(group.ids, group.images, position=0) for group in groups]
+        return self._forward(prompts, attention_fn)
 
-    def _prefill_forced(self) -> list[GeneratedSequence]:
+    def _prefill_sequences(self) -> list[GeneratedSequence]:
         """Prefill the new tokens of prefilling sequences: each sees its prompt, its own past, and the new tokens.
 
         Then their next turns start. Returns those whose turn ended with its first token.
@@ -507,8 +504,8 @@ class Engine:
             suffix_v[slot_index, place_index] = v
             return packed_attention(q, *self._cached_keys(layer, sequences), segments)
 
-        pieces = [_new_tokens(sequence) for sequence in sequences]
-        scores, positions = self._forward(pieces, attention_fn)  # (sequences, V)
+        new_tokens = [_new_tokens(sequence) for sequence in sequences]
+        scores, positions = self._forward(new_tokens, attention_fn)  # (sequences, V)
         for sequence, position in zip(sequences, positions):
             sequence.cached = len(sequence.ids)
             sequence.position = position
@@ -531,24 +528,23 @@ class Engine:
 
     def _next_to_prefill(self) -> list[GeneratedSequence]:
         """Take as many prefilling sequences, in order, as one pass may hold; at least one."""
-        count = 0
+        sequences: list[GeneratedSequence] = []
         tokens = 0
-        for sequence in self.prefilling:
+        while self.prefilling:
+            sequence = self.prefilling[0]
             tokens += len(sequence.ids) - sequence.cached
-            if count and tokens > self.prefill_tokens:
+            if sequences and tokens > self.prefill_tokens:
                 break
-            count += 1
-        sequences = self.prefilling[:count]
-        self.prefilling = self.prefilling[count:]
+            sequences.append(self.prefilling.popleft())
         return sequences
 
-    def _forward(self, pieces: Sequence[Piece], attention_fn: AttentionFn) -> tuple[Tensor, list[int]]:
+    def _forward(self, pieces: Sequence[NewTokens], attention_fn: AttentionFn) -> tuple[Tensor, list[int]]:
         """Forward packed `pieces`: scores after the last token of each (pieces, V), and the next position of each."""
         ids: list[int] = []  # (N,)
         position_ids: list[Tensor] = []  # (3, tokens) of each piece
         next_positions: list[int] = []
         last: list[int] = []  # index of each piece's last token
-        images: list[Any] = []
+        images: list[Image] = []
         image_index: list[Tensor] = []  # where each image's tokens are
         for piece in pieces:
             grids = []
@@ -577,7 +573,7 @@ class Engine:
         """Logits (n, V) over the temperature, of hidden states (n, d)."""
         return logits(hidden, head, self.temperature, self.suppressed)
 
-    def _encode(self, images: Sequence) -> Tensor | None:
+    def _encode(self, images: Sequence[Image]) -> Tensor | None:
         """Features (I, d) of `images` in order; each distinct one goes through the tower once in the engine's life."""
         if not images:
             return None
@@ -590,7 +586,7 @@ class Engine:
             self.counts["images_encoded"] += len(new)
         return torch.cat([self.features[image.key] for image in images])
 
-    # ---- decoding ---------------------------------------------------------------------------------------------------
+    # ---- decoding
 
     def _start_turns(self, scores: Tensor, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
         """Make sequences running: sample the first token of a turn from `scores` (sequences, V).
@@ -682,7 +678,7 @@ class Engine:
         full = index + 1 >= state.limit[slots]  # (n,)
         return state.running[slots] & ((tokens == self.stop_id) | full)
 
-    # ---- the ends of turns ------------------------------------------------------------------------------------------
+    # ---- the ends of turns
 
     def _end_turns(self, slots: Tensor, over: Tensor) -> list[GeneratedSequence]:
         """The sequences of those `slots` (n,) that are `over` (n,) bool, with the tokens of their turns.
@@ -695,17 +691,14 @@ class Engine:
         self.state.running[ended] = False
         self.num_running -= len(ended)
         numbers, logps = self._turns_of(ended)
-        numbers = numbers.cpu()
-        logps = logps.cpu()
-        sequences = []
-        for turn_numbers, turn_logps in zip(numbers, logps):
-            sequences.append(self._end_turn(turn_numbers, turn_logps))
-        return sequences
+        turns = zip(numbers.cpu(), logps.cpu())
+        return [self._end_turn(turn_numbers, turn_logps) for turn_numbers, turn_logps in turns]
 
     def _turns_of(self, ended: Tensor) -> tuple[Tensor, Tensor]:
         """What the host wants to know of slots `ended` (E,), still on the device.
 
-        Integers (E, 3 + L): slot, length, next position, and all sampled ids; and their log-probabilities (E, L).
+        Integers (E, 3 + L): slot, length, next position, and all sampled ids; and their log-probabilities (E, L). All
+        integers are in one tensor, because the host waits for each copy.
         """
         state = self.state
         header = torch.stack([ended, state.length[ended], state.position[ended]], 1)  # (E, 3)
@@ -728,7 +721,7 @@ class Engine:
         sequence.stopped = sequence.ids[-1] == self.stop_id
         return sequence
 
-    # ---- the shape of a batch ---------------------------------------------------------------------------------------
+    # ---- the shape of a batch
 
     def _choose_batch_shape(self) -> tuple[int, int, int]:
         """Slots, rows, and sequences of a row that the next steps are computed with: those in use, up to the last.
@@ -789,8 +782,8 @@ class Engine:
         self.cache.free_rows = list(range(len(rows), len(self.layout.prefix_lens)))
 
 
-def _new_tokens(sequence: GeneratedSequence) -> Piece:
+def _new_tokens(sequence: GeneratedSequence) -> NewTokens:
     """The tokens of a sequence that are not in the cache, and the images among them."""
     first = sequence.cached
     images = [(offset - first, image) for offset, image in sequence.images if offset >= first]
-    return Piece(sequence.ids[first:], images, sequence.position)
+    return NewTokens(sequence.ids[first:], images, sequence.position)

@@ -20,7 +20,7 @@ from mmsr.reward import RewardRule, answer_score
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
-# Categories of questions that call for a search, and of those that do not. Others say nothing about the decision.
+# Categories of questions that call for a search, and of those that do not. `decision` leaves others out.
 NEEDS_SEARCH = {"search_required", "unfamiliar", "held_out", "known_new_fact", "unknown_two_hop"}
 NEEDS_NO_SEARCH = {"search_free", "familiar", "familiar_fact"}
 
@@ -28,7 +28,6 @@ Line = Mapping[str, Any]  # of episodes.jsonl
 Numbers = dict[str, float]  # by the name of a measure
 OFFICIAL = RewardRule("paper")
 STRICT = RewardRule("strict")
-RESAMPLED = ("accuracy", "accuracy_judge", "search_ratio")  # the measures that get an interval
 DRAWS = 1000
 
 
@@ -58,10 +57,10 @@ def more_measures(episode: Episode, calls_allowed: int) -> Numbers:
     }
 
 
-def add_up(episodes: Iterable[Numbers]) -> Numbers:
+def add_up(measured: Iterable[Numbers]) -> Numbers:
     """Sums of several episodes' measures, and their number `n`."""
     sums: Numbers = {"n": 0}
-    for numbers in episodes:
+    for numbers in measured:
         sums["n"] += 1
         for key, value in numbers.items():
             sums[key] = sums.get(key, 0) + value
@@ -82,14 +81,11 @@ def summary(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> Numbers:
 
 def by_category(episodes: Sequence[Episode], ranks: Ranks = SINGLE) -> dict[str, Numbers]:
     """`summary` per category, in order of first appearance. An example without a category counts under "all"."""
-    groups: dict[str, list[Episode]] = {}
+    sums: dict[tuple[str, str], float] = {}  # by category and measure: what `Ranks.sum` takes
     for episode in episodes:
         category = episode.example.category or "all"
-        groups.setdefault(category, []).append(episode)
-    sums: dict[tuple[str, str], float] = {}
-    for category, members in groups.items():
-        for key, value in add_up(map(measures, members)).items():
-            sums[category, key] = value
+        for key, value in {"n": 1, **measures(episode)}.items():
+            sums[category, key] = sums.get((category, key), 0) + value
     totals: dict[str, Numbers] = {}
     for (category, key), value in ranks.sum(sums).items():
         totals.setdefault(category, {})[key] = value
@@ -113,43 +109,43 @@ def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
 # ---- tables
 
 
-def table(rows: dict[str, dict[str, Numbers]], mix: Numbers | None = None) -> str:
-    """Text table of several evaluations, a column each: `rows` maps a name to its `by_category`.
+def table(evaluations: dict[str, dict[str, Numbers]], mix: Numbers | None = None) -> str:
+    """Text table with a column for each evaluation (its `by_category`, by name), and a line for each category.
 
     A cell has the shares of episodes that searched by image and by text (left out where there were none) and the
     accuracy. The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
     """
-    evaluations = list(rows.values())
+    columns = list(evaluations.values())
     categories: dict[str, None] = {}  # all of them, in order
     texts_searched = False
-    for evaluation in evaluations:
+    for evaluation in columns:
         for name, category in evaluation.items():
             categories[name] = None
             texts_searched |= category["search_ratio_text"] > 0
     keys = ["search_ratio_image", "search_ratio_text", "accuracy"]
     if not texts_searched:
         keys.remove("search_ratio_text")
-    overall = [_overall(evaluation, mix, [*keys, "reward"]) for evaluation in evaluations]
+    overall = [_overall(evaluation, mix, [*keys, "reward"]) for evaluation in columns]
 
     header = "/".join(key.split("_")[-1] for key in keys)
-    lines = [[header, *rows]]
+    lines = [[header, *evaluations]]
     for name in categories:
-        lines.append([name] + [_cell(evaluation[name], keys) for evaluation in evaluations])
+        lines.append([name] + [_cell(evaluation[name], keys) for evaluation in columns])
     lines.append(["mean"] + [_cell(mean, keys) for mean in overall])
     lines.append(["reward"] + [f"{mean['reward']:.3f}" for mean in overall])
     return aligned(lines)
 
 
-def _overall(row: dict[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
+def _overall(evaluation: dict[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
     """Weighted means over an evaluation's categories. A category that the mix does not name has no weight."""
     if mix:
-        weights = {name: mix.get(name, 0) for name in row}
+        weights = {name: mix.get(name, 0) for name in evaluation}
     else:
-        weights = {name: category["n"] for name, category in row.items()}
+        weights = {name: category["n"] for name, category in evaluation.items()}
     total = sum(weights.values())
     overall = {}
     for key in keys:
-        weighted = [row[name][key] * weights[name] for name in row]
+        weighted = [category[key] * weights[name] for name, category in evaluation.items()]
         overall[key] = sum(weighted) / total
     return overall
 
@@ -182,36 +178,34 @@ def results(lines: Sequence[Line]) -> dict[str, Any]:
     for line in lines:
         category = line["category"] or "all"
         groups.setdefault(category, []).append(line)
-    found = _result(lines)
-    found |= decision(lines)
-    found["interval"] = {}
-    for key in RESAMPLED:
-        if key == "accuracy_judge":
-            values = _verdicts(lines)
-        else:
-            values = [line["measures"][key] for line in lines]
-        if values:
-            found["interval"][key] = interval(values)
-    found["by_category"] = {category: _result(groups[category]) for category in sorted(groups)}
-    return found
+    numbers = _means_and_counts(lines)
+    numbers |= decision(lines)
+    resampled = {
+        "accuracy": [line["measures"]["accuracy"] for line in lines],
+        "accuracy_judge": _verdicts(lines),
+        "search_ratio": [line["measures"]["search_ratio"] for line in lines],
+    }
+    numbers["interval"] = {key: interval(values) for key, values in resampled.items() if values}
+    numbers["by_category"] = {category: _means_and_counts(groups[category]) for category in sorted(groups)}
+    return numbers
 
 
-def _result(lines: Sequence[Line]) -> dict[str, Any]:
+def _means_and_counts(lines: Sequence[Line]) -> dict[str, Any]:
     sums = add_up(line["measures"] for line in lines)
-    found: dict[str, Any] = means(sums)
-    found["tool_failures"] = sums.get("tool_failures", 0)
+    numbers: dict[str, Any] = means(sums)
+    numbers["tool_failures"] = sums.get("tool_failures", 0)
     out_of_tokens = [line for line in lines if line.get("status") == LENGTH]
-    found["not_asked"] = sum(line["measures"]["turns"] == 0 for line in out_of_tokens)
-    found["cut"] = len(out_of_tokens) - found["not_asked"]
+    numbers["not_asked"] = sum(line["measures"]["turns"] == 0 for line in out_of_tokens)
+    numbers["cut"] = len(out_of_tokens) - numbers["not_asked"]
     judged = [line for line in lines if line.get("judged") is not None]
     agreed = []
     for line in judged:
         exact_match = line["measures"]["accuracy"] == 1
         agreed.append(line["judged"] == exact_match)
-    found["accuracy_judge"] = _mean(_verdicts(lines))
-    found["judge_agreement"] = _mean(agreed)
-    found["judge_failures"] = sum("judged" in line for line in lines) - len(judged)
-    return found
+    numbers["accuracy_judge"] = _mean(_verdicts(lines))
+    numbers["judge_agreement"] = _mean(agreed)
+    numbers["judge_failures"] = sum("judged" in line for line in lines) - len(judged)
+    return numbers
 
 
 def _verdicts(lines: Iterable[Line]) -> list[float]:
@@ -247,10 +241,10 @@ def interval(values: Sequence[float]) -> list[float]:
     """Bounds of the middle 95 % of the means of `DRAWS` resamplings (bootstrap over questions)."""
     sample = np.asarray(values, dtype=float)  # (n,)
     n = len(sample)
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     resampled = []
     for _ in range(DRAWS):
-        drawn = dice.integers(0, n, n)  # (n,) with replacement
+        drawn = generator.integers(0, n, n)  # (n,) with replacement
         resampled.append(sample[drawn].mean())
     bounds = np.quantile(resampled, [0.025, 0.975])
     return bounds.round(6).tolist()

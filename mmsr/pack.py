@@ -30,6 +30,7 @@ from torch import Tensor
 from mmsr.attention import SharedPrefix
 from mmsr.episode import Episode
 from mmsr.model import mrope_positions
+from mmsr.vision import Image
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Pack:
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (3, N)
     attention_fn: SharedPrefix
-    images: list  # vision.Image, one per run of placeholders, in packed order
+    images: list[Image]  # in packed order; one twice where two groups, or two rollouts' results, have it
     image_index: Tensor  # (M,) packed positions of their placeholders
     logits_index: Tensor  # (R,) packed positions
     targets: Tensor  # (R,) token ids
@@ -121,7 +122,7 @@ class _Builder:
         self.input_ids: list[int] = []
         self.position_ids: list[Tensor] = []  # (3, n) each
         self.groups: list[tuple[int, list[int]]] = []  # (prompt length, completion lengths)
-        self.images: list = []
+        self.images: list[Image] = []
         self.image_index: list[Tensor] = []
         self.logits_index: list[int] = []
         self.targets: list[int] = []
@@ -144,7 +145,7 @@ class _Builder:
             self.prompt_end = len(self.input_ids)
 
         completion_start = len(self.input_ids)
-        if end > prompt_length:
+        if end > prompt_length:  # else only its first token is trained, which the prompt predicts
             _, completion_lengths = self.groups[-1]
             completion_lengths.append(end - prompt_length)
             self._append(episode, positions, prompt_length, end)

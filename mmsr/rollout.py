@@ -77,10 +77,10 @@ class _Conversation:
     script: Script | Future[Script]  # the next two are what remains of it
     forced_turns: list[str] = field(default_factory=list)
     openings: list[str] = field(default_factory=list)
-    turn_start: int = 0  # where in `sequence.ids` the model's present or coming turn begins, opening included
+    turn_start: int = 0  # where in `sequence.ids` the model's present or next turn begins, with its opening
     model_turns: int = 0  # forced ones included
     calls: Counter[str] = field(default_factory=Counter)  # by tool, refused ones included
-    called_at: float = 0.0  # when the present tool call began, by time.monotonic
+    called_at: float = 0.0  # when the last tool call began, by time.monotonic
 
 
 class Thumbnails:
@@ -172,9 +172,12 @@ class Rollout:
 
         `prefilled_unique` counts each group's prompt once, and what is forced or comes back in each conversation.
         """
-        ran = [run.episode for run in self.conversations.values() if run.sequence.group is not None]
-        prompts = {episode.group_id: episode.prompt_length for episode in ran}
-        unique = sum(prompts.values())
+        ran = []
+        for conversation in self.conversations.values():
+            if conversation.sequence.group is not None:
+                ran.append(conversation.episode)
+        prompt_lengths = {episode.group_id: episode.prompt_length for episode in ran}
+        unique = sum(prompt_lengths.values())
         sampled = 0
         images = set()
         for episode in ran:
@@ -190,7 +193,7 @@ class Rollout:
             "images_distinct": len(images),
         }
 
-    # ---- setting up --------------------------------------------------------------------------------------------------
+    # ---- setting up
 
     def _load_picture(self, example: Example) -> Image:
         try:
@@ -232,7 +235,7 @@ class Rollout:
         for sequence in self.engine.submit(unfinished):  # gives back those whose prompt does not fit
             self._end(self.conversations[sequence], LENGTH)
 
-    # ---- scripts, before sampling begins -----------------------------------------------------------------------------
+    # ---- scripts, before sampling begins
 
     def _play_scripts(self) -> None:
         """Wait for all scripts and force their turns, tools included. No conversation is in the engine yet."""
@@ -260,12 +263,12 @@ class Rollout:
             self._act(conversation, turn)
 
     def _next_opening(self, conversation: _Conversation) -> list[int]:
-        """Take the tokens that the coming turn opens with from the script. Empty where the model starts by itself."""
+        """Take the first tokens of the next turn from the script. Empty where the model starts by itself."""
         if conversation.forced_turns or not conversation.openings:
             return []
         return self.chat.opening(conversation.openings.pop(0))
 
-    # ---- turns -------------------------------------------------------------------------------------------------------
+    # ---- turns
 
     def _turn_ended(self, conversation: _Conversation) -> None:
         """The engine has sampled a turn, up to the stop token or until there was no room for more."""

@@ -1,10 +1,10 @@
 """The update: from episodes with advantages to a step of the optimizer.
 
     freeze π_old                                            Trainer.step
-    for each mini-batch:
+    for each mini-batch:                                    Trainer.update
         for each micro-batch:                               Trainer.accumulate_gradient
             forward pass, loss (1) to (4), backward pass    Trainer.forward_backward
-        clip the gradient                                   Trainer.update
+        clip the gradient
         step of the optimizer
 
 The equations are those of grpo.py. The gradient of an update is a sum over its trained tokens, so it does not depend on
@@ -28,7 +28,8 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Sequence
+from functools import partial
+from typing import Callable, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.vision import MERGE, PATCH_VALUES, Image
+
+T = TypeVar("T")
 
 # ---- what an update is made of
 
@@ -138,12 +141,12 @@ class ImageFeatures:
             self.leaf = self.output.detach().requires_grad_(train)  # (M, d)
             self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
-    def of(self, batch: Pack) -> Tensor | None:
-        """The features of a pack's image tokens, in the order of `batch.image_index`."""
-        if not batch.images:
+    def of(self, packed: Pack) -> Tensor | None:
+        """The features of a pack's image tokens, in the order of `packed.image_index`."""
+        if not packed.images:
             return None
         rows = []
-        for image in batch.images:
+        for image in packed.images:
             first = self.first_row[image.key]
             rows.append(torch.arange(first, first + image.tokens))
         return self.leaf[torch.cat(rows).to(self.leaf.device)]
@@ -260,12 +263,12 @@ class Trainer:
                 batches.append(batch)
 
         # Freeze π_old of (3): the policy at this moment, before all updates. For the first update it is π itself.
-        old_stats = Stats()
+        local = Stats()
         all_old_logps: list[list[Tensor] | None] = [None]
         for batch in batches[1:]:
-            all_old_logps.append(self.old_logps(batch, old_stats))
+            all_old_logps.append(self._until_it_fits(partial(self.old_logps, batch, local)))
 
-        stats = old_stats.all_reduce(self.ranks)
+        stats = local.all_reduce(self.ranks)
         for batch, old_logps in zip(batches, all_old_logps):
             self.update(batch, old_logps, lr, stats)
         return stats.metrics()
@@ -275,12 +278,7 @@ class Trainer:
         if batch.non_finite:
             self._skip_update(stats)
             return
-        while True:
-            try:
-                local = self.accumulate_gradient(batch, old_logps)
-                break
-            except RankOutOfMemory as error:
-                self._use_smaller_micro_batches(error)
+        local = self._until_it_fits(partial(self.accumulate_gradient, batch, old_logps))
         total = local.all_reduce(self.ranks)
         grad_norm = self._clip_gradient()
         if math.isfinite(grad_norm) and math.isfinite(total.sums["loss"]):
@@ -299,9 +297,10 @@ class Trainer:
         """
         micro_batches = self._micro_batches(batch.episodes)
         self.optimizer.expect(len(micro_batches))
-        weights = self._token_weights(batch)  # (E + 1,)
-        per_episode = [episode.advantage for episode in batch.episodes]
-        advantages = torch.tensor(per_episode + [0.0], device=self.device, dtype=torch.float32)  # (E + 1,)
+        lengths = [sum(episode.loss_mask) for episode in batch.episodes]
+        token_weights = grpo.episode_weights(lengths, self.loss_norm, batch.trained, batch.tokens)  # w of (4)
+        weights = self._per_episode(token_weights)  # (E + 1,)
+        advantages = self._per_episode([episode.advantage for episode in batch.episodes])  # (E + 1,)
         ref_features = None
         with self.lockstep.guard("vision pass"):
             features = self._image_features(self.model, micro_batches, batch, train=True)
@@ -329,8 +328,8 @@ class Trainer:
         stats: Stats,
     ) -> None:
         """Forward pass, loss (1) to (4) and backward pass. `weights` w and `advantages` A are (E + 1,), per episode."""
-        batch = micro_batch.pack
-        logps, entropy = self.log_probs(self.model, batch, features)  # (R,), (R,)
+        packed = micro_batch.pack
+        logps, entropy = self.log_probs(self.model, packed, features)  # (R,), (R,)
         if old_logps is None:
             old = logps.detach()  # (R,) so ρ = 1, and its gradient is that of log π
         else:
@@ -338,61 +337,56 @@ class Trainer:
         ref = None
         if self.reference is not None:
             with torch.no_grad():
-                ref, _ = self.log_probs(self.reference, batch, ref_features)  # (R,)
+                ref, _ = self.log_probs(self.reference, packed, ref_features)  # (R,)
 
         if self.sft:
             losses = grpo.likelihood_losses(logps)
         else:
             importance = None
             if self.importance_cap:
-                importance = grpo.importance_weights(old, batch.sampled_logps, self.importance_cap)  # (R,)
-            token_advantages = advantages[batch.episode_index]  # (R,)
+                importance = grpo.importance_weights(old, packed.sampled_logps, self.importance_cap)  # (R,)
+            token_advantages = advantages[packed.episode_index]  # (R,)
             losses = grpo.token_losses(
                 logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
             )  # (1) to (3)
-        loss = (losses.loss * weights[batch.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
+        loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
         (loss * self.ranks.size).backward()  # FSDP averages gradients over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
-            self._record(stats, batch, loss, losses, entropy, old)
+            self._record(stats, packed, loss, losses, entropy, old)
 
     @staticmethod
-    def _record(stats: Stats, batch: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
+    def _record(stats: Stats, packed: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:
         """Add a micro-batch's sums to `stats`."""
-        gap = (old - batch.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
+        gap = (old - packed.sampled_logps).abs()  # (R,) what trainer and sampler compute differently
         stats.add(loss=loss, kl=losses.kl, entropy=entropy, clip_fraction=losses.clipped, logp_gap=gap)
-        stats.add(tokens=len(gap), trained=len(batch.input_ids))
+        stats.add(tokens=len(gap), trained=len(packed.input_ids))
         stats.gap_max = max(stats.gap_max, float(gap.max()))
 
-    def log_probs(self, model: Qwen2_5_VL, batch: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
+    def log_probs(self, model: Qwen2_5_VL, packed: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
-            rows = hidden[batch.logits_index]  # (R, d)
-            return chunked_log_probs(logits, rows, head, batch.targets, self.temperature, self.suppressed)
+            rows = hidden[packed.logits_index]  # (R, d)
+            return chunked_log_probs(logits, rows, head, packed.targets, self.temperature, self.suppressed)
 
         return model(
-            batch.input_ids,
-            batch.position_ids,
-            batch.attention_fn,
-            features.of(batch),
-            batch.image_index,
+            packed.input_ids,
+            packed.position_ids,
+            packed.attention_fn,
+            features.of(packed),
+            packed.image_index,
             head_fn=head_fn,
         )
 
     # ---- π_old
 
-    def old_logps(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
-        """log π_old of every episode's trained tokens, one tensor per episode, the dummy's last."""
-        while True:
-            try:
-                return self._compute_old_logps(batch, stats)
-            except RankOutOfMemory as error:
-                self._use_smaller_micro_batches(error)
-
     @torch.no_grad()
-    def _compute_old_logps(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
-        """`old_logps` once. Kept per episode, because the update may cut its micro-batches in another way."""
+    def old_logps(self, batch: LocalBatch, stats: Stats) -> list[Tensor]:
+        """log π_old of every episode's trained tokens, one tensor per episode, the dummy's last.
+
+        By episode, because the update may cut its micro-batches in another way. Raises RankOutOfMemory.
+        """
         micro_batches = self._micro_batches(batch.episodes)
         with self.lockstep.guard("first vision pass"):
             features = self._image_features(self.model, micro_batches, batch, train=False)
@@ -416,12 +410,11 @@ class Trainer:
         dummy_index = len(episodes)
         parts = split_into_micro_batches(episodes, self.micro_tokens)
         count = max(1, int(self.ranks.max(len(parts))))
+        parts += [[dummy_index]] * (count - len(parts))
         micro_batches = []
         for indices in parts:
-            micro_batches.append(MicroBatch(indices, pack(with_dummy, indices, self.device), empty=False))
-        while len(micro_batches) < count:
-            dummy_pack = pack(with_dummy, [dummy_index], self.device)
-            micro_batches.append(MicroBatch([dummy_index], dummy_pack, empty=True))
+            empty = indices == [dummy_index]
+            micro_batches.append(MicroBatch(indices, pack(with_dummy, indices, self.device), empty))
         self.longest_pack = max(len(micro_batch.pack.input_ids) for micro_batch in micro_batches)
         return micro_batches
 
@@ -434,15 +427,9 @@ class Trainer:
             images += micro_batch.pack.images
         return ImageFeatures(model, images, train, always_run=batch.pictures > 0)
 
-    def _token_weights(self, batch: LocalBatch) -> Tensor:
-        """w of (4), (E + 1,): the weight of one token of each episode. The dummy's is the last, and 0."""
-        lengths = [sum(episode.loss_mask) for episode in batch.episodes]
-        trained = [i for i, length in enumerate(lengths) if length]
-        trained_lengths = [lengths[i] for i in trained]
-        trained_weights = grpo.episode_weights(trained_lengths, self.loss_norm, batch.trained, batch.tokens)
-        weights = torch.zeros(len(batch.episodes) + 1, device=self.device)
-        weights[trained] = torch.tensor(trained_weights, device=self.device)
-        return weights
+    def _per_episode(self, values: Sequence[float]) -> Tensor:
+        """One number for each episode, and 0 for the dummy: (E + 1,)."""
+        return torch.tensor([*values, 0.0], device=self.device, dtype=torch.float32)
 
     def _clip_gradient(self) -> float:
         """Scale the gradient down to the largest norm allowed. Returns its norm before, over all ranks."""
@@ -464,6 +451,14 @@ class Trainer:
                 "finite; lower --lr, check the reward, or raise --max-skipped"
             )
 
+    def _until_it_fits(self, run: Callable[[], T]) -> T:
+        """What `run` returns. It runs again with smaller micro-batches whenever a rank runs out of memory."""
+        while True:
+            try:
+                return run()
+            except RankOutOfMemory as error:
+                self._use_smaller_micro_batches(error)
+
     def _use_smaller_micro_batches(self, error: RankOutOfMemory) -> None:
         """Throw the unfinished pass away and halve the micro-batches. UserError if one episode alone is too long."""
         self.model.zero_grad(set_to_none=True)
@@ -480,7 +475,7 @@ class Trainer:
     def _dry_run(self) -> None:
         """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
         nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
-        self._compute_old_logps(nothing, Stats())
+        self.old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)
         self.dry_run_done = True

@@ -29,11 +29,9 @@ CHUNK_LOGITS = 12 * 2**20  # of a chunk on the CPU: 82 rows of the real vocabula
 CHUNK_BYTES = 2**30  # of all that a chunk takes on CUDA: a thousand rows
 CUDA_SOFTMAX_ROWS = 64
 
-LogitsFn = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
-
 
 def chunked_log_probs(
-    logits: LogitsFn,
+    logits: Callable[[Tensor, Tensor, float, Tensor | None], Tensor],
     hidden: Tensor,
     head: Tensor,
     targets: Tensor,
@@ -42,8 +40,9 @@ def chunked_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """log p(target) (R,) and entropy in nats (R,), fp32, from hidden (R, d), head (V, d), targets (R,).
 
-    `logits` is `model.logits`: hidden @ head.T / temperature, and a constant for the `suppressed` (V,) ids. The entropy
-    carries no gradient. Forward and backward pass take the memory of two chunks.
+    `logits` is `model.logits`: hidden @ head.T / temperature, and a constant for the `suppressed` (V,) ids. It is an
+    argument because system/ imports nothing of the model. The entropy carries no gradient. Forward and backward pass
+    take the memory of two chunks.
     """
     return _ChunkedLogProbs.apply(logits, hidden, head, targets, temperature, suppressed)
 
@@ -95,11 +94,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return None, hidden_grad, head_grad.to(head.dtype), None, None, None
 
 
-def _chunk_log_probs(
-    scores: Tensor,
-    targets: Tensor,
-    softmax_rows: int,
-) -> tuple[Tensor, Tensor]:
+def _chunk_log_probs(scores: Tensor, targets: Tensor, softmax_rows: int) -> tuple[Tensor, Tensor]:
     """log p(target) (C,) and entropy (C,) from logits (C, V)."""
     logps = []
     entropies = []
@@ -114,12 +109,7 @@ def _chunk_log_probs(
     return torch.cat(logps), torch.cat(entropies)
 
 
-def _replace_by_gradient(
-    scores: Tensor,
-    targets: Tensor,
-    logps_grad: Tensor,
-    softmax_rows: int,
-) -> None:
+def _replace_by_gradient(scores: Tensor, targets: Tensor, logps_grad: Tensor, softmax_rows: int) -> None:
     """Overwrite logits (C, V) by the gradient of Σ logps_grad · log p(target): logps_grad · (onehot − softmax)."""
     parts = zip(
         scores.split(softmax_rows),
@@ -141,7 +131,7 @@ def _chunk_rows(hidden: Tensor, head: Tensor) -> tuple[int, int]:
     half_precision = hidden.dtype != torch.float32
     if hidden.device.type == "cpu":
         rows = min(1024, max(1, CHUNK_LOGITS // words))
-        if half_precision:
+        if half_precision:  # about the same memory: 6 bytes a logit outside of the softmax, not 4, and 16 in it
             return 3 * rows, max(1, rows // 4)
         return rows, rows
     logit_bytes = 4  # fp32

@@ -1,16 +1,17 @@
 """Decode steps replayed from CUDA graphs: one launch instead of a thousand, so that the device does not wait.
 
-A graph repeats the kernels of the pass that was captured, on the same addresses. So a pass that is given to `Graphs`
+A graph repeats the kernels of the pass that was captured, on the same addresses and with the same Python numbers. So a
+pass that is given to `Graphs`
 
 - reads and writes tensors that stay where they are,
-- depends on no number of the host but those in its `shape`,
+- depends on no Python number but those in its `shape`,
 - and never waits for the device.
 
 The plain form is the loop of `sample_turn` in examples/plain_grpo.py, where the host launches every kernel of every
 token's pass by itself.
 
-Every shape is captured by itself, which takes as long as a pass. So there should be few shapes: what varies from step
-to step is rounded up (`bucket`).
+Every shape has its own graph, and its capture takes as long as a pass. So there should be few shapes: what varies from
+step to step is rounded up (`bucket`).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class Graphs:
         self.on = on
         self.seen: Counter[Hashable] = Counter()  # passes of each shape until it was captured
         self.captured: dict[Hashable, tuple[Any, Tensor]] = {}  # of each shape: its graph, and the result it writes to
-        self.replayed = 0  # passes
+        self.replayed = 0  # passes of all shapes
         # The memory pool that all graphs of this object share, because only one result is in use at a time. It is not
         # shared with other objects: torch's allocator refuses a pool that had graphs and has none any more.
         self.pool: Any = None
-        self.stream: Any = None  # that captures are made on
+        self.stream: Any = None  # the CUDA stream that captures are made on
 
     def bucket(self, length: int, most: int, least: int = 8) -> int:
-        """`length` rounded up to a power of two, at least `least` and at most `most`, so that many steps share it.
+        """`length` rounded up to a power of two, at least `least` and at most `most`, so that there are few shapes.
 
         `length` itself if nothing is captured.
         """
@@ -71,8 +72,8 @@ class Graphs:
         except RuntimeError as error:  # a kernel that cannot be captured, or no memory: plain passes give the same
             self.on = False
             self.captured.clear()
-            why = f"decode steps are not captured ({first_line(error)}); they run one by one"
-            warnings.warn(why, RuntimeWarning, stacklevel=2)
+            message = f"decode steps are not captured ({first_line(error)}); they run one by one"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
         """The graph, and the tensor that each replay writes its result to. A capture computes nothing.

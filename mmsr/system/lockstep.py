@@ -16,7 +16,7 @@ rest of them on zeros. Two ranks, a pass of three collectives, and rank 1 fails 
     end           ranks compare: rank 1 failed. Both throw the pass away and raise RankOutOfMemory
 
 The trainer may then try the same with smaller micro-batches. Which collectives a pass consists of is recorded from the
-first pass of its kind that succeeds: run an empty one.
+first pass of its kind that succeeds, so it begins with an empty one.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ beside a bfloat16 weight take 18 bytes a parameter, and a 7B model no longer fit
 bytes a parameter:
 
     2  the model's weight: the master rounded to the nearest bfloat16
-    2  the low bits: what that rounding lost, as an integer. Weight and low bits together are the master, bit for bit
+    2  the low bits: what that rounding lost, as an integer. Weight and low bits together are the master, to the bit
     4  two moments in bfloat16, rounded stochastically. Rounded to the nearest, a second moment that loses a thousandth
        a step would never get smaller, because each step is less than half of the distance to the next bfloat16
     2  the gradient if an update has one backward pass; 4 if it has several, which bfloat16 would add up to an error of
@@ -143,8 +143,8 @@ class MasterWeights:
         state = self.bf16_state[name]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
 
         # Views of n = PIECE elements each, the last one shorter.
         gradients = parameter.grad.reshape(-1).split(PIECE)
@@ -192,9 +192,9 @@ class MasterWeights:
             maximize=False,
         )
 
-    def _seed(self, name: str, key: str, piece: int) -> int:
-        """A resumed run rounds as the uninterrupted one: the seed depends on what is rounded and on the step alone."""
-        return zlib.crc32(f"{name}/{key}/{piece}/{int(self.steps)}".encode())
+    def _seed(self, name: str, moment: str, piece: int) -> int:
+        """The seed depends only on what is rounded and on the step: a resumed run rounds as the uninterrupted one."""
+        return zlib.crc32(f"{name}/{moment}/{piece}/{int(self.steps)}".encode())
 
     # ---- for checkpoints
 
@@ -217,10 +217,10 @@ class MasterWeights:
         return tensors
 
     def make_state(self) -> None:
-        """Make the state of every parameter, as a place to load into: by a step of rate 0 on zero gradients."""
+        """Make the state of every parameter, which a checkpoint is loaded into: by a step of rate 0, gradient 0."""
         parameters = [*self.fp32_params.values(), *self.bf16_params.values()]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self.step(0.0)  # every later step has a rate of its own
+        self.step(0.0)
         for parameter in parameters:
             parameter.grad = None

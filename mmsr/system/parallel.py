@@ -170,11 +170,8 @@ def balanced_partition(loads: Sequence[float], parts: int) -> list[list[int]]:
     for index in heaviest_first:
         longer = sum(len(part) > length for part in partition)
         limit = length + 1 if longer < longer_parts else length
-        lightest = -1
-        for i in range(parts):
-            may_grow = len(partition[i]) < limit
-            if may_grow and (lightest == -1 or totals[i] < totals[lightest]):
-                lightest = i
+        may_grow = [i for i in range(parts) if len(partition[i]) < limit]
+        lightest = min(may_grow, key=lambda i: totals[i])
         partition[lightest].append(index)
         totals[lightest] += loads[index]
     for part in partition:
@@ -186,7 +183,7 @@ def balanced_partition(loads: Sequence[float], parts: int) -> list[list[int]]:
 
 
 @contextmanager
-def distributed(device: str = "", timeout: float = 1800) -> Iterator[Ranks]:
+def distributed(device: str, timeout: float = 1800) -> Iterator[Ranks]:
     """Join the processes that torchrun started; without torchrun, be the only one.
 
     `timeout`: seconds that a rank waits for another. With several ranks, an exception in the block ends this process
@@ -241,7 +238,7 @@ def _init_ranks(device: str, timeout: float) -> Ranks:
     return Ranks(rank, size, place, node_size, timeout, dist.PrefixStore("mmsr", store))
 
 
-def _device(name: str, local_rank: int | None = None) -> torch.device:
+def _device(name: str, local_rank: int | None) -> torch.device:
     """The device of that name with its number; the best there is for "". `local_rank` None: a single process."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if local_rank is not None and ":" in name:
@@ -391,7 +388,7 @@ def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks:
     """Fill a sharded model that is on the meta device. The main rank reads the weights, one tensor at a time.
 
     `weights` gives (name, full tensor); other ranks do not use it. Beside its shards no rank holds more than one full
-    tensor. A UserError of the reading is raised on all ranks.
+    tensor. An error of the reading ends all ranks.
     """
     model.to_empty(device=ranks.device)
     parameters = dict(model.named_parameters())
@@ -399,13 +396,9 @@ def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks:
     while True:
         name = None
         tensor = None
-        failure = None
-        if ranks.main:
-            try:
+        with ranks.sync_errors():
+            if ranks.main:
                 name, tensor = next(source, (None, None))
-            except UserError as error:
-                failure = error
-        ranks.raise_together(failure)
         name = ranks.all_gather(name)[0]
         if name is None:
             return model
