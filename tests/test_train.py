@@ -790,8 +790,8 @@ def test_prompts_that_do_not_fit_train_nothing_in_silence(capsys, miniature, tmp
     one = "1 of 6 prompts do not fit --max-tokens 128 with a picture and an answer of 3 tokens"
     for option, line in zip(("--data", "--eval-data"), err, strict=True):
         assert line.startswith(f"WARNING: {option} {data}: {one}: they cannot be answered and count as wrong (row5)")
-    none = "no prompt can fit --max-tokens 20 with a picture and an answer of 3 tokens; the shortest takes 20; raise"
-    refused(capsys, miniature, tmp_path / "out", none, max_tokens=20)
+    none = "no prompt can fit --max-tokens 12 with a picture and an answer of 3 tokens; the shortest takes 20; raise"
+    refused(capsys, miniature, tmp_path / "out", none, max_tokens=12)
     refused(capsys, miniature, tmp_path / "out", "--turn-tokens 2: the shortest answer takes 3", turn_tokens=2)
 
 
