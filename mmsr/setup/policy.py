@@ -43,7 +43,7 @@ def open_policy(
 
     `questions`: their prompts have to fit.
     """
-    dtype = compute_dtype(config.dtype, ranks.device)
+    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
     if config.model:
         find = partial(resolve, config.model)
@@ -68,11 +68,6 @@ def open_policy(
         model.visual.checkpoint_blocks = config.recompute
         model.kept_blocks = kept_blocks
     return Policy(folder, chat, dtype, model)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type that --dtype names: if it is empty, bfloat16 on CUDA and float32 elsewhere."""
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def prompts_folder(name: str) -> Path:
