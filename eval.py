@@ -52,7 +52,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
     with ranks.sync_errors():
         output = Output(config, ranks)
     with output:  # its folder is held against other runs
-        setup, data_sets = assemble(config, ranks)
+        setup, data_sets = open_setup(config, ranks)
         script = rag_script(config, setup.world) if config.mode == "rag" else None
         with ranks.sync_errors():
             done = output.begin(setup, data_sets)
@@ -71,7 +71,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
             output.finish(data_sets)
 
 
-def assemble(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
+def open_setup(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
     """Open the parts of an evaluation, each from those before it; and its questions by data set. Raises UserError."""
     world = open_world(config)
     data_sets = open_data_sets(config, world, ranks)

@@ -35,11 +35,11 @@ from mmsr.update import MasterWeights, Trainer, split
 
 
 def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
-    """Open the parts of a run, take its steps, and write its files. `world`: as `assemble` has it."""
+    """Open the parts of a run, take its steps, and write its files. `world`: as `open_setup` has it."""
     with ranks.sync_errors():
         output = Output(config, ranks)
     with output:  # its folder is held against other runs
-        setup = assemble(config, ranks, world)
+        setup = open_setup(config, ranks, world)
         with ranks.sync_errors():
             output.check(setup, __file__)
         trainer = make_trainer(setup)
@@ -65,7 +65,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             raise SystemExit(status)
 
 
-def assemble(config: Config, ranks: Ranks = SINGLE, world: World | None = None) -> Setup:
+def open_setup(config: Config, ranks: Ranks = SINGLE, world: World | None = None) -> Setup:
     """Open the parts of a run, each from those before it. Raises UserError where something is missing or wrong.
 
     `world`: the toy world to train in, instead of the one that `config.toy` names.

@@ -734,7 +734,7 @@ def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tm
     weights = load_file(spoilt / "model.safetensors")
     head = weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, spoilt / "model.safetensors")
-    setup = train.assemble(parse(arguments(spoilt, tmp_path / "out")))
+    setup = train.open_setup(parse(arguments(spoilt, tmp_path / "out")))
     assert equal({"": setup.model.head_weight}, {"": head}) and not setup.model.config.tie_word_embeddings
     assert "config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().out
 

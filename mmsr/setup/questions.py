@@ -36,9 +36,12 @@ def open_world(config: Options) -> toy.World | None:
 
 
 def fetch_file(name: str, ranks: Ranks) -> str:
-    """The file on this machine that --data or --eval-data names. Every name that is none on the hub is kept."""
+    """The file on this machine that --data or --eval-data names. What does not name a file on the hub is kept."""
     found = fvqa.hub_file(name)
-    return name if found is None else fetch(name, *found, ranks)
+    if found is None:
+        return name
+    repository, file = found
+    return fetch(name, repository, file, ranks)
 
 
 def fetch(name: str, repository: str, file: str, ranks: Ranks) -> str:
