@@ -179,12 +179,6 @@ class Output(RunFolder[EvalConfig]):
         self.episodes = self.folder / "episodes.jsonl"
         self.album = Album(self.folder / "images")
 
-    def check_options(self, used: bool) -> None:
-        """Raises UserError where these options may not write in the folder."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is no folder: name another")
-        super().check_options(used)
-
     def begin(self, setup: Setup, data_sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
         """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done.
 
