@@ -34,7 +34,7 @@ from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
 from mmsr.rollout import Script
 from mmsr.setup.policy import open_policy, prompts_folder
-from mmsr.setup.questions import Questions, fetch_files, fetch_search, open_data_sets, open_world
+from mmsr.setup.questions import Questions, open_data_sets, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
@@ -52,7 +52,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
     with ranks.sync_errors():
         output = Output(config, ranks)
     with output:  # its folder is held against other runs
-        setup, data_sets = assemble(config, ranks)
+        setup, data_sets = open_setup(config, ranks)
         script = rag_script(config, setup.world) if config.mode == "rag" else None
         with ranks.sync_errors():
             done = output.begin(setup, data_sets)
@@ -71,14 +71,12 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
             output.finish(data_sets)
 
 
-def assemble(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
+def open_setup(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
     """Open the parts of an evaluation, each from those before it; and its questions by data set. Raises UserError."""
     world = open_world(config)
-    files = fetch_files(config.data, ranks)
-    backend = fetch_search(config.search, ranks)
-    data_sets = open_data_sets(config, files, world, ranks)
+    data_sets = open_data_sets(config, world, ranks)
     questions = Questions({f"--data {name}": asked for name, asked in data_sets.items()})
-    search = open_search(config, backend, world, questions, ranks)
+    search = open_search(config, world, questions, ranks)
     policy = open_policy(config, search.tools, questions, world, ranks)
     return Setup(config, ranks, world, questions, search, policy), data_sets
 
@@ -181,12 +179,6 @@ class Output(RunFolder[EvalConfig]):
         self.episodes = self.folder / "episodes.jsonl"
         self.album = Album(self.folder / "images")
 
-    def check_options(self, used: bool) -> None:
-        """Raises UserError where these options may not write in the folder."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is no folder: name another")
-        super().check_options(used)
-
     def begin(self, setup: Setup, data_sets: Mapping[str, Sequence[Example]]) -> set[tuple[str, int]]:
         """Make the folder, or cut off what a crash left unfinished in it. Returns the questions that are done.
 
@@ -229,9 +221,7 @@ class Output(RunFolder[EvalConfig]):
             append(self.episodes, [text.encode("utf-8", "replace")])  # JSON may hold lone surrogates
 
     def finish(self, data_sets: Mapping[str, Sequence[Example]]) -> None:
-        """Judge, sum up, write results.json and print."""
-        if not self.ranks.main:
-            return
+        """Judge, sum up, write results.json and print. For the main rank."""
         self.check_there()
         lines = self._judged_lines()
         lines_of: dict[str, list] = {name: [] for name in data_sets}

@@ -26,7 +26,7 @@ from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
 from mmsr.rollout import Script
 from mmsr.setup.policy import load_model, open_policy
-from mmsr.setup.questions import fetch_files, fetch_search, open_questions, open_world
+from mmsr.setup.questions import open_questions, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.interrupt import Interrupts
 from mmsr.system.parallel import SINGLE, Ranks
@@ -35,11 +35,11 @@ from mmsr.update import MasterWeights, Trainer, split
 
 
 def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
-    """Open the parts of a run, take its steps, and write its files. `world`: as `assemble` has it."""
+    """Open the parts of a run, take its steps, and write its files. `world`: as `open_setup` has it."""
     with ranks.sync_errors():
         output = Output(config, ranks)
     with output:  # its folder is held against other runs
-        setup = assemble(config, ranks, world)
+        setup = open_setup(config, ranks, world)
         with ranks.sync_errors():
             output.check(setup, __file__)
         trainer = make_trainer(setup)
@@ -65,16 +65,14 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             raise SystemExit(status)
 
 
-def assemble(config: Config, ranks: Ranks = SINGLE, world: World | None = None) -> Setup:
+def open_setup(config: Config, ranks: Ranks = SINGLE, world: World | None = None) -> Setup:
     """Open the parts of a run, each from those before it. Raises UserError where something is missing or wrong.
 
     `world`: the toy world to train in, instead of the one that `config.toy` names.
     """
     world = world or open_world(config)
-    files = fetch_files([config.data, config.eval_data], ranks)
-    backend = fetch_search(config.search, ranks)
-    questions = open_questions(config, files, world, ranks)
-    search = open_search(config, backend, world, questions, ranks)
+    questions = open_questions(config, world, ranks)
+    search = open_search(config, world, questions, ranks)
     policy = open_policy(config, search.tools, questions, world, ranks)
     setup = Setup(config, ranks, world, questions, search, policy)
     open_imitation(setup)
@@ -90,7 +88,7 @@ def take_steps(
     history: list[dict],
     stop: Interrupts,
 ) -> None:
-    """GRPO: roll out a group per question, reward, compare within each group, update. `history` gets the metrics."""
+    """GRPO: roll out a group per question, reward, compare within each group, update. `history`: metrics by step."""
     config, ranks = setup.config, setup.ranks
     steps = range(checkpoints.done + 1, config.steps + 1)
     with tqdm(steps, "train", config.steps, initial=checkpoints.done, unit="step", disable=not ranks.main) as bar:
@@ -100,9 +98,10 @@ def take_steps(
             clock = Clock()
             with clock("rollout"):
                 examples = [setup.questions[i] for i in sampler.take(config.questions)]
-                episodes, counts = roll_out(step, examples, setup, stop)
-            if episodes is None:
+                rollouts = roll_out(step, examples, setup, stop)
+            if rollouts is None:
                 return  # interrupted: the last step is whole, this one is not there
+            episodes, counts = rollouts
             with clock("reward"), ranks.sync_errors():
                 setup.score(episodes)
                 zero_std_groups = assign_advantages(episodes, config)
@@ -111,6 +110,7 @@ def take_steps(
                 update = trainer.step(mini_batches(episodes, config), lr)
             metrics = step_metrics(step, setup, episodes, counts, update, zero_std_groups, lr, clock.seconds)
             warnings = note_alarms(metrics, history, setup)
+            history.append(metrics)
             output.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
             output.warn([f"step {step}: {sentence}" for sentence in warnings])
             checkpoints.finished(step)
@@ -122,15 +122,15 @@ def take_steps(
 
 def roll_out(
     step: int, examples: Sequence[Example], setup: Setup, stop: Interrupts
-) -> tuple[list[Episode] | None, Mapping]:
+) -> tuple[list[Episode], Mapping] | None:
     """A group of episodes for each of the examples that are this rank's, and all ranks' counts of tokens and images.
 
-    No episode is scored yet. None instead of them: interrupted.
+    No episode is scored yet. None: interrupted.
     """
     config = setup.config
     setup.begin_step(f"step {step}")
     with progress("rollouts", config.questions * config.group_size, setup.ranks) as bar:
-        rollouts = setup.roll_out(
+        return setup.roll_out(
             examples,
             config.group_size,
             (config.seed, step),
@@ -140,7 +140,6 @@ def roll_out(
             on_done=lambda episode: bar.update(),
             stop=stop,
         )
-    return rollouts or (None, {})
 
 
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:

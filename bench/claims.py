@@ -52,10 +52,10 @@ def foreign_teacher() -> None:
 
     Its turns are forced and their tokens trained; as always in SFT, only in conversations that end in a right answer.
     """
-    open_run = train.assemble
+    open_run = train.open_setup
     assign = train.assign_advantages
 
-    def assemble(config, ranks, world):
+    def open_setup(config, ranks, world):
         setup = open_run(config, ranks, world)
         setup.scripts = lambda example, sample: Script(demonstration(world, example))
         return setup
@@ -65,7 +65,7 @@ def foreign_teacher() -> None:
             episode.imitate()
         return assign(episodes, config)
 
-    train.assemble = assemble
+    train.open_setup = open_setup
     train.assign_advantages = assign_advantages
 
 

@@ -20,7 +20,7 @@ from typing import Any, Sequence
 
 from common import table
 
-from eval import assemble
+from eval import open_setup
 from mmsr.assemble import Setup
 from mmsr.config import EvalConfig, parse
 from mmsr.data.recorded import RecordedTurn, recorded_turns
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--search {config.search}: give replay:FILE.jsonl with recorded conversations")
     recorded = recorded_turns(file)
     with distributed(config.device, config.timeout) as ranks:
-        setup, sets = assemble(config, ranks)
+        setup, sets = open_setup(config, ranks)
         examples = {e.id: e for part in sets.values() for e in part if recorded.get(e.id)}
         if not examples:
             raise UserError(f"{file}: none of its data_ids is among the questions of --data {' '.join(config.data)}")

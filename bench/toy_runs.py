@@ -90,7 +90,7 @@ def forced(config: Config, world: World, before: Path, after: Path) -> dict[str,
 
     found = {}
     for name, (model, temperature, direct) in wanted.items():
-        setup = train.assemble(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
+        setup = train.open_setup(Config(**{**vars(config), "model": str(model), "kl": 0.0}), SINGLE, world)
         scripts = None if direct else always_search
         seed = (config.seed, "always_search")
         episodes, _ = setup.roll_out(setup.eval_questions, 1, seed, temperature, direct=direct, scripts=scripts)

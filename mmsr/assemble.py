@@ -61,10 +61,9 @@ class Setup(Generic[AnyOptions]):
         search: Search,
         policy: Policy,
     ):
-        """`world`: where anything of the run is the toy world's."""
         self.config = config
         self.ranks = ranks
-        self.world = world
+        self.world = world  # None where nothing of the run is the toy world's
         self.questions = questions.train
         self.eval_questions = questions.evaluation
         self.toolbox = Toolbox(search.tools, inline=config.deterministic)

@@ -358,7 +358,7 @@ def test_the_teachers_demonstrations_are_no_conversations():
 
 
 def test_sft_samples_a_rollout_of_its_own_or_leaves_out_a_teachers_turn(folder, tmp_path, monkeypatch):
-    for name in ("assemble", "assign_advantages"):
+    for name in ("open_setup", "assign_advantages"):
         monkeypatch.setattr(train, name, getattr(train, name))
     batches, step = [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, parts, lr: batches.extend(parts) or step(self, parts, lr))

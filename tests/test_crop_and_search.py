@@ -14,7 +14,7 @@ from mmsr.config import parse
 from mmsr.episode import Hit, Observation
 from mmsr.system.images import decode
 from mmsr.tools import Call, Toolbox, search_tools
-from train import assemble
+from train import open_setup
 
 
 class Gallery:
@@ -103,6 +103,6 @@ def test_prompt_is_the_real_one_and_a_sentence(home):  # noqa: F811
 
 def test_option_offers_the_tool_to_a_run(folder):
     options = ["--recipe", "toy", "--toy", "basic", "--model", str(folder), "--tools", "examples.crop_and_search:tools"]
-    setup = assemble(parse(options))
+    setup = open_setup(parse(options))
     assert list(setup.toolbox.tools) == ["image_search", "text_search", CROP_SEARCH]
     assert setup.chat.parse(box("0 0 500 1000")).name == CROP_SEARCH

@@ -734,7 +734,7 @@ def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tm
     weights = load_file(spoilt / "model.safetensors")
     head = weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, spoilt / "model.safetensors")
-    setup = train.assemble(parse(arguments(spoilt, tmp_path / "out")))
+    setup = train.open_setup(parse(arguments(spoilt, tmp_path / "out")))
     assert equal({"": setup.model.head_weight}, {"": head}) and not setup.model.config.tie_word_embeddings
     assert "config.json ties the head to the embedding, but another head is stored" in capsys.readouterr().out
 
@@ -790,8 +790,8 @@ def test_prompts_that_do_not_fit_train_nothing_in_silence(capsys, miniature, tmp
     one = "1 of 6 prompts do not fit --max-tokens 128 with a picture and an answer of 3 tokens"
     for option, line in zip(("--data", "--eval-data"), err, strict=True):
         assert line.startswith(f"WARNING: {option} {data}: {one}: they cannot be answered and count as wrong (row5)")
-    none = "no prompt can fit --max-tokens 20 with a picture and an answer of 3 tokens; the shortest takes 20; raise"
-    refused(capsys, miniature, tmp_path / "out", none, max_tokens=20)
+    none = "no prompt can fit --max-tokens 12 with a picture and an answer of 3 tokens; the shortest takes 20; raise"
+    refused(capsys, miniature, tmp_path / "out", none, max_tokens=12)
     refused(capsys, miniature, tmp_path / "out", "--turn-tokens 2: the shortest answer takes 3", turn_tokens=2)
 
 

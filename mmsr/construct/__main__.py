@@ -153,7 +153,7 @@ class Rollouts:
     def __init__(self, pool: Path, backend: Any, options: Construction):
         from mmsr.assemble import Setup
         from mmsr.setup.policy import open_policy
-        from mmsr.setup.questions import fetch_files, open_questions, open_world
+        from mmsr.setup.questions import open_questions, open_world
         from mmsr.setup.search import Search
         from mmsr.system.parallel import SINGLE
 
@@ -163,8 +163,7 @@ class Rollouts:
         given = [*model, *recipe, "--data", str(pool), "--search", "none", "--seed", str(options.seed)]
         config = parse(given, program="mmsr.construct")
         world = open_world(config)
-        files = fetch_files([config.data, config.eval_data], SINGLE)
-        questions = open_questions(config, files, world, SINGLE)
+        questions = open_questions(config, world, SINGLE)
         tools = search_tools(backend, config.max_images, config.max_texts)
         search = Search(tools, spending=None, scripts=None)
         policy = open_policy(config, tools, questions, world, SINGLE)

@@ -104,7 +104,7 @@ class RunFolder(Generic[AnyOptions]):
 
     def _compare(self) -> None:
         """Warn of what may change and did. Raises UserError where another input has changed."""
-        before = self._noted()
+        before = self._inputs_before()
         if before is None:
             missing = f"--out {self.folder} has no {INPUTS} of this version to compare with"
             print(f"warning: {missing}: data, model and prompts could not be checked", file=sys.stderr)
@@ -131,7 +131,7 @@ class RunFolder(Generic[AnyOptions]):
         if self.inputs and not self.noted:
             write_whole(self.folder / INPUTS, [json.dumps(self.inputs, indent=2).encode() + b"\n"])
 
-    def _noted(self) -> dict[str, Digests] | None:
+    def _inputs_before(self) -> dict[str, Digests] | None:
         """What inputs.json says. None where there is none, or one of another version."""
         try:
             found = json_file(self.folder / INPUTS)

@@ -95,10 +95,10 @@ def _by_category(episodes: Sequence[Episode], setup: Setup) -> dict[str, dict[st
     return found
 
 
-def note_alarms(metrics: dict[str, Any], history: list[dict], setup: Setup[Config]) -> list[str]:
-    """Add a step's metrics to the `history` of the steps before, with the words of its alarms.
+def note_alarms(metrics: dict[str, Any], history: Sequence[dict], setup: Setup[Config]) -> list[str]:
+    """Add the words of a step's alarms to its metrics. Returns the sentences that are to be printed.
 
-    Returns the sentences that are to be printed.
+    `history`: the metrics of the steps before.
     """
     config = setup.config
     can_search = config.max_turns > 1 and any(tool.limit for tool in setup.toolbox.tools.values())
@@ -106,6 +106,4 @@ def note_alarms(metrics: dict[str, Any], history: list[dict], setup: Setup[Confi
     found = alarms.alarms([*history, metrics], dtype, can_search and not config.imitates)
     if found:
         metrics["alarms"] = list(found)
-    sentences = alarms.to_say(found, history)
-    history.append(metrics)
-    return sentences
+    return alarms.to_say(found, history)

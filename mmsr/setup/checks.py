@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config:
     answer = len(chat.assistant(f"<{ANSWER}></{ANSWER}>"))
     if config.turn_tokens < answer:
         raise UserError(f"--turn-tokens {config.turn_tokens}: the shortest answer takes {answer}; give more")
-    shortest = config.max_tokens
+    shortest = math.inf
     too_long = []  # (place, id)
     with ranks.sync_errors():
         for place, example, length in prompt_lengths(questions, chat, config, ranks):
@@ -89,23 +90,27 @@ def prompt_lengths(
         yield place, example, tokens_of_words(example.question) + picture
 
 
-def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Print the memory plan. Raises UserError where it does not fit, with what would help."""
-    machine = this_machine(ranks, dtype)
+def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> int:
+    """Print the memory plan. Raises UserError where it does not fit, with what would help.
+
+    Returns how many decoder blocks may keep everything for their backward pass.
+    """
+    machine = _this_machine(ranks, dtype)
     capacity = machine[0]
     found = plan.check(model, config, *machine)
+    kept = plan.kept_as_fits(model, config, *machine).keep_blocks
     whole = f"Memory plan: at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
     if ranks.device.type == "cuda":
         ranks.print(found.table())
     ranks.print(whole)
     if config.recompute:
         blocks = model.num_hidden_layers
-        kept = plan.kept_as_fits(model, config, *machine).keep_blocks
         recomputed = max(0, blocks - kept)
         ranks.print(f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
+    return kept
 
 
-def this_machine(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
+def _this_machine(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
     """What the memory plan asks of a machine: bytes of a device, processes, those on one machine, bytes of a number."""
     if ranks.device.type == "cuda":
         capacity = torch.cuda.get_device_properties(ranks.device).total_memory

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from mmsr import attention, plan
+from mmsr import attention
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import resolve
 from mmsr.pretrained.load import load, skeleton, stored_weights
-from mmsr.setup.checks import check_memory, check_prompts, check_tokens, this_machine
+from mmsr.setup.checks import check_memory, check_prompts, check_tokens
 from mmsr.setup.questions import Questions
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
@@ -43,7 +43,7 @@ def open_policy(
 
     `questions`: their prompts have to fit.
     """
-    dtype = compute_dtype(config.dtype, ranks.device)
+    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
     prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
     if config.model:
         find = partial(resolve, config.model)
@@ -59,21 +59,15 @@ def open_policy(
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)
     if isinstance(config, Config):
-        check_memory(config, sizes, dtype, ranks)
+        kept_blocks = check_memory(config, sizes, dtype, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype
     model = load_model(folder, dtype, stored, ranks, config.shard)
     attention.sum_widely(config.deterministic)
     if isinstance(config, Config):
         model.checkpoint_blocks = config.recompute
         model.visual.checkpoint_blocks = config.recompute
-        machine = this_machine(ranks, dtype)
-        model.kept_blocks = plan.kept_as_fits(sizes, config, *machine).keep_blocks
+        model.kept_blocks = kept_blocks
     return Policy(folder, chat, dtype, model)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type that --dtype names: if it is empty, bfloat16 on CUDA and float32 elsewhere."""
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def prompts_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The questions of a run: the toy world's, those of files, and the files that have to be fetched first."""
+"""The questions of a run: the toy world's, and those of files, which may have to be fetched."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from mmsr.system.images import decode
 from mmsr.system.parallel import Ranks
 from mmsr.toy import world as toy
 
-FVQA_SEARCH = "replay:fvqa"  # the recorded searches that are published with FactualVQA
-
 
 @dataclass
 class Questions:
@@ -37,43 +35,32 @@ def open_world(config: Options) -> toy.World | None:
     return None
 
 
-def fetch_files(names: Sequence[str], ranks: Ranks) -> dict[str, str]:
-    """For each name that --data or --eval-data gives, the file on this machine.
-
-    A file on the hub is fetched by the main rank, then found by the others. Every other name is kept.
-    """
-    files: dict[str, str] = {}
-    for name in names:
-        found = fvqa.hub_file(name)
-        if found is None:
-            files[name] = name
-        else:
-            repository, file = found
-            files[name] = _fetch(name, repository, file, ranks)
-    return files
+def fetch_file(name: str, ranks: Ranks) -> str:
+    """The file on this machine that --data or --eval-data names. What does not name a file on the hub is kept."""
+    found = fvqa.hub_file(name)
+    if found is None:
+        return name
+    repository, file = found
+    return fetch(name, repository, file, ranks)
 
 
-def fetch_search(search: str, ranks: Ranks) -> str:
-    """What --search gives, with a file on this machine where it is on the hub."""
-    if search == FVQA_SEARCH:
-        return f"replay:{_fetch(search, fvqa.FVQA, fvqa.RESULTS, ranks)}"
-    return search
-
-
-def _fetch(name: str, repository: str, file: str, ranks: Ranks) -> str:
+def fetch(name: str, repository: str, file: str, ranks: Ranks) -> str:
+    """A file of the hub, fetched by the main rank, then found by the others. Collective."""
     return str(ranks.main_process_first(f"fetch {name}", partial(fvqa.fetched_file, repository, file)))
 
 
-def open_questions(config: Config, files: Mapping[str, str], world: toy.World | None, ranks: Ranks) -> Questions:
+def open_questions(config: Config, world: toy.World | None, ranks: Ranks) -> Questions:
     """The questions of training, and those of the evaluations within it: fresh toy pictures, or the first of --data."""
+    data = fetch_file(config.data, ranks)
+    eval_data = fetch_file(config.eval_data, ranks)
     layout = Layout(config.format, config.columns, config.images)
     with ranks.sync_errors():
         if config.data == "toy":
             train = world.train
         else:
-            train = read_questions(files[config.data], layout, ranks)
+            train = read_questions(data, layout, ranks)
         if config.eval_data and config.eval_data != "toy":
-            evaluation = first(config.eval_size, read_questions(files[config.eval_data], layout, ranks))
+            evaluation = first(config.eval_size, read_questions(eval_data, layout, ranks))
         elif world and "toy" in (config.data, config.eval_data):
             evaluation = toy_questions(world, config.eval_size)
         else:
@@ -82,10 +69,9 @@ def open_questions(config: Config, files: Mapping[str, str], world: toy.World | 
     return Questions(by_option, train, evaluation)
 
 
-def open_data_sets(
-    config: EvalConfig, files: Mapping[str, str], world: toy.World | None, ranks: Ranks
-) -> dict[str, Sequence[Example]]:
+def open_data_sets(config: EvalConfig, world: toy.World | None, ranks: Ranks) -> dict[str, Sequence[Example]]:
     """The questions of an evaluation, by the name that --data gives."""
+    files = {name: fetch_file(name, ranks) for name in config.data}
     layout = Layout(config.format, config.columns, config.images)
     data_sets: dict[str, Sequence[Example]] = {}
     with ranks.sync_errors():

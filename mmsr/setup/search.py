@@ -10,16 +10,19 @@ from itertools import chain
 from pathlib import Path
 
 from mmsr.config import Config, Options
+from mmsr.data import fvqa
 from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import Example
 from mmsr.rollout import Limits, Script, Scripts
 from mmsr.search import backends
 from mmsr.search.store import Budget
-from mmsr.setup.questions import FVQA_SEARCH, Questions
+from mmsr.setup.questions import Questions, fetch
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool, more_tools, search_tools
 from mmsr.toy import world as toy
+
+FVQA_SEARCH = "replay:fvqa"  # the recorded searches that are published with FactualVQA
 
 
 @dataclass
@@ -31,11 +34,14 @@ class Search:
     scripts: Scripts | None  # the recorded model turns that --force-searches plays
 
 
-def open_search(config: Options, search: str, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
-    """The search engine that `search` names, as `fetch_search` gives it, and the tools of the run.
+def open_search(config: Options, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
+    """The search engine that --search names, and the tools of the run.
 
     `questions`: a recording may know a picture by a question's id alone. Raises UserError.
     """
+    search = config.search
+    if search == FVQA_SEARCH:
+        search = f"replay:{fetch(search, fvqa.FVQA, fvqa.RESULTS, ranks)}"
     scripts = None
     with ranks.sync_errors():
         if isinstance(config, Config) and config.force_searches:

@@ -21,7 +21,7 @@ from mmsr.search.cache import import_results
 from mmsr.search.store import Store, image_key
 from mmsr.system.errors import UserError
 from mmsr.tools import Call
-from train import assemble
+from train import open_setup
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,7 +179,7 @@ def test_fvqa_and_its_results_serve_a_run_without_a_network(miniature, tmp_path,
     assert {episode["id"] for episode in found.rollouts[0]} <= {f"made_{i}" for i in range(6)}
     said = capsys.readouterr().err
     assert "image searches of 3 questions, 3 of them new here; 4 of their 5 hits have no thumbnail" in said
-    setup = assemble(parse(arguments(miniature, tmp_path / "other", **FROM_HUB)))
+    setup = open_setup(parse(arguments(miniature, tmp_path / "other", **FROM_HUB)))
     call = Call("", picture(0, side=56), "?")
     seen = setup.toolbox.call("image_search", call).result()
     assert seen.hits[0].title == "A bridge" and seen.hits[1].image and seen.source == "fvqa"
@@ -187,7 +187,7 @@ def test_fvqa_and_its_results_serve_a_run_without_a_network(miniature, tmp_path,
 
 @pytest.mark.parametrize("more, warned", [({}, True), ({"max_texts": 0}, False), ({"on_miss": "error"}, False)])
 def test_text_searches_that_nothing_can_answer_are_told_of(miniature, tmp_path, hub_cache, capsys, more, warned):
-    assemble(parse(arguments(miniature, tmp_path / "out", **FROM_HUB, **{"max_texts": 1, **more})))
+    open_setup(parse(arguments(miniature, tmp_path / "out", **FROM_HUB, **{"max_texts": 1, **more})))
     assert capsys.readouterr().err.count("every text search finds nothing") == warned
 
 
@@ -195,10 +195,10 @@ def test_results_in_a_file_of_ones_own(miniature, tmp_path):
     given = FROM_HUB | dict(
         data=parquet(tmp_path, [row(i) for i in range(3)]), search=f"replay:{written(tmp_path, RESULTS)}"
     )
-    setup = assemble(parse(arguments(miniature, tmp_path / "out", **given)))
+    setup = open_setup(parse(arguments(miniature, tmp_path / "out", **given)))
     assert setup.toolbox.call("image_search", Call("", picture(2), "?")).result().hits[0].title == "more titles"
     with pytest.raises(UserError, match="--force-searches"):
-        assemble(parse(arguments(miniature, tmp_path / "out", **given, force_searches=True)))
+        open_setup(parse(arguments(miniature, tmp_path / "out", **given, force_searches=True)))
 
 
 def test_what_is_not_in_the_cache_names_the_option_instead(hub_cache):
