@@ -42,26 +42,10 @@ MOST_ROLLOUTS = 10_000
 MOST_ROLLOUT_BYTES = 24 * 2**20
 MOST_PICTURE_BYTES = 8 * 2**20
 # The metrics that are drawn as they are.
-PLAIN = {
-    "reward",
-    "accuracy",
-    "format",
-    "tool_failures",
-    "response_tokens",
-    "zero_std_groups",
-    "kl",
-    "entropy",
-    "search_ratio",
-    "search_ratio_image",
-    "search_ratio_text",
-    "clip_fraction",
-    "logp_gap",
-    "logp_gap_max",
-    "grad_norm",
-    "loss",
-    "lr",
-    "seconds",
-}
+PLAIN = """
+    reward accuracy format tool_failures response_tokens zero_std_groups kl entropy search_ratio search_ratio_image
+    search_ratio_text clip_fraction logp_gap logp_gap_max grad_norm loss lr
+""".split()
 MOST_SHAPES = 7  # in the chart of turn shapes; it has eight colours, and the eighth is for all others
 GROUP = re.compile(rb'"group": (\d+),')
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
@@ -140,11 +124,8 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
         empty = "there is nothing of a run in metrics.jsonl, rollouts/, results.json or episodes.jsonl"
         more = f" (it leaves out {damage})" if damage.places else ""
         raise UserError(f"{folder}: {empty}{more}; name a run's folder")
-    recorded = {}  # counts of all rollouts of a step, as metrics.jsonl has them
-    for step, line in steps.items():
-        counts = counts_of_step(line)
-        if counts:
-            recorded[step] = counts
+    all_counts = {step: counts_of_step(line) for step, line in steps.items()}
+    recorded = {step: counts for step, counts in all_counts.items() if counts}
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
     embedded, counted = _rollouts(files, total, most_rollouts, most_bytes, damage)
     config = _object(folder / "config.json", damage)
@@ -487,25 +468,24 @@ def _check_metrics(line: dict[str, Any]) -> None:
 
 def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
     """The object of a line; None where it is cut short, is not an object, or fails `check`."""
-    for record in _parsed([line]):
-        try:
-            check(record)
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
-            return None
-        return record
-    return None
+    record = _parsed(line)
+    if record is None:
+        return None
+    try:
+        check(record)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+        return None
+    return record
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects of the lines that hold one. JSON has no infinity: such a number becomes None."""
-    for line in lines:
-        try:
-            text = line.decode("utf-8", "replace").removeprefix("\ufeff")  # some editors write it first
-            record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """The JSON object; None where there is none. JSON has no infinity: such a number becomes None."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")  # some editors write it first
+    try:
+        record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _finite(text: str) -> float | None:
@@ -517,10 +497,10 @@ def _object(file: Path, damage: Damage) -> dict[str, Any]:
     """The object of a whole file; empty where the file is missing or damaged."""
     if not _is_there(file, damage):
         return {}
-    for found in _parsed([file.read_bytes()]):
-        return found
-    damage.add(file)
-    return {}
+    found = _parsed(file.read_bytes())
+    if found is None:
+        damage.add(file)
+    return found or {}
 
 
 def _shown(value: Any) -> Any:
