@@ -115,7 +115,7 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
     return None
 
 
-# ---- tensors by name
+# ---- the tensors of a folder
 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
@@ -126,9 +126,6 @@ def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
     for name, tensor in optimizer.tensors().items():
         tensors[name] = tensor.detach()
     return tensors
-
-
-# ---- the tensors of a folder
 
 
 def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
@@ -142,10 +139,7 @@ def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], r
     names = _on_main(ranks, lambda: sorted(file.name for file in temporary.iterdir()))
 
     def sync_my_part() -> dict[str, dict[str, Any]]:
-        entries = {}
-        for name in names[ranks.rank :: ranks.size]:
-            entries[name] = _synced(temporary / name)
-        return entries
+        return {name: _synced(temporary / name) for name in names[ranks.rank :: ranks.size]}
 
     files: dict[str, dict[str, Any]] = {}
     for entries in _together(ranks, sync_my_part):
@@ -261,9 +255,8 @@ def _remove(path: Path) -> None:
 
 def _checkpoints(root: Path) -> list[Path]:
     """All that is named like a checkpoint, the newest first."""
-    found: list[Path] = []
-    if root.is_dir():
-        found += [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+    entries = root.iterdir() if root.is_dir() else ()
+    found = [path for path in entries if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -367,15 +360,11 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         result = work()
     except OSError as error:
         failure = _reason(error)
-    results = []
-    failures = []
-    for other_result, other_failure in ranks.all_gather((result, failure)):
-        results.append(other_result)
-        if other_failure is not None:
-            failures.append(other_failure)
-    if failures:
-        raise OSError(failures[0])
-    return results
+    gathered = ranks.all_gather((result, failure))
+    for _, failure in gathered:
+        if failure is not None:
+            raise OSError(failure)
+    return [result for result, _ in gathered]
 
 
 def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:
