@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmsr.episode import Hit, Observation  # noqa: E402
-from mmsr.search.cache import Cached, Replayed  # noqa: E402
-from mmsr.search.store import Budget, Store  # noqa: E402
-from mmsr.tools import ToolFailure  # noqa: E402
+from mmsr.episode import Hit, Observation
+from mmsr.search.cache import Cached, Replayed
+from mmsr.search.store import Budget, Store
+from mmsr.tools import ToolFailure
 
 PROCESSES, DEADLINE = 8, 600
 

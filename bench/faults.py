@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # noqa: E402
+import train
 from mmsr import assemble
 from mmsr.system import checkpoint
 from mmsr.toy import base

@@ -59,10 +59,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-LIMITS = (
-    Row("copy bandwidth", "bandwidth", 3, 30),
-    Row("matrix peak", "matrix", 3, 30),
-)
+LIMITS = (Row("copy bandwidth", "bandwidth", 3, 30), Row("matrix peak", "matrix", 3, 30))
 
 
 def rows_of(shape: str, slow: float) -> dict[str, Row]:
@@ -84,8 +81,6 @@ def rows_of(shape: str, slow: float) -> dict[str, Row]:
         "memory": row("bytes a parameter", "memory", 6, 30),
         "their decode": row("decode, transformers, 128 × 1", "their_decode", 25, 70, static=False),
         "their training": row("training, transformers", "their_training", 15, 60),
-        "lora": row("LoRA, training", "lora", 1, 60),
-        "lora step": row("LoRA, whole step", "lora", 1, 90),
         "compiled": row("decode, transformers, 128 × 1, compiled", "their_decode", 50, 100, static=True),
     }
 
@@ -99,7 +94,7 @@ def chosen(shape: str, slow: float, names: Iterable[str]) -> tuple[Row, ...]:
 ORDER_3B = ["shared", "shared eager", "step", "gap", "recomputed", "kept", "apart", "apart eager", "memory"]
 ORDER_7B = [
     *("shared", "shared eager", "apart", "apart eager", "gap", "step", "recomputed", "kept", "bare", "memory"),
-    *("their decode", "their training", "lora", "lora step", "compiled"),
+    *("their decode", "their training", "compiled"),
 ]
 PARTS = {1: LIMITS + chosen("3B", 1, ORDER_3B), 2: LIMITS + chosen("7B", 1.5, ORDER_7B)}
 
