@@ -219,11 +219,11 @@ def _searched(episode: Any) -> str:
     return "text" if text else "none"
 
 
-def chunks(questions: Iterable[dict], size: int = 32) -> Iterator[dict]:
-    """Items of up to `size` questions, each with the number of its first question."""
+def chunks(questions: Iterable[dict]) -> Iterator[dict]:
+    """Items of up to 32 questions, each with the number of its first question."""
     questions = iter(questions)
     first = 0
-    while chunk := list(islice(questions, size)):
+    while chunk := list(islice(questions, 32)):
         yield {"id": f"{first:07d}", "first": first, "questions": chunk}
         first += len(chunk)
 

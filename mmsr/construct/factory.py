@@ -225,10 +225,6 @@ class Lines:
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:
     """Write the whole file or nothing. A lone surrogate, which a model may write, becomes a question mark."""
-
-    def encoded() -> Iterator[bytes]:
-        for record in records:
-            yield json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-    write_whole(path, encoded())
+    texts = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(path, (text.encode("utf-8", "replace") for text in texts))
     return Lines(path)

@@ -60,7 +60,7 @@ class Shelf:
         return data
 
 
-def object_in(answer: str) -> dict:
+def parsed_answer(answer: str) -> dict:
     """The JSON object in an answer, without the text around it. Raises ValueError with a short reason."""
     start = answer.find("{")
     end = answer.rfind("}")
@@ -144,7 +144,7 @@ class Stages:
         for _ in range(2):
             answer = self.calls.complete(messages, 500)
             try:
-                found = check(object_in(answer))
+                found = check(parsed_answer(answer))
             except ValueError as error:
                 complaints.append(str(error))
                 again = self.prompts["repair"].replace("{complaint}", str(error))
