@@ -188,9 +188,8 @@ class Rollouts:
                     found[episode.group_id][way] += 1
         records = []
         for question, right in zip(item["questions"], found):
-            tries = {"tries": self.tries}
-            for way in ("direct", "none", "image", "text", "both"):
-                tries[f"right_{way}"] = right[way]
+            ways = ("direct", "none", "image", "text", "both")
+            tries = {"tries": self.tries, **{f"right_{way}": right[way] for way in ways}}
             need = need_of(tries)
             reasons["never answered"] += not need
             if need:

@@ -40,18 +40,8 @@ SCHEMA = pa.schema(
         "data_source": pa.string(),
         "image_urls": pa.null(),
         "data_id": pa.string(),
-        "category": pa.string(),
-        "concept": pa.string(),
-        "section": pa.string(),
-        "group": pa.string(),
-        "need": pa.string(),
-        "tries": pa.string(),
-        "evidence": pa.string(),
-        "page_url": pa.string(),
-        "page_title": pa.string(),
-        "page_sha256": pa.string(),
-        "image_url": pa.string(),
-        "licence": pa.string(),
+        **dict.fromkeys(["category", "concept", "section", "group", "need", "tries", "evidence"], pa.string()),
+        **dict.fromkeys(["page_url", "page_title", "page_sha256", "image_url", "licence"], pa.string()),
     }
 )
 

@@ -212,16 +212,9 @@ class Stages:
             fields = {"concept": concept, "title": found["title"]}
             if not self.ask("relevant", fields, partial(flag, "shows"), reasons, data):
                 raise LeftOut("shows something else")
-        return {
-            "picture": self.shelf.keep(data),
-            "hash": code,
-            "width": picture.width,
-            "height": picture.height,
-            "title": found["title"],
-            "address": found["address"],
-            "licence": found["licence"],
-            "page": page,
-        }
+        source = {key: found[key] for key in ("title", "address", "licence")}
+        size = {"width": picture.width, "height": picture.height}
+        return {"picture": self.shelf.keep(data), "hash": code, **size, **source, "page": page}
 
     def _data(self, found: dict) -> bytes:
         if found["image"]:
@@ -267,6 +260,7 @@ class Stages:
 
 def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
     """Questions from other files, in any format that formats.py reads."""
+    unknown = {"concept": "", "count": None, "section": "external", "title": "", "address": "", "licence": ""}
     for file in files:
         for row, example in enumerate(read_examples(file)):
             try:
@@ -277,12 +271,7 @@ def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
             yield {
                 "id": f"external-{name}",
                 "source": Path(file).name,
-                "concept": "",
-                "count": None,
-                "section": "external",
-                "title": "",
-                "address": "",
-                "licence": "",
+                **unknown,
                 "picture": shelf.keep(example.image),
                 "hash": code,
                 "page": {"url": "", "title": "", "sha256": ""},

@@ -42,13 +42,7 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        complete: Callable[[list[dict]], str],
-        name: str,
-        kept: Path,
-        chat: Chat,
-        toolbox: Toolbox,
-        limits: Limits,
+        self, complete: Callable[[list[dict]], str], name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits
     ):
         self.complete = complete
         self.name = name

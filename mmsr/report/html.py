@@ -342,10 +342,8 @@ def _shape_labels(counts: dict[int, Counter]) -> dict[str, str]:
     found: Counter = Counter()
     for seen in counts.values():
         found.update({key[1]: n for key, n in seen.items() if key[0] == "shape"})
-    labels = {}
-    for i, (name, _) in enumerate(found.most_common()):
-        labels[name] = f"shape/{name}" if i < MOST_SHAPES else "shape/others"
-    return labels
+    names = [name for name, _ in found.most_common()]
+    return {name: f"shape/{name}" if i < MOST_SHAPES else "shape/others" for i, name in enumerate(names)}
 
 
 def _rounded(value: Any) -> Any:
@@ -360,11 +358,9 @@ def _evaluations(lines: list[dict]) -> list[dict]:
     picked = [("before", line) for line in lines[:1]]
     if len(lines) > 1:
         picked.append(("after", lines[-1]))
-    modes: dict[str, None] = {}  # a set that keeps the order
-    for _, line in picked:
-        modes.update(dict.fromkeys(mode for mode in line if mode != "step"))
+    modes = [mode for _, line in picked for mode in line if mode != "step"]
     rows = []
-    for mode in modes:
+    for mode in dict.fromkeys(modes):  # each once, in order
         title = MODES.get(mode, mode.replace("_", " "))
         for when, line in picked:
             found = line.get(mode)
@@ -402,13 +398,11 @@ def _unanswered(found: dict[str, Any]) -> str:
 
 def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
     """Data URLs of the pictures that embedded rollouts name, by digest, while there is room."""
-    wanted: dict[tuple[str, Path], None] = {}  # a set that keeps the order
-    for folder, run in zip(folders, runs):
-        wanted.update(dict.fromkeys((name, folder) for name in _named(run["rollouts"])))
+    wanted = [(name, folder) for folder, run in zip(folders, runs) for name in _named(run["rollouts"])]
     found: dict[str, str] = {}
     room = MOST_PICTURE_BYTES
     missing = 0
-    for name, folder in wanted:
+    for name, folder in dict.fromkeys(wanted):  # each once, in order
         file = folder / "images" / f"{name}.jpg"
         if name in found or not re.fullmatch("[0-9a-f]{16}", name):
             continue

@@ -196,9 +196,7 @@ class Traces:
         """Show the results of a search for a concept. Returns the concept of the result that the trace believes."""
         about = self.world.web.about(concept, self.rng)
         hits = self.world.web.hits(tool, about, self.rng)
-        thumbnails = []
-        for hit in hits:
-            thumbnails.append(load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None)
+        thumbnails = [load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None for hit in hits]
         results = self.chat.observation(tool, Observation(hits), thumbnails, episode.example.question)
         self._append(episode, results, 0)
         believed = self.rng.choice(len(about), p=self.world.settings.reader)

@@ -97,11 +97,7 @@ class Settings:
 
 
 BASIC = Settings(
-    pools=(
-        Pool("familiar", 40, facts=2, exposure=720),
-        Pool("unfamiliar", 300),
-        Pool("held_out", 300),
-    ),
+    pools=(Pool("familiar", 40, facts=2, exposure=720), Pool("unfamiliar", 300), Pool("held_out", 300)),
     categories=(
         Category("familiar", ("familiar",), train=240, weight=0.5),
         Category("unfamiliar", ("unfamiliar",), train=240, weight=0.25),
@@ -378,10 +374,7 @@ class Web:
     def about(self, concept: Concept, rng: np.random.Generator, misleading: bool = False) -> list[Concept]:
         """The concepts that the results of a search are about, the first result first."""
         distracted = rng.random(RESULTS - 1) < DISTRACTION  # (RESULTS - 1,)
-        about = []
-        for other in [misleading, *distracted]:
-            about.append(self._another(concept, rng) if other else concept)
-        return about
+        return [self._another(concept, rng) if other else concept for other in [misleading, *distracted]]
 
     def _another(self, concept: Concept, rng: np.random.Generator) -> Concept:
         other = concept
