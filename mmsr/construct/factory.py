@@ -110,8 +110,7 @@ class Factory:
             if done is None:
                 continue
             reasons.update(done["reasons"])
-            for place, record in enumerate(done["records"]):
-                order.append((record["id"], key, place))
+            order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
         self.report[run.name] = {
             "items": total,
             "records": len(order),

@@ -120,12 +120,9 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
     """The model's weights and all that its optimizer keeps. The tensors themselves: `_load` writes into them."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensors[f"weight.{name}"] = tensor.detach()
-    for name, tensor in optimizer.tensors().items():
-        tensors[name] = tensor.detach()
-    return tensors
+    weights = {f"weight.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = weights | optimizer.tensors()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
@@ -164,13 +161,9 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks
             state.clear()  # the parameter had no gradient before the save
     tensors = _tensors(model, optimizer)
     for name in sorted(tensors.keys() | stored.keys()):
-        here: Any = "nothing"
-        there: Any = "nothing"
-        if name in tensors:
-            here = (tuple(tensors[name].shape), tensors[name].dtype)
-        if name in stored:
-            kept: Any = stored[name]
-            there = (tuple(kept.size), kept.properties.dtype)
+        here = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
+        kept: Any = stored.get(name)
+        there = (tuple(kept.size), kept.properties.dtype) if name in stored else "nothing"
         if here != there:
             raise UserError(f"{folder}: {name} is {there} there and {here} in this run: resume with equal options")
     with _plain_errors():
