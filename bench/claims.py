@@ -163,9 +163,8 @@ def f(of: Outcomes) -> Finding:
         "T = 1, before": mean(sampled, "accuracy"),
         "T = 1, after": mean(forced["always, after, T = 1"], "accuracy"),
     }
-    return found, found["after"] > found["accuracy when forced, before"] and found["T = 1, after"] > found[
-        "T = 1, before"
-    ]
+    better = found["after"] > found["accuracy when forced, before"]
+    return found, better and found["T = 1, after"] > found["T = 1, before"]
 
 
 def g(of: Outcomes) -> Finding:
