@@ -172,14 +172,9 @@ def _rollouts(
     kept = []
     counts: dict[int, Counter] = {step: Counter() for step in files}
     for step, offset, lines in _spread(files, total, most, most_bytes):
-        for line in lines:
-            rollout = _sound(line, _check_rollout)
-            if rollout is None:
-                damage.add(files[step], offset, line)
-            else:
-                count_rollout(counts[step], rollout)
-                kept.append({"step": step, "shape": shape(rollout), **rollout})
-            offset += len(line)
+        for rollout in _records(lines, files[step], offset, _check_rollout, damage):
+            count_rollout(counts[step], rollout)
+            kept.append({"step": step, "shape": shape(rollout), **rollout})
     return kept, counts
 
 
@@ -437,18 +432,9 @@ def _is_there(file: Path, damage: Damage) -> bool:
 
 
 def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
-    """The sound lines of metrics.jsonl."""
-    lines = []
-    offset = 0
-    with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as data:
-        for line in data:
-            record = _sound(line, _check_metrics)
-            if record is None:
-                damage.add(file, offset, line)
-            else:
-                lines.append(record)
-            offset += len(line)
-    return lines
+    """The records of metrics.jsonl."""
+    with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as lines:
+        return list(_records(lines, file, 0, _check_metrics, damage))
 
 
 def _check_metrics(line: dict[str, Any]) -> None:
@@ -458,6 +444,19 @@ def _check_metrics(line: dict[str, Any]) -> None:
     counts = counts_of_step(line)
     _columns({line["step"]: line}, {line["step"]: counts} if counts else {})
     sum((line.get("status") or {}).values())
+
+
+def _records(
+    lines: Iterable[bytes], file: Path, offset: int, check: Callable[[dict[str, Any]], Any], damage: Damage
+) -> Iterator[dict[str, Any]]:
+    """The objects of a file's lines, the first of which is at `offset`. Lines without a sound one are damage."""
+    for line in lines:
+        record = _sound(line, check)
+        if record is None:
+            damage.add(file, offset, line)
+        else:
+            yield record
+        offset += len(line)
 
 
 def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:

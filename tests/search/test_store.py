@@ -17,11 +17,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers import refused
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import store as stores
 from mmsr.search.store import Budget, Store, image_key, text_key
-from mmsr.system.errors import UserError
 from mmsr.tools import ToolFailure
 
 DEADLINE = 60
@@ -73,12 +73,6 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
-
-
-def refused(work, *words):
-    with pytest.raises(UserError) as caught:
-        work()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
 # Round trips.
