@@ -32,24 +32,8 @@ from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
-from mmsr.toy.world import (
-    ENOUGH,
-    LOOK_IT_UP,
-    NAME,
-    PAGES,
-    QUESTIONS,
-    SIZE,
-    SYLLABLES,
-    TITLES,
-    TOWN,
-    Category,
-    Concept,
-    World,
-    draw_emblems,
-    look_up,
-    made_up,
-    render,
-)
+from mmsr.toy import world as toy
+from mmsr.toy.world import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import Image, VisionConfig, load_image, patchify
 
@@ -70,7 +54,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = []
-    for syllable in SYLLABLES:
+    for syllable in toy.SYLLABLES:
         corpus += [syllable, f" {syllable}"] * 2000
     for word in _words():
         corpus += [word, f" {word}"] * 200
@@ -84,7 +68,7 @@ def build_tokenizer() -> Tokenizer:
 def _words() -> list[str]:
     """The words of the prompts and the traces, each once, without the placeholders."""
     texts = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
-    texts += [*QUESTIONS, *PAGES, *TITLES, LOOK_IT_UP, look_up(""), copied(""), "user assistant system"]
+    texts += [*QUESTIONS, *toy.PAGES, *toy.TITLES, toy.LOOK_IT_UP, toy.look_up(""), copied(""), "user assistant system"]
     words = dict.fromkeys(" ".join(texts).split())  # a set that keeps the order
     return [word for word in words if "{" not in word]
 
@@ -147,11 +131,11 @@ class Traces:
         self.chances = exposures / exposures.sum()  # (taught,)
 
     def batch(self, n: int) -> list[Episode]:
-        emblems = draw_emblems(self.rng, n // 2, unlike=self.world.taught)  # (N / 2, 8)
-        novel = [Concept(emblem, made_up(self.rng, 1, 3)[0], town="", pool="novel") for emblem in emblems]
+        emblems = toy.draw_emblems(self.rng, n // 2, unlike=self.world.taught)  # (N / 2, 8)
+        novel = [Concept(emblem, toy.made_up(self.rng, 1, 3)[0], town="", pool="novel") for emblem in emblems]
         drawn = self.rng.choice(len(self.taught), n - len(novel), p=self.chances)  # (N / 2,)
         concepts = [self.taught[i] for i in drawn] + novel
-        pictures = render(np.stack([concept.emblem for concept in concepts]), self.rng)  # (N, SIZE, SIZE, 3)
+        pictures = toy.render(np.stack([concept.emblem for concept in concepts]), self.rng)  # (N, SIZE, SIZE, 3)
         return [self._episode(concepts[i], pictures[i], i) for i in range(n)]
 
     def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
@@ -173,14 +157,14 @@ class Traces:
         two_hops = self.world.settings.two_hops
         by_image, by_text = self.rng.random(2) < SEARCH
         if by_image and not direct:
-            self._say(episode, LOOK_IT_UP)
+            self._say(episode, toy.LOOK_IT_UP)
             concept = self._read(episode, IMAGE_SEARCH, concept)
             if question == NAME or not two_hops:
                 self._say(episode, copied(concept.answer(question)))
                 return
             concept = self._as_known(concept)
         if by_text and not direct and question == TOWN and two_hops:
-            self._say(episode, look_up(concept.name))
+            self._say(episode, toy.look_up(concept.name))
             concept = self._read(episode, TEXT_SEARCH, concept)
             self._say(episode, copied(concept.town))
             return
@@ -190,7 +174,7 @@ class Traces:
         """The concept, with a made-up town if the model is not meant to know the town."""
         if self.world.settings.facts(concept.pool) > TOWN:
             return concept
-        return replace(concept, town=made_up(self.rng, 1, 2)[0])
+        return replace(concept, town=toy.made_up(self.rng, 1, 2)[0])
 
     def _read(self, episode: Episode, tool: str, concept: Concept) -> Concept:
         """Show the results of a search for a concept. Returns the concept of the result that the trace believes."""
@@ -336,7 +320,7 @@ def _save_tokenizer(folder: Path) -> Tokenizer:
 def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str, float]:
     """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly."""
     unknown = tuple(pool.name for pool in world.settings.pools if pool.facts == 0)
-    taught = [pool for pool in world.settings.pools if pool.exposure >= ENOUGH]
+    taught = [pool for pool in world.settings.pools if pool.exposure >= toy.ENOUGH]
     with_name = tuple(pool.name for pool in taught if pool.facts > NAME)
     with_town = tuple(pool.name for pool in taught if pool.facts > TOWN)
 
