@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def refused(work, *words: str) -> None:
         work()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def in_threads(*works) -> None:
+    """Call these functions at the same time, and wait for them: a minute at most."""
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
 
 
 def tiny_config(**changes) -> ModelConfig:
