@@ -73,7 +73,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
             write_parquet(folder / f"{split}.parquet", chosen, shelf)
         if o.record:
             factory.stage("recorded", splits["train"] + splits["test"], stages.record)
-        cost = {"answers": len(calls.kept.offsets), "paid calls": budget.spent}
+        cost = {"answers": len(calls.journal.offsets), "paid calls": budget.spent}
         write_card(folder, splits, factory.report, cost, shelf)
     for split, chosen in splits.items():
         print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")

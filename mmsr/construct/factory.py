@@ -45,14 +45,14 @@ class LeftOut(Exception):
 class Calls:
     """A chat server that is asked nothing twice: every answer is saved before it is used."""
 
-    def __init__(self, server: ChatServer, kept: Journal):
+    def __init__(self, server: ChatServer, journal: Journal):
         self.server = server
-        self.kept = kept
+        self.journal = journal
 
     def complete(self, messages: list[dict], max_tokens: int) -> str:
         """As `ChatServer.complete`, but waits up to `PATIENCE` seconds for a server that is busy or paused."""
         key = key_of(self.server.model, messages, max_tokens)
-        return self.kept.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
+        return self.journal.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
 
     def _patiently(self, messages: list[dict], max_tokens: int) -> str:
         end = time.monotonic() + PATIENCE
