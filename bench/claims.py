@@ -242,7 +242,10 @@ def shape_shares(runs: Mapping[int, Outcome]) -> list[list[float]]:
     """The mean of every shape's share over seeds; a row for each step."""
     rows = []
     for seeds in zip(*[outcome["shapes"] for outcome in runs.values()]):  # the shares of one step
-        rows.append([statistics.mean([shares[shape] for shares in seeds]) for shape in (*SHAPES, "other")])
+        row = []
+        for shape in (*SHAPES, "other"):
+            row.append(statistics.mean([shares[shape] for shares in seeds]))
+        rows.append(row)
     return rows
 
 

@@ -123,7 +123,9 @@ def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int])
         words = next(filter(None, last_lines), "")
         return [BROKEN[name][0], *[""] * 5, f"died: {words[-100:]}" if words else "not yet run"]
     found = [run["after"]["eval_sampled"] for run in runs.values()]
-    cells = [across([mean(evaluation, key) for evaluation in found]) for key in ("reward", "accuracy")]
+    cells = []
+    for key in ("reward", "accuracy"):
+        cells.append(across([mean(evaluation, key) for evaluation in found]))
     for categories in (SEARCH_FREE, UNKNOWN):
         cells.append(across([mean(evaluation, "search_ratio", categories) for evaluation in found]))
     gap = max(run["last"]["logp_gap_max"] or 0 for run in runs.values())
