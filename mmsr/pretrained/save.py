@@ -1,22 +1,23 @@
 """Writes a Hugging Face folder: config.json, weights in shards, and copies of the tokenizer's files.
 
-Every file is written whole or not at all, and config.json, which makes the weights loadable, comes last.
-huggingface_hub's `save_torch_state_dict` writes the same files, but in place, after it has deleted the old ones:
+Every file is written under a temporary name and then renamed, and config.json, which makes the weights loadable, comes
+last. huggingface_hub's `save_torch_state_dict` writes the same files, but in place, after it has deleted the old ones:
 a run that is killed there would leave no model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.system.files import beside
 
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
@@ -62,7 +63,7 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -
     weight_map = {}
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        with beside(folder / name) as temporary:
+        with _replacing(folder / name) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
         written.add(folder / name)
         weight_map |= dict.fromkeys(shard, name)
@@ -93,10 +94,21 @@ def _copy_side_files(source: Path | str | None, folder: Path) -> None:
         return
     for name in SIDE_FILES:
         if (Path(source) / name).is_file():
-            with beside(folder / name) as temporary:
+            with _replacing(folder / name) as temporary:
                 shutil.copyfile(Path(source) / name, temporary)
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    with beside(file) as temporary:
+    with _replacing(file) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A temporary path to write; then it is renamed to `file`. The next save overwrites what a killed one left there.
+
+    So it is not `files.beside`, whose name has the process in it: gigabytes of every killed save would stay.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    yield temporary
+    os.replace(temporary, file)
