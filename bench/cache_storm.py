@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmsr.episode import Hit, Observation  # noqa: E402
-from mmsr.search.cache import Cached, Replayed  # noqa: E402
-from mmsr.search.store import Budget, Store  # noqa: E402
-from mmsr.tools import ToolFailure  # noqa: E402
+from mmsr.episode import Hit, Observation
+from mmsr.search.cache import Cached, Replayed
+from mmsr.search.store import Budget, Store
+from mmsr.tools import ToolFailure
 
 PROCESSES, DEADLINE = 8, 600
 
@@ -45,9 +45,8 @@ class Engine:
         if random.random() < 0.05:
             raise ToolFailure("down", "as it happens")
         name = f"{os.getpid()}-{random.getrandbits(60)}"
-        return Observation(
-            tuple(Hit(name, text="page " * 100, image=name.encode() * 99) for _ in range(3)), source="made"
-        )
+        hit = Hit(name, text="page " * 100, image=name.encode() * 99)
+        return Observation((hit, hit, hit), source="made")
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return self.text_search(image.decode())
@@ -74,27 +73,27 @@ def worker(folder: Path, seed: float, things: int, total: int) -> None:
 
 
 def storm(folder: Path, calls: int, kills: int, seed: int) -> None:
-    """Keep eight workers at it until there were so many calls, and kill one now and then."""
+    """Run eight workers until there were so many calls, and kill one from time to time."""
     random.seed(seed)
     (folder / "notes").touch()
     things, total, fork = calls // 4, calls // 5, multiprocessing.get_context("fork")
-    crew, killed, done, start = [], 0, 0, time.monotonic()
+    workers, killed, done, start = [], 0, 0, time.monotonic()
     while done < calls and time.monotonic() < start + DEADLINE:
-        while len(crew) < PROCESSES:
-            crew.append(fork.Process(target=worker, args=(folder, random.random(), things, total)))
-            crew[-1].start()
+        while len(workers) < PROCESSES:
+            workers.append(fork.Process(target=worker, args=(folder, random.random(), things, total)))
+            workers[-1].start()
         time.sleep(random.uniform(0, 0.05))
         done = sum(not line.startswith("paid") for line in (folder / "notes").read_text().splitlines())
         if killed < kills * done / calls:
-            victim = crew.pop(random.randrange(len(crew)))
+            victim = workers.pop(random.randrange(len(workers)))
             victim.kill()
             victim.join()
             killed += 1
-    assert all(process.is_alive() for process in crew) and done >= calls, "a worker ended by itself, or time is up"
-    for process in crew:
+    assert all(process.is_alive() for process in workers) and done >= calls, "a worker ended by itself, or time is up"
+    for process in workers:
         process.kill()
         process.join()
-    print(f"{killed + len(crew)} processes killed in {time.monotonic() - start:.0f} s")
+    print(f"{killed + len(workers)} processes killed in {time.monotonic() - start:.0f} s")
     report(folder, total)
 
 

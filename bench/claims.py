@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
@@ -143,19 +144,15 @@ def c(of: Outcomes) -> Finding:
     return found, holds
 
 
-def d(of: Outcomes) -> Finding:
-    return searches_always(of, "no-penalty")
-
-
-def e(of: Outcomes) -> Finding:
-    return searches_always(of, "no-search-free")
-
-
 def searches_always(of: Outcomes, run: str) -> Finding:
     ratio = {name: mean(of[name]["after"]["eval_sampled"], "search_ratio") for name in (run, "full")}
     known = mean(of[run]["after"]["eval_sampled"], "search_ratio", SEARCH_FREE)
     found = {"search ratio": ratio[run], "of what is known": known, "search ratio of the full run": ratio["full"]}
     return found, ratio[run] >= 0.95 and ratio["full"] < 0.8
+
+
+d = partial(searches_always, run="no-penalty")
+e = partial(searches_always, run="no-search-free")
 
 
 def f(of: Outcomes) -> Finding:
@@ -166,9 +163,8 @@ def f(of: Outcomes) -> Finding:
         "T = 1, before": mean(sampled, "accuracy"),
         "T = 1, after": mean(forced["always, after, T = 1"], "accuracy"),
     }
-    return found, found["after"] > found["accuracy when forced, before"] and found["T = 1, after"] > found[
-        "T = 1, before"
-    ]
+    better = found["after"] > found["accuracy when forced, before"]
+    return found, better and found["T = 1, after"] > found["T = 1, before"]
 
 
 def g(of: Outcomes) -> Finding:
@@ -277,27 +273,21 @@ def draw(outcomes: Mapping[str, Mapping[int, Outcome]], path: Path) -> None:
     figure.savefig(path)
 
 
-def arguments():
+def claims() -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=CLAIMS, default=list(CLAIMS), help="claims")
-    return options.parse_args()
-
-
-def claims() -> None:
-    options = arguments()
+    options = options.parse_args()
     needed = {name for letter in options.only for name in CLAIMS[letter][2]}
     chosen = VARIANTS if options.child else {name: VARIANTS[name] for name in VARIANTS if name in needed}
     outcomes = main(chosen, options)
+    shares = shape_shares(outcomes.get("full", {}))
     rows = [row(letter, outcomes, options.seeds) for letter in options.only]
     text = table(["", "claim and criterion", "measured, mean ± standard deviation", "verdict"], rows)
     (options.out / "claims.md").write_text(text + "\n", encoding="utf-8")
     lines = [["step", *SHAPES, "other"]]
-    lines += [
-        [step, *map("{:.4f}".format, share)] for step, share in enumerate(shape_shares(outcomes.get("full", {})), 1)
-    ]
-    (options.out / "shapes.tsv").write_text(
-        "".join("\t".join(map(str, line)) + "\n" for line in lines), encoding="utf-8"
-    )
+    lines += [[str(step), *map("{:.4f}".format, share)] for step, share in enumerate(shares, 1)]
+    text_of_shapes = "".join("\t".join(line) + "\n" for line in lines)
+    (options.out / "shapes.tsv").write_text(text_of_shapes, encoding="utf-8")
     if options.figure:
         draw(outcomes, options.figure)
     print(f"\n{text}\n\n{options.out}: claims.md, shapes.tsv")

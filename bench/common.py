@@ -80,13 +80,13 @@ def spread(values: Sequence[float]) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
 
 
-def tiny_config(tokenizer, vocabulary: int = 4096) -> ModelConfig:
+def tiny_config(tokenizer) -> ModelConfig:
     """Qwen2.5-VL's architecture with about 6 million parameters, for the toy tokenizer's ids."""
     vision = VisionConfig(
         depth=4, hidden_size=160, num_heads=4, intermediate_size=416, out_hidden_size=256, fullatt_block_indexes=(3,)
     )
     sizes = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, mrope_section=(8, 12, 12))
-    return replace(model_config(tokenizer), vocab_size=vocabulary, vision=vision, **sizes)
+    return replace(model_config(tokenizer), vocab_size=4096, vision=vision, **sizes)
 
 
 def picture(side: int, seed: int) -> bytes:

@@ -80,9 +80,8 @@ def main() -> None:
         seconds, threads = time.monotonic() - begun, threading.active_count()
         ours.send("how many?")
         peak, calls = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, ours.recv()
-    print(
-        f"{o.concepts} concepts, {o.workers} workers: {calls} calls in {seconds:.0f} s, {calls / seconds:.0f} a second"
-    )
+    speed = f"{calls} calls in {seconds:.0f} s, {calls / seconds:.0f} a second"
+    print(f"{o.concepts} concepts, {o.workers} workers: {speed}")
     print(f"memory at its peak {peak / 1024:.0f} MiB, {idle / 1024:.0f} before; {threads} threads left")
 
 

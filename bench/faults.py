@@ -2,7 +2,7 @@
 
     python bench/faults.py --kills 50               # a miniature of the toy model, about five minutes
     python bench/faults.py --kills 50 --model DIR   # any toy base model
-    python bench/faults.py --kills 20 --no-guard    # what happens without the side folder and the manifest
+    python bench/faults.py --kills 20 --no-guard    # what happens without the temporary folder and the manifest
 
 A run is killed and resumed until it ends; then the next one starts, until there were `--kills` kills. Every run must
 end with the weights, optimizer, metrics and rollouts of the reference, bit for bit (except seconds). Children are forks
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train  # noqa: E402
+import train
 from mmsr import assemble
 from mmsr.system import checkpoint
 from mmsr.toy import base

@@ -59,10 +59,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-LIMITS = (
-    Row("copy bandwidth", "bandwidth", 3, 30),
-    Row("matrix peak", "matrix", 3, 30),
-)
+LIMITS = (Row("copy bandwidth", "bandwidth", 3, 30), Row("matrix peak", "matrix", 3, 30))
 
 
 def rows_of(shape: str, slow: float) -> dict[str, Row]:
@@ -84,8 +81,6 @@ def rows_of(shape: str, slow: float) -> dict[str, Row]:
         "memory": row("bytes a parameter", "memory", 6, 30),
         "their decode": row("decode, transformers, 128 × 1", "their_decode", 25, 70, static=False),
         "their training": row("training, transformers", "their_training", 15, 60),
-        "lora": row("LoRA, training", "lora", 1, 60),
-        "lora step": row("LoRA, whole step", "lora", 1, 90),
         "compiled": row("decode, transformers, 128 × 1, compiled", "their_decode", 50, 100, static=True),
     }
 
@@ -99,7 +94,7 @@ def chosen(shape: str, slow: float, names: Iterable[str]) -> tuple[Row, ...]:
 ORDER_3B = ["shared", "shared eager", "step", "gap", "recomputed", "kept", "apart", "apart eager", "memory"]
 ORDER_7B = [
     *("shared", "shared eager", "apart", "apart eager", "gap", "step", "recomputed", "kept", "bare", "memory"),
-    *("their decode", "their training", "lora", "lora step", "compiled"),
+    *("their decode", "their training", "compiled"),
 ]
 PARTS = {1: LIMITS + chosen("3B", 1, ORDER_3B), 2: LIMITS + chosen("7B", 1.5, ORDER_7B)}
 
@@ -148,9 +143,9 @@ class Child:
             self.process.stdin.flush()
         except OSError:
             raise Died(self.end()) from None
-        return self.hear(seconds)
+        return self.read_answer(seconds)
 
-    def hear(self, seconds: float) -> dict[str, Any]:
+    def read_answer(self, seconds: float) -> dict[str, Any]:
         pipe, end = self.process.stdout.fileno(), time.monotonic() + seconds
         while b"\n" not in self.unread:
             if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
@@ -189,19 +184,19 @@ def kill(process: subprocess.Popen) -> None:
 
 def measure(rows: Sequence[Row], command: Sequence[str], clock: Clock, log: Path) -> Iterator[tuple[Row, dict]]:
     """(row, its figures or the reason why there are none, seconds) one after another, each row lost alone."""
-    child, stillborn, limits = None, 0, {}
+    child, failed_starts, limits = None, 0, {}
     try:
         for row in rows:
             begin = time.monotonic()
             needs = row.needs + (START if child is None else 0)
-            if stillborn == 2:
+            if failed_starts == 2:
                 found = missed("twice a process for the rows did not start: see the log")
             elif clock.left < needs:
                 found = missed(f"{max(0, clock.left):.0f} s left, {needs:.0f} s needed")
             else:
                 if child is None:
-                    child, found = born(command, log, clock)
-                    stillborn = 0 if child else stillborn + 1
+                    child, found = start_child(command, log, clock)
+                    failed_starts = 0 if child else failed_starts + 1
                 if child is not None:
                     found = answer(child, {"row": row.name, "limits": limits, **asdict(row)}, row.limit, clock)
             limits.update(limits_in(row, found))
@@ -214,11 +209,11 @@ def measure(rows: Sequence[Row], command: Sequence[str], clock: Clock, log: Path
             child.end()
 
 
-def born(command: Sequence[str], log: Path, clock: Clock) -> tuple[Child | None, dict]:
+def start_child(command: Sequence[str], log: Path, clock: Clock) -> tuple[Child | None, dict]:
     """A child that is ready for a row, or none and the reason."""
     child = Child(command, log)
     try:
-        return child, child.hear(min(START_LIMIT, clock.left))
+        return child, child.read_answer(min(START_LIMIT, clock.left))
     except TimeoutError:
         reason = "its process did not start in time"
     except (Died, ValueError) as end:

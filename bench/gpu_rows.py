@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import statistics
@@ -270,15 +269,8 @@ class Bench:
         return made
 
     def engine(self, policy: Qwen2_5_VL, slots: int, turn: int, most: int, capture: bool = True) -> Engine:
-        return Engine(
-            policy,
-            policy.config.eos_token_id,
-            self.suppressed(policy.config),
-            slots=slots,
-            max_tokens=most,
-            turn_tokens=turn,
-            capture=capture,
-        )
+        limits = dict(slots=slots, max_tokens=most, turn_tokens=turn)
+        return Engine(policy, policy.config.eos_token_id, self.suppressed(policy.config), **limits, capture=capture)
 
     # ---- generation
 
@@ -295,13 +287,17 @@ class Bench:
             engine.step()
         before = self.graphs["replayed"]
         seconds = self.median(lambda: [engine.step() for _ in range(n)], runs)
-        config = policy.config
-        weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        share = self.share("bandwidth", (weights + per_token * prompts * s.prompt) * self.dtype.itemsize * n, seconds)
+        share = self.share("bandwidth", self.decode_bytes(policy, prompts * s.prompt) * n, seconds)
         replayed = (self.graphs["replayed"] - before) / runs / n
         remark = f"{1000 * seconds / n:.1f} ms a step, {replayed:.0%} of them replayed"
         return [Figure(prompts * sequences * n / seconds, "tok/s", share=share, remark=remark)]
+
+    def decode_bytes(self, policy: Qwen2_5_VL, tokens: float) -> float:
+        """What a decode step has to read: the decoder's weights, and the keys and values of `tokens` tokens."""
+        config = policy.config
+        weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return (weights + per_token * tokens) * self.dtype.itemsize
 
     def their_decode(self, shape: str, static: bool) -> list[Figure]:
         """transformers' generate: two lengths, and the difference is decoding."""
@@ -425,11 +421,6 @@ class Bench:
         held = torch.cuda.memory_allocated() - before if self.cuda else tensors
         remark = f"without gradient; that takes {item}, or 4 with several micro-batches"
         return [Figure(item + held / n, "B", predicted=8.0 if item == 2 else 12.0, remark=remark)]
-
-    def lora(self, shape: str, recompute: bool = True) -> list[Figure]:
-        if importlib.util.find_spec("mmsr.lora") is None:
-            raise LeftOut("no LoRA in this version")
-        raise LeftOut("this row is still to be written")
 
     # ---- both
 

@@ -21,7 +21,7 @@ import PIL.Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mmsr.search.encoders import open_encoder  # noqa: E402
+from mmsr.search.encoders import open_encoder
 
 
 def photographs(folder: Path) -> list[PIL.Image.Image]:

@@ -16,9 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.episode import ANSWERED, INVALID, TURNS, Episode, Example, Turn
-from mmsr.reward import RewardRule, answer_score, exact_match, official_answer  # noqa: E402
-from mmsr.system.errors import UserError  # noqa: E402
-from mmsr.system.files import json_object, lines  # noqa: E402
+from mmsr.reward import RewardRule, answer_score, exact_match, official_answer
+from mmsr.system.errors import UserError
+from mmsr.system.files import json_object, lines
 
 STATUS = {"answer": ANSWERED, "image_search": TURNS, "text_search": TURNS}
 

@@ -358,7 +358,7 @@ class _OneKernel(torch.autograd.Function):
 
 
 # Functions, by module and name, that one kernel computes on CUDA and several on the meta device: one of torch's own,
-# and those that the program has torch.compile fuse (mmsr/fuse.py).
+# and those that the program has torch.compile fuse (mmsr/system/fuse.py).
 TORCHS: tuple[tuple[Any, str], ...] = ((F, "rms_norm"),)
 FUSED: tuple[tuple[Any, str], ...] = (
     *TORCHS,
@@ -484,7 +484,7 @@ def meta_model(config: ModelConfig) -> Qwen2_5_VL:
 
 def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
-    s, config, slots = bench.sizes, policy.config, prompts * sequences
+    s, slots = bench.sizes, prompts * sequences
     groups = []
     for _ in range(prompts):
         generated = [GeneratedSequence(key) for key in range(sequences)]
@@ -495,9 +495,7 @@ def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pa
     stores = (engine.cache.prefix, prompts * s.prompt), (engine.cache.suffix, slots * half)
     with torch.no_grad(), Count([(x, keys) for store, keys in stores for x in tree_leaves(store)]) as count:
         engine.decode_step(slots, len(engine.layout.prefix_lens), sequences, engine.cache.room)
-    weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    needs = bench.dtype.itemsize * (weights + token * sum(keys for _, keys in stores))
+    needs = bench.decode_bytes(policy, sum(keys for _, keys in stores))
     return Pass(f"decode, {prompts} × {sequences}", count.kernels, needs, captured=True)
 
 
@@ -599,7 +597,7 @@ def row(card: Card, one: Pass) -> tuple[str, ...]:
     )
 
 
-def ops(card: Card, one: Pass, most: int = OPS) -> list[tuple[str, ...]]:
+def ops(card: Card, one: Pass) -> list[tuple[str, ...]]:
     """Kernels alike in name and result, those that take most of a pass first, and a last row for all others."""
     launch, sums = one.launch(card), {}
     for kernel, n in one.kernels.items():
@@ -607,7 +605,7 @@ def ops(card: Card, one: Pass, most: int = OPS) -> list[tuple[str, ...]]:
         known = sums.get((kernel.name, kernel.result), (0, 0, 0, 0))
         sums[kernel.name, kernel.result] = tuple(map(sum, zip(known, each)))
     ranked = sorted(sums.items(), key=lambda item: -item[1][3])
-    shown, others = ranked[:most], [numbers for _, numbers in ranked[most:]]
+    shown, others = ranked[:OPS], [numbers for _, numbers in ranked[OPS:]]
     if others:
         shown.append((("all others", ""), tuple(map(sum, zip(*others)))))
     whole = one.seconds(card, launch)

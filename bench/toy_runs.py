@@ -27,6 +27,7 @@ from mmsr.config import Config
 from mmsr.episode import Example
 from mmsr.rollout import Script
 from mmsr.system.errors import UserError
+from mmsr.system.files import write_whole
 from mmsr.system.parallel import SINGLE
 from mmsr.toy.base import WarmStart, base_model
 from mmsr.toy.world import FULL, Settings, World
@@ -71,9 +72,7 @@ def run(variant: Variant, seed: int, folder: Path) -> None:
     found = {"before": evaluations[0], "after": evaluations[-1], "last": last, "shapes": shapes(folder)}
     if variant.forced:
         found["forced"] = forced(config, world, start, folder / "model")
-    side = folder / ".outcome.tmp"
-    side.write_text(json.dumps(found), encoding="utf-8")
-    side.replace(folder / "outcome.json")
+    write_whole(folder / "outcome.json", [json.dumps(found).encode()])
 
 
 def forced(config: Config, world: World, before: Path, after: Path) -> dict[str, Any]:

@@ -5,21 +5,49 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mmsr.attention import Packed
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.system.errors import UserError
 from mmsr.vision import PATCH, Image, VisionConfig, patchify
 
 torch.set_num_threads(1)  # on tensors this small a second thread only waits: five times the time on a busy machine
 
 IMAGE = 290  # the tiny vocabulary's placeholder
+
+# Real files, which not every machine has.
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+FVQA = SHARED / "fvqa_sample.parquet"
+TRANSCRIPTS = SHARED / "mmsearch_r1_7b_transcripts.jsonl"
+real_files = pytest.mark.skipif(
+    not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA.name} and {TRANSCRIPTS.name} are not in {SHARED}"
+)
+
+
+def refused(work, *words: str) -> None:
+    """`work()` must raise a UserError of one line that holds all these words."""
+    with pytest.raises(UserError) as caught:
+        work()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def in_threads(*works) -> None:
+    """Call these functions at the same time, and wait for them: a minute at most."""
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
 
 
 def tiny_config(**changes) -> ModelConfig:

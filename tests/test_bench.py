@@ -198,7 +198,7 @@ def test_a_line_that_only_a_gpu_reaches_is_broken(monkeypatch):
     limits = {"bandwidth": 1e12, "matrix": 1e14}
     for row in [*gpu_day.PARTS[1], *gpu_day.PARTS[2]]:
         told = bench.answer({"row": row.name, "work": row.work, "options": row.options, "limits": limits})
-        assert (row.work == "lora") == (not told["figures"]) and not told["over"], told
+        assert told["figures"] and not told["over"], told
         assert all(figure["value"] is not None for figure in told["figures"])
         assert list(gpu_day.cells_of({"row": row.name, "seconds": 1.0, **told}))
 

@@ -21,7 +21,7 @@ from test_index import PAGES, corpus, write_lines
 import search
 from mmsr.config import Options
 from mmsr.episode import Example, Hit, Observation
-from mmsr.search.backends import Search, open_backend
+from mmsr.search.backends import SearchEngine, open_backend
 from mmsr.search.index import Local
 from mmsr.search.store import Budget, Store, text_key
 from mmsr.system.errors import UserError
@@ -68,7 +68,7 @@ class Fake:
 
 
 def finding(monkeypatch, found) -> None:
-    monkeypatch.setattr(search, "open_backend", lambda options: Search(Fake(found)))
+    monkeypatch.setattr(search, "open_backend", lambda options: SearchEngine(Fake(found)))
 
 
 # ---- for people and for machines

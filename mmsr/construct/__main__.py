@@ -73,7 +73,7 @@ def build(o: Construction, finder: Any = None, environ: Mapping[str, str] = os.e
             write_parquet(folder / f"{split}.parquet", chosen, shelf)
         if o.record:
             factory.stage("recorded", splits["train"] + splits["test"], stages.record)
-        cost = {"answers": len(calls.kept.offsets), "paid calls": budget.spent}
+        cost = {"answers": len(calls.journal.offsets), "paid calls": budget.spent}
         write_card(folder, splits, factory.report, cost, shelf)
     for split, chosen in splits.items():
         print(f"{folder / split}.parquet: {len(chosen)} of {getattr(o, split)} questions")
@@ -187,9 +187,8 @@ class Rollouts:
                     found[episode.group_id][way] += 1
         records = []
         for question, right in zip(item["questions"], found):
-            tries = {"tries": self.tries}
-            for way in ("direct", "none", "image", "text", "both"):
-                tries[f"right_{way}"] = right[way]
+            ways = ("direct", "none", "image", "text", "both")
+            tries = {"tries": self.tries, **{f"right_{way}": right[way] for way in ways}}
             need = need_of(tries)
             reasons["never answered"] += not need
             if need:
@@ -218,11 +217,11 @@ def _searched(episode: Any) -> str:
     return "text" if text else "none"
 
 
-def chunks(questions: Iterable[dict], size: int = 32) -> Iterator[dict]:
-    """Items of up to `size` questions, each with the number of its first question."""
+def chunks(questions: Iterable[dict]) -> Iterator[dict]:
+    """Items of up to 32 questions, each with the number of its first question."""
     questions = iter(questions)
     first = 0
-    while chunk := list(islice(questions, size)):
+    while chunk := list(islice(questions, 32)):
         yield {"id": f"{first:07d}", "first": first, "questions": chunk}
         first += len(chunk)
 

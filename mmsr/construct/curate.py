@@ -40,18 +40,8 @@ SCHEMA = pa.schema(
         "data_source": pa.string(),
         "image_urls": pa.null(),
         "data_id": pa.string(),
-        "category": pa.string(),
-        "concept": pa.string(),
-        "section": pa.string(),
-        "group": pa.string(),
-        "need": pa.string(),
-        "tries": pa.string(),
-        "evidence": pa.string(),
-        "page_url": pa.string(),
-        "page_title": pa.string(),
-        "page_sha256": pa.string(),
-        "image_url": pa.string(),
-        "licence": pa.string(),
+        **dict.fromkeys(["category", "concept", "section", "group", "need", "tries", "evidence"], pa.string()),
+        **dict.fromkeys(["page_url", "page_title", "page_sha256", "image_url", "licence"], pa.string()),
     }
 )
 
@@ -250,7 +240,7 @@ def _counted(questions: list[dict]) -> dict[str, Any]:
 
 
 def _stage_row(name: str, done: dict) -> str:
-    reasons = "; ".join(f"{plain(reason)} {n}" for reason, n in done["reasons"].items())
+    reasons = "; ".join(f"{table_text(reason)} {n}" for reason, n in done["reasons"].items())
     postponed = "; ".join(f"{kind} {n}" for kind, n in done["postponed"].items())
     return f"| {name} | {done['items']} | {done['records']} | {reasons} | {postponed} |"
 
@@ -262,14 +252,14 @@ def _samples(folder: Path, questions: list[dict], shelf: Shelf) -> list[str]:
     for question in questions:
         small = jpeg(decode(shelf.read(question["picture"])), 224, 32 * 1024)
         write_whole(folder / f"{question['picture']}.jpg", [small])
-        asked = plain(question["question"])
-        answer = plain(question["answer"])
-        concept = plain(question["concept"])
+        asked = table_text(question["question"])
+        answer = table_text(question["answer"])
+        concept = table_text(question["concept"])
         picture = f"![](samples/{question['picture']}.jpg)"
         rows.append(f"| {picture} | {asked} | {answer} | {concept} | {question['need']} |")
     return rows
 
 
-def plain(text: str) -> str:
+def table_text(text: str) -> str:
     """Text from a model or the web, made safe for a Markdown table."""
     return html.escape(" ".join(text.split())).replace("|", "&#124;").replace("[", "&#91;")

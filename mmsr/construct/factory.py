@@ -45,14 +45,14 @@ class LeftOut(Exception):
 class Calls:
     """A chat server that is asked nothing twice: every answer is saved before it is used."""
 
-    def __init__(self, server: ChatServer, kept: Journal):
+    def __init__(self, server: ChatServer, journal: Journal):
         self.server = server
-        self.kept = kept
+        self.journal = journal
 
     def complete(self, messages: list[dict], max_tokens: int) -> str:
         """As `ChatServer.complete`, but waits up to `PATIENCE` seconds for a server that is busy or paused."""
         key = key_of(self.server.model, messages, max_tokens)
-        return self.kept.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
+        return self.journal.once(key, lambda: {"answer": self._patiently(messages, max_tokens)})["answer"]
 
     def _patiently(self, messages: list[dict], max_tokens: int) -> str:
         end = time.monotonic() + PATIENCE
@@ -110,8 +110,7 @@ class Factory:
             if done is None:
                 continue
             reasons.update(done["reasons"])
-            for place, record in enumerate(done["records"]):
-                order.append((record["id"], key, place))
+            order += [(record["id"], key, place) for place, record in enumerate(done["records"])]
         self.report[run.name] = {
             "items": total,
             "records": len(order),
@@ -225,10 +224,6 @@ class Lines:
 
 def write_lines(path: Path, records: Iterable[dict]) -> Lines:
     """Write the whole file or nothing. A lone surrogate, which a model may write, becomes a question mark."""
-
-    def encoded() -> Iterator[bytes]:
-        for record in records:
-            yield json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
-    write_whole(path, encoded())
+    texts = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(path, (text.encode("utf-8", "replace") for text in texts))
     return Lines(path)

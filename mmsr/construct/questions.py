@@ -60,7 +60,7 @@ class Shelf:
         return data
 
 
-def object_in(answer: str) -> dict:
+def parsed_answer(answer: str) -> dict:
     """The JSON object in an answer, without the text around it. Raises ValueError with a short reason."""
     start = answer.find("{")
     end = answer.rfind("}")
@@ -144,7 +144,7 @@ class Stages:
         for _ in range(2):
             answer = self.calls.complete(messages, 500)
             try:
-                found = check(object_in(answer))
+                found = check(parsed_answer(answer))
             except ValueError as error:
                 complaints.append(str(error))
                 again = self.prompts["repair"].replace("{complaint}", str(error))
@@ -212,16 +212,9 @@ class Stages:
             fields = {"concept": concept, "title": found["title"]}
             if not self.ask("relevant", fields, partial(flag, "shows"), reasons, data):
                 raise LeftOut("shows something else")
-        return {
-            "picture": self.shelf.keep(data),
-            "hash": code,
-            "width": picture.width,
-            "height": picture.height,
-            "title": found["title"],
-            "address": found["address"],
-            "licence": found["licence"],
-            "page": page,
-        }
+        source = {key: found[key] for key in ("title", "address", "licence")}
+        size = {"width": picture.width, "height": picture.height}
+        return {"picture": self.shelf.keep(data), "hash": code, **size, **source, "page": page}
 
     def _data(self, found: dict) -> bytes:
         if found["image"]:
@@ -267,6 +260,7 @@ class Stages:
 
 def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
     """Questions from other files, in any format that formats.py reads."""
+    unknown = {"concept": "", "count": None, "section": "external", "title": "", "address": "", "licence": ""}
     for file in files:
         for row, example in enumerate(read_examples(file)):
             try:
@@ -277,12 +271,7 @@ def external(files: Sequence[str], shelf: Shelf) -> Iterator[dict]:
             yield {
                 "id": f"external-{name}",
                 "source": Path(file).name,
-                "concept": "",
-                "count": None,
-                "section": "external",
-                "title": "",
-                "address": "",
-                "licence": "",
+                **unknown,
                 "picture": shelf.keep(example.image),
                 "hash": code,
                 "page": {"url": "", "title": "", "sha256": ""},

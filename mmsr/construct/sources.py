@@ -70,10 +70,9 @@ class Corpus:
         return [self._picture(line) for line in self.by_title.get(normal(concept), ())]
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
-        hits = []
-        for line in self.by_content.get(_content(image), ()):
-            hits.append(Hit(line["title"], str(line.get("url") or "")))
-        return Observation(tuple(hits), source="corpus")
+        same = self.by_content.get(_content(image), ())
+        hits = tuple(Hit(line["title"], str(line.get("url") or "")) for line in same)
+        return Observation(hits, source="corpus")
 
     @cached_property
     def by_content(self) -> dict[str, list[dict]]:

@@ -32,8 +32,7 @@ HEADING = re.compile(r"(\bverdict[^\w\n]*)\n\s*", re.IGNORECASE)
 LABELLED = re.compile(r".*\bverdict\b(?=\W*[:=]|.*correct)(.*)", re.IGNORECASE)
 SUBJECT = r"(?:(?:the|this|that|it|given|model|student|candidate|predicted|answer|response|is|s)\b\W*)*"
 VERDICT = re.compile(  # "CORRECT", "The answer is not correct.", "INCORRECT as …"; not "correct: no", "correct name"
-    rf"\W*{SUBJECT}{WORD}(?!\s*[:=?]|\s+(?!because|since|as\b|answer\W*$)\w|\W*(?:part|ish\b))(.*)",
-    re.IGNORECASE,
+    rf"\W*{SUBJECT}{WORD}(?!\s*[:=?]|\s+(?!because|since|as\b|answer\W*$)\w|\W*(?:part|ish\b))(.*)", re.IGNORECASE
 )
 AGAIN = re.compile(rf"{WORD}(?!\s+\w|\W?:)", re.IGNORECASE)
 

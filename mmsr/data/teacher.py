@@ -33,26 +33,20 @@ ANSWER_TOKENS = 4096  # of a turn, thinking included
 FAILED = Script([""])  # where the teacher failed: a turn that says nothing ends the episode, and teaches nothing
 PICTURE = SimpleNamespace(tokens=1)  # takes any picture's place in a prompt; its placeholder becomes a message part
 
+Complete = Callable[[list[dict]], str]  # chat messages → the answer's text
+
 
 class Teacher:
     """Scripts (`rollout.Scripts`) made by asking a teacher: each is the Future of a conversation about an example.
 
-    `complete` answers chat messages and raises ToolFailure. `kept` is the file with all answers; `name` tells this
+    `complete` answers chat messages and raises ToolFailure. `journal` is the file with all answers; `name` tells this
     teacher's from those of other models.
     """
 
-    def __init__(
-        self,
-        complete: Callable[[list[dict]], str],
-        name: str,
-        kept: Path,
-        chat: Chat,
-        toolbox: Toolbox,
-        limits: Limits,
-    ):
+    def __init__(self, complete: Complete, name: str, journal: Path, chat: Chat, toolbox: Toolbox, limits: Limits):
         self.complete = complete
         self.name = name
-        self.kept = Journal(kept)
+        self.journal = Journal(journal)
         self.chat = chat
         self.toolbox = toolbox
         self.limits = limits
@@ -104,7 +98,7 @@ class Teacher:
     def _ask(self, messages: list[dict]) -> str:
         """The teacher's next turn, from the file if the same was asked before."""
         key = key_of(self.name, messages)
-        answer = self.kept.once(key, lambda: {"reply": self.complete(messages)})
+        answer = self.journal.once(key, lambda: {"reply": self.complete(messages)})
         return answer["reply"]
 
     def _result(self, tool: str, observation: Observation, question: str) -> list[dict]:

@@ -139,18 +139,13 @@ def _within(value: Any, kind: type, least: float, most: float) -> bool:
     return least <= value <= most  # NaN fails here
 
 
-def _refuse_variants(
-    text: dict[str, Any],
-    ropes: Sequence[dict],
-    vision: dict[str, Any],
-    head_dim: int,
-) -> None:
+def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[str, Any], head_dim: int) -> None:
     """ValueError for a setting that would silently compute something else than the checkpoint means."""
-    layer_types = text.get("layer_types")
     channels = vision.get("in_channels", vision.get("in_chans"))
     _refuse_unless("hidden_act", text.get("hidden_act"), "silu")
     _refuse_unless("head_dim", text.get("head_dim"), head_dim)
     _refuse_unless("use_sliding_window", text.get("use_sliding_window"), False)
+    layer_types = text.get("layer_types")
     for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
         _refuse_unless("layer_types", layer_type, "full_attention")
     for rope in ropes:

@@ -14,11 +14,7 @@ from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.weights import fitting, headers, own_head, refuse_others, tensors
 
 
-def load(
-    folder: Path | str,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Qwen2_5_VL:
+def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen2_5_VL:
     """The model of a Hugging Face folder, its weights cast to `dtype` on `device`.
 
     Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
@@ -58,9 +54,7 @@ def stored_weights(folder: Path | str, model: nn.Module) -> Iterator[tuple[str, 
     Raises UserError for a weight that is missing or misshapen, or holds NaN or infinite numbers.
     """
     folder = Path(folder)
-    found = headers(folder)
-    wanted = fitting(folder, found, _shapes(model))
-    yield from tensors(wanted)
+    yield from tensors(fitting(folder, headers(folder), _shapes(model)))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

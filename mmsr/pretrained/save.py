@@ -105,7 +105,10 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 @contextmanager
 def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary path to write. When that is done it is renamed to `file`."""
+    """A temporary path to write; then it is renamed to `file`. The next save overwrites what a killed one left there.
+
+    So it is not `files.beside`, whose name has the process in it: gigabytes of every killed save would stay.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
     yield temporary
     os.replace(temporary, file)

@@ -29,11 +29,7 @@ def published(name: str, layout: str) -> list[dict[str, str]]:
     """The paper's and the blog's rows for the benchmark that a file's name, or else its layout, names."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    wanted = layout
-    for benchmark in NAMED:
-        if benchmark in name.lower():
-            wanted = benchmark
-            break
+    wanted = next((benchmark for benchmark in NAMED if benchmark in name.lower()), layout)
     return [row for row in rows if row["benchmark"] == wanted]
 
 
@@ -41,7 +37,8 @@ def report(name: str, mode: str, found: Mapping[str, Any], others: Sequence[Mapp
     """A text table in per cent: this run, its interval, its categories, and published rows."""
     rows = [[f"{name} ({found['n']})", *COLUMNS]]
     rows.append([f"this run, {mode}", *_cells(found)])
-    rows.append(["  95 % interval", *_intervals(found["interval"])])
+    bounds = [found["interval"].get(key, ()) for key in COLUMNS.values()]
+    rows.append(["  95 % interval", *["–".join(map(_per_cent, bound)) for bound in bounds]])
     if len(found["by_category"]) > 1:
         for category, numbers in found["by_category"].items():
             rows.append([f"  {category} ({numbers['n']})", *_cells(numbers)])
@@ -53,13 +50,6 @@ def report(name: str, mode: str, found: Mapping[str, Any], others: Sequence[Mapp
 
 def _cells(found: Mapping[str, Any]) -> list[str]:
     return [_per_cent(found[key]) for key in COLUMNS.values()]
-
-
-def _intervals(bounds: Mapping[str, Sequence[float]]) -> list[str]:
-    cells = []
-    for key in COLUMNS.values():
-        cells.append("–".join(map(_per_cent, bounds.get(key, ()))))
-    return cells
 
 
 def _per_cent(share: float | None) -> str:

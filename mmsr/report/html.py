@@ -42,26 +42,10 @@ MOST_ROLLOUTS = 10_000
 MOST_ROLLOUT_BYTES = 24 * 2**20
 MOST_PICTURE_BYTES = 8 * 2**20
 # The metrics that are drawn as they are.
-PLAIN = {
-    "reward",
-    "accuracy",
-    "format",
-    "tool_failures",
-    "response_tokens",
-    "zero_std_groups",
-    "kl",
-    "entropy",
-    "search_ratio",
-    "search_ratio_image",
-    "search_ratio_text",
-    "clip_fraction",
-    "logp_gap",
-    "logp_gap_max",
-    "grad_norm",
-    "loss",
-    "lr",
-    "seconds",
-}
+PLAIN = """
+    reward accuracy format tool_failures response_tokens zero_std_groups kl entropy search_ratio search_ratio_image
+    search_ratio_text clip_fraction logp_gap logp_gap_max grad_norm loss lr
+""".split()
 MOST_SHAPES = 7  # in the chart of turn shapes; it has eight colours, and the eighth is for all others
 GROUP = re.compile(rb'"group": (\d+),')
 MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
@@ -140,11 +124,8 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
         empty = "there is nothing of a run in metrics.jsonl, rollouts/, results.json or episodes.jsonl"
         more = f" (it leaves out {damage})" if damage.places else ""
         raise UserError(f"{folder}: {empty}{more}; name a run's folder")
-    recorded = {}  # counts of all rollouts of a step, as metrics.jsonl has them
-    for step, line in steps.items():
-        counts = counts_of_step(line)
-        if counts:
-            recorded[step] = counts
+    all_counts = {step: counts_of_step(line) for step, line in steps.items()}
+    recorded = {step: counts for step, counts in all_counts.items() if counts}
     total = sum(_how_many(steps.get(step, {}), file) for step, file in files.items())
     embedded, counted = _rollouts(files, total, most_rollouts, most_bytes, damage)
     config = _object(folder / "config.json", damage)
@@ -191,14 +172,9 @@ def _rollouts(
     kept = []
     counts: dict[int, Counter] = {step: Counter() for step in files}
     for step, offset, lines in _spread(files, total, most, most_bytes):
-        for line in lines:
-            rollout = _sound(line, _check_rollout)
-            if rollout is None:
-                damage.add(files[step], offset, line)
-            else:
-                count_rollout(counts[step], rollout)
-                kept.append({"step": step, "shape": shape(rollout), **rollout})
-            offset += len(line)
+        for rollout in _records(lines, files[step], offset, _check_rollout, damage):
+            count_rollout(counts[step], rollout)
+            kept.append({"step": step, "shape": shape(rollout), **rollout})
     return kept, counts
 
 
@@ -361,10 +337,8 @@ def _shape_labels(counts: dict[int, Counter]) -> dict[str, str]:
     found: Counter = Counter()
     for seen in counts.values():
         found.update({key[1]: n for key, n in seen.items() if key[0] == "shape"})
-    labels = {}
-    for i, (name, _) in enumerate(found.most_common()):
-        labels[name] = f"shape/{name}" if i < MOST_SHAPES else "shape/others"
-    return labels
+    names = [name for name, _ in found.most_common()]
+    return {name: f"shape/{name}" if i < MOST_SHAPES else "shape/others" for i, name in enumerate(names)}
 
 
 def _rounded(value: Any) -> Any:
@@ -379,11 +353,9 @@ def _evaluations(lines: list[dict]) -> list[dict]:
     picked = [("before", line) for line in lines[:1]]
     if len(lines) > 1:
         picked.append(("after", lines[-1]))
-    modes: dict[str, None] = {}  # a set that keeps the order
-    for _, line in picked:
-        modes.update(dict.fromkeys(mode for mode in line if mode != "step"))
+    modes = [mode for _, line in picked for mode in line if mode != "step"]
     rows = []
-    for mode in modes:
+    for mode in dict.fromkeys(modes):  # each once, in order
         title = MODES.get(mode, mode.replace("_", " "))
         for when, line in picked:
             found = line.get(mode)
@@ -421,13 +393,11 @@ def _unanswered(found: dict[str, Any]) -> str:
 
 def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
     """Data URLs of the pictures that embedded rollouts name, by digest, while there is room."""
-    wanted: dict[tuple[str, Path], None] = {}  # a set that keeps the order
-    for folder, run in zip(folders, runs):
-        wanted.update(dict.fromkeys((name, folder) for name in _named(run["rollouts"])))
+    wanted = [(name, folder) for folder, run in zip(folders, runs) for name in _named(run["rollouts"])]
     found: dict[str, str] = {}
     room = MOST_PICTURE_BYTES
     missing = 0
-    for name, folder in wanted:
+    for name, folder in dict.fromkeys(wanted):  # each once, in order
         file = folder / "images" / f"{name}.jpg"
         if name in found or not re.fullmatch("[0-9a-f]{16}", name):
             continue
@@ -462,18 +432,9 @@ def _is_there(file: Path, damage: Damage) -> bool:
 
 
 def _metrics(file: Path, damage: Damage) -> list[dict[str, Any]]:
-    """The sound lines of metrics.jsonl."""
-    lines = []
-    offset = 0
-    with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as data:
-        for line in data:
-            record = _sound(line, _check_metrics)
-            if record is None:
-                damage.add(file, offset, line)
-            else:
-                lines.append(record)
-            offset += len(line)
-    return lines
+    """The records of metrics.jsonl."""
+    with open(file, "rb") if _is_there(file, damage) else nullcontext(()) as lines:
+        return list(_records(lines, file, 0, _check_metrics, damage))
 
 
 def _check_metrics(line: dict[str, Any]) -> None:
@@ -485,27 +446,39 @@ def _check_metrics(line: dict[str, Any]) -> None:
     sum((line.get("status") or {}).values())
 
 
+def _records(
+    lines: Iterable[bytes], file: Path, offset: int, check: Callable[[dict[str, Any]], Any], damage: Damage
+) -> Iterator[dict[str, Any]]:
+    """The objects of a file's lines, the first of which is at `offset`. Lines without a sound one are damage."""
+    for line in lines:
+        record = _sound(line, check)
+        if record is None:
+            damage.add(file, offset, line)
+        else:
+            yield record
+        offset += len(line)
+
+
 def _sound(line: bytes, check: Callable[[dict[str, Any]], Any]) -> dict[str, Any] | None:
     """The object of a line; None where it is cut short, is not an object, or fails `check`."""
-    for record in _parsed([line]):
-        try:
-            check(record)
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
-            return None
-        return record
-    return None
+    record = _parsed(line)
+    if record is None:
+        return None
+    try:
+        check(record)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
+        return None
+    return record
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The objects of the lines that hold one. JSON has no infinity: such a number becomes None."""
-    for line in lines:
-        try:
-            text = line.decode("utf-8", "replace").removeprefix("\ufeff")  # some editors write it first
-            record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    """The JSON object; None where there is none. JSON has no infinity: such a number becomes None."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")  # some editors write it first
+    try:
+        record = json.loads(text, parse_constant=lambda name: None, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _finite(text: str) -> float | None:
@@ -517,10 +490,10 @@ def _object(file: Path, damage: Damage) -> dict[str, Any]:
     """The object of a whole file; empty where the file is missing or damaged."""
     if not _is_there(file, damage):
         return {}
-    for found in _parsed([file.read_bytes()]):
-        return found
-    damage.add(file)
-    return {}
+    found = _parsed(file.read_bytes())
+    if found is None:
+        damage.add(file)
+    return found or {}
 
 
 def _shown(value: Any) -> Any:

@@ -27,7 +27,7 @@ PATIENCE = 360.0  # seconds that a search waits for the same search of another p
 
 
 @dataclass
-class Search:
+class SearchEngine:
     """An opened search engine, and its budget where its searches cost money."""
 
     backend: Backend
@@ -36,7 +36,7 @@ class Search:
 
 def open_backend(
     options: Options, examples: Iterable[Example] = (), ledger: Path | None = None, quiet: bool = False
-) -> Search:
+) -> SearchEngine:
     """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls. Some
     recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example has
     an address decides which keys a live search needs. Raises UserError."""
@@ -44,18 +44,18 @@ def open_backend(
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
         raise UserError(f"--search {options.search}: not complete; give {KNOWN}")
     if kind == "none":
-        return Search(NoSearch())
+        return SearchEngine(NoSearch())
     if kind == "toy":
-        return Search(_toy())
+        return SearchEngine(_toy())
     if kind == "replay":
-        return Search(_replay(options, where, examples, quiet))
+        return SearchEngine(_replay(options, where, examples, quiet))
     if kind == "local":
-        return Search(_local(options, where))
+        return SearchEngine(_local(options, where))
     if kind == "remote":
         from mmsr.search.web import Remote
 
         remote = Remote(where, results=options.results)
-        return Search(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
+        return SearchEngine(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
     if kind == "live":
         return _live(options, ledger, addressed=any(example.image_url for example in islice(examples, 1)))
     raise UserError(f"--search {options.search}: unknown back-end; give {KNOWN}")
@@ -77,7 +77,7 @@ def _local(options: Options, file: str) -> Backend:
     return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
 
 
-def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
+def _live(options: Options, ledger: Path | None, addressed: bool) -> SearchEngine:
     from mmsr.search.web import Live
 
     if not options.budget:
@@ -87,7 +87,7 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> Search:
     live = Live.from_environment(options.image_results, options.results, spending.spend, uploads)
     form = f"live/{options.image_results}/{options.results}"
     summary = options.image_results == "summary"
-    return Search(_recorded(live, options, form, by_question=summary, imported=not summary), spending)
+    return SearchEngine(_recorded(live, options, form, by_question=summary, imported=not summary), spending)
 
 
 def _recorded(

@@ -177,7 +177,7 @@ def export_jsonl(store: Store, path: str | Path) -> int:
     written = 0
     with beside(Path(path)) as side, side.open("w", encoding="ascii") as file:
         for key, seen, when in store.records():
-            line = key._asdict() | {"time": when} | stores.plain(seen, lambda image: base64.b64encode(image).decode())
+            line = key._asdict() | {"time": when} | stores.as_json(seen, lambda image: base64.b64encode(image).decode())
             file.write(json.dumps(line) + "\n")
             written += 1
     return written

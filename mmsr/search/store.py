@@ -173,7 +173,7 @@ class Store:
         """A result's row and its thumbnails by digest. None for a failure, and for what could not be read back."""
         thumbnails = {sha256(hit.image): hit.image for hit in seen.hits if isinstance(hit.image, bytes)}
         try:
-            payload = json.dumps(plain(seen, sha256), default=float)
+            payload = json.dumps(as_json(seen, sha256), default=float)
             observation(json.loads(payload), thumbnails.get)
         except (ValueError, TypeError):
             self.count("unstorable", key.tool)
@@ -463,14 +463,14 @@ class Budget:
 # ---- rows
 
 
-def plain(seen: Observation, image: Callable[[bytes], str]) -> dict[str, Any]:
+def as_json(seen: Observation, image: Callable[[bytes], str]) -> dict[str, Any]:
     """A result as a JSON object; `image` gives the text for a thumbnail."""
     hits = [asdict(hit) | {"image": None if hit.image is None else image(hit.image)} for hit in seen.hits]
     return {"source": seen.source, "seconds": seen.seconds, "hits": hits}
 
 
 def observation(found: Any, image: Callable[[str], bytes | None]) -> Observation:
-    """The inverse of `plain`. TypeError or KeyError where a field is missing or has a wrong type."""
+    """The inverse of `as_json`. TypeError or KeyError where a field is missing or has a wrong type."""
     hits = []
     demand(list, found["hits"])
     for given in found["hits"]:

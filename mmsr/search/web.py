@@ -105,13 +105,11 @@ class Live:
         self,
         services: Mapping[str, Service],
         client: Client,
-        form: str = "thumbnails",
-        results: int = 5,
-        summarizer: ChatServer | None = None,
-        spend: Callable[[str], None] = lambda provider: None,
+        form: str,
+        results: int,
+        summarizer: ChatServer | None,
+        spend: Callable[[str], None],
     ):
-        if form not in ("thumbnails", "summary"):
-            raise ValueError(f"form {form!r} is neither thumbnails nor summary")
         self.services, self.client, self.form, self.results = services, client, form, results
         self.summarizer, self.spend = summarizer, spend
         self.engine = services["serpapi" if services["serpapi"].key else "serper"]

@@ -70,10 +70,10 @@ def is_right(turns: Sequence[str], example: Example, chat: Chat, rule: RewardRul
     return answer_score(episode, rule) == 1
 
 
-def open_teacher(address: str, name: str, kept: Path, chat: Chat, toolbox: Toolbox, limits: Limits) -> Teacher:
-    """The model of this `name` behind a server; it writes the turns when they are asked for, and `kept` keeps them."""
+def open_teacher(address: str, name: str, journal: Path, chat: Chat, toolbox: Toolbox, limits: Limits) -> Teacher:
+    """The model `name` behind a server. It writes turns when they are asked for; the file `journal` keeps them."""
     from mmsr.data.teacher import ANSWER_TOKENS, Teacher
     from mmsr.net.completions import open_server
 
     complete = partial(open_server(address, name).complete, max_tokens=ANSWER_TOKENS)
-    return Teacher(complete, name, kept, chat, toolbox, limits)
+    return Teacher(complete, name, journal, chat, toolbox, limits)

@@ -49,7 +49,7 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
         if search == "toy":
             if config.datasets != ("toy",):
                 raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
-            engine = backends.Search(world.web)
+            engine = backends.SearchEngine(world.web)
         else:
             if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
                 _warn_of_text_searches()

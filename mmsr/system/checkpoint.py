@@ -115,20 +115,14 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
     return None
 
 
-# ---- tensors by name
+# ---- the tensors of a folder
 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
     """The model's weights and all that its optimizer keeps. The tensors themselves: `_load` writes into them."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensors[f"weight.{name}"] = tensor.detach()
-    for name, tensor in optimizer.tensors().items():
-        tensors[name] = tensor.detach()
-    return tensors
-
-
-# ---- the tensors of a folder
+    weights = {f"weight.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = weights | optimizer.tensors()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
@@ -142,10 +136,7 @@ def _write(temporary: Path, tensors: dict[str, Tensor], state: dict[str, Any], r
     names = _on_main(ranks, lambda: sorted(file.name for file in temporary.iterdir()))
 
     def sync_my_part() -> dict[str, dict[str, Any]]:
-        entries = {}
-        for name in names[ranks.rank :: ranks.size]:
-            entries[name] = _synced(temporary / name)
-        return entries
+        return {name: _synced(temporary / name) for name in names[ranks.rank :: ranks.size]}
 
     files: dict[str, dict[str, Any]] = {}
     for entries in _together(ranks, sync_my_part):
@@ -170,13 +161,9 @@ def _load(folder: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks
             state.clear()  # the parameter had no gradient before the save
     tensors = _tensors(model, optimizer)
     for name in sorted(tensors.keys() | stored.keys()):
-        here: Any = "nothing"
-        there: Any = "nothing"
-        if name in tensors:
-            here = (tuple(tensors[name].shape), tensors[name].dtype)
-        if name in stored:
-            kept: Any = stored[name]
-            there = (tuple(kept.size), kept.properties.dtype)
+        here = (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else "nothing"
+        kept: Any = stored.get(name)
+        there = (tuple(kept.size), kept.properties.dtype) if name in stored else "nothing"
         if here != there:
             raise UserError(f"{folder}: {name} is {there} there and {here} in this run: resume with equal options")
     with _plain_errors():
@@ -261,9 +248,8 @@ def _remove(path: Path) -> None:
 
 def _checkpoints(root: Path) -> list[Path]:
     """All that is named like a checkpoint, the newest first."""
-    found: list[Path] = []
-    if root.is_dir():
-        found += [path for path in root.iterdir() if re.fullmatch(r"step-\d{6,}", path.name)]
+    entries = root.iterdir() if root.is_dir() else ()
+    found = [path for path in entries if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -367,15 +353,11 @@ def _together(ranks: Ranks, work: Callable[[], T]) -> list[T]:
         result = work()
     except OSError as error:
         failure = _reason(error)
-    results = []
-    failures = []
-    for other_result, other_failure in ranks.all_gather((result, failure)):
-        results.append(other_result)
-        if other_failure is not None:
-            failures.append(other_failure)
-    if failures:
-        raise OSError(failures[0])
-    return results
+    gathered = ranks.all_gather((result, failure))
+    for _, failure in gathered:
+        if failure is not None:
+            raise OSError(failure)
+    return [result for result, _ in gathered]
 
 
 def _on_main(ranks: Ranks, work: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ def hidden(text: str) -> str:
     return CREDENTIALS.sub("[key]", text)
 
 
-def refuse_credentials(where: str, address: str, variable: str = "") -> None:
+def refuse_credentials(where: str, address: str, variable: str) -> None:
     """Raises UserError where an address holds a password or key, which belongs in the environment's `variable`."""
     address = "".join(address.split())  # a password may hold a blank
     if "://" not in address:

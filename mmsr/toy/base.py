@@ -32,46 +32,18 @@ from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
-from mmsr.toy.world import (
-    ENOUGH,
-    LOOK_IT_UP,
-    NAME,
-    PAGES,
-    QUESTIONS,
-    SIZE,
-    SYLLABLES,
-    TITLES,
-    TOWN,
-    Category,
-    Concept,
-    World,
-    draw_emblems,
-    look_up,
-    made_up,
-    render,
-)
+from mmsr.toy import world as toy
+from mmsr.toy.world import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import Image, VisionConfig, load_image, patchify
 
 # ---- tokenizer and model --------------------------------------------------------------------------------------------
 
 # The control tokens of Qwen2.5-VL, in its order. They follow the vocabulary.
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+""".split()
 
 
 def build_tokenizer() -> Tokenizer:
@@ -82,16 +54,12 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = []
-    for syllable in SYLLABLES:
+    for syllable in toy.SYLLABLES:
         corpus += [syllable, f" {syllable}"] * 2000
     for word in _words():
         corpus += [word, f" {word}"] * 200
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=100,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=100, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return tokenizer
@@ -100,10 +68,7 @@ def build_tokenizer() -> Tokenizer:
 def _words() -> list[str]:
     """The words of the prompts and the traces, each once, without the placeholders."""
     texts = [path.read_text() for path in sorted((PROMPTS / "toy").glob("*.txt"))]
-    texts += QUESTIONS
-    texts += PAGES
-    texts += TITLES
-    texts += [LOOK_IT_UP, look_up(""), copied(""), "user assistant system"]
+    texts += [*QUESTIONS, *toy.PAGES, *toy.TITLES, toy.LOOK_IT_UP, toy.look_up(""), copied(""), "user assistant system"]
     words = dict.fromkeys(" ".join(texts).split())  # a set that keeps the order
     return [word for word in words if "{" not in word]
 
@@ -166,18 +131,12 @@ class Traces:
         self.chances = exposures / exposures.sum()  # (taught,)
 
     def batch(self, n: int) -> list[Episode]:
-        emblems = draw_emblems(self.rng, n // 2, unlike=self.world.taught)  # (N / 2, 8)
-        novel = []
-        for emblem in emblems:
-            name = made_up(self.rng, 1, 3)[0]
-            novel.append(Concept(emblem, name, town="", pool="novel"))
+        emblems = toy.draw_emblems(self.rng, n // 2, unlike=self.world.taught)  # (N / 2, 8)
+        novel = [Concept(emblem, toy.made_up(self.rng, 1, 3)[0], town="", pool="novel") for emblem in emblems]
         drawn = self.rng.choice(len(self.taught), n - len(novel), p=self.chances)  # (N / 2,)
         concepts = [self.taught[i] for i in drawn] + novel
-        pictures = render(np.stack([concept.emblem for concept in concepts]), self.rng)  # (N, SIZE, SIZE, 3)
-        episodes = []
-        for i in range(n):
-            episodes.append(self._episode(concepts[i], pictures[i], i))
-        return episodes
+        pictures = toy.render(np.stack([concept.emblem for concept in concepts]), self.rng)  # (N, SIZE, SIZE, 3)
+        return [self._episode(concepts[i], pictures[i], i) for i in range(n)]
 
     def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
         question = int(self.rng.integers(len(QUESTIONS)))
@@ -198,14 +157,14 @@ class Traces:
         two_hops = self.world.settings.two_hops
         by_image, by_text = self.rng.random(2) < SEARCH
         if by_image and not direct:
-            self._say(episode, LOOK_IT_UP)
+            self._say(episode, toy.LOOK_IT_UP)
             concept = self._read(episode, IMAGE_SEARCH, concept)
             if question == NAME or not two_hops:
                 self._say(episode, copied(concept.answer(question)))
                 return
             concept = self._as_known(concept)
         if by_text and not direct and question == TOWN and two_hops:
-            self._say(episode, look_up(concept.name))
+            self._say(episode, toy.look_up(concept.name))
             concept = self._read(episode, TEXT_SEARCH, concept)
             self._say(episode, copied(concept.town))
             return
@@ -215,16 +174,13 @@ class Traces:
         """The concept, with a made-up town if the model is not meant to know the town."""
         if self.world.settings.facts(concept.pool) > TOWN:
             return concept
-        town = made_up(self.rng, 1, 2)[0]
-        return replace(concept, town=town)
+        return replace(concept, town=toy.made_up(self.rng, 1, 2)[0])
 
     def _read(self, episode: Episode, tool: str, concept: Concept) -> Concept:
         """Show the results of a search for a concept. Returns the concept of the result that the trace believes."""
         about = self.world.web.about(concept, self.rng)
         hits = self.world.web.hits(tool, about, self.rng)
-        thumbnails = []
-        for hit in hits:
-            thumbnails.append(load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None)
+        thumbnails = [load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None for hit in hits]
         results = self.chat.observation(tool, Observation(hits), thumbnails, episode.example.question)
         self._append(episode, results, 0)
         believed = self.rng.choice(len(about), p=self.world.settings.reader)
@@ -267,19 +223,9 @@ class WarmStart:
 
 
 # A change of the code of these modules makes a new base model; a change of comments and docstrings does not.
-MADE_BY = (
-    "toy/world",
-    "toy/base",
-    "vision",
-    "attention",
-    "model",
-    "system/chunked_log_probs",
-    "chat",
-    "grpo",
-    "pack",
-    "update",
-    "system/optimizer",
-)
+MADE_BY = """
+    toy/world toy/base vision attention model system/chunked_log_probs chat grpo pack update system/optimizer
+""".split()
 
 
 def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
@@ -373,16 +319,10 @@ def _save_tokenizer(folder: Path) -> Tokenizer:
 
 def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str, float]:
     """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly."""
-    unknown = []
-    named = []
-    placed = []
-    for pool in world.settings.pools:
-        if pool.facts == 0:
-            unknown.append(pool.name)
-        if pool.facts > NAME and pool.exposure >= ENOUGH:
-            named.append(pool.name)
-        if pool.facts > TOWN and pool.exposure >= ENOUGH:
-            placed.append(pool.name)
+    unknown = tuple(pool.name for pool in world.settings.pools if pool.facts == 0)
+    taught = [pool for pool in world.settings.pools if pool.exposure >= toy.ENOUGH]
+    with_name = tuple(pool.name for pool in taught if pool.facts > NAME)
+    with_town = tuple(pool.name for pool in taught if pool.facts > TOWN)
 
     def accuracy(asked: Category, direct: bool) -> float:
         engine = Engine(model, chat.stop_id, suppressed, slots=256, max_tokens=256, turn_tokens=32)
@@ -394,9 +334,9 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
         return right / len(episodes)
 
     return {
-        "copying": accuracy(Category("copying", tuple(unknown)), direct=False),
-        "names": accuracy(Category("names", tuple(named), (NAME,)), direct=True),
-        "towns": accuracy(Category("towns", tuple(placed), (TOWN,)), direct=True),
+        "copying": accuracy(Category("copying", unknown), direct=False),
+        "names": accuracy(Category("names", with_name, (NAME,)), direct=True),
+        "towns": accuracy(Category("towns", with_town, (TOWN,)), direct=True),
     }
 
 

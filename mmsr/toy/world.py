@@ -92,18 +92,12 @@ class Settings:
 
     def facts(self, pool: str) -> int:
         """How many facts the base model knows about each concept of a pool; 0 for a pool that this world lacks."""
-        for found in self.pools:
-            if found.name == pool:
-                return found.facts
-        return 0
+        facts = {pool.name: pool.facts for pool in self.pools}
+        return facts.get(pool, 0)
 
 
 BASIC = Settings(
-    pools=(
-        Pool("familiar", 40, facts=2, exposure=720),
-        Pool("unfamiliar", 300),
-        Pool("held_out", 300),
-    ),
+    pools=(Pool("familiar", 40, facts=2, exposure=720), Pool("unfamiliar", 300), Pool("held_out", 300)),
     categories=(
         Category("familiar", ("familiar",), train=240, weight=0.5),
         Category("unfamiliar", ("unfamiliar",), train=240, weight=0.25),
@@ -135,42 +129,30 @@ FULL = Settings(
 SETTINGS = {"basic": BASIC, "full": FULL}
 
 
-def graded(settings: Settings, exposures: Sequence[int], size: int = 6) -> Settings:
-    """`settings` with one more pool for each of `exposures`, which says how often the warm start shows its concepts.
+def graded(settings: Settings, exposures: Sequence[int]) -> Settings:
+    """`settings` with a pool of six concepts for each of `exposures`: how often the warm start shows them.
 
     The base model knows only their names, and no training question is about them. For each pool there is a category of
     name questions, `exposure_0` and so on, which has no weight in means.
     """
-    pools = []
-    categories = []
-    for exposure in exposures:
-        name = f"exposure_{exposure}"
-        pools.append(Pool(name, size, facts=1 if exposure > 0 else 0, exposure=exposure))
-        categories.append(Category(name, (name,), (NAME,)))
-    return replace(
-        settings,
-        pools=settings.pools + tuple(pools),
-        categories=settings.categories + tuple(categories),
-    )
+    pools = tuple(Pool(f"exposure_{n}", 6, facts=1 if n > 0 else 0, exposure=n) for n in exposures)
+    categories = tuple(Category(pool.name, (pool.name,), (NAME,)) for pool in pools)
+    return replace(settings, pools=settings.pools + pools, categories=settings.categories + categories)
 
 
 # ---- concepts and their pictures ------------------------------------------------------------------------------------
 
-COLOURS = (
-    np.array(
-        [
-            (220, 40, 40),
-            (40, 170, 60),
-            (50, 80, 220),
-            (240, 210, 40),
-            (200, 60, 200),
-            (40, 200, 210),
-            (245, 245, 245),
-            (40, 40, 40),
-        ]
-    )
-    / 255.0
-)
+RGB = [
+    (220, 40, 40),
+    (40, 170, 60),
+    (50, 80, 220),
+    (240, 210, 40),
+    (200, 60, 200),
+    (40, 200, 210),
+    (245, 245, 245),
+    (40, 40, 40),
+]
+COLOURS = np.array(RGB) / 255.0  # (8, 3)
 # The attributes of an emblem, and how many values each has.
 BACKGROUND, MAIN, MAIN_COLOUR, INNER, INNER_COLOUR, BADGE, BADGE_COLOUR, CORNER = range(8)
 RANGES = np.array([8, 6, 8, 4, 8, 3, 8, 4])
@@ -196,35 +178,14 @@ def draw_emblems(rng: np.random.Generator, n: int, unlike: np.ndarray | None = N
 
 
 # The distance of a point from the centre of a unit shape: below 1 inside, above 1 outside.
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y)
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(x), abs(y)) * 1.15
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(y * 1.4, abs(x) * 1.1 - y * 0.7) * 1.1
-
-
-def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (abs(x) + abs(y)) * 0.85
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    longer = np.maximum(abs(x), abs(y))
-    shorter = np.minimum(abs(x), abs(y))
-    return np.maximum(longer, shorter * 2.8)
-
-
-def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return 0.6 + abs(np.hypot(x, y) - 0.75) * 1.6
-
-
-SHAPES = (_circle, _square, _triangle, _diamond, _cross, _ring)
+SHAPES = (
+    lambda x, y: np.hypot(x, y),  # circle
+    lambda x, y: np.maximum(abs(x), abs(y)) * 1.15,  # square
+    lambda x, y: np.maximum(y * 1.4, abs(x) * 1.1 - y * 0.7) * 1.1,  # triangle
+    lambda x, y: (abs(x) + abs(y)) * 0.85,  # diamond
+    lambda x, y: np.maximum(np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y)) * 2.8),  # cross
+    lambda x, y: 0.6 + abs(np.hypot(x, y) - 0.75) * 1.6,  # ring
+)
 
 
 def _masks(shapes: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -337,14 +298,9 @@ class World:
             image = png(pictures[i])
             self.web.add(image, concept)
             question = category.questions[i % len(category.questions)]
-            example = Example(
-                id=f"{category.name}-{tag}-{i}",
-                image=image,
-                question=QUESTIONS[question],
-                answers=(concept.answer(question),),
-                category=category.name,
-            )
-            examples.append(example)
+            example_id = f"{category.name}-{tag}-{i}"
+            answers = (concept.answer(question),)
+            examples.append(Example(example_id, image, QUESTIONS[question], answers, category.name))
         return examples
 
     @cached_property
@@ -418,10 +374,7 @@ class Web:
     def about(self, concept: Concept, rng: np.random.Generator, misleading: bool = False) -> list[Concept]:
         """The concepts that the results of a search are about, the first result first."""
         distracted = rng.random(RESULTS - 1) < DISTRACTION  # (RESULTS - 1,)
-        about = []
-        for other in [misleading, *distracted]:
-            about.append(self._another(concept, rng) if other else concept)
-        return about
+        return [self._another(concept, rng) if other else concept for other in [misleading, *distracted]]
 
     def _another(self, concept: Concept, rng: np.random.Generator) -> Concept:
         other = concept

@@ -21,11 +21,11 @@ from picture_files import private
 
 from mmsr.construct import __main__ as construct
 from mmsr.construct.__main__ import Rollouts, build, chunks, need_of, options
-from mmsr.construct.curate import FREE, REQUIRED, balanced, category, choose, draw_concepts, plain, write_parquet
+from mmsr.construct.curate import FREE, REQUIRED, balanced, category, choose, draw_concepts, table_text, write_parquet
 from mmsr.construct.dedup import NEAR, difference_hash, distinct, near_duplicates, normal, says
 from mmsr.construct.demo import ScriptedModel
 from mmsr.construct.factory import IN_A_ROW, Calls, Factory, LeftOut, alone, write_lines
-from mmsr.construct.questions import Shelf, Stages, checked_question, external, object_in
+from mmsr.construct.questions import Shelf, Stages, checked_question, external, parsed_answer
 from mmsr.construct.sources import Corpus, Web
 from mmsr.data.formats import read_examples
 from mmsr.net.client import Client
@@ -441,7 +441,7 @@ def test_a_question_that_breaks_a_rule_is_refused(change, complaint):
 )
 def test_rubbish_is_no_json(answer, complaint):
     with pytest.raises(ValueError, match=complaint):
-        object_in(answer)
+        parsed_answer(answer)
 
 
 def test_an_answer_is_mended_once_and_then_dropped_with_its_reason(tmp_path):
@@ -568,7 +568,7 @@ def test_the_parquet_has_fvqas_columns_and_is_opened_by_data(tmp_path):
 
 
 def test_a_strangers_text_is_no_markup_in_the_card():
-    assert plain("a|b\n<script>[x](y)") == "a&#124;b &lt;script&gt;&#91;x](y)"
+    assert table_text("a|b\n<script>[x](y)") == "a&#124;b &lt;script&gt;&#91;x](y)"
 
 
 # ---- the whole

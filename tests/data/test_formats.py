@@ -13,20 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import FVQA, TRANSCRIPTS, real_files, refused
 from PIL import Image
 
 from mmsr.data import tables
 from mmsr.data.formats import FORMATS, read_examples
 from mmsr.data.sampler import Sampler
 from mmsr.episode import Example
-from mmsr.system.errors import UserError
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-FVQA = SHARED / "fvqa_sample.parquet"
-TRANSCRIPTS = SHARED / "mmsearch_r1_7b_transcripts.jsonl"
-real_files = pytest.mark.skipif(
-    not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA.name} and {TRANSCRIPTS.name} are not in {SHARED}"
-)
 
 FVQA_SCHEMA = pa.schema(
     {
@@ -732,13 +725,6 @@ def test_jsonl_keeps_offsets_only(tmp_path):
 
 
 # Errors: one line that names file, row, column and mend.
-
-
-def refused(act, *words):
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
 
 
 BAD_TEXT = [  # change to a sound row, what the message says

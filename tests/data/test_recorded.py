@@ -1,36 +1,13 @@
 """Recorded conversations and the back-end that replays them: real ones where they are at hand, and made ones."""
 
-import io
 import json
-import random
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from helpers import TRANSCRIPTS, real_files, refused
 
 from mmsr.data.recorded import recorded_turns
 from mmsr.episode import Hit
-from mmsr.system.errors import UserError
-
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-FVQA = SHARED / "fvqa_sample.parquet"
-TRANSCRIPTS = SHARED / "mmsearch_r1_7b_transcripts.jsonl"
-real_files = pytest.mark.skipif(
-    not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA.name} and {TRANSCRIPTS.name} are not in {SHARED}"
-)
-
-
-def picture(seed=0):
-    file = io.BytesIO()
-    Image.frombytes("RGB", (8, 8), random.Random(seed).randbytes(192)).save(file, "PNG")
-    return file.getvalue()
-
-
-def refused(act, *words):
-    with pytest.raises(UserError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
 
 
 @real_files

@@ -204,10 +204,7 @@ UNFIT = {
     ),
     "a value head": (one_more("v_head.summary.weight"), r"1 weights have no place .* \(v_head.summary.weight\)"),
     "a name of two lines": (one_more("a\nb" + 300 * "c"), r"1 weights have no place .* \(a bc{117}\)"),
-    "a weight twice": (
-        one_more("model.language_model.norm.weight"),
-        "model.norm.weight is in model.safetensors too",
-    ),
+    "a weight twice": (one_more("model.language_model.norm.weight"), "model.norm.weight is in model.safetensors too"),
     "NaN": (poison(float("nan")), f"{WEIGHT} holds NaN or infinite"),
     "infinity": (poison(float("inf"), torch.bfloat16), f"{WEIGHT} holds NaN or infinite"),
     "minus infinity": (poison(-float("inf"), torch.float16), f"{WEIGHT} holds NaN or infinite"),

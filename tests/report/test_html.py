@@ -167,7 +167,7 @@ def test_a_report_of_a_long_run_reads_and_parses_every_rollout(tmp_path, monkeyp
     rollout_bytes = sum(file.stat().st_size for file in folder.glob("rollouts/*"))
     parsed, parse = [], report._parsed
     monkeypatch.setattr(report, "open", lambda path, _: io.BufferedReader(Counted(path), 1024), raising=False)
-    monkeypatch.setattr(report, "_parsed", lambda lines: parse(parsed.append(line) or line for line in lines))
+    monkeypatch.setattr(report, "_parsed", lambda data: parsed.append(data) or parse(data))
     monkeypatch.setattr(report, "MOST_ROLLOUT_BYTES", most)
     monkeypatch.setattr(Counted, "read_so_far", 0)
     (run,) = embedded(write_report(folder))["runs"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SEARCHES
+from helpers import FVQA, SEARCHES, TRANSCRIPTS, real_files, refused
 
 from mmsr.config import Config, Options
 from mmsr.data.formats import read_examples
@@ -25,13 +25,9 @@ from mmsr.search.cache import Cached, Replayed, export_jsonl, import_jsonl, impo
 from mmsr.search.store import Store, image_key, text_key
 from mmsr.setup.questions import Questions
 from mmsr.setup.search import open_search
-from mmsr.system.errors import UserError
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Call, Toolbox, ToolFailure, search_tools
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-FVQA, TRANSCRIPTS = SHARED / "fvqa_sample.parquet", SHARED / "mmsearch_r1_7b_transcripts.jsonl"
-real_files = pytest.mark.skipif(not TRANSCRIPTS.exists(), reason=f"{TRANSCRIPTS} is not there")
 DEADLINE = 60
 
 
@@ -63,12 +59,6 @@ class Engine:
 
 def page(number: int, **fields) -> Observation:
     return Observation((Hit(f"title {number}", f"https://{number}", f"page {number}", **fields),), source="web")
-
-
-def refused(work, *words):
-    with pytest.raises(UserError) as caught:
-        work()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
 # Recording.

@@ -10,16 +10,16 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SEARCHES, picture_bytes, tiny_model
+from helpers import SEARCHES, in_threads, picture_bytes, tiny_model
 from picture_files import SECRET, private, turned
 
 from mmsr.pretrained.save import save
@@ -565,11 +565,7 @@ def test_threads_share_a_connection_badly(local, tmp_path):
             if len(local.text_search("tower").hits) != 2:
                 wrong.append("text")
 
-    threads = [threading.Thread(target=search, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[partial(search, seed) for seed in range(8)])
     assert not wrong
 
 

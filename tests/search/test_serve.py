@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from helpers import picture_bytes
+from helpers import in_threads, picture_bytes
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import serve
@@ -289,11 +289,7 @@ def test_pictures_are_opened_all_at_once(server, monkeypatch):
         return decode(image)
 
     monkeypatch.setattr(serve, "decode", slow)
-    asking = [threading.Thread(target=post, args=(server, "/image_search", {"image": PICTURE})) for _ in range(6)]
-    for thread in asking:
-        thread.start()
-    for thread in asking:
-        thread.join()
+    in_threads(*[lambda: post(server, "/image_search", {"image": PICTURE})] * 6)
     assert most == [True] * 6
 
 

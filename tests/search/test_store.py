@@ -17,11 +17,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from helpers import in_threads, refused
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import store as stores
 from mmsr.search.store import Budget, Store, image_key, text_key
-from mmsr.system.errors import UserError
 from mmsr.tools import ToolFailure
 
 DEADLINE = 60
@@ -73,12 +73,6 @@ def wait_for(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
-
-
-def refused(work, *words):
-    with pytest.raises(UserError) as caught:
-        work()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
 # Round trips.
@@ -211,11 +205,7 @@ def ask_often(path: Path, calls: Path, answers: Path, threads: int, together) ->
         seen = store.get(text_key("q")) or store.once(text_key("q"), upstream, DEADLINE)
         note(answers, seen.hits[0].title)
 
-    crew = [threading.Thread(target=ask) for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join(DEADLINE)
+    in_threads(*[ask] * threads)
     store.close()
 
 
@@ -326,11 +316,7 @@ def pay(path: Path, paid: Path, threads: int, together) -> None:
             note(paid, "paid")
             time.sleep(0.01)
 
-    crew = [threading.Thread(target=caller) for _ in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join(DEADLINE)
+    in_threads(*[caller] * threads)
 
 
 @pytest.mark.parametrize("guarded", [True, False])
