@@ -471,7 +471,7 @@ def draw_attention(batch: Pack) -> None:
 
 
 def make(folder: Path) -> str:
-    attention.sum_widely(True)
+    attention.sum_in_fp64(True)
     parts = Parts(folder)
     episodes, engine, rollout = telling(parts)
     example = episodes[0].example
@@ -491,7 +491,7 @@ def make(folder: Path) -> str:
         section_pack(parts, episodes, batch),
         section_loss(parts, episodes, batch),
     ]
-    attention.sum_widely(False)
+    attention.sum_in_fp64(False)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
     return reflowed("\n\n".join([INTRODUCTION, *sections, f"<!-- made with weights {weights} -->"])) + "\n"
 

@@ -437,13 +437,13 @@ def _sdpa_batch(
 # Whether attention of fp32 tensors on the CPU is summed in fp64 (--deterministic). Attention is the one place where the
 # sampler with its cache and the trainer with its packs add the same numbers in different orders. Summed in fp64 and
 # rounded once, it is equal in both to the bit, apart from rare ties. It takes two to three times as long.
-_WIDE = False
+_FP64 = False
 
 
-def sum_widely(on: bool) -> None:
+def sum_in_fp64(on: bool) -> None:
     """From now on, sum fp32 attention on the CPU in fp64, or (`on` false) in fp32."""
-    global _WIDE
-    _WIDE = on
+    global _FP64
+    _FP64 = on
 
 
 def _sum_dtype(q: Tensor) -> torch.dtype:
@@ -454,7 +454,7 @@ def _sum_dtype(q: Tensor) -> torch.dtype:
     """
     if q.is_cuda or q.dtype == torch.float64:
         return q.dtype
-    if _WIDE and q.dtype == torch.float32:
+    if _FP64 and q.dtype == torch.float32:
         return torch.float64
     return torch.float32
 
