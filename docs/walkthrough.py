@@ -184,10 +184,10 @@ def section_prompt(parts: Parts, episode: Episode) -> str:
     rows = prompt_rows(parts, episode)
     return f"""## 2. The question as tokens
 
-`Chat.prompt` makes {len(rows)} tokens of it. The picture's four placeholders get the vision tower's four
-vectors instead of an embedding. Each token has three positions (time, row, column): on text they are equal,
-inside the picture time stands still and rows and columns count up, and the text behind it continues from the
-largest number used.
+`Chat.prompt` makes {len(rows)} tokens of it. Its last words, `search ?`, are the toy prompt's: they allow a search.
+The picture's four placeholders, `<|image_pad|>`, get the vision tower's four vectors instead of an embedding.
+Each token has three positions (time, row, column): on text they are equal, inside the picture time stands still
+and rows and columns count up, and the text behind it continues from the largest number used, plus 1.
 
 {table(["place", "token", "id", "positions"], rows)}"""
 
@@ -212,12 +212,15 @@ def section_rollout(parts: Parts, episode: Episode) -> str:
             ]
         )
     sampled = sum(episode.loss_mask)
+    places = [place for place, mask in enumerate(episode.loss_mask) if mask]
+    rarest = min(places, key=episode.logps.__getitem__)
     return f"""## 3. One rollout, token by token
 
-The model samples a token at a time until its turn ends. `Chat.parse` finds a search in the text, so the rollout
-stops there: the tool runs, and what it found is appended as a user turn. Then the model continues. Tokens that
-the model sampled have mask 1 and a log-probability, {sampled} of them here; the tool's {len(ids) - sampled}
-tokens have mask 0, and no loss will ever see them.
+The model samples a token at a time until its turn ends with `<|im_end|>`. `Chat.parse` finds a search in the turn's
+text: the tool runs, and what it found is appended as a user turn. Then the model continues. Tokens that the model
+sampled have mask 1 and a log-probability, {sampled} of them here; the tool's {len(ids) - sampled} tokens have
+mask 0, and no loss will ever see them. The least likely token is {shown(texts[rarest - n])}, with
+π = {number(math.exp(episode.logps[rarest]))}.
 
 {table(["place", "begins", "token", "mask", "log π", "π"], rows)}"""
 
@@ -264,16 +267,19 @@ def section_generation(engine: WatchedEngine, rollout: Rollout, episodes: Sequen
     forced = sum(len(e.input_ids) - e.prompt_length - sum(e.loss_mask) for e in episodes)
     sampled = sum(sum(e.loss_mask) for e in episodes)
     prefilled = rollout.counts["prefilled"]
-    assert prefilled >= prompt + forced
+    results = sum(turn.role == "tool" for e in episodes for turn in e.turns)
+    assert prefilled == prompt + forced + results
     naive = 0
     for episode in episodes:
         naive += sum(place for place, mask in enumerate(episode.loss_mask) if mask)  # as many tokens stand before it
     return f"""## 5. How they were generated
 
 The plain way runs the whole sequence through the model for every new token: {naive:,} tokens for these four
-rollouts. The engine keeps keys and values. It ran the prompt's {prompt} tokens once for the group, into a
-*prefix row*, each search result once, and one token per slot and step: {prefilled} prefilled and {sampled}
-sampled.
+rollouts. The engine keeps keys and values in a cache with a *row* for the group's prompt and a *slot* for each
+rollout's own tokens. It ran the prompt's {prompt} tokens once for the group, the {results} search results once, and
+otherwise one token per slot and step: {prefilled} tokens prefilled and {sampled} sampled. (The results are
+{forced} tokens; each is prefilled with the stop token in front of it, which was sampled and not run yet:
+{prompt} + {forced} + {results} = {prefilled}.)
 
 ![Slots over time](walkthrough/slots.png)
 
@@ -286,7 +292,8 @@ def section_pack(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     packed = len(batch.input_ids)
     keys = len(batch.attention_fn.gather)
     prompt = episodes[0].prompt_length
-    assert packed == unique_tokens(episodes)
+    assert packed == unique_tokens(episodes) == apart - (GROUP - 1) * prompt - GROUP
+    assert keys == packed + GROUP * prompt
     first = batch.episode_index.tolist().index(1)  # the first trained token of rollout 1
     texts = parts.chat.pieces(batch.targets.tolist())
     rows = []
@@ -295,10 +302,11 @@ def section_pack(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     return f"""## 6. The pack
 
 For training the four rollouts are laid out as one sequence in which the prompt occurs once: `[prompt,
-completion 0, completion 1, completion 2, completion 3]`. That is {packed} tokens instead of {apart}: every
-linear layer sees the prompt's {prompt} tokens once. Inside attention each completion sees the prompt and
-itself, so its keys are gathered by an index: {keys} keys for {packed} queries. (The last token of each rollout
-is predicted and never fed.)
+completion 0, completion 1, completion 2, completion 3]`. That is {packed} tokens instead of {apart}: the prompt is
+there once instead of {GROUP} times, and the last token of each rollout is left out, because nothing is predicted
+from it. So every linear layer sees the prompt's {prompt} tokens once. Inside attention each completion sees the
+prompt and itself. Its keys are gathered by an index, and the prompt's are used {GROUP} times more:
+{packed} + {GROUP} · {prompt} = {keys} keys for {packed} queries.
 
 ![What each query sees](walkthrough/attention.png)
 
@@ -318,65 +326,90 @@ def decision_token(batch: Pack, episodes: Sequence[Episode]) -> int:
     return first + 1
 
 
-def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
-    """Two updates on the same batch, so that in the second the ratio is not 1."""
-    trainer = parts.trainer()
-    old, reference = recomputed(parts, parts.model, batch), recomputed(parts, parts.reference, batch)
-    gap = (old - batch.sampled_logps).abs().max().item()
-    trainer.step([episodes], RATE)
-    new = recomputed(parts, parts.model, batch)
-    place = decision_token(batch, episodes)
-    owner = episodes[int(batch.episode_index[place])]
-    text = parts.chat.pieces([int(batch.targets[place])])[0]
-    advantage = owner.advantage
-    log_old, log_new, log_ref = float(old[place]), float(new[place]), float(reference[place])
+def by_hand(log_old: float, log_new: float, log_ref: float, advantage: float) -> dict[str, float]:
+    """Equations (1) and (3) for one token, with Python's numbers."""
     ratio = math.exp(log_new - log_old)
     clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
-    plain, cut = ratio * advantage, clipped * advantage
-    surrogate = min(plain, cut)
-    difference = log_ref - log_new
-    k3 = min(math.exp(difference) - difference - 1, 10.0)
-    loss = -surrogate + KL * k3
-    advantages = torch.tensor([episodes[i].advantage for i in batch.episode_index.tolist()])
+    surrogate = min(ratio * advantage, clipped * advantage)
+    gap = log_ref - log_new
+    k3 = min(math.exp(gap) - gap - 1, 10.0)
+    return {
+        "ratio": ratio,
+        "clipped": clipped,
+        "surrogate": surrogate,
+        "gap": gap,
+        "k3": k3,
+        "loss": KL * k3 - surrogate,
+    }
+
+
+def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
+    """Two updates on the same batch, so that in the second the ratio is not 1."""
+    old = recomputed(parts, parts.model, batch)  # (R,)
+    reference = recomputed(parts, parts.reference, batch)  # (R,)
+    gap = (old - batch.sampled_logps).abs().max().item()
+    parts.trainer().step([episodes], RATE)
+    new = recomputed(parts, parts.model, batch)  # (R,)
+
+    advantages = torch.tensor([episodes[i].advantage for i in batch.episode_index.tolist()])  # (R,)
     found = grpo.token_losses(new, old, advantages, CLIP, CLIP, reference, KL)
-    assert abs(loss - float(found.loss[place])) < 1e-3, (loss, float(found.loss[place]))
     lengths = [sum(e.loss_mask) for e in episodes]
-    weight = 1 / (len(episodes) * sum(owner.loss_mask))
-    weights = torch.tensor(grpo.episode_weights(lengths, "sequence", len(episodes), sum(lengths)))
+    weights = torch.tensor(grpo.episode_weights(lengths, "sequence", len(episodes), sum(lengths)))  # (E,)
     whole = float((found.loss * weights[batch.episode_index]).sum())
-    n = int(found.clipped.sum())
-    changes = []
-    for episode in episodes:
-        mine = batch.episode_index == episode.sample
-        before, after = float(old[mine].sum()), float(new[mine].sum())
-        changes.append([episode.sample, number(episode.advantage), f"{math.exp(before):.2g}", f"{math.exp(after):.2g}"])
-        assert (after > before) == (episode.advantage > 0)
+
+    place = decision_token(batch, episodes)
+    owner = episodes[int(batch.episode_index[place])]
+    hand = by_hand(float(old[place]), float(new[place]), float(reference[place]), owner.advantage)
+    assert abs(hand["loss"] - float(found.loss[place])) < 1e-3, (hand, found.loss[place])
+    token = shown(parts.chat.pieces([int(batch.targets[place])])[0])
     return f"""## 7. The loss of one token, by hand
 
 The trainer runs the pack through the same model and gets log π of each trained token again. The largest
 difference to what the sampler had is {size(gap)}: sampler and trainer are one code. In the first update on a
 batch the ratio is 1 everywhere; so look at the second. After one update at a small rate, the token
-{shown(text)} of rollout {owner.sample}, with which it begins a guess instead of a search, and whose advantage
-is {number(advantage)}, has
+{token} of rollout {owner.sample}, with which it begins a guess instead of a search, and whose advantage
+is {number(owner.advantage)}, has
 
-    log π_old = {number(log_old, 4)}    log π = {number(log_new, 4)}    log π_ref = {number(log_ref, 4)}
-
-    ratio     ρ = exp(log π − log π_old) = exp({number(log_new - log_old, 4)}) = {number(ratio, 4)}    (3)
-    clipped   clip(ρ, .8, 1.2) = {number(clipped, 4)}
-    surrogate min(ρ A, clip(ρ) A) = min({number(plain, 4)}, {number(cut, 4)}) = {number(surrogate, 4)}
-    KL        d = log π_ref − log π = {number(difference, 4)},  k3 = e^d − d − 1 = {number(k3, 4)}    (3)
-    loss      −({number(surrogate, 4)}) + .001 · {number(k3, 4)} = {number(loss, 4)}    (1)
-    weight    1 / (4 rollouts · {sum(owner.loss_mask)} tokens) = {number(weight, 4)}    (4)
+{equations(hand, float(old[place]), float(new[place]), float(reference[place]), owner)}
 
 `grpo.token_losses` computes this for all {len(new)} tokens at once; the weighted sum is {number(whole, 4)}.
-{clip_sentence(ratio, advantage, n)}
+{clip_sentence(hand["ratio"], owner.advantage, int(found.clipped.sum()))}
 
 What the first update did to the probability of each whole rollout (the product over its sampled tokens):
 
-{table(["rollout", "advantage", "π(o) before", "after"], changes)}
+{table(["rollout", "advantage", "π(o) before", "after"], changes(episodes, batch, old, new))}
 
 Rollouts with a positive advantage have become likelier, the others less likely. A training run repeats this:
 the README's has 80 steps, each with 32 questions of eight rollouts."""
+
+
+def equations(hand: dict[str, float], log_old: float, log_new: float, log_ref: float, owner: Episode) -> str:
+    """The lines of `by_hand`, with its numbers."""
+    advantage = owner.advantage
+    plain = hand["ratio"] * advantage
+    cut = hand["clipped"] * advantage
+    tokens = sum(owner.loss_mask)
+    ratio, clipped, surrogate, gap, k3, loss = (number(value, 4) for value in hand.values())
+    return f"""    log π_old = {number(log_old, 4)}    log π = {number(log_new, 4)}    log π_ref = {number(log_ref, 4)}
+
+    ratio     ρ = exp(log π − log π_old) = exp({number(log_new - log_old, 4)}) = {ratio}    (3)
+    clipped   clip(ρ, .8, 1.2) = {clipped}
+    surrogate min(ρ A, clip(ρ) A) = min({number(plain, 4)}, {number(cut, 4)}) = {surrogate}
+    KL        d = log π_ref − log π = {gap},  k3 = e^d − d − 1 = {k3}    (3)
+    loss      −({surrogate}) + .001 · {k3} = {loss}    (1)
+    weight    1 / ({GROUP} rollouts · {tokens} tokens) = {number(1 / (GROUP * tokens), 4)}    (4)"""
+
+
+def changes(episodes: Sequence[Episode], batch: Pack, old: Tensor, new: Tensor) -> list[list[object]]:
+    """For each rollout its advantage, and its probability before and after the update."""
+    rows: list[list[object]] = []
+    for episode in episodes:
+        mine = batch.episode_index == episode.sample  # (R,) bool
+        before = float(old[mine].sum())
+        after = float(new[mine].sum())
+        rows.append([episode.sample, number(episode.advantage), f"{math.exp(before):.2g}", f"{math.exp(after):.2g}"])
+        assert (after > before) == (episode.advantage > 0)
+    return rows
 
 
 def size(difference: float) -> str:
@@ -471,7 +504,7 @@ def draw_attention(batch: Pack) -> None:
 
 
 def make(folder: Path) -> str:
-    attention.sum_widely(True)
+    attention.sum_in_fp64(True)
     parts = Parts(folder)
     episodes, engine, rollout = telling(parts)
     example = episodes[0].example
@@ -491,7 +524,7 @@ def make(folder: Path) -> str:
         section_pack(parts, episodes, batch),
         section_loss(parts, episodes, batch),
     ]
-    attention.sum_widely(False)
+    attention.sum_in_fp64(False)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
     return reflowed("\n\n".join([INTRODUCTION, *sections, f"<!-- made with weights {weights} -->"])) + "\n"
 
@@ -499,7 +532,7 @@ def make(folder: Path) -> str:
 INTRODUCTION = """# One question through the code
 
 `python docs/walkthrough.py` made this page: every number is what the program computed on the toy base model (a million
-parameters of the real architecture). Read it beside [the plain twin](../examples/plain_grpo.py) and
+parameters of the real architecture). Read it beside [the plain form](../examples/plain_grpo.py) and
 [the equations](algorithm.md)."""
 
 

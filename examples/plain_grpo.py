@@ -1,23 +1,22 @@
 """GRPO for a model that searches, in one file and in its plainest form. Read this first: nothing here is clever.
 
-A step samples a group of rollouts for each question, rewards them, compares each with its group, and makes the tokens
-of the better ones likelier. A rollout may stop in the middle to search. Equation numbers: docs/algorithm.md.
-Shapes: N tokens of a rollout, n sampled ones, M image tokens, V words of the vocabulary, d model size, G rollouts.
+A step (see `main`) samples a group of rollouts for each question, rewards them, compares each with its group, and makes
+the better ones likelier. A rollout may stop in the middle to search. Equation numbers: docs/algorithm.md.
+Shapes: N tokens of a rollout, n sampled ones, M image tokens, V size of the vocabulary, d hidden size, G rollouts.
 
     python examples/plain_grpo.py --steps 5
 
-Every step asks the same 8 questions, so that its numbers compare: reward .74 in step 1 and .84 in step 5, accuracy .77
-and .89, in half a minute on one core. (The toy base model is made first, in minutes, and kept.) train.py samples the
-same tokens and computes the same gradient, 20 times faster: 256 rollouts take it 1.3 seconds, and this file 25. Why:
+Every step asks the same 8 questions: rewards go from .74 to .84 and accuracy from .77 to .89, in half a minute on one
+core (first the toy base model is made, in minutes). train.py has the same tokens and gradient 20 times faster. Why:
 
 | the plain line                   | what it wastes                         | what saves it, in mmsr/                  |
 |----------------------------------|----------------------------------------|------------------------------------------|
 | policy.log_probs(episode)[-1]    | all past tokens again, for each token  | keys and values are cached: engine.py    |
-| for episode in group             | a device that could decode 256 at once | slots: engine.py, system/graphs.py       |
-| web.image_search(example.image)  | time, as everything waits for it       | the other slots decode on: rollout.py    |
+| for episode in group             | a device that could decode 256 at once | 256 slots: engine.py, system/graphs.py   |
+| web.image_search(example.image)  | time, as everything waits for it       | the other rollouts go on: rollout.py     |
 | for episode in episodes          | the same prompt, G times               | once per group: pack.py, attention.py    |
 | self.model.encode_images(...)    | the same image, in every pass          | once per update: update.py               |
-| log_softmax(-1)                  | N x V numbers, of which n are read     | n rows, a tile at a time: model.py       |
+| log_softmax(-1)                  | N x V numbers, of which n are read     | n rows only: system/chunked_log_probs.py |
 | optimizer.step()                 | 16 bytes a weight, as all is fp32      | 10 to 12, in bf16: system/optimizer.py   |
 """
 
@@ -52,18 +51,19 @@ KL = 0.001  # β
 class Policy:  # π: a model, and the format of its conversations
     def __init__(self, folder, web):
         self.model = load(folder)
-        image_search, text_search = search_tools(web, 1, 0)
+        image_search, _ = search_tools(web, max_images=1, max_texts=0)  # may search once, by picture
         self.chat = Chat(folder, PROMPTS / "toy", [image_search])
-        self.suppressed = self.chat.suppressed_tokens(self.model.config.vocab_size)  # (V,) bool
+        self.suppressed = self.chat.suppressed_tokens(self.model.config.vocab_size)  # (V,) bool: never sampled
 
     def log_probs(self, episode):
         """log π(· | all tokens up to here) at every place of the sequence, (N, V)."""
-        grids = [(start, image.grid) for start, image in episode.images]
-        places = [torch.arange(start, start + image.tokens) for start, image in episode.images]
-        features = self.model.encode_images([image for start, image in episode.images])  # (M, d)
         ids = torch.tensor(episode.input_ids)  # (N,)
-        positions, end = mrope_positions(len(ids), grids)  # (3, N)
-        hidden = self.model(ids, positions, Packed([len(ids)], "cpu"), features, torch.cat(places))  # (N, d)
+        grids = [(start, image.grid) for start, image in episode.images]
+        positions, _ = mrope_positions(len(ids), grids)  # (3, N): time, row and column of each token
+        places = [torch.arange(start, start + image.tokens) for start, image in episode.images]
+        features = self.model.encode_images([image for _, image in episode.images])  # (M, d)
+        attention = Packed([len(ids)], "cpu")  # causal, over one sequence
+        hidden = self.model(ids, positions, attention, features, torch.cat(places))  # (N, d)
         logits = hidden @ self.model.head_weight.T  # (N, V)
         return logits.masked_fill(self.suppressed, -1e9).log_softmax(-1)
 
@@ -76,11 +76,11 @@ def draw(logps, key, index):
 
 
 def sample_turn(policy, episode, key):
-    """Sample one token after another, up to the stop token. Returns what the turn asks for."""
+    """Sample one token after another, up to the stop token. Returns what the turn asks for: a tool or ANSWER."""
     start = len(episode.input_ids)
-    for end in range(start, start + TURN_TOKENS):
+    for place in range(start, start + TURN_TOKENS):
         logps = policy.log_probs(episode)[-1]  # (V,)
-        token = draw(logps, key, end - episode.prompt_length)
+        token = draw(logps, key, place - episode.prompt_length)
         episode.input_ids.append(token)
         episode.loss_mask.append(1)
         episode.logps.append(float(logps[token]))  # log π_old
@@ -88,12 +88,12 @@ def sample_turn(policy, episode, key):
             break
     text = policy.chat.decode(episode.input_ids[start:]).removesuffix(STOP)
     action = policy.chat.parse(text)
-    episode.turns.append(Turn("assistant", text, start, end + 1, action.name, action.query))
-    return action.name if token == policy.chat.stop_id else None
+    episode.turns.append(Turn("assistant", text, start, len(episode.input_ids), action.name, action.query))
+    return action.name if token == policy.chat.stop_id else None  # a turn that was cut off asks for nothing
 
 
 def append(episode, piece):
-    """Append a prompt, or what a search found. The model did not sample it: mask 0."""
+    """Append a prompt, or what a search found, as `Chat` encodes it. The model did not sample it: mask 0."""
     for offset, image in piece.images:
         episode.images.append((len(episode.input_ids) + offset, image))
     episode.input_ids += piece.ids
@@ -105,20 +105,20 @@ def append(episode, piece):
 def roll_out(policy, web, episode, key):
     """Ask the episode's question. As long as the model asks for a search, give it what that finds."""
     example = episode.example
-    image = load_image(example.image, 56 * 56, 56 * 56)
+    image = load_image(example.image, min_pixels=56 * 56, max_pixels=56 * 56)
     append(episode, policy.chat.prompt(example.question, image))
     episode.prompt_length = len(episode.input_ids)
     while sample_turn(policy, episode, key) == IMAGE_SEARCH and len(episode.turns) < MAX_TURNS:
-        found = web.image_search(example.image)
+        found = web.image_search(example.image)  # its hits have no thumbnails: None for each
         append(episode, policy.chat.observation(IMAGE_SEARCH, found, [None] * len(found.hits), example.question))
 
 
 def set_reward(episode, chat):
     """(6): R = .9 s .9^c + .1 f, where s is right, c searched, f well formed. Returns R, s and c."""
-    answered = episode.turns[-1].action == ANSWER
-    right = answered and episode.turns[-1].query in episode.example.answers
+    last = episode.turns[-1]
+    right = last.action == ANSWER and last.query in episode.example.answers  # the query of an answer is its words
     searched = len(episode.turns) > 1
-    formed = answered and all(chat.well_formed(turn.text) for turn in episode.turns)
+    formed = last.action == ANSWER and all(chat.well_formed(turn.text) for turn in episode.turns)
     episode.reward = 0.9 * right * 0.9**searched + 0.1 * formed
     return episode.reward, right, searched
 
@@ -168,7 +168,7 @@ def main(argv):
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error("--steps: give 1 or more")
-    world = World(0)
+    world = World(0)  # questions, and a web to search
     try:
         folder = options.model or base_model(world)
         policy = Policy(folder, world.web)
@@ -191,9 +191,9 @@ def main(argv):
         add_gradient(policy, reference, [episode for episode in episodes if episode.trained])
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        means = [sum(values) / len(values) for values in zip(*results)]
-        means.append(time.perf_counter() - begin)
-        print("step {}: reward {:.3f}, accuracy {:.3f}, searches {:.3f}, {:.1f} s".format(step, *means))
+        reward, accuracy, searches = (sum(values) / len(values) for values in zip(*results))
+        seconds = time.perf_counter() - begin
+        print(f"step {step}: reward {reward:.3f}, accuracy {accuracy:.3f}, searches {searches:.3f}, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

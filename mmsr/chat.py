@@ -1,7 +1,7 @@
 r"""Turns to token ids and back: markup, prompts, image placeholders, the action grammar, untrusted text.
 
-Token in, token out: a conversation is cut only at control tokens. The text between two of them, the template's words
-and a web page's alike, is encoded as one piece, by a tokenizer with the checkpoint's BPE model but without its added
+A conversation is text between control tokens such as `<|im_end|>`. The text between two of them, the template's words
+and a web page's alike, is encoded as one piece, by a tokenizer with the checkpoint's BPE model but without its control
 tokens (system/tokenizer.py). The ids then equal those of the checkpoint's chat template, also where two texts meet, and
 `<|im_end|>` in a web page is harmless text. Tool results come back in a user turn, because the checkpoint's template
 drops images from tool turns.
@@ -11,8 +11,9 @@ The wording is in text files, one folder a set (`prompts/real`, `prompts/toy`). 
 `{image}`, `{title}`, `{url}`, `{text}`. A line whose placeholders are all empty is left out: so a tool whose limit is 0
 is not offered, and a hit without a thumbnail has no line for it.
 
-The action grammar. An action is a tag pair with no other action tag inside; the last one outside closed reasons counts.
-R stands for `<reason>why</reason>`. `Chat.parse` gives action and query, `Chat.well_formed` the last column.
+The action grammar. A turn is to be one reason, then one action: a tag pair with no other action tag inside. Of several
+actions the last one outside closed reasons counts. R stands for `<reason>why</reason>`. `Chat.parse` gives action and
+query, `Chat.well_formed` the last column.
 
 | the model's turn                                            | action       | query     | well-formed |
 |-------------------------------------------------------------|--------------|-----------|-------------|
@@ -66,15 +67,20 @@ from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool
 PROMPTS = Path(__file__).parent / "prompts"
 ANSWER = "answer"
 
-START, STOP = "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+# Control tokens.
+START = "<|im_start|>"
+STOP = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
 CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control tokens that this program writes
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-REASON, REASON_END = "<reason>", "</reason>"
+REASON = "<reason>"
+REASON_END = "</reason>"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except newline and tab
 
 Part = Union[str, int, Any]  # of a turn: text, a control token's id, or an image (anything with `.tokens`)
@@ -117,20 +123,24 @@ class Chat:
             self._calls[tool.name] = [call] if tool.limit else []
         self._templates = _load_prompts(Path(prompts), self._calls)
 
+        # What `parse` reads: a tag pair without an action tag inside.
         action_tags = "|".join(map(re.escape, [ANSWER, *self._tools]))
-        self._tag = re.compile(f"</?(?:reason|{action_tags})>")
         no_tag = rf"(?:(?!</?(?:{action_tags})>).)*"
         self._action = re.compile(rf"<(?P<tag>{action_tags})>(?P<inside>{no_tag})</(?P=tag)>", re.DOTALL)
-        payload_tags = re.findall(r"<(\w+)", " ".join(tool.payload or "" for tool in tools))
+        self._tag = re.compile(f"</?(?:reason|{action_tags})>")
+
+        # What `neutralise` changes. It is wider: any case, attributes, blanks or invisible characters, closed or not.
+        payloads = " ".join(tool.payload or "" for tool in tools)
+        payload_tags = re.findall(r"<(\w+)", payloads)
         ours = ["reason", ANSWER, "information", *self._tools, *payload_tags]
         self._refuse_tags_as_tokens(ours)
-        # Wider than what `parse` reads: any case, attributes, blanks or invisible characters, closed or not.
         names = "|".join(map(re.escape, ours))
         self._foreign_tag = re.compile(rf"<(?P<inside>[^\w<>]*(?P<name>{names})\b[^<>]*)(?P<end>>?)", re.IGNORECASE)
 
     def _refuse_tags_as_tokens(self, names: list[str]) -> None:
-        """UserError for a tokenizer that writes a tag as one token: here tags are plain text, control tokens banned."""
-        tags = [f"<{name}>" for name in names] + [f"</{name}>" for name in names]
+        """UserError for a tokenizer that writes a tag as one control token: the model may not sample those."""
+        tags = [f"<{name}>" for name in names]
+        tags += [f"</{name}>" for name in names]
         for token in self.added:
             if any(tag in token for tag in tags):
                 why = "is a token of its own, and this program reads and writes tags as plain text"
@@ -146,7 +156,7 @@ class Chat:
         parts: list[Part] = []
         if system:
             parts += [self.added[START], f"system\n{system}", self.stop_id, "\n"]
-        content: list[Part] = [] if image is None else [image]
+        content = _unless_none(image)
         content += _fill(template, self._fields(question))
         return self._encode(parts + self._user_turn(content))
 
@@ -158,7 +168,13 @@ class Chat:
         """Ids of the first words of a model turn, after which the model continues."""
         return self._encode([text]).ids
 
-    def observation(self, tool_name: str, observation: Observation, images: list[Any | None], question: str) -> Piece:
+    def observation(
+        self,
+        tool_name: str,
+        observation: Observation,
+        images: list[Any | None],
+        question: str,
+    ) -> Piece:
         """What follows the stop id of a model turn that called a tool: the result as a user turn.
 
         `images[i]` is the loaded thumbnail of `observation.hits[i]`, or None. Raises ValueError where they do not pair.
@@ -186,8 +202,8 @@ class Chat:
     def _fields(self, question: str, tool: str = "", results: Sequence[Part] = ()) -> Fields:
         """What fills the placeholders of a turn's template."""
         return {
-            "question": _text(self.neutralise(question)),
-            "tool": _text(tool),
+            "question": _unless_empty(self.neutralise(question)),
+            "tool": _unless_empty(tool),
             "results": results,
             **self._calls,
         }
@@ -200,10 +216,10 @@ class Chat:
         for rank, (hit, image) in enumerate(zip(hits, images), start=1):
             fields = {
                 "rank": [str(rank)],
-                "image": [] if image is None else [image],
-                "title": _text(self._one_line(hit.title)),
-                "url": _text(self._one_line(hit.url)),
-                "text": _text(self.neutralise(hit.text)),
+                "image": _unless_none(image),
+                "title": _unless_empty(self._one_line(hit.title)),
+                "url": _unless_empty(self._one_line(hit.url)),
+                "text": _unless_empty(self.neutralise(hit.text)),
             }
             if rank > 1:
                 parts.append(separator)
@@ -234,17 +250,17 @@ class Chat:
         """Ids of texts side by side: a prompt's words, and what fills its placeholders.
 
         Each text is harmless alone, or the prompt's own. But `<{url}>` with "/information" in it makes a tag of ours,
-        and so do the halves of a tag in two fields: a tag that spans two texts is defused here.
+        and so do the halves of a tag in two fields. A tag that spans two texts begins with ‹ instead.
         """
         seams = set(accumulate(map(len, texts)))  # offsets in the joined text at which one text ends
 
-        def defused(tag: re.Match) -> str:
+        def harmless(tag: re.Match) -> str:
             inside = range(tag.start() + 1, tag.end("name"))
-            if seams.isdisjoint(inside):
-                return tag[0]
-            return "‹" + tag[0][1:]
+            spans_two = not seams.isdisjoint(inside)
+            return "‹" + tag[0][1:] if spans_two else tag[0]
 
-        return self.tokenizer.encode(self._foreign_tag.sub(defused, "".join(texts)))
+        text = self._foreign_tag.sub(harmless, "".join(texts))
+        return self.tokenizer.encode(text)
 
     # ---- untrusted text
 
@@ -275,7 +291,8 @@ class Chat:
         Returns (vocab_size,) bool. Raises UserError where the tokenizer has tokens that a model of this size has not.
         """
         allowed = [*self.tokenizer.text_ids(), self.stop_id]
-        largest = max(*allowed, *(self.added[name] for name in CONTROL))
+        control = [self.added[name] for name in CONTROL]
+        largest = max(*allowed, *control)
         if largest >= vocab_size:
             raise UserError(
                 f"the tokenizer's ids go up to {largest}, the model's vocabulary has {vocab_size}: "
@@ -294,7 +311,7 @@ class Chat:
         return self.tokenizer.pieces(ids)
 
     def parse(self, text: str) -> Action:
-        """The action of a model turn (its decoded text without the stop id), after the table above. Never raises."""
+        """The action of a model turn, given as its text without the stop token. See the table above. Never raises."""
         pairs = list(self._action.finditer(_blank_reasons(text)))
         for pair in reversed(pairs):
             inside = " ".join(pair["inside"].split())
@@ -322,7 +339,7 @@ class Chat:
 def _refuse_ambiguous(tools: list[Tool]) -> None:
     """UserError for a tool that would be taken for another, or for a word of the markup or of the prompts folder.
 
-    A tool with both the name and the tag of an earlier one replaces it.
+    A tool with both the name and the tag of an earlier one replaces it. `setdefault` gives what was there before.
     """
     name_of_tag = {ANSWER: "", "reason": "", "information": ""}
     tag_of_name = dict.fromkeys(OWN_NAMES, "")
@@ -355,8 +372,12 @@ def _blank_reasons(text: str) -> str:
     return "".join(pieces)
 
 
-def _text(text: str) -> list[Part]:
+def _unless_empty(text: str) -> list[Part]:
     return [text] if text else []
+
+
+def _unless_none(image: Any | None) -> list[Part]:
+    return [] if image is None else [image]
 
 
 def _without_blanks(text: str) -> str:
@@ -372,12 +393,11 @@ def _fill(template: str, fields: Fields) -> list[Part]:
     for line in template.split("\n"):
         if _says_something(line, fields):
             lines.append(_without_empty(line, fields))
-    parts: list[Part] = []
-    for i, piece in enumerate(PLACEHOLDER.split("\n".join(lines))):  # text and placeholder names alternate
-        if i % 2 == 1:
-            parts += fields[piece]
-        else:
-            parts.append(piece)
+    words, *rest = PLACEHOLDER.split("\n".join(lines))  # text, then names of placeholders and text in turn
+    parts: list[Part] = [words]
+    for name, words in zip(rest[::2], rest[1::2]):
+        parts += fields[name]
+        parts.append(words)
     return parts
 
 

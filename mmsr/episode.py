@@ -42,21 +42,21 @@ class Observation:
     hits: tuple[Hit, ...] = ()
     ok: bool = True
     error: str | None = None
-    source: str = ""  # which back-end answered
+    source: str = ""  # which back-end answered; "limit" where the call was refused, as the tool's limit was reached
     seconds: float = 0.0
     cached: bool = False
 
 
 @dataclass
 class Turn:
-    """A stretch of an episode's tokens: what the model said, or what came back."""
+    """A stretch of an episode's tokens: what the model said, or what a tool gave."""
 
     role: str  # "assistant" or "tool"
     text: str
     start: int  # token span [start, end) within Episode.input_ids
     end: int
     action: str | None = None  # assistant: "answer", a tool's name, or None where no action could be read
-    query: str | None = None
+    query: str | None = None  # the words of the search; where the action is "answer", those of the answer
     forced: bool = False  # given, not sampled: its tokens are not trained, unless they are to be imitated
     observation: Observation | None = None  # tool turns only
 
@@ -71,17 +71,14 @@ INVALID = "invalid"  # a turn without a readable action
 
 @dataclass
 class Episode:
-    """One rollout, token for token as it was sampled.
-
-    `imitate` sets the loss mask to 1 on forced turns, which were not sampled: there `logps` stay 0 and mean nothing.
-    """
+    """One rollout, token for token as it was sampled: N tokens, in `input_ids`, `loss_mask` and `logps` alike."""
 
     example: Example
-    group_id: int  # the place in the step's batch: never text, never the example's id, which may recur
+    group_id: int  # the question's place in the step's batch; not its id, as a batch may ask a question twice
     sample: int  # 0 .. G-1 within the group
     input_ids: list[int] = field(default_factory=list)  # the group's prompt, then everything after it
     loss_mask: list[int] = field(default_factory=list)  # 1 where the model sampled the token, else 0
-    logps: list[float] = field(default_factory=list)  # log-probability of each sampled token when it was sampled
+    logps: list[float] = field(default_factory=list)  # log π of each token when it was sampled; 0 where mask is 0
     images: list[tuple[int, Any]] = field(default_factory=list)  # (first placeholder in `input_ids`, `vision.Image`)
     prompt_length: int = 0  # tokens that the group shares
     turns: list[Turn] = field(default_factory=list)
@@ -93,7 +90,7 @@ class Episode:
     trained: bool = True  # takes part in the update
 
     def imitate(self) -> None:
-        """Train the forced turns, as if the model had said them itself."""
+        """Train the forced turns as if the model had said them itself. Their `logps` stay 0 and mean nothing."""
         for turn in self.turns:
             if turn.forced:
                 self.loss_mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
@@ -108,7 +105,7 @@ class Episode:
         found = [self.example.image]
         for turn in self.turns:
             if turn.observation is not None:
-                found += [hit.image for hit in turn.observation.hits if hit.image]
+                found += [hit.image for hit in turn.observation.hits]
         return [picture for picture in found if picture]
 
     def record(self, pieces: Callable[[list[int]], list[str]] | None = None) -> dict[str, Any]:
@@ -142,7 +139,7 @@ class Episode:
         }
 
     def _tokens(self, turn: Turn, pieces: Callable[[list[int]], list[str]]) -> list[tuple[str, int, float | None]]:
-        """Text, mask and probability of each token of a model turn. A token that was not sampled has none."""
+        """Text, mask and probability of each token of a model turn. A token that was not sampled has no probability."""
         texts = pieces(self.input_ids[turn.start : turn.end])
         tokens = []
         for text, at in zip(texts, range(turn.start, turn.end)):
@@ -158,21 +155,26 @@ def digest(picture: bytes) -> str:
 
 
 def _turn_record(turn: Turn) -> dict[str, Any]:
-    record: dict[str, Any] = {"role": turn.role, "text": turn.text, "action": turn.action, "query": turn.query}
+    record: dict[str, Any] = {
+        "role": turn.role,
+        "text": turn.text,
+        "action": turn.action,
+        "query": turn.query,
+    }
     if turn.forced:
         record["forced"] = True
-    if turn.observation is not None:
-        seen = turn.observation
+    found = turn.observation
+    if found is not None:
         record["observation"] = {
-            "ok": seen.ok,
-            "error": seen.error,
-            "source": seen.source,
-            "titles": [hit.title for hit in seen.hits],
-            "urls": [hit.url for hit in seen.hits],
-            "thumbnails": [digest(hit.image) if hit.image else None for hit in seen.hits],
-            "text": "\n".join(hit.text for hit in seen.hits if hit.text),
-            "images": sum(hit.image is not None for hit in seen.hits),
-            "seconds": round(seen.seconds, 4),
-            "cached": seen.cached,
+            "ok": found.ok,
+            "error": found.error,
+            "source": found.source,
+            "titles": [hit.title for hit in found.hits],
+            "urls": [hit.url for hit in found.hits],
+            "thumbnails": [digest(hit.image) if hit.image else None for hit in found.hits],
+            "text": "\n".join(hit.text for hit in found.hits if hit.text),
+            "images": sum(hit.image is not None for hit in found.hits),
+            "seconds": round(found.seconds, 4),
+            "cached": found.cached,
         }
     return record

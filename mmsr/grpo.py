@@ -2,8 +2,8 @@
 
 For G rollouts o_1 … o_G of one question with rewards R_i, token t of rollout i has the loss
 
-    l_it = − min(ρ_it A_i, clip(ρ_it, 1 − ε_low, 1 + ε_high) A_i) + β k3_it                               (1)
-    A_i  = (R_i − mean(R)) / (std(R) + ε)                                                                 (2)
+    l_it = − min(ρ_it A_i, clip(ρ_it, 1 − ε_low, 1 + ε_high) A_i) + β k3_it                                (1)
+    A_i  = (R_i − mean(R)) / (std(R) + ε)                                                                  (2)
     ρ_it = π(o_it) / π_old(o_it),    k3_it = min(e^d − d − 1, 10),    d = log(π_ref/π) within [−20, 20]    (3)
 
 and the loss of one optimizer update is Σ_it w_it l_it over the tokens that the model sampled itself, where the weights
@@ -14,23 +14,10 @@ are fixed for the whole update before the first micro-batch runs, so the gradien
 cut into micro-batches. A rollout without such tokens does not count.
 
 The functions below are (2) `group_advantages`, (4) `episode_weights`, and (1) with (3) `token_losses`. Supervised
-fine-tuning replaces l_it by −log π(o_it): `likelihood_losses`. Shape letters: E episodes (rollouts), G of one group,
-T trained tokens.
+fine-tuning replaces l_it by −log π(o_it): `likelihood_losses`. Where this departs from the paper and the official code,
+and why: docs/algorithm.md.
 
-Where this departs from the paper [P], its blog [B] and the official code [C], and why:
-- ε in (2) is an option. [C] has 1e-6; the toy recipe has .05, tuned there: it is the dial between needless and missing
-  searches.
-- [C] averages tokens per micro-batch, which makes the gradient depend on the micro-batch size. (4) is global.
-- Groups whose rewards are all equal have A = 0 and only pull towards the reference. `--zero-std keep` ([C]) leaves them
-  in the loss and its denominator; `drop` (toy) takes them out of both, and out of the forward pass.
-- With one update per batch ρ ≡ 1 and π_old is the detached π: no second pass ([C] makes one). With several updates (the
-  paper's 512 / 128) a trainer pass before the first of them gives π_old of the others.
-- Optionally a token's policy term is multiplied by min(π_old/π_sampled, cap), the truncated importance weight for what
-  the sampler's and the trainer's arithmetic disagree about (`importance_weights`). Off by default: here both run the
-  same code.
-- The standard deviation is the unbiased one, as in [C].
-- Both bounds of (3) are those of [C]; the estimator of [P] has none. Without them one token that the reference thinks
-  far likelier than the policy does gives an infinite loss or gradient, and the whole update is skipped.
+Shape letters: E rollouts (`episodes`), G of one group, R trained tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +27,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-MOST_GAP = 20.0  # of |log π_ref − log π|; e^20 is far from infinite in fp32, and its square too
+MOST_GAP = 20.0  # bound of |d|; e^20 is far from infinite in fp32, and its square too
 MOST_K3 = 10.0
 
 
@@ -49,8 +36,9 @@ def group_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Equation (2): A_i = (R_i − mean(R)) / (std(R) + eps) within each group.
 
-    `rewards` (E,), `group_ids` (E,), `keep` (E,) bool. Episodes that are not kept count in no mean or std; their A is
-    0. Returns advantages (E,) and `varied` (E,) bool: kept, in a group whose kept rewards are not all equal.
+    `rewards` (E,), `group_ids` (E,), `keep` (E,) bool. Episodes that are not kept, such as those that a tool's failure
+    ended, count in no mean or std; their A is 0. Returns advantages (E,) and `varied` (E,) bool: kept, in a group whose
+    kept rewards are not all equal. Elsewhere A is 0: there is nothing to prefer.
     """
     if keep is None:
         keep = torch.ones_like(rewards, dtype=torch.bool)  # (E,)
@@ -60,12 +48,12 @@ def group_advantages(
         members = (group_ids == group_id) & keep  # (E,)
         if members.sum() < 2:
             continue
-        group_rewards = rewards[members]  # (G,)
+        group_rewards = rewards[members]  # (G,), fewer where some are not kept
         # A reward that is NaN is not equal to itself: it goes into the advantages, and the update refuses those.
         if group_rewards.max() == group_rewards.min():
             continue
-        mean = group_rewards.mean()  # ()
-        std = group_rewards.std()  # (), unbiased
+        mean = group_rewards.mean()
+        std = group_rewards.std()  # unbiased
         advantages[members] = (group_rewards - mean) / (std + eps)
         varied |= members
     return advantages, varied
@@ -74,8 +62,8 @@ def group_advantages(
 def episode_weights(trained_tokens: Sequence[int], norm: str, episodes: int, tokens: int) -> list[float]:
     """Equation (4): the weight w_it of each token of some episodes, one number per episode.
 
-    `trained_tokens` are the numbers of trained tokens of these episodes. `episodes` and `tokens` count the whole
-    update: all micro-batches of all ranks. `norm` is "sequence" or "token".
+    `trained_tokens` has the number of trained tokens of each of them. `episodes` and `tokens` count the whole update:
+    all micro-batches of all ranks. `norm` is "sequence" or "token".
     """
     if norm == "token":
         return [1.0 / max(tokens, 1)] * len(trained_tokens)
@@ -83,10 +71,10 @@ def episode_weights(trained_tokens: Sequence[int], norm: str, episodes: int, tok
 
 
 class Losses(NamedTuple):
-    """Per-token values (T,) of one pass: the loss of (1), and detached statistics."""
+    """Per-token values (R,) of one pass: the loss of (1), and detached statistics."""
 
     loss: Tensor
-    kl: Tensor
+    kl: Tensor  # k3
     clipped: Tensor  # bool: the clip of (1) is active and stops the gradient
 
 
@@ -100,34 +88,35 @@ def token_losses(
     kl: float = 0.0,
     importance: Tensor | None = None,
 ) -> Losses:
-    """Equations (1) and (3). Every tensor is (T,), advantages repeated per token; only `logps` carries a gradient.
+    """Equations (1) and (3). Every tensor is (R,), advantages repeated per token; only `logps` carries a gradient.
 
-    `kl` is β. `ref_logps` None means no reference and β = 0. `importance` (T,) multiplies the policy term.
+    `kl` is β. `ref_logps` None means no reference and β = 0. `importance` (R,) multiplies the policy term.
     """
     # The policy term of (1): min(ρ A, clip(ρ) A).
-    ratio = (logps - old_logps).exp()  # (T,) ρ of (3)
-    unclipped = ratio * advantages  # (T,)
-    surrogate = torch.minimum(unclipped, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # (T,)
-    clipped = surrogate.detach() < unclipped.detach()  # (T,) bool
+    ratio = (logps - old_logps).exp()  # (R,) ρ of (3)
+    unclipped = ratio * advantages  # (R,)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (R,)
+    surrogate = torch.minimum(unclipped, bounded)  # (R,)
+    clipped = surrogate.detach() < unclipped.detach()  # (R,) bool
     if importance is not None:
         surrogate = surrogate * importance
     if ref_logps is None:
-        no_kl = torch.zeros_like(logps.detach())
+        no_kl = torch.zeros_like(logps.detach())  # (R,)
         return Losses(-surrogate, no_kl, clipped)
 
     # The KL term: k3 of (3). A value out of bounds has no gradient. The inner bound is what keeps that gradient 0:
     # without it 0 · exp(∞) would be NaN.
-    gap = (ref_logps - logps).clamp(-MOST_GAP, MOST_GAP)  # (T,) d of (3)
-    k3 = (gap.exp() - gap - 1).clamp(max=MOST_K3)  # (T,)
+    gap = (ref_logps - logps).clamp(-MOST_GAP, MOST_GAP)  # (R,) d of (3)
+    k3 = (gap.exp() - gap - 1).clamp(max=MOST_K3)  # (R,)
     return Losses(-surrogate + kl * k3, k3.detach(), clipped)
 
 
 def likelihood_losses(logps: Tensor) -> Losses:
-    """Supervised fine-tuning: the negative log-likelihood of each token. `logps` (T,)."""
-    zeros = torch.zeros_like(logps.detach())  # (T,)
+    """Supervised fine-tuning: the negative log-likelihood of each token. `logps` (R,)."""
+    zeros = torch.zeros_like(logps.detach())  # (R,)
     return Losses(-logps, zeros, zeros.bool())
 
 
 def importance_weights(old_logps: Tensor, sampled_logps: Tensor, cap: float) -> Tensor:
-    """min(π_old / π_sampled, cap), (T,): the correction for what sampler and trainer compute differently."""
+    """min(π_old / π_sampled, cap), (R,): the correction for what sampler and trainer compute differently."""
     return (old_logps - sampled_logps).exp().clamp(max=cap)

@@ -151,11 +151,8 @@ def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """
     frequencies = inverse_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (D/2,)
     angles = position_ids[:, :, None] * frequencies  # (3, N, D/2)
-    by_time, by_row, by_column = angles.split(config.mrope_section, -1)  # (3, N, section) each
-    by_time = by_time[0]  # (N, 16): the time's angles
-    by_row = by_row[1]  # (N, 24)
-    by_column = by_column[2]  # (N, 24)
-    angles = torch.cat([by_time, by_row, by_column], -1)  # (N, D/2)
+    first, middle, last = angles.split(config.mrope_section, -1)  # (3, N, 16), (3, N, 24), (3, N, 24)
+    angles = torch.cat([first[0], middle[1], last[2]], -1)  # (N, D/2): of the time, the row, the column
     cos = angles.cos()[:, None]  # (N, 1, D/2)
     sin = angles.sin()[:, None]  # (N, 1, D/2)
     return cos, sin

@@ -7,27 +7,27 @@ Three rules, by name. With s the accuracy (0 or 1), f the format (0 or 1), p the
     paper   r = (1 - w) s (1 - p)^c   + w f      the penalty hits correct answers only
     strict  the paper's formula with a scorer that the official one's loopholes do not fool
 
-`blog` and `paper` score as the official code does (EvolvingLMMs-Lab/multimodal-search-r1,
-`mmsearch_r1/utils/reward_score/`), loopholes included, with the exceptions below. Answers are judged alike. Its rule of
-format, taken from a description of that code: a turn is one closed reason, any words, and one closed action at the end,
-and the actions make a legal shape. Ours is that of `Chat.well_formed`. R stands for `<reason>why</reason>`:
+Reward and advantage are separate: `grpo.py` makes advantages from a group's rewards.
 
-| a turn that one of them accepts             | example                                | here | official |
-|---------------------------------------------|----------------------------------------|------|----------|
-| a tag of another action, without its partner | R </search><answer>Paris</answer>     | no   | yes      |
-| the same within the reason                  | <reason>no </search></reason><answer>Paris</answer> | no | yes |
-| the same within the action                  | R <answer>Paris</search></answer>      | no   | yes      |
-| a query without a word                      | R <text_search> </text_search>         | no   | yes      |
-| white space within the image search         | R <search> <img></search>              | yes  | no       |
+`blog` and `paper` judge answers as the official code does, loopholes included (EvolvingLMMs-Lab/multimodal-search-r1,
+`mmsearch_r1/utils/reward_score/`). Formats differ a little. By a description of that code, a turn is one closed reason,
+any words, and one closed action at the end, and the actions follow one another in a legal order (`LEGAL_SHAPES`). Here
+a turn is what `Chat.well_formed` accepts (chat.py). R stands for `<reason>why</reason>`:
 
-The differences in a conversation:
+| a turn that one of them accepts              | example                                             | here | official |
+|----------------------------------------------|-----------------------------------------------------|------|----------|
+| a tag of another action, without its partner | R </search><answer>Paris</answer>                   | no   | yes      |
+| the same within the reason                   | <reason>no </search></reason><answer>Paris</answer> | no   | yes      |
+| the same within the action                   | R <answer>Paris</search></answer>                   | no   | yes      |
+| a query without a word                       | R <text_search> </text_search>                      | no   | yes      |
+| white space within the image search          | R <search> <img></search>                           | yes  | no       |
+
+Conversations differ, too:
 - The official code counts the search tags in the turns' text, this one the searches that were executed. So a call over
   its limit (a second image search) and one in the last turn, after which nothing is executed, cost no penalty here.
 - A call that was refused earns no format here, even where its shape is legal (a text search where it is not allowed,
   then the answer).
 - The official code raises on a conversation of four model turns. Here it has no format, as no legal shape is so long.
-
-Reward and advantage are separate: `grpo.py` makes advantages from a group's rewards.
 """
 
 from __future__ import annotations
@@ -52,46 +52,6 @@ LEGAL_SHAPES: set[tuple[str, ...]] = {
 }
 # What `strict` allows, too: it is within the released limits, yet the official code gives it no format.
 STRICT_SHAPES: set[tuple[str, ...]] = {("text_search", "text_search", "answer")}
-
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-TAGS = re.compile(r"</?(?:reason|answer)>")
-ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason>)*")
-
-# What `strict` does to a text before it drops punctuation, in this order.
-BEFORE_NFKC = {  # which mark to put where NFKC would join digits into another number
-    "^": re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u207f])"),  # 10² is not 102
-    " ": re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2080-\u208e\u2150-\u215f\u2189])"),  # nor 5½ 51/2
-    "-": re.compile(r"(?<=\d)\uff5e(?=\d)"),  # 1990～1995
-    "'": re.compile(r"\u00b4"),  # which would be a blank and an accent
-    ",": re.compile(r"(?<=\d)['\u2019\u066c\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))"),  # thousands: 1'000
-}
-FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-SAME_MARK = str.maketrans(  # marks that look alike become one
-    dict.fromkeys("\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796\u301c", "-")
-    | {"\u2044": "/", "\u2215": "/", "\u2236": ":", "\u066a": "%", "\u066b": ".", "\u066c": ",", "\u266f": "#"}
-    | dict.fromkeys("`\u02bb\u02bc", "'")  # O'Brien, Hawai'i
-)
-CURRENCY = "[$\u00a2-\u00a5\u20a0-\u20cf]"
-BLANKS = re.compile(  # 5 %, 5 €, 1990 - 1995, 3 : 1, $ 5, 40° N
-    rf"(?<=\d) (?=[%\u2030\u00b0]|{CURRENCY}|[-/:] \d)|(?<=\d [-/:]) (?=\d)|(?<={CURRENCY}) (?=\d)"
-    r"|(?:(?<=\u00b0)|(?<=[\d\u2032]['\"\u2032])) (?=[nsewcf]\b)"
-)
-THOUSANDS = re.compile(  # 1,000 and 10,00,000 and 1.000.000 and 1.000,50
-    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?:,\d\d)+,\d{3}(?!,?\d)|(?:\.\d{3}){2,}(?!\.?\d)"
-    r"|\.\d{3}(?=,\d\d?(?![\d.,])))"
-)
-DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d+(?=,\d\d?(?!\d))),(?=\d+(?![.,]?\d))")  # 3,14; not May 26,2003
-BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
-MEANT = re.compile(  # the punctuation that stays
-    r"(?<=\d)[.:/-](?=\d)"  # 3.14, 10:30, 1/2, 1990-1995
-    r"|(?<!\w)-(?=[^\w\s]?\d)|(?<=\de)-(?=\d)"  # -5, -$5, 1e-5
-    r"|(?<=\d)[%\u2030]|[%\u2030](?=\d)"
-    r"|(?<=\b[^\W\d_])\#"  # C#
-    r"|(?<=\b[a-z])-(?!\w)|(?<=\b[a-z]{2})-(?!\w)"  # O-, Cl-
-)
-STRICT_ARTICLES = re.compile(r"\b(a|an|the)\b(?![#+-])")  # A+ has none
 
 
 @dataclass(frozen=True)
@@ -136,10 +96,10 @@ def score(
     from 0 to 1, else ValueError. No text that the model writes makes this raise.
     """
     for episode in episodes:
-        right = float(accuracy(episode)) if accuracy else answer_score(episode, rule)
+        right = float(accuracy(episode)) if accuracy else answer_score(episode, rule)  # s
         if not 0 <= right <= 1:
             raise ValueError(f"accuracy of example {episode.example.id!r} is {right}, not from 0 to 1")
-        formed = format_score(episode, rule, well_formed)
+        formed = format_score(episode, rule, well_formed)  # f
         weight = 1 - rule.format_weight
         penalty = weight * _search_cost(right, episode.searches(), rule)
         episode.reward = weight * right + rule.format_weight * formed - penalty
@@ -154,7 +114,11 @@ def _search_cost(accuracy: float, searches: int, rule: RewardRule) -> float:
     return accuracy * (1 - (1 - rule.penalty) ** calls)
 
 
-# Accuracy.
+# ---- accuracy
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def answer_score(episode: Episode, rule: RewardRule) -> float:
@@ -168,20 +132,9 @@ def answer_score(episode: Episode, rule: RewardRule) -> float:
 
 
 def official_answer(episode: Episode) -> str | None:
-    """Inside of the last closed `<answer>` anywhere in the last assistant turn; None if there is none."""
+    """The inside of the last closed `<answer>` anywhere in the last assistant turn; None if there is none."""
     found = ANSWER.findall(_closed(_last_text(episode)))
     return found[-1].strip() if found else None
-
-
-def strict_answer(episode: Episode) -> str | None:
-    """The one answer of an episode that ended by answering; None for several, or one within the reason."""
-    if episode.status != ANSWERED:
-        return None
-    text = _last_text(episode)
-    tags = "".join(TAGS.findall(text))
-    if not ONE_ANSWER.fullmatch(tags):
-        return None
-    return ANSWER.search(text).group(1).strip()
 
 
 def _closed(text: str) -> str:
@@ -191,7 +144,6 @@ def _closed(text: str) -> str:
 
 
 def _last_text(episode: Episode) -> str:
-    """What the model said last."""
     for turn in reversed(episode.turns):
         if turn.role == "assistant":
             return turn.text
@@ -212,6 +164,85 @@ def exact_match(prediction: str, answers: Iterable[str], substring: bool = False
     return given in accepted
 
 
+def _normalise(text: str) -> str:
+    text = text.lower().translate(ASCII_PUNCTUATION)
+    text = ARTICLES.sub(" ", text)
+    return _collapse(text)
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split())
+
+
+# ---- format
+
+
+def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str], bool]) -> float:
+    """1.0 if every assistant turn is well formed, their actions make a legal shape and no call was refused; else 0.0.
+
+    A refused call is an action of the shape too, so most shapes with one are illegal anyway. With a limit of 0 some are
+    not: ("text_search", "answer") where the search was refused.
+    """
+    turns = [turn for turn in episode.turns if turn.role == "assistant"]
+    shape = tuple(turn.action for turn in turns)
+    legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
+    refused = any(turn.role == "tool" and turn.observation.source == "limit" for turn in episode.turns)
+    if not legal or refused:
+        return 0.0
+    return float(all(well_formed(turn.text) for turn in turns))
+
+
+# ---- the strict scorer
+
+TAGS = re.compile(r"</?(?:reason|answer)>")
+ONE_ANSWER = re.compile(r"(<reason></reason>)*<answer></answer>(<reason></reason>)*")
+
+# What is done to a text before its punctuation is dropped, in this order.
+BEFORE_NFKC = {  # which mark to put where NFKC would join digits into another number
+    "^": re.compile(r"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u207f])"),  # 10² is not 102
+    " ": re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2080-\u208e\u2150-\u215f\u2189])"),  # nor 5½ 51/2
+    "-": re.compile(r"(?<=\d)\uff5e(?=\d)"),  # 1990～1995
+    "'": re.compile(r"\u00b4"),  # which would be a blank and an accent
+    ",": re.compile(r"(?<=\d)['\u2019\u066c\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))"),  # thousands: 1'000
+}
+FILLERS = re.compile(r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+SAME_MARK = str.maketrans(  # marks that look alike become one
+    dict.fromkeys("\u02d7\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2796\u301c", "-")
+    | {"\u2044": "/", "\u2215": "/", "\u2236": ":", "\u066a": "%", "\u066b": ".", "\u066c": ",", "\u266f": "#"}
+    | dict.fromkeys("`\u02bb\u02bc", "'")  # O'Brien, Hawai'i
+)
+CURRENCY = "[$\u00a2-\u00a5\u20a0-\u20cf]"
+BLANKS = re.compile(  # 5 %, 5 €, 1990 - 1995, 3 : 1, $ 5, 40° N
+    rf"(?<=\d) (?=[%\u2030\u00b0]|{CURRENCY}|[-/:] \d)|(?<=\d [-/:]) (?=\d)|(?<={CURRENCY}) (?=\d)"
+    r"|(?:(?<=\u00b0)|(?<=[\d\u2032]['\"\u2032])) (?=[nsewcf]\b)"
+)
+THOUSANDS = re.compile(  # 1,000 and 10,00,000 and 1.000.000 and 1.000,50
+    r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?:,\d\d)+,\d{3}(?!,?\d)|(?:\.\d{3}){2,}(?!\.?\d)"
+    r"|\.\d{3}(?=,\d\d?(?![\d.,])))"
+)
+DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d+(?=,\d\d?(?!\d))),(?=\d+(?![.,]?\d))")  # 3,14; not May 26,2003
+BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
+MEANT = re.compile(  # the punctuation that stays
+    r"(?<=\d)[.:/-](?=\d)"  # 3.14, 10:30, 1/2, 1990-1995
+    r"|(?<!\w)-(?=[^\w\s]?\d)|(?<=\de)-(?=\d)"  # -5, -$5, 1e-5
+    r"|(?<=\d)[%\u2030]|[%\u2030](?=\d)"
+    r"|(?<=\b[^\W\d_])\#"  # C#
+    r"|(?<=\b[a-z])-(?!\w)|(?<=\b[a-z]{2})-(?!\w)"  # O-, Cl-
+)
+STRICT_ARTICLES = re.compile(r"\b(a|an|the)\b(?![#+-])")  # A+ has none
+
+
+def strict_answer(episode: Episode) -> str | None:
+    """The one answer of an episode that ended by answering; None for several, or one within the reason."""
+    if episode.status != ANSWERED:
+        return None
+    text = _last_text(episode)
+    tags = "".join(TAGS.findall(text))
+    if not ONE_ANSWER.fullmatch(tags):
+        return None
+    return ANSWER.search(text).group(1).strip()
+
+
 def strict_match(prediction: str, answers: Iterable[str]) -> bool:
     """Equal to any answer after NFKC, case folding and dropping articles, invisible characters and punctuation.
 
@@ -230,12 +261,6 @@ def strict_match(prediction: str, answers: Iterable[str]) -> bool:
     if not given:
         return False
     return any(given == _normalise_strictly(answer) for answer in answers)
-
-
-def _normalise(text: str) -> str:
-    text = text.lower().translate(ASCII_PUNCTUATION)
-    text = ARTICLES.sub(" ", text)
-    return _collapse(text)
 
 
 def _normalise_strictly(text: str) -> str:
@@ -271,25 +296,3 @@ def _plain_numbers(text: str) -> str:
     text = THOUSANDS.sub(lambda number: re.sub("[.,]", "", number[0]), text)
     text = DECIMAL_COMMA.sub(r"\1.", text)
     return BARE_POINT.sub("0.", text)
-
-
-def _collapse(text: str) -> str:
-    return " ".join(text.split())
-
-
-# Format.
-
-
-def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str], bool]) -> float:
-    """1.0 if every assistant turn is well formed, their actions make a legal shape and no call was refused; else 0.0.
-
-    A refused call is a part of the shape. This alone makes most such shapes illegal, but with a limit of 0 even the
-    first call is refused.
-    """
-    turns = [turn for turn in episode.turns if turn.role == "assistant"]
-    shape = tuple(turn.action for turn in turns)
-    legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
-    refused = any(turn.role == "tool" and turn.observation.source == "limit" for turn in episode.turns)
-    if not legal or refused:
-        return 0.0
-    return float(all(well_formed(turn.text) for turn in turns))

@@ -24,34 +24,34 @@ from mmsr.system.images import to_rgb
 
 MOST_HITS = 1000  # of one result: a generator may have no end
 MOST_TEXT = 1_000_000  # characters of a field: no model's context holds as much, and every rollout line contains it
-MOST_SAID = 1000  # characters of an error
+MOST_ERROR = 1000  # characters of an error
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images; others are saved as RGB
 
 
-def plain(tool: str, seen: object) -> Observation:
+def as_observation(tool: str, found: object) -> Observation:
     """What the tool of this name returned, as an Observation of plain values. Raises TypeError that names the field."""
-    if isinstance(seen, str):
-        seen = Observation((Hit(text=seen),), source=tool)
-    if not isinstance(seen, Observation):
-        raise TypeError(f"tool {tool} returned {_kind(seen)}, not text or an Observation")
-    if not isinstance(seen.hits, (tuple, list, Iterator)):
-        raise _wrong("hits", seen.hits, "a tuple of Hit")
-    hits = tuple(islice(seen.hits, MOST_HITS + 1))
+    if isinstance(found, str):
+        found = Observation((Hit(text=found),), source=tool)
+    if not isinstance(found, Observation):
+        raise TypeError(f"tool {tool} returned {_kind(found)}, not text or an Observation")
+    if not isinstance(found.hits, (tuple, list, Iterator)):
+        raise _wrong("hits", found.hits, "a tuple of Hit")
+    hits = tuple(islice(found.hits, MOST_HITS + 1))
     if len(hits) > MOST_HITS:
         raise TypeError(f"hits are more than {MOST_HITS:,}; return the best ones")
     return Observation(
-        hits=tuple(_hit(f"hits[{place}]", hit) for place, hit in enumerate(hits)),
-        ok=_flag("ok", seen.ok),
-        error=None if seen.error is None else cut(_text("error", seen.error)),
-        source=_text("source", seen.source),
-        seconds=_seconds(seen.seconds),
-        cached=_flag("cached", seen.cached),
+        hits=tuple(_hit(f"hits[{rank}]", hit) for rank, hit in enumerate(hits)),
+        ok=_flag("ok", found.ok),
+        error=None if found.error is None else shortened(_text("error", found.error)),
+        source=_text("source", found.source),
+        seconds=_seconds(found.seconds),
+        cached=_flag("cached", found.cached),
     )
 
 
-def cut(said: str) -> str:
+def shortened(error: str) -> str:
     """An error's text, short enough for every rollout line."""
-    return said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]}… ({len(said):,} characters)"
+    return error if len(error) <= MOST_ERROR else f"{error[:MOST_ERROR]}… ({len(error):,} characters)"
 
 
 def _hit(name: str, hit: object) -> Hit:

@@ -1,9 +1,9 @@
 """The tool interface: what a rollout may call, and the toolbox that calls it.
 
 A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`. The function gets a `Call`: the
-query, the picture as bytes and the question, but not the example, so it cannot cheat. It returns an `Observation`, or
-plain text, which becomes one. Any exception, `sys.exit()` included, becomes a failed observation, and so does a result
-of another type (`tool_results.py`): a tool never ends a rollout.
+query, the picture as bytes and the question, but not the accepted answers, so it cannot cheat. It returns an
+`Observation`, or text, which becomes one. Any exception, `sys.exit()` included, becomes a failed observation, and so
+does a result of another type (`tool_results.py`): a tool never ends a rollout.
 
 A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
@@ -26,7 +26,7 @@ from typing import Callable, Protocol
 from mmsr.episode import Observation
 from mmsr.system.errors import UserError
 from mmsr.system.interrupt import BrokenOff
-from mmsr.tool_results import cut, plain
+from mmsr.tool_results import as_observation, shortened
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
@@ -93,6 +93,120 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
     ]
 
 
+class NoSearch:
+    """The back-end `none`: every search honestly finds nothing."""
+
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
+        return Observation(source="none")
+
+    def text_search(self, query: str) -> Observation:
+        return Observation(source="none")
+
+
+class Toolbox:
+    """Calls tools, in threads or (`inline`, for reproducible runs) at once in the caller's thread.
+
+    The threads are daemons, so that a program can end while a tool hangs. A ThreadPoolExecutor would wait for it.
+    """
+
+    def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
+        self.tools = {tool.name: tool for tool in tools}
+        self.inline = inline
+        self.workers = workers  # threads that may still be started
+        self.queue: SimpleQueue[tuple[Future[Observation], Callable[[], Observation]]] = SimpleQueue()
+
+    def call(
+        self,
+        name: str,
+        call: Call,
+        then: Callable[[Observation], object] = lambda found: None,
+    ) -> Future[Observation]:
+        """What the tool of this name finds. Before the future is done, `then` gets it, in the tool's thread.
+
+        A tool that hangs keeps `call` and `then` alive while the program runs, so neither may refer to much memory.
+        """
+
+        def work() -> Observation:
+            found = _observe(self.tools[name], call)
+            then(found)
+            return found
+
+        done: Future[Observation] = Future()
+        if self.inline:
+            done.set_result(work())
+            return done
+        self.queue.put((done, work))
+        if self.workers:  # each call starts one more thread, until all are there
+            self.workers -= 1
+            threading.Thread(target=self._work, name="tool", daemon=True).start()
+        return done
+
+    def _work(self) -> None:
+        """What each thread does. It has no variables: with one, a waiting thread would keep its last call alive."""
+        while True:
+            _finish(*self.queue.get())
+
+    def drop(self) -> None:
+        """Cancel calls that wait for a thread: they may cost money."""
+        with suppress(Empty):
+            while True:
+                waiting, _ = self.queue.get_nowait()
+                waiting.cancel()
+
+
+def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
+    """Put what `work` returns or raises into `done`, unless that has been cancelled."""
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(work())
+    except BaseException as error:  # of `then`: no tool raises here
+        done.set_exception(error)
+
+
+def _observe(tool: Tool, call: Call) -> Observation:
+    """Call a tool, which may raise and return anything. The rollout must continue."""
+    start = time.perf_counter()
+    try:
+        found = as_observation(tool.name, tool.run(call))
+    except BaseException as error:
+        _let_through(error)
+        found = Observation(ok=False, error=_error_text(error), source=tool.name)
+    return replace(found, seconds=found.seconds or time.perf_counter() - start)
+
+
+# ---- what a tool raises
+
+
+def _let_through(error: BaseException) -> None:
+    """Raise again what a signal raised while a tool ran in the main thread: the user wants to stop, nothing failed.
+
+    Within `Interrupts` a Ctrl-C raises BrokenOff. A KeyboardInterrupt is a Ctrl-C only where Python's own handler is
+    in place; anywhere else the tool raised it.
+    """
+    if isinstance(error, BrokenOff):
+        raise error
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled_by_python = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handled_by_python and isinstance(error, KeyboardInterrupt):
+        raise error
+
+
+def _error_text(error: BaseException) -> str:
+    """An exception's type and text; for a ToolFailure, its kind and text. Making the text may raise, too."""
+    try:
+        text = str(error)
+    except BaseException as another:
+        _let_through(another)
+        return shortened(f"{type(error).__name__}: and its text raises {type(another).__name__}")
+    if isinstance(error, ToolFailure):
+        return shortened(text)
+    return shortened(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+# ---- the tools of --tools
+
+
 def more_tools(name: str, backend: Backend) -> list[Tool]:
     """The tools that the function `name`, "MODULE:FUNCTION", makes from the search engine. Without a name, none.
 
@@ -143,111 +257,4 @@ def _unusable(name: str, error: BaseException) -> UserError:
         advice = f"mend {calls[0].filename}, line {line}"
     elif isinstance(error, SyntaxError):  # which says where it is
         advice = "mend that module"
-    return UserError(f"--tools {name}: {' '.join(_said(error).split())}; {advice}")
-
-
-class NoSearch:
-    """The back-end `none`: every search honestly finds nothing."""
-
-    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
-        return Observation(source="none")
-
-    def text_search(self, query: str) -> Observation:
-        return Observation(source="none")
-
-
-class Toolbox:
-    """Calls tools, in threads or (`inline`, for reproducible runs) at once in the caller's thread.
-
-    The threads are daemons, so that a program can end while a tool hangs. A ThreadPoolExecutor would wait for it.
-    """
-
-    def __init__(self, tools: list[Tool], inline: bool, workers: int = 64):
-        self.tools = {tool.name: tool for tool in tools}
-        self.inline = inline
-        self.workers = workers  # threads that may still be started
-        self.queue: SimpleQueue[tuple[Future[Observation], Callable[[], Observation]]] = SimpleQueue()
-
-    def call(
-        self, name: str, call: Call, then: Callable[[Observation], object] = lambda seen: None
-    ) -> Future[Observation]:
-        """What the tool gives. `then` is called with it first, in the tool's thread.
-
-        A tool that hangs keeps `call` and `then` alive while the program runs, so neither may refer to much memory.
-        """
-
-        def work() -> Observation:
-            seen = _observe(self.tools[name], call)
-            then(seen)
-            return seen
-
-        done: Future[Observation] = Future()
-        if self.inline:
-            done.set_result(work())
-            return done
-        self.queue.put((done, work))
-        if self.workers:  # each call starts one more thread, until all are there
-            self.workers -= 1
-            threading.Thread(target=self._work, name="tool", daemon=True).start()
-        return done
-
-    def _work(self) -> None:
-        """What each thread does. It has no variables: with one, a waiting thread would keep its last call alive."""
-        while True:
-            _finish(*self.queue.get())
-
-    def drop(self) -> None:
-        """Cancel calls that wait for a thread: they may cost money."""
-        with suppress(Empty):
-            while True:
-                waiting, _ = self.queue.get_nowait()
-                waiting.cancel()
-
-
-def _finish(done: Future[Observation], work: Callable[[], Observation]) -> None:
-    """Put what `work` returns or raises into `done`, unless that has been cancelled."""
-    if not done.set_running_or_notify_cancel():
-        return
-    try:
-        done.set_result(work())
-    except BaseException as error:  # of `then`: no tool raises here
-        done.set_exception(error)
-
-
-# ---- a user's tool may raise and return anything, and the rollout must continue
-
-
-def _observe(tool: Tool, call: Call) -> Observation:
-    start = time.perf_counter()
-    try:
-        seen = plain(tool.name, tool.run(call))
-    except BaseException as error:
-        _let_through(error)
-        seen = Observation(ok=False, error=_said(error), source=tool.name)
-    return replace(seen, seconds=seen.seconds or time.perf_counter() - start)
-
-
-def _let_through(error: BaseException) -> None:
-    """Raise again what a signal raised while a tool ran in the main thread: the user wants to stop, nothing failed.
-
-    Within `Interrupts` a Ctrl-C raises BrokenOff. A KeyboardInterrupt is a Ctrl-C only where Python's own handler is
-    in place; anywhere else the tool raised it.
-    """
-    if isinstance(error, BrokenOff):
-        raise error
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handled_by_python = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if handled_by_python and isinstance(error, KeyboardInterrupt):
-        raise error
-
-
-def _said(error: BaseException) -> str:
-    """An exception's type and text; for a ToolFailure, its kind and text. Making the text may raise, too."""
-    try:
-        said = str(error)
-    except BaseException as another:
-        _let_through(another)
-        return cut(f"{type(error).__name__}: and its text raises {type(another).__name__}")
-    if isinstance(error, ToolFailure):
-        return cut(said)
-    return cut(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+    return UserError(f"--tools {name}: {' '.join(_error_text(error).split())}; {advice}")

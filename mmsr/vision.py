@@ -165,6 +165,7 @@ def patchify(pixels: np.ndarray) -> Tensor:
     columns = width // SIDE
     values = NORMALISED[pixels, np.arange(CHANNELS)]  # (h, w, 3)
     values = values.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, CHANNELS)
+    # From (row, patch row, pixel row, column, patch column, pixel column, channel).
     values = values.transpose(0, 3, 1, 4, 6, 2, 5)  # (rows, columns, 2, 2, channel, 14, 14)
     values = np.expand_dims(values, 5)  # (rows, columns, 2, 2, channel, 1, 14, 14)
     frames = np.repeat(values, FRAMES, axis=5)  # (rows, columns, 2, 2, channel, 2, 14, 14)
@@ -272,7 +273,7 @@ def window_order(
     token_column = torch.arange(columns).repeat(rows)  # (M,) 0 1 2 0 1 2
     window_row = token_row // window  # (M,)
     window_column = token_column // window  # (M,)
-    number = window_row * columns + window_column  # (M,) of the token's window, growing in reading order
+    number = window_row * columns + window_column  # (M,) the window of each token, numbered in reading order
     order = number.argsort(stable=True)  # (M,)
     _, tokens_in_window = number[order].unique_consecutive(return_counts=True)  # (windows,)
     lens = tokens_in_window * MERGE**2

@@ -78,7 +78,7 @@ def _no_cache_but_our_own(request, monkeypatch, tmp_path):
 def _nothing_switched_on_in_one_test_stays_on_in_the_next():
     shapes = set(LEGAL_SHAPES)
     yield
-    attention.sum_widely(False)
+    attention.sum_in_fp64(False)
     LEGAL_SHAPES.intersection_update(shapes)
 
 

@@ -7,7 +7,7 @@ import torch
 from helpers import IMAGE, conversation, hf_twin, positions, random_image, report, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmsr.attention import sum_widely
+from mmsr.attention import sum_in_fp64
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sample, sampling_key, uniform
 from mmsr.episode import Episode, Example
 from mmsr.pack import pack, split_into_micro_batches
@@ -88,9 +88,9 @@ def texts(batch: list[SequenceGroup]) -> list[list[int]]:
 def test_cached_logps_equal_uncached_ones(model, wide, record_property):
     """Prompt, two turns, a picture in the prompt and one in the result: the cache, the merge and the positions.
 
-    Of attention summed widely, what is left is one rounding that fell the other way here or there.
+    Of attention summed in fp64, what is left is one rounding that fell the other way here or there.
     """
-    sum_widely(wide)
+    sum_in_fp64(wide)
     batch = groups(5, 4)
     run(model, batch)
     made = episodes(batch)

@@ -173,7 +173,7 @@ def test_advantages_are_others_than_those_of_the_plain_form(batch):
 def test_engine_samples_other_tokens_than_the_plain_form(policy, world, temperature, monkeypatch):
     """Token for token, over conversations with searches in the middle. Attention is summed in fp64 in both, so that
     neither the cache nor the packs round otherwise."""
-    attention.sum_widely(True)
+    attention.sum_in_fp64(True)
     group_size = 4
     if not temperature:
         monkeypatch.setattr(plain_grpo, "draw", lambda logps, key, index: int(logps.argmax()))

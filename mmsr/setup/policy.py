@@ -62,7 +62,7 @@ def open_policy(
         kept_blocks = check_memory(config, sizes, dtype, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype
     model = load_model(folder, dtype, stored, ranks, config.shard)
-    attention.sum_widely(config.deterministic)
+    attention.sum_in_fp64(config.deterministic)
     if isinstance(config, Config):
         model.checkpoint_blocks = config.recompute
         model.visual.checkpoint_blocks = config.recompute

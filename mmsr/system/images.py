@@ -1,7 +1,7 @@
-"""Picture files: what is opened of a downloaded file, what is refused before it does harm, what may be sent.
+"""Picture files of unknown origin: what is opened, what is refused before it does harm, what may be sent on.
 
 Pillow by itself opens a 20 kB file into a gigabyte of pixels, and formats whose decoders few have looked at. Here bytes
-are counted before anything is read, pixels before any is decoded, and only four formats are known. Pillow sees the
+are counted before anything is read, pixels before any is decoded, and only four formats are opened. Pillow sees the
 parts that make the first frame and no others (`containers.py`). So damaged metadata makes no picture unreadable, and no
 metadata leaves with a picture (Pillow by itself writes comments and colour profiles into new files). This module
 imports no torch: a search server and a command line that show a picture start at once.
@@ -49,7 +49,10 @@ DECODERS: dict[str, Callable[[io.BytesIO], PIL.Image.Image]] = {
 
 
 def decode(
-    data: bytes, max_bytes: int = MAX_FILE_BYTES, max_pixels: int = MAX_DECODED_PIXELS, upright: bool = True
+    data: bytes,
+    max_bytes: int = MAX_FILE_BYTES,
+    max_pixels: int = MAX_DECODED_PIXELS,
+    upright: bool = True,
 ) -> PIL.Image.Image:
     """The RGB picture of an encoded file, without metadata, turned as its EXIF says.
 
@@ -79,20 +82,24 @@ def decode(
 
 def stored_size(data: bytes) -> tuple[int, int]:
     """Width and height as stored, not turned, from the header alone. Raises ValueError for what `decode` refuses."""
-    picture, _ = _open(data, MAX_FILE_BYTES, MAX_DECODED_PIXELS)
+    picture, _ = _open(data)
     return picture.size
 
 
 def verify(data: bytes) -> None:
     """Raises ValueError for what `decode` refuses by the header, and for damage that shows without decoding."""
-    picture, _ = _open(data, MAX_FILE_BYTES, MAX_DECODED_PIXELS)
+    picture, _ = _open(data)
     try:
         picture.verify()
     except Exception as error:
         raise _unreadable(data, error) from error
 
 
-def _open(data: bytes, max_bytes: int, max_pixels: int) -> tuple[PIL.Image.Image, FirstFrame]:
+def _open(
+    data: bytes,
+    max_bytes: int = MAX_FILE_BYTES,
+    max_pixels: int = MAX_DECODED_PIXELS,
+) -> tuple[PIL.Image.Image, FirstFrame]:
     """The picture, not decoded yet, and the first frame's file that it is read from."""
     if len(data) > max_bytes:
         raise ValueError(f"picture file of {len(data):,} bytes is over the limit of {max_bytes:,}")
