@@ -131,8 +131,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def shown(text: str) -> str:
-    """A token's text in a table's cell."""
-    return f"`{text}`" if text.strip() else "`␣`" if text == " " else "`\\n`"
+    """A token's text in a table's cell, where a bar would end the cell."""
+    return "`" + text.replace("\n", "↵").replace("|", "\\|") + "`"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -196,21 +196,17 @@ def section_rollout(parts: Parts, episode: Episode) -> str:
     n = episode.prompt_length
     ids = episode.input_ids[n:]
     texts = parts.chat.pieces(ids)
-    turn_starts = {turn.start - n: f"{turn.role}" for turn in episode.turns}
-    rows = []
-    for place, text in enumerate(texts):
-        mask = episode.loss_mask[n + place]
-        logp = episode.logps[n + place]
-        rows.append(
-            [
-                n + place,
-                turn_starts.get(place, ""),
-                shown(text),
-                mask,
-                number(logp) if mask else "",
-                number(math.exp(logp)) if mask else "",
-            ]
-        )
+    rows: list[list[object]] = []
+    for turn in episode.turns:
+        if turn.role == "tool":
+            text = "".join(texts[turn.start - n : turn.end - n])
+            rows.append([f"{turn.start}–{turn.end - 1}", "tool", shown(text), 0, "", ""])
+            continue
+        for place in range(turn.start, turn.end):
+            begins = turn.role if place == turn.start else ""
+            logp = episode.logps[place]
+            rows.append([place, begins, shown(texts[place - n]), 1, number(logp), number(math.exp(logp))])
+    assert sum(row[3] for row in rows) == sum(episode.loss_mask)
     sampled = sum(episode.loss_mask)
     places = [place for place, mask in enumerate(episode.loss_mask) if mask]
     rarest = min(places, key=episode.logps.__getitem__)
