@@ -35,12 +35,21 @@ def _serve(rank: int, size: int, port: int, node_size: int | None, pipe) -> None
                 pipe.send((False, traceback.format_exc()))
 
 
+def fresh_processes():
+    """Processes that are not forks of this one, whose other threads may hold a lock at that moment: SQLite's, say.
+
+    They start from a server that has torch imported, once for all of them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mmsr.update", "mmsr.engine"])
+    return context
+
+
 class Crew:
     """`size` processes; crew(function, *args) runs function(ranks, *args) on each and returns their results by rank."""
 
     def __init__(self, size: int, node_size: int | None = None):
-        context, port = multiprocessing.get_context("forkserver"), free_port()
-        context.set_forkserver_preload(["mmsr.update", "mmsr.engine"])  # torch is imported once for all crews
+        context, port = fresh_processes(), free_port()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -422,7 +422,7 @@ def test_replay_takes_conversations_or_a_store(tmp_path, store, transcripts):
         assert miss.ok and miss.hits == () and miss.source == "replay"
     assert path.read_bytes() == before
     forced = Config(search=f"replay:{path}", force_searches=True)
-    refused(lambda: open_search(forced, forced.search, None, Questions({}), SINGLE), str(path), "force")
+    refused(lambda: open_search(forced, None, Questions({}), SINGLE), str(path), "force")
     refused(lambda: open_backend(Options(search=f"replay:{tmp_path}/no.sqlite")), "no.sqlite", "no such")
 
 

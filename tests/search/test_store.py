@@ -11,12 +11,12 @@ import sqlite3
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from crew import fresh_processes
 from helpers import in_threads, refused
 
 from mmsr.episode import Hit, Observation
@@ -582,18 +582,16 @@ def open_and_put(path: Path, number: int) -> None:
 
 
 def as_nobody(work, *arguments) -> None:
-    """Run in a child that no permission bit lets through."""
+    """Run in a process that no permission bit lets through."""
+    process = fresh_processes().Process(target=_as_nobody, args=(work, arguments), daemon=True)
+    process.start()
+    join([process])
 
-    def child():
-        try:
-            if os.geteuid() == 0:
-                os.setuid(65534)
-            work(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
 
-    join(run_all(child, [()]))
+def _as_nobody(work, arguments) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    work(*arguments)
 
 
 @pytest.fixture
