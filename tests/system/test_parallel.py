@@ -18,6 +18,7 @@ import torch
 from crew import Crew, environment, free_port, on_one
 from helpers import SGD, conversation, report, tiny_config, tiny_model
 from test_update import EXAMPLE, SUPPRESSED, made, relative
+from torch.distributed.fsdp import FSDPModule
 
 from mmsr.episode import Episode
 from mmsr.pretrained.load import load
@@ -29,6 +30,8 @@ from mmsr.system.parallel import OtherRankFailed, Ranks, balanced_partition, ful
 from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import image_tokens, load_image
 
+# FSDP can give up a pass in its middle since torch 2.13. Before, a rank that runs out of memory ends the run.
+needs_restart = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="needs torch 2.13")
 ROOT = Path(__file__).parents[2]
 
 
@@ -174,6 +177,7 @@ def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, t
     return kept, trainer.micro_tokens
 
 
+@needs_restart
 @pytest.mark.parametrize("place, failing, n", [("forward", 1, 2), ("backward", 0, 1), ("backward", 1, 2)])
 def test_out_of_memory_on_one_rank_leads_to_the_same_gradient(pair, place, failing, n, record_property):
     alone, _ = on_one(gradient, "even", {"kl": 0.3})
@@ -191,6 +195,7 @@ def test_out_of_memory_of_a_single_process_leads_to_the_same_gradient():
     assert all(relative(found, alone) < 1e-5 for found in kept) and len(kept) == 2 and tokens < 400
 
 
+@needs_restart
 def test_out_of_memory_in_one_episode_is_a_user_error_on_all_ranks(pair):
     for message in pair(message_of_running_out, "vision forward"):
         assert "rank 1 ran out of memory in its vision pass" in message and "--max-pixels" in message
@@ -511,6 +516,7 @@ def test_gradient_on_four_ranks(four, assignment, across, record_property):
     check_gradient(four, record_property, f"{assignment}, {across}", assignment, {"kl": 0.3}, {}, False, across)
 
 
+@needs_restart
 @pytest.mark.slow
 def test_out_of_memory_with_hybrid_shards(four, record_property):
     alone, _ = on_one(gradient, "four", {"kl": 0.3})
