@@ -28,8 +28,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
-from typing import Callable, Sequence, TypeVar
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +43,6 @@ from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.vision import MERGE, PATCH_VALUES, Image
-
-T = TypeVar("T")
 
 # ---- what an update is made of
 
@@ -266,7 +263,13 @@ class Trainer:
         local = Stats()
         all_old_logps: list[list[Tensor] | None] = [None]
         for batch in batches[1:]:
-            all_old_logps.append(self._until_it_fits(partial(self.old_logps, batch, local)))
+            old_logps = None
+            while old_logps is None:  # until it fits into the memory of every rank
+                try:
+                    old_logps = self.old_logps(batch, local)
+                except RankOutOfMemory as error:
+                    self._use_smaller_micro_batches(error)
+            all_old_logps.append(old_logps)
 
         stats = local.all_reduce(self.ranks)
         for batch, old_logps in zip(batches, all_old_logps):
@@ -278,7 +281,12 @@ class Trainer:
         if batch.non_finite:
             self._skip_update(stats)
             return
-        local = self._until_it_fits(partial(self.accumulate_gradient, batch, old_logps))
+        local = None
+        while local is None:  # until it fits into the memory of every rank
+            try:
+                local = self.accumulate_gradient(batch, old_logps)
+            except RankOutOfMemory as error:
+                self._use_smaller_micro_batches(error)
         total = local.all_reduce(self.ranks)
         grad_norm = self._clip_gradient()
         if math.isfinite(grad_norm) and math.isfinite(total.sums["loss"]):
@@ -450,14 +458,6 @@ class Trainer:
                 f"{self.skipped_in_a_row} updates in a row were skipped: a reward, the loss or the gradient was not "
                 "finite; lower --lr, check the reward, or raise --max-skipped"
             )
-
-    def _until_it_fits(self, run: Callable[[], T]) -> T:
-        """What `run` returns. It runs again with smaller micro-batches whenever a rank runs out of memory."""
-        while True:
-            try:
-                return run()
-            except RankOutOfMemory as error:
-                self._use_smaller_micro_batches(error)
 
     def _use_smaller_micro_batches(self, error: RankOutOfMemory) -> None:
         """Throw the unfinished pass away and halve the micro-batches. UserError if one episode alone is too long."""
