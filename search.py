@@ -37,6 +37,11 @@ def index(args: argparse.Namespace) -> int:
     counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
     new = f"{counts['pictures']} new pictures under {counts['titles']} new titles, {counts['pages']} new pages"
     print(f"{args.out}: {new}; {counts['known']} lines were there already, {counts['broken']} pictures left out")
+    if counts["replaced"]:
+        print(f"{counts['replaced']} earlier pages or titles were replaced: the same address or file was given again")
+    if counts["repeated"]:
+        last = "the last line of a page's address counts, and of a picture's file with its address"
+        print(f"{counts['repeated']} lines were not used: {last}; passages of one page need addresses such as URL#2")
     return 0
 
 

@@ -2,18 +2,23 @@
 
 Pages are found by BM25 (SQLite's FTS5), pictures by comparing an encoder's vector with all vectors of the index: for
 100,000 pictures of 1,280 numbers that is one matrix-vector product, 30 ms on one core. `build` adds to a file in
-batches. Each is committed, so that after an interruption the next run continues from there. The key of a picture is the
-hash of its bytes, not its file name: equal bytes are encoded once, even with several titles.
+batches. Each is committed, so that after an interruption the next run continues from there.
+
+What is indexed again replaces what was there: a page replaces the page with its address, and the lines about a picture
+file replace all earlier lines about it. A picture is kept under the hash of its bytes: equal bytes are encoded once,
+even in two files or with several titles.
 
 Traps. Every word of a query must be quoted, or FTS5 reads it as its query language. FTS5's tokenizers do not find
 Chinese, so the full-text table holds the tokens of `bm25.py`; a file from an earlier version is indexed again when it
-is opened. An index is useless with another encoder, so it holds the vector of a test picture, which is compared.
+is opened. That table keeps no texts, so what is removed from it has to be given to it as it was added. An index is
+useless with another encoder, so it holds the vector of a test picture, which is compared.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sqlite3
 import threading
@@ -21,7 +26,7 @@ from collections import Counter
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -35,19 +40,24 @@ from mmsr.system.files import json_object, lines
 from mmsr.system.images import decode, jpeg
 from mmsr.tools import ToolFailure
 
+Item = TypeVar("Item")
+
 APPLICATION, VERSION = 0x6D6D7372, 1  # "mmsr" in the file's header, and the version of the table `words`
+TITLES = """titles (picture INTEGER NOT NULL, title TEXT NOT NULL, url TEXT NOT NULL,
+                    file TEXT NOT NULL, UNIQUE (picture, title, url, file))"""
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION};
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS pictures
     (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, thumbnail BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS titles
-    (picture INTEGER NOT NULL, title TEXT NOT NULL, url TEXT NOT NULL, UNIQUE (picture, title, url));
+CREATE TABLE IF NOT EXISTS {TITLES};
 CREATE TABLE IF NOT EXISTS pages
     (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, url TEXT NOT NULL, title TEXT NOT NULL, text TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS pages_url ON pages (url);
 COMMIT;
 """
+TITLES_FILE = "CREATE INDEX IF NOT EXISTS titles_file ON titles (file)"
 WORDS = f"CREATE VIRTUAL TABLE words USING fts5 (title, text, content = '', {bm25.STEMMED})"
 PICTURES_PER_BATCH, PAGES_PER_BATCH = 32, 500
 ENCODED, THUMBNAIL = 1024, 256  # pixels of the longer side, at most, for the encoder and for the thumbnail
@@ -64,21 +74,26 @@ def build(
 ) -> Counter:
     """Add to the index `file`, which is created if needed: the pictures of the folder `images` that the lines of
     `titles` name ({"file", "title", "url": optional}), and `pages` ({"url", "title": optional, "text"}). Returns counts
-    of what was added (`pictures`, `titles`, `pages`), was there already (`known`) and could not be read (`broken`; each
-    is reported). Raises UserError for a wrong line, an index of another encoder, or nothing to add."""
+    of what was added (`pictures`, `titles`, `pages`), was there already (`known`), was removed because a new line takes
+    its place (`replaced`), is not used because a later line of the same file takes its place (`repeated`), and could
+    not be read (`broken`; each is reported). Raises UserError for a wrong line, an index of another encoder, or nothing
+    to add."""
     file = Path(file)
-    counts: Counter[str] = Counter()
-    listed = _Records(titles, ("file", "title"), "url", "picture")
-    texts = _Records(pages, ("url", "text"), "title", "page")
+    listed = _Records(titles, ("file", "title"), "url", lambda line: (line["file"], line["url"]))
+    texts = _Records(pages, ("url", "text"), "title", lambda page: page["url"] or _page_digest(page))
+    counts = Counter(repeated=listed.repeated + texts.repeated)
     if titles and not (images and Path(images).is_dir()):
         raise UserError(f"--images {images}: no such folder; give the one that the files in {titles} lie in")
     fresh = not file.exists()
     try:
         with closing(_connect(file, create=True)) as db:
             opened = _open_encoder(db, encoder) if titles else None
-            for batch in listed.batches(PICTURES_PER_BATCH):
-                _add_pictures(db, opened, Path(images), batch, counts)
-            for batch in texts.batches(PAGES_PER_BATCH):
+            by_file: dict[str, list[dict[str, str]]] = {}
+            for line in listed:
+                by_file.setdefault(line["file"], []).append(line)
+            for pictures in _batches(by_file.items(), len(by_file), PICTURES_PER_BATCH, "picture"):
+                _add_pictures(db, opened, Path(images), dict(pictures), counts)
+            for batch in _batches(texts, len(texts.last), PAGES_PER_BATCH, "page"):
                 _add_pages(db, batch, counts)
             if not _size(db):
                 raise UserError(f"{file}: nothing could be indexed, so the index would be empty")
@@ -88,18 +103,28 @@ def build(
         if fresh and not (counts["titles"] or counts["pages"]):
             file.unlink(missing_ok=True)
         raise
-    return counts
+    return +counts  # those that are not 0
 
 
 class _Records:
-    """The objects of a JSONL file, or none. All are checked before the first is used. `optional` may be null."""
+    """The objects of a JSONL file, or none. All are checked before the first is used. `optional` may be null. Of those
+    with the same key the last is used."""
 
-    def __init__(self, path: str | Path | None, fields: tuple[str, ...], optional: str, unit: str):
+    def __init__(self, path: str | Path | None, fields: tuple[str, ...], optional: str, key: Callable[[dict], Any]):
         self.path = Path(path) if path else None
-        self.fields, self.optional, self.unit = fields, optional, unit
-        self.total = sum(1 for _ in self)  # also the check of all lines
+        self.fields, self.optional, self.key = fields, optional, key
+        self.last: dict[Any, int] = {}  # by key: the number of the object that is used
+        total = 0
+        for total, record in enumerate(self._all(), start=1):
+            self.last[key(record)] = total
+        self.repeated = total - len(self.last)
 
     def __iter__(self) -> Iterator[dict[str, str]]:
+        for number, record in enumerate(self._all(), start=1):
+            if self.last[self.key(record)] == number:
+                yield record
+
+    def _all(self) -> Iterator[dict[str, str]]:
         names = {*self.fields, self.optional}
         for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
             found = json_object(self.path, row, line)
@@ -110,12 +135,14 @@ class _Records:
                 raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")
             yield {name: _clean(found[name]) for name in names}
 
-    def batches(self, size: int) -> Iterator[list[dict[str, str]]]:
-        records = iter(self)
-        with tqdm(total=self.total, desc=f"indexing {self.unit}s", unit=self.unit, disable=not self.total) as bar:
-            while batch := list(islice(records, size)):
-                yield batch
-                bar.update(len(batch))
+
+def _batches(items: Iterable[Item], total: int, size: int, unit: str) -> Iterator[list[Item]]:
+    """The items in lists of `size`, with a progress bar."""
+    items = iter(items)
+    with tqdm(total=total, desc=f"indexing {unit}s", unit=unit, disable=not total) as bar:
+        while batch := list(islice(items, size)):
+            yield batch
+            bar.update(len(batch))
 
 
 def _clean(text: str) -> str:
@@ -124,11 +151,14 @@ def _clean(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", text)
 
 
-def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch: list[dict], counts: Counter) -> None:
-    """One commit. A picture that cannot be opened is reported and left out."""
+def _add_pictures(
+    db: sqlite3.Connection, encoder: Encoder, folder: Path, batch: dict[str, list[dict]], counts: Counter
+) -> None:
+    """One commit. `batch`: the lines of each file. A picture that cannot be opened is reported and left out; what was
+    there of this file stays."""
     digests: dict[str, bytes] = {}  # by file name
     new: dict[bytes, PIL.Image.Image] = {}  # by digest
-    for name in dict.fromkeys(record["file"] for record in batch):
+    for name in batch:
         try:
             data = (folder / name).read_bytes()
             digest = hashlib.sha256(data).digest()
@@ -144,24 +174,58 @@ def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch:
             row = (digest, vector.tobytes(), jpeg(picture, THUMBNAIL, THUMBNAIL_BYTES))
             db.execute("INSERT OR IGNORE INTO pictures (digest, vector, thumbnail) VALUES (?, ?, ?)", row)
         counts["pictures"] += len(new)
-        for record in batch:
-            if record["file"] in digests:
-                row = (_known(db, "pictures", digests[record["file"]]), record["title"], record["url"])
-                added = db.execute("INSERT OR IGNORE INTO titles VALUES (?, ?, ?)", row).rowcount
-                counts["titles" if added else "known"] += 1
+        without: set[int] = set()  # pictures that a line no longer names
+        for name, digest in digests.items():
+            without |= _put_titles(db, _place(db, folder / name), _known(db, "pictures", digest), batch[name], counts)
+        unused = "DELETE FROM pictures WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM titles WHERE picture = ?1)"
+        db.executemany(unused, [(picture,) for picture in without])  # last: another file may hold the same bytes
+
+
+def _put_titles(db: sqlite3.Connection, file: str, picture: int, lines: list[dict], counts: Counter) -> set[int]:
+    """Make `lines` all that the index has about a file. Returns the pictures of the rows that were removed."""
+    # An earlier version did not record the file: it is taken to be this one where the bytes are the same.
+    db.execute("UPDATE OR IGNORE titles SET file = ? WHERE picture = ? AND file = ''", (file, picture))
+    there = set(db.execute("SELECT * FROM titles WHERE file = ?", (file,)))
+    wanted = {(picture, line["title"], line["url"], file) for line in lines}
+    stale = there - wanted
+    db.executemany("DELETE FROM titles WHERE picture = ? AND title = ? AND url = ? AND file = ?", stale)
+    db.executemany("INSERT INTO titles VALUES (?, ?, ?, ?)", sorted(wanted - there))
+    counts.update(titles=len(wanted - there), known=len(wanted & there), replaced=len(stale))
+    return {row[0] for row in stale}
+
+
+def _place(db: sqlite3.Connection, file: Path) -> str:
+    """The path of a picture from the index's folder: two folders may have files of the same names, and index and
+    pictures may be moved together."""
+    index = db.execute("PRAGMA database_list").fetchone()[2]
+    return os.path.relpath(file.resolve(), Path(index).parent)
+
+
+def _page_digest(page: dict[str, str]) -> bytes:
+    return hashlib.sha256(json.dumps((page["url"], page["title"], page["text"])).encode()).digest()
 
 
 def _add_pages(db: sqlite3.Connection, batch: list[dict], counts: Counter) -> None:
-    """One commit. The key of a page is address, title and text, because several passages may share an address."""
+    """One commit. A page replaces what has its address; pages without an address stand beside each other."""
     with db:
         for page in batch:
-            url, title, text = page["url"], page["title"], page["text"]
-            digest = hashlib.sha256(json.dumps((url, title, text)).encode()).digest()
+            digest, url, title, text = _page_digest(page), page["url"], page["title"], page["text"]
+            if url:
+                old = "SELECT id, title, text FROM pages WHERE url = ? AND digest != ?"
+                for row in db.execute(old, (url, digest)).fetchall():
+                    _remove_page(db, *row)
+                    counts["replaced"] += 1
             sql = "INSERT OR IGNORE INTO pages (digest, url, title, text) VALUES (?, ?, ?, ?)"
             added = db.execute(sql, (digest, url, title, text))
             if added.rowcount:
                 _add_words(db, added.lastrowid, title, text)
             counts["pages" if added.rowcount else "known"] += 1
+
+
+def _remove_page(db: sqlite3.Connection, page: int, title: str, text: str) -> None:
+    row = (page, bm25.searchable(title), bm25.searchable(text))
+    db.execute("INSERT INTO words (words, rowid, title, text) VALUES ('delete', ?, ?, ?)", row)
+    db.execute("DELETE FROM pages WHERE id = ?", (page,))
 
 
 def _add_words(db: sqlite3.Connection, page: int, title: str, text: str) -> None:
@@ -199,8 +263,13 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise UserError(f"{file} is a database, but not an index of search.py; name another file")
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'results'").fetchone():
+            raise UserError(
+                f"{file} holds recorded searches, not an index: use --search replay:{file}, or another file"
+            )
         if create:
             db.executescript(SCHEMA)
+            _renew_titles(db)
         if create or tables:
             _renew_words(db, file)
         if not create:
@@ -208,6 +277,18 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
         return db
     except sqlite3.Error as error:
         raise UserError(f"{file} cannot be opened as an index ({error}); name another file, or make it again") from None
+
+
+def _renew_titles(db: sqlite3.Connection) -> None:
+    """Give the titles of an earlier version the column `file`, empty. One commit."""
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        if "file" not in {name for _, name, *_ in db.execute("PRAGMA table_info(titles)")}:
+            db.execute("ALTER TABLE titles RENAME TO earlier")
+            db.execute(f"CREATE TABLE {TITLES}")
+            db.execute("INSERT INTO titles SELECT picture, title, url, '' FROM earlier")
+            db.execute("DROP TABLE earlier")
+        db.execute(TITLES_FILE)
 
 
 def _renew_words(db: sqlite3.Connection, file: Path) -> None:
@@ -276,8 +357,8 @@ class Local:
             with closing(_connect(self.file)) as db:
                 if not _size(db):
                     raise UserError(f"{file}: the index is empty; add to it: python search.py index --out {file} …")
-                self.ids, self.vectors = _load(db)
-                self.encoder = _open_encoder(db) if len(self.ids) else None
+                self.digests, self.vectors = _load(db)
+                self.encoder = _open_encoder(db) if self.digests else None
         except (sqlite3.Error, ValueError, KeyError) as error:
             raise UserError(f"{file}: the index is damaged ({error}); make it again") from None
 
@@ -295,12 +376,14 @@ class Local:
         hits: list[Hit] = []
         for i in best:
             if len(hits) < self.k:
-                hits += self._titles(int(self.ids[i]), min(float(scores[i]), 1.0))
+                hits += self._titles(self.digests[i], min(float(scores[i]), 1.0))
         return Observation(tuple(hits[: self.k]), source=self.source)
 
-    def _titles(self, picture: int, score: float) -> Iterator[Hit]:
-        sql = "SELECT title, url, thumbnail FROM titles JOIN pictures ON id = picture WHERE id = ? ORDER BY 1, 2"
-        for title, url, thumbnail in self._rows(sql, picture):
+    def _titles(self, digest: bytes, score: float) -> Iterator[Hit]:
+        """By digest: the id of a picture that is replaced after this index was opened may be used again."""
+        sql = """SELECT DISTINCT title, url, thumbnail FROM titles JOIN pictures ON id = picture
+                 WHERE digest = ? ORDER BY 1, 2"""
+        for title, url, thumbnail in self._rows(sql, digest):
             yield Hit(title, url, image=thumbnail, score=score)
 
     def text_search(self, query: str) -> Observation:
@@ -322,20 +405,20 @@ class Local:
             raise ToolFailure("index", f"{self.source}: {error}") from None
 
 
-def _load(db: sqlite3.Connection) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n,) and vectors (n, d) float32 of all pictures. Raises ValueError where the vectors differ in length."""
+def _load(db: sqlite3.Connection) -> tuple[list[bytes], np.ndarray]:
+    """Digests, n, and vectors (n, d) float32 of all pictures. Raises ValueError where the vectors differ in length."""
     n, length = db.execute("SELECT count(*), max(length(vector)) FROM pictures").fetchone()
-    ids = np.zeros(n, dtype=np.int64)
+    digests = []
     vectors = np.empty((n, (length or 0) // 2), dtype=np.float32)
-    rows = db.execute("SELECT id, vector FROM pictures ORDER BY id LIMIT ?", (n,))
-    for i, (picture, vector) in enumerate(rows):
-        ids[i] = picture
+    rows = db.execute("SELECT digest, vector FROM pictures ORDER BY id LIMIT ?", (n,))
+    for i, (digest, vector) in enumerate(rows):
+        digests.append(digest)
         vectors[i] = np.frombuffer(vector, dtype=np.float16)
     with np.errstate(invalid="ignore"):
         finite = np.isfinite(vectors.sum())
     if not finite:
         raise ValueError("a vector is not finite")
-    return ids, vectors
+    return digests, vectors
 
 
 def _matched(query: str, texts: list[str]) -> set[str]:
