@@ -95,7 +95,7 @@ def _recorded(
 ) -> Backend:
     path = Path(options.search_cache or cache_folder() / "search.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Cached(backend, Store(path), form, by_question, PATIENCE, imported)
+    return Cached(backend, Store(path), form, by_question, PATIENCE, imported, options.results)
 
 
 def _replay(options: Options, file: str, examples: Iterable[Example], quiet: bool) -> Backend:
@@ -103,12 +103,12 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
         how = "python search.py cache import FILE.pkl --data FILE.parquet --out FILE"
         raise UserError(f"--search replay:fvqa knows a data set's pictures only; to search by hand: {how}")
     if not file.endswith((".jsonl", ".pkl")):
-        return Replayed(Store(file, readonly=True), options.on_miss)
+        return Replayed(Store(file, readonly=True), options.on_miss, options.results)
     store = Store(None)
     found = import_searches(store, file, examples)
     if not quiet:
         print(f"{file}: {found}", file=sys.stderr)
-    return Replayed(store, options.on_miss)
+    return Replayed(store, options.on_miss, options.results)
 
 
 def import_searches(store: Store, file: str | Path, examples: Iterable[Example]) -> str:

@@ -2,7 +2,10 @@
 
 `Cached` answers recorded searches from the file, waits where another thread or process makes the same search, and
 records a new result on disk before it returns it, so that a resumed run gets the same results. Results are also
-imported from recorded conversations, stores and JSON lines, and exported. The first recording of a search stays.
+imported from recorded conversations, stores and JSON lines, and exported.
+
+A replay gives the newest answer: after an index was corrected and searched again, it does not give what the old index
+said. While a run records, it makes each search once, so its answer stays the same when the run is resumed.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
-NEAREST = 5  # pages that Replayed("nearest") returns
+NEAREST = 5  # pages that stand in for a search, where `results` does not say how many
 
 
 class Cached:
@@ -34,8 +37,9 @@ class Cached:
 
     `form` names how results are made ("thumbnails/5"); results of another form are not used. With `by_question` the
     results of an image search are used for its question only. With `imported` the results of an imported image search,
-    which have no form, are used as well: right where results are titles and thumbnails, as those are. A caller waits
-    `patience` seconds for another's search (ToolFailure("timeout")): more than the engine's own deadline.
+    which have no form, are used as well, with at most `results` hits: right where results are titles and thumbnails, as
+    those are. A caller waits `patience` seconds for another's search (ToolFailure("timeout")): more than the engine's
+    own deadline.
     """
 
     def __init__(
@@ -46,9 +50,11 @@ class Cached:
         by_question: bool = False,
         patience: float = 300.0,
         imported: bool = False,
+        results: int | None = None,
     ):
         self.backend, self.store, self.patience = backend, store, patience
         self.form, self.by_question, self.imported = form, by_question, imported
+        self.results = results
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
         key = image_key(image, self.form, question if self.by_question else "")
@@ -60,7 +66,7 @@ class Cached:
     def _answer(self, key: Key, ask: Callable[[], Observation]) -> Observation:
         seen = self.store.get(key)
         if not seen and self.imported and key.tool == IMAGE_SEARCH:
-            seen = self.store.get(key._replace(form="", question=""))
+            seen = _first_hits(self.store.get(key._replace(form="", question="")), self.results)
         seen = seen or self.store.once(key, lambda: self._ask(key, ask), self.patience)
         if not seen.cached:
             return seen
@@ -81,8 +87,13 @@ class Cached:
         return replace(self.store.get(key) or seen, cached=False)  # exactly as later callers will get it
 
 
+def _first_hits(seen: Observation | None, most: int | None) -> Observation | None:
+    return seen and replace(seen, hits=seen.hits[:most])
+
+
 class Replayed:
-    """A search engine that answers from recorded results only, of any form; those for the same question come first.
+    """A search engine that answers from recorded results only, of any form: with the newest of those for the same
+    question, or else with the newest for any question. It gives at most `results` hits; None: all that were recorded.
 
     A search that is not recorded gives, by `miss`:
     - "error": ToolFailure("miss");
@@ -90,8 +101,8 @@ class Replayed:
     - "nearest": for a text search the nearest recorded pages, by BM25; for a picture no hits.
     """
 
-    def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error"):
-        self.store, self.miss = store, miss
+    def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error", results: int | None = None):
+        self.store, self.miss, self.results = store, miss, results
         self.pages = _Pages(store) if miss == "nearest" else None
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
@@ -101,45 +112,57 @@ class Replayed:
         return self._answer(text_key(query, None), f"query {query!r:.80}", query)
 
     def _answer(self, key: Key, what: str, query: str = "") -> Observation:
-        seen = self.store.get(key)
+        seen = _first_hits(self.store.get(key), self.results)
         self.store.count("hits" if seen else "misses", key.tool)
         if seen:
             return replace(seen, seconds=0.0)
         if self.miss == "error":
             raise ToolFailure("miss", f"{what} is not recorded in {self.store.path}")
-        if self.pages and (hits := self.pages.nearest(query)):
+        if self.pages and (hits := self.pages.nearest(query, self.results)):
             return Observation(hits, source="nearest", cached=True)
         return Observation(source="replay")
 
 
 class _Pages:
-    """The pages of all recorded text searches, in a full-text index of this process."""
+    """The pages that all recorded text searches found last, in a full-text index of this process."""
 
     def __init__(self, store: Store):
         self.lock = threading.Lock()
         self.db = sqlite3.connect("", check_same_thread=False)
         self.db.execute("CREATE TABLE pages (id INTEGER PRIMARY KEY, title TEXT, text TEXT, url TEXT)")
         self.db.execute(f"CREATE VIRTUAL TABLE words USING fts5(title, text, content = '', {bm25.TOKENIZE})")
-        hits = (hit for key, seen, _ in store.records() if key.tool == TEXT_SEARCH for hit in seen.hits)
-        pages = dict.fromkeys((storable(hit.title), storable(hit.text), storable(hit.url)) for hit in hits)
+        pages: dict[tuple[str, str, str], None] = {}
+        for seen, _ in _newest_by_query(store).values():
+            for hit in seen.hits:
+                pages[storable(hit.title), storable(hit.text), storable(hit.url)] = None
         for number, (title, text, url) in enumerate(pages):
             self.db.execute("INSERT INTO pages VALUES (?, ?, ?, ?)", (number, title, text, url))
             words = (number, bm25.searchable(title), bm25.searchable(text))
             self.db.execute("INSERT INTO words (rowid, title, text) VALUES (?, ?, ?)", words)
 
-    def nearest(self, query: str) -> tuple[Hit, ...]:
-        """The best pages for any of the query's words, scored by BM25."""
+    def nearest(self, query: str, most: int | None) -> tuple[Hit, ...]:
+        """The best pages for any of the query's words, scored by BM25; None: NEAREST of them."""
         match = bm25.sqlite_query(query)
         sql = """SELECT pages.title, url, pages.text, -rank FROM words JOIN pages ON id = words.rowid
                  WHERE words MATCH ? ORDER BY rank, id LIMIT ?"""
         with self.lock:
-            rows = self.db.execute(sql, [match, NEAREST]).fetchall() if match else []
+            rows = self.db.execute(sql, [match, most or NEAREST]).fetchall() if match else []
         return tuple(Hit(title, url, text, score=score) for title, url, text, score in rows)
+
+
+def _newest_by_query(store: Store) -> dict[str, tuple[Observation, float]]:
+    """What each recorded text search found last, and when."""
+    newest: dict[str, tuple[Observation, float]] = {}
+    for key, seen, when in store.records():
+        if key.tool == TEXT_SEARCH and (key.query not in newest or when >= newest[key.query][1]):
+            newest[key.query] = seen, when
+    return newest
 
 
 def import_transcripts(store: Store, path: str | Path, examples: Iterable[Example]) -> int:
     """Record the searches of a transcripts file (see `recorded.recorded_turns`); returns how many were new. Image
-    searches are joined by id to the pictures of `examples`, which are read once."""
+    searches are joined by id to the pictures of `examples`, which are read once. Where the file has a search twice, the
+    first counts: conversations have no times."""
     from mmsr.data.recorded import recorded_turns
 
     refuse_pickle(Path(path))
@@ -156,18 +179,27 @@ def import_transcripts(store: Store, path: str | Path, examples: Iterable[Exampl
                 if turn.action == IMAGE_SEARCH and turn.observation is not None:
                     yield image_key(example.image), turn.observation, now
 
-    return store.add(searches())
+    return store.add(_each_once(searches()))
+
+
+def _each_once(records: Iterable[Record]) -> Iterable[Record]:
+    """The first record of each key: so the same file, imported again, changes nothing."""
+    first: dict[Key, Record] = {}
+    for record in records:
+        first.setdefault(record[0], record)
+    return first.values()
 
 
 def import_results(store: Store, results: Mapping[str, Observation], examples: Iterable[Example]) -> int:
     """Record image searches, given by example id, for the pictures of `examples`; returns how many were new."""
     now = time.time()
     searches = ((image_key(example.image), results[example.id], now) for example in examples if example.id in results)
-    return store.add(searches)
+    return store.add(_each_once(searches))
 
 
 def merge(store: Store, path: str | Path) -> int:
-    """Record the results of another store's file; returns how many were new. Counts and spending are not merged."""
+    """Record the results of another store's file, with their times: the newer of two results with the same key counts.
+    Returns how many were new. Counts and spending are not merged."""
     with closing(Store(path, readonly=True)) as other:
         return store.add(other.records())
 

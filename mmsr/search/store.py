@@ -5,6 +5,9 @@ The key of a result is the tool, the normalised query or the SHA-256 of the pict
 thumbnail is stored once, by digest. A row with a wrong checksum is moved aside and counts as not recorded. Nothing is
 unpickled. Failures are not stored; empty results are.
 
+A look-up of one form has one row. A look-up of any form (a replay) gives the newest row. What is imported takes the
+place of an older row with its key; what a running search records does not (see `Store.put`).
+
 Traps. A transaction that reads and then writes needs BEGIN IMMEDIATE: with a plain BEGIN most fail under contention.
 Write-ahead logging needs shared memory: processes of one machine may share a file, machines on a network drive may not.
 Open a file once per process, after a fork and not before: closing a second handle releases the first one's locks.
@@ -49,7 +52,13 @@ CREATE TABLE spend (run TEXT, step INTEGER, provider TEXT, n INTEGER, PRIMARY KE
 TABLES = [statement.strip() for statement in SCHEMA.split(";")]
 FIND = """
 SELECT * FROM results WHERE tool=? AND query=? AND form=COALESCE(?, form) AND question IN ('', ?)
-ORDER BY question DESC, id
+ORDER BY question DESC, time DESC, id DESC
+"""
+DELETE_OLDER = "DELETE FROM results WHERE tool=? AND query=? AND form=? AND question=? AND time<? AND payload!=?"
+LIST = """
+SELECT id, tool, query, form, question, time, json_extract(sound, '$.source'), json_array_length(sound, '$.hits'),
+       json_extract(sound, '$.hits[0].title')
+FROM (SELECT *, CASE WHEN json_valid(payload) THEN payload END AS sound FROM results) ORDER BY id
 """
 DAMAGE = (sqlite3.DatabaseError, UnicodeError)  # UnicodeError: an error message that quotes damaged text
 BUSY = 30.0  # seconds that one write waits for another
@@ -72,6 +81,20 @@ class Key(NamedTuple):
 
 
 Record = tuple[Key, Observation, float]  # the time of recording is in seconds since 1970
+
+
+class Entry(NamedTuple):
+    """A row of the file without its thumbnails. Its checksum has not been checked, so any field may be None."""
+
+    number: int
+    tool: str
+    query: str
+    form: str
+    question: str
+    time: float
+    source: str | None  # None: the row is damaged
+    hits: int
+    title: str | None  # of the first hit
 
 
 def text_key(query: str, form: str | None = "") -> Key:
@@ -132,7 +155,8 @@ class Store:
     # ---- results
 
     def get(self, key: Key) -> Observation | None:
-        """The recorded result, with `cached` set; None where there is none, or only a damaged one."""
+        """The recorded result, with `cached` set; None where there is none, or only a damaged one. Of several forms
+        the newest."""
         key = Key(*(part and storable(part) for part in key))
         try:
             rows = self._db.execute(FIND, key).fetchall()
@@ -145,11 +169,13 @@ class Store:
         return None
 
     def put(self, key: Key, seen: Observation) -> bool:
-        """Record a result, on disk when this returns. False where there is one already, or it cannot be recorded."""
-        return self.add([(key, seen, time.time())]) == 1
+        """Record a result, on disk when this returns. False where there is one already, or it cannot be recorded: two
+        processes that made the same search both go on with the first result, which a resumed run sees again."""
+        return self.add([(key, seen, time.time())], keep=True) == 1
 
-    def add(self, records: Iterable[Record]) -> int:
-        """Record results, except failures and malformed ones; returns how many were new."""
+    def add(self, records: Iterable[Record], keep: bool = False) -> int:
+        """Record results, except failures and malformed ones. An older result with the same key is replaced, unless
+        `keep`. Returns how many were recorded; not those that were there already."""
         new = 0
         records = iter(records)
         while batch := list(islice(records, BATCH)):
@@ -158,7 +184,7 @@ class Store:
                 if row := self._row(*record):
                     rows.append(row)
             try:
-                new += self._write(self._insert, rows)
+                new += self._write(self._insert, rows, keep)
             except sqlite3.Error as error:
                 self._warn("results are not recorded", error)
         return new
@@ -168,6 +194,27 @@ class Store:
         for row in self._db.execute("SELECT * FROM results ORDER BY id"):
             if seen := self._checked(row):
                 yield Key(*row[1:5]), seen, row[6]
+
+    def entries(self) -> Iterator[Entry]:
+        """All rows, damaged ones too, in the order of their recording."""
+        yield from map(Entry._make, self._db.execute(LIST))
+
+    def record(self, number: int) -> Record | None:
+        """The undamaged result of this number."""
+        row = self._db.execute("SELECT * FROM results WHERE id=?", [number]).fetchone()
+        seen = row and self._checked(row)
+        return (Key(*row[1:5]), seen, row[6]) if seen else None
+
+    def drop(self, numbers: Iterable[int], damaged: bool = False) -> int:
+        """Remove the results of these numbers and, with `damaged`, all rows that were set aside; then the thumbnails
+        that no result has. Returns how many rows were removed. Counts and paid calls stay. Raises UserError."""
+        try:
+            removed = self._write(_drop, list(numbers), damaged)
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); end what uses it, or copy it") from None
+        return removed
 
     def _row(self, key: Key, seen: Observation, when: float) -> tuple[tuple, dict[str, bytes]] | None:
         """A result's row and its thumbnails by digest. None for a failure, and for what could not be read back."""
@@ -183,9 +230,12 @@ class Store:
         fields = (*map(storable, key), payload, float(when))
         return (None, *fields, _checksum(fields)), thumbnails
 
-    def _insert(self, db: sqlite3.Connection, rows: list[tuple[tuple, dict[str, bytes]]]) -> int:
+    def _insert(self, db: sqlite3.Connection, rows: list[tuple[tuple, dict[str, bytes]]], keep: bool) -> int:
         new = 0
         for row, thumbnails in rows:
+            if not keep:
+                _, *key, payload, when, _ = row
+                db.execute(DELETE_OLDER, (*key, when, payload))
             db.executemany("INSERT OR REPLACE INTO thumbnails VALUES (?, ?)", thumbnails.items())
             new += db.execute("INSERT OR IGNORE INTO results VALUES (?,?,?,?,?,?,?,?)", row).rowcount
         self._write_counts(db)
@@ -375,6 +425,9 @@ class Store:
         if fresh:
             db.execute("PRAGMA journal_mode=WAL")
             self._write(_make_tables)
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name='pictures'").fetchone():
+            advice = "search it with --search local:FILE, or name another file"
+            raise UserError(f"{self.path}: an index of pictures and pages, no recorded searches; {advice}")
         if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(" ".join(found.split()))
         objects = db.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
@@ -527,6 +580,19 @@ def _checksum(fields: Iterable[Any]) -> str:
 def _quarantine(db: sqlite3.Connection, number: int) -> None:
     db.execute("INSERT INTO quarantine SELECT * FROM results WHERE id=?", [number])
     db.execute("DELETE FROM results WHERE id=?", [number])  # because of AUTOINCREMENT no other row gets this id
+
+
+def _drop(db: sqlite3.Connection, numbers: list[int], damaged: bool) -> int:
+    removed = sum(db.execute("DELETE FROM results WHERE id=?", [number]).rowcount for number in numbers)
+    if damaged:
+        removed += db.execute("DELETE FROM quarantine").rowcount
+    shown = set()
+    for (payload,) in db.execute("SELECT payload FROM results"):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # a damaged row shows nothing
+            shown.update(hit["image"] for hit in json.loads(payload)["hits"] if isinstance(hit["image"], str))
+    digests = [digest for (digest,) in db.execute("SELECT digest FROM thumbnails")]
+    db.executemany("DELETE FROM thumbnails WHERE digest=?", [[digest] for digest in digests if digest not in shown])
+    return removed
 
 
 def _make_tables(db: sqlite3.Connection) -> None:

@@ -22,6 +22,7 @@ from mmsr.episode import Example, Hit, Observation
 from mmsr.search import cache
 from mmsr.search.backends import import_searches, open_backend
 from mmsr.search.cache import Cached, Replayed, export_jsonl, import_jsonl, import_results, import_transcripts, merge
+from mmsr.search.index import build
 from mmsr.search.store import Store, image_key, text_key
 from mmsr.setup.questions import Questions
 from mmsr.setup.search import open_search
@@ -199,6 +200,52 @@ def test_the_nearest_pages_stand_in_for_a_query_that_was_not_recorded(store):
     assert near.text_search("query 2").hits[0].text == pages[2] and near.text_search("query 2").source == ""
 
 
+def test_a_recording_answers_as_before_its_index_was_corrected(tmp_path):
+    """By the same path, or by another form: `--results 3` recorded the first, `--results 5` the second."""
+    recording = tmp_path / "searches.sqlite"
+    pages = tmp_path / "pages.jsonl"
+    for year, results in (("1887", 3), ("1889", 5)):
+        pages.write_text(json.dumps({"url": "http://a.example", "text": f"The tower was opened in {year}."}) + "\n")
+        build(tmp_path / "my.index", "builtin", None, None, pages)
+        options = Options(search=f"local:{tmp_path / 'my.index'}", results=results, search_cache=str(recording))
+        open_backend(options).backend.text_search("when was the tower opened")
+    for query, miss in (("when was the tower opened", "error"), ("tower opened", "nearest")):
+        replayed = open_backend(Options(search=f"replay:{recording}", on_miss=miss)).backend
+        assert [hit.text for hit in replayed.text_search(query).hits] == ["The tower was opened in 1889."]
+    lines = tmp_path / "corrected.jsonl"
+    with closing(Store(recording)) as store:
+        export_jsonl(store, lines)
+        lines.write_text(lines.read_text().replace("in 1889", "on 31 March 1889"))
+        assert import_jsonl(store, lines) == 0, "a change without a newer time"
+        said = [json.loads(line) | {"time": 4e9} for line in lines.read_text().splitlines()]
+        lines.write_text("".join(json.dumps(line) + "\n" for line in said[-1:]))
+        assert import_jsonl(store, lines) == 1 and import_jsonl(store, lines) == 0
+        assert "31 March" in Replayed(store).text_search("when was the tower opened").hits[0].text
+
+
+def test_a_recording_shows_more_results_than_asked_for(tmp_path, store):
+    hits = tuple(Hit(f"title {rank}", text="the Tagus") for rank in range(8))
+    store.put(text_key("q", "local/8"), Observation(hits))
+    import_results(store, {"1": Observation(hits)}, [Example("1", b"p", "?", ("a",))])
+    export_jsonl(store, tmp_path / "lines.jsonl")
+    for most in (1, 3, 7):
+        options = Options(search=f"replay:{tmp_path / 'lines.jsonl'}", results=most, on_miss="nearest")
+        replayed = open_backend(options, quiet=True).backend
+        for seen in (replayed.text_search("q"), replayed.image_search(b"p", "?"), replayed.text_search("Tagus")):
+            assert [hit.title for hit in seen.hits] == [hit.title for hit in hits[:most]]
+        live = Cached(Engine(), store, "live/thumbnails/5", imported=True, results=most)
+        assert live.image_search(b"p", "?").hits == hits[:most]
+
+
+def test_conversations_that_searched_twice_change_the_answer_at_every_import(tmp_path, store):
+    found = [{"documents": [{"rank": 1, "title": title}], "summaries": []} for title in "ab"]
+    turns = [{"response": "", "action": "text_search", "query": "q", "tool_result": result} for result in found]
+    path = tmp_path / "transcripts.jsonl"
+    path.write_text(json.dumps({"data_id": "made_0", "turns": turns}) + "\n")
+    assert [import_transcripts(store, path, []) for _ in range(3)] == [1, 0, 0]
+    assert Replayed(store).text_search("q").hits[0].title == "a"
+
+
 def test_the_nearest_page_is_none_in_the_language_of_the_query(store):
     for query, page in SEARCHES:
         store.put(text_key(f"recorded {query}"), Observation((Hit("page", text=page),)))
@@ -333,9 +380,10 @@ def test_results_go_out_and_come_back_whole(tmp_path, store):
     with closing(Store(tmp_path / "other.sqlite")) as other:
         other.put(text_key("q 0 é漢\0", "s"), page(9))
         assert import_jsonl(other, path) == 499 and import_jsonl(other, path) == 0
-        assert other.get(text_key("q 0 é漢\0", "s")).hits == page(9).hits, "the first recording counts"
+        assert other.get(text_key("q 0 é漢\0", "s")).hits == page(9).hits, "an older recording replaced a newer one"
         assert all(other.get(key).hits == one.hits for key, one in list(seen.items())[1:])
-    assert merge(store, tmp_path / "other.sqlite") == 0
+    assert merge(store, tmp_path / "other.sqlite") == 1 and merge(store, tmp_path / "other.sqlite") == 0
+    assert store.get(text_key("q 0 é漢\0", "s")).hits == page(9).hits, "an older recording stays beside a newer one"
     with closing(Store(None)) as third:
         assert merge(third, tmp_path / "other.sqlite") == 500 and merge(third, tmp_path / "other.sqlite") == 0
         export_jsonl(third, tmp_path / "again.jsonl")
@@ -433,7 +481,7 @@ def test_exported_searches_are_taken_for_conversations(tmp_path, store, transcri
     backend = open_backend(Options(search=f"replay:{tmp_path / 'lines.jsonl'}", on_miss="error")).backend
     assert backend.text_search("which river?").hits == page(1).hits
     assert import_searches(store, tmp_path / "lines.jsonl", ()) == "0 new searches"
-    assert import_searches(store, transcripts, examples()).startswith("2 new")
+    assert import_searches(store, transcripts, examples()).startswith("3 new"), "the newer answer to one is not taken"
     with pytest.raises(ToolFailure, match="miss"):
         backend.text_search("which sea?")
 

@@ -152,6 +152,32 @@ def test_the_first_recording_counts_and_a_thumbnail_is_kept_once():
         assert store.stats()["thumbnails"] == 1
 
 
+def test_an_older_answer_is_imported_over_a_newer_one_or_the_other_way_round():
+    key = text_key("q")
+    with closing(Store(None)) as store:
+        recorded = [store.add([(key, found(number), when)]) for number, when in ((1, 10.0), (2, 20.0), (3, 15.0))]
+        assert recorded == [1, 1, 0]
+        assert same(store.get(key), found(2)) and len(list(store.records())) == 1
+        store.add([(text_key("q", "other"), found(4), 30.0), (text_key("q", "third"), found(5), 25.0)])
+        assert same(store.get(text_key("q", None)), found(4)) and same(store.get(key), found(2))
+        assert store.add([(key, found(2), 40.0)]) == 0, "the same again is called new"
+
+
+def test_a_dropped_search_comes_back_or_takes_another_ones_thumbnail(tmp_path):
+    with closing(Store(tmp_path / "s.sqlite")) as store:
+        for number, picture in enumerate((b"a", b"b", b"a" * 100_000)):
+            store.put(text_key(f"q {number}"), found(number, picture))
+        store.put(text_key("q 3"), found(3, b"b"))
+        Budget(store, "run", 9).spend("serpapi")
+        first, *_, last = [entry.number for entry in store.entries()]
+        size = store.stats()["bytes"]
+        assert store.drop([first, first + 1, first + 2, 99]) == 3 and store.stats()["bytes"] < size - 90_000
+        assert [entry.number for entry in store.entries()] == [last] and store.stats()["thumbnails"] == 1
+        assert same(store.get(text_key("q 3")), found(3, b"b")) and store.get(text_key("q 0")) is None
+        assert store.put(text_key("q 0"), found(7)) and store.spent("run") == {"serpapi": 1}
+        assert [entry.number for entry in store.entries()][-1] > last, "a number is given twice"
+
+
 def test_a_missing_thumbnail_leaves_the_title_and_is_counted(tmp_path):
     path = filled(tmp_path / "s.sqlite", 2)
     with closing(sqlite3.connect(path)) as db, db:
