@@ -4,25 +4,30 @@ python search.py index --images DIR --titles FILE.jsonl --pages FILE.jsonl --out
 python search.py image photo.jpg --search local:my.index
 python search.py text "who designed it" --search local:my.index
 python search.py serve --search local:my.index
-python search.py cache import conversations.jsonl --data questions.parquet --out searches.sqlite
+python search.py cache searches.sqlite
+
+Each command has its own help: python search.py index --help, python search.py cache drop --help
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
 from contextlib import closing
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from mmsr.config import SEARCH_OPTIONS, Options
 from mmsr.episode import Hit, Observation
 from mmsr.search.backends import KNOWN, import_searches, open_backend
+from mmsr.search.cache import NOT_RECORDED
+from mmsr.search.contents import counted
 from mmsr.system.errors import UserError
-from mmsr.system.options import Parser, add_options
+from mmsr.system.options import Parser, add_options, default_notes
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
 
@@ -62,9 +67,10 @@ def image(args: argparse.Namespace) -> int:
 
 def text(args: argparse.Namespace) -> int:
     """search.py text QUERY"""
-    if not args.query.strip():
+    query = " ".join(args.query)
+    if not query.strip():
         raise UserError("the query is empty: give some words")
-    return _search(args, TEXT_SEARCH, Call(args.query, b"", args.query))
+    return _search(args, TEXT_SEARCH, Call(query, b"", query))
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -75,30 +81,131 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def cache(args: argparse.Namespace) -> int:
-    """search.py cache FILE | import SRC --out FILE | export FILE --out LINES.jsonl"""
-    from mmsr.search.cache import export_jsonl
+def summary(args: argparse.Namespace) -> int:
+    """search.py cache FILE: what a file of recorded searches holds."""
+    from mmsr.search import contents
+
+    with closing(_recording(args.file)) as store:
+        if args.json:
+            print(json.dumps(store.stats(), indent=2))
+            return 0
+        for line in contents.summary(store, list(store.entries()), store.stats()):
+            print(_printable(line))
+    return 0
+
+
+def list_(args: argparse.Namespace) -> int:
+    """search.py cache list FILE: a line a search."""
+    from mmsr.search import contents
+
+    with closing(_recording(args.file)) as store:
+        for entry in _chosen(args, list(store.entries())):
+            print(json.dumps(entry._asdict()) if args.json else _printable(contents.line(entry)))
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """search.py cache show FILE SEARCH: all that is recorded of a search."""
+    from mmsr.search import contents
+
+    with closing(_recording(args.file)) as store:
+        named = contents.found(list(store.entries()), args.search)
+        if not named:
+            advice = f"python search.py cache list {args.file} lists what is"
+            raise UserError(f"{args.search!r:.60} is not recorded in {args.file}; {advice}")
+        for entry in named:
+            record = store.record(entry.number)
+            if args.json:
+                results = [_result(hit, entry.tool) for hit in record[1].hits] if record else None
+                print(json.dumps(entry._asdict() | {"results": results}))
+                continue
+            for line in contents.about(entry):
+                print(_printable(line))
+            if record:
+                _show(record[1], record[1].seconds)
+            else:
+                print("damaged: it counts as not recorded")
+    return 0
+
+
+def drop(args: argparse.Namespace) -> int:
+    """search.py cache drop FILE: remove searches, so that they are made again."""
+    from mmsr.search import contents
+
+    if not (args.numbers or args.damaged or _filters(args)):
+        raise UserError("nothing to drop is named: give numbers of the list, or --older-than, --engine, --empty, …")
+    with closing(_recording(args.file, writable=args.yes)) as store:
+        entries = list(store.entries())
+        chosen = list(_chosen(args, entries)) if args.numbers or _filters(args) else []
+        if missing := set(args.numbers) - {entry.number for entry in entries}:
+            raise UserError(f"{args.file}: no search has the number {min(missing)}; cache list FILE shows them")
+        aside = store.stats()["quarantined"] if args.damaged else 0
+        what = f"{len(chosen):,} of {counted(len(entries), 'search', 'searches')}"
+        what += f" ({contents.kinds(chosen)})" * bool(chosen) + f" and {aside:,} damaged rows" * bool(aside)
+        if not args.yes:
+            print(f"{args.file}: would drop {what}; add --yes to do it")
+            return 0
+        store.drop([entry.number for entry in chosen], args.damaged)
+        print(f"{args.file}: dropped {what}")
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    """search.py cache import SRC --out FILE"""
     from mmsr.search.store import Store
 
-    file = args.words[-1]
-    verb = " ".join(args.words[:-1])
-    if verb not in ("", "import", "export"):
-        raise UserError(f"cache {' '.join(args.words)}: give cache FILE, cache import SRC or cache export FILE")
-    if bool(verb) != bool(args.out):
-        raise UserError("--out names the file that import and export write: give it with these, and with nothing else")
-    if verb:
-        _check_files(file, args.out)
-    if verb == "import":
+    _check_files(args.file, args.out)
+    fresh = not os.path.lexists(args.out)
+    try:
         with closing(Store(args.out)) as store:
             store.require_writable()
-            print(f"{args.out}: {import_searches(store, file, _examples(args.data))}")
-        return 0
-    with closing(Store(file, readonly=True)) as store:
-        if verb == "export":
-            print(f"{args.out}: {export_jsonl(store, args.out)} searches")
-        else:
-            print(json.dumps(store.stats(), indent=2))
+            print(f"{args.out}: {import_searches(store, args.file, _examples(args.data))}")
+    except UserError:
+        if fresh:
+            for suffix in ("", "-wal", "-shm", ".lock"):
+                Path(f"{args.out}{suffix}").unlink(missing_ok=True)
+        raise
     return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """search.py cache export FILE --out LINES.jsonl"""
+    from mmsr.search.cache import export_jsonl
+
+    _check_files(args.file, args.out)
+    with closing(_recording(args.file)) as store:
+        print(f"{args.out}: {counted(export_jsonl(store, args.out), 'search', 'searches')}")
+    return 0
+
+
+def _recording(file: str, writable: bool = False):
+    """The file of recorded searches. Raises UserError for another file."""
+    from mmsr.search.store import Store
+
+    if file.endswith(".jsonl"):
+        how = f"python search.py cache import {file} --out searches.sqlite"
+        raise UserError(f"{file}: JSON lines; if they are recorded searches, import them: {how}")
+    if not writable or not Path(file).is_file():
+        return Store(file, readonly=True)
+    Store(
+        file, readonly=True
+    ).close()  # refuses what is no recording; to be written, it would be moved aside as damaged
+    return Store(file)
+
+
+def _filters(args: argparse.Namespace) -> dict:
+    """The given options of `_choice_options`."""
+    names = ("tool", "engine", "words", "older_than", "empty", "superseded")
+    return {name: getattr(args, name) for name in names if getattr(args, name) not in ("", None, False)}
+
+
+def _chosen(args: argparse.Namespace, entries: list):
+    """The recorded searches that the options and numbers name."""
+    from mmsr.search.contents import Chosen
+
+    for entry in Chosen(**_filters(args)).of(entries, time.time()):
+        if not args.numbers or entry.number in args.numbers:
+            yield entry
 
 
 def _check_files(file: str, out: str) -> None:
@@ -146,33 +253,41 @@ def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
 
 def _record(seen: Observation, tool: str, seconds: float) -> dict:
     """What --json prints."""
-    from mmsr.search.serve import image_result
-
     if not seen.ok:
         kind, _, message = (seen.error or "error").partition(": ")
         return {"ok": False, "error": {"kind": kind, "message": message or kind}}
-    results = [image_result(hit) if tool == IMAGE_SEARCH else _page(hit) for hit in seen.hits]
+    results = [_result(hit, tool) for hit in seen.hits]
     about = {"source": seen.source, "seconds": round(seconds, 4), "cached": seen.cached}
     return {"ok": True, **about, "results": results}
 
 
-def _page(hit: Hit) -> dict:
+def _result(hit: Hit, tool: str) -> dict:
+    """A hit as --json prints it. An image search's also has a thumbnail, and its address a second time as `link`."""
+    from mmsr.search.serve import image_result
+
+    if tool == IMAGE_SEARCH:
+        return image_result(hit)
     return {"title": hit.title, "url": hit.url, "text": hit.text, "score": hit.score}
 
 
 def _show(seen: Observation, seconds: float) -> None:
     """Print the results as the model gets them, with scores and addresses; of a thumbnail, its size."""
     for rank, hit in enumerate(seen.hits, start=1):
-        score = "" if hit.score is None else f"   (score {hit.score:.3f})"
+        score = "" if hit.score is None else f"   (score {_number(hit.score)})"
         print(f"[{rank}] {_printable(hit.title)}{score}")
         if hit.image:
             print(f"    thumbnail {_size(hit.image)}")
         for line in (hit.url, hit.text):
             if line.strip():
                 print("    " + _printable(line).replace("\n", "\n    "))
-    found = f"{len(seen.hits)} results" if seen.hits else "No results"
+    found = counted(len(seen.hits), "result", "results") if seen.hits else "No results"
     recorded = "recorded, " if seen.cached else ""
-    print(f"{found} from {seen.source}, {recorded}in {seconds * 1000:.0f} ms")
+    missing = ": this search is not recorded, see --on-miss" if seen.source == NOT_RECORDED and not seen.cached else ""
+    print(f"{found} from {seen.source}, {recorded}in {seconds * 1000:.0f} ms{missing}")
+
+
+def _number(score: float) -> str:
+    return f"{score:.1e}" if 0 < abs(score) < 0.001 else f"{score:.3f}"
 
 
 def _size(thumbnail: bytes) -> str:
@@ -193,65 +308,123 @@ def _printable(text: str) -> str:
     return shown.encode(encoding, "replace").decode(encoding).strip()
 
 
+# ---- the command line
+
+VERBS = {
+    "summary": "how many searches of which tool and engine, how old they are, the size of the file",
+    "list": "a line for each search",
+    "show": "all that is recorded of one search",
+    "drop": "remove searches, so that they are made again",
+    "import": "record the searches of another file",
+    "export": "write all searches as JSON lines",
+}
+DEFAULTS = default_notes(Options, {"": {}}) | {"search": " (required)"}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(run: Callable[[argparse.Namespace], int], summary: str, more: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__, help=summary, description=f"{summary} {more}", allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
-
     again = "The file is made where there is none. Whatever ends this early, the same command goes on from there."
-    _index_options(command(index, "Add pictures and pages to an index of your own.", again))
-    _image_options(command(image, "Search with a picture and show what the model would see."))
-    _text_options(command(text, "Search with words and show what the model would see."))
+    _index_options(_command(commands, index, "Add pictures and pages to an index of your own.", again))
+    _image_options(_command(commands, image, "Search with a picture and show what the model would see."))
+    _text_options(_command(commands, text, "Search with words and show what the model would see."))
     protocol = "POST /retrieve is Search-R1's protocol; POST /image_search and GET /health stand beside it."
-    _serve_options(command(serve, "Answer searches over HTTP.", protocol))
-    verbs = (
-        "cache FILE | cache import SRC --out FILE | cache export FILE --out LINES.jsonl. SRC: recorded conversations "
-        "(.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another such file."
-    )
-    _cache_options(command(cache, "Show what a file of recorded searches holds, or fill one.", verbs))
+    _serve_options(_command(commands, serve, "Answer searches over HTTP.", protocol))
+    recorded = "Without a verb, cache FILE is cache summary FILE. Each verb has its own help: cache drop --help."
+    _cache_commands(_command(commands, None, "Show and change a file of recorded searches.", recorded, "cache"))
     return parser
 
 
+def _command(
+    commands: Any, run: Callable[[argparse.Namespace], int] | None, summary: str, more: str = "", name: str = ""
+) -> argparse.ArgumentParser:
+    name = name or run.__name__.strip("_")
+    added = commands.add_parser(name, help=summary, description=f"{summary} {more}", allow_abbrev=False)
+    added.set_defaults(run=run)
+    return added
+
+
 def _index_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF")
-    titles = 'a line each: {"file", "title", and "url" if it has a page}'
-    parser.add_argument("--titles", metavar="FILE.jsonl", help=titles)
-    pages = 'a line each: {"url", "text", and "title" if it has one}'
-    parser.add_argument("--pages", metavar="FILE.jsonl", help=pages)
-    parser.add_argument("--out", metavar="FILE", required=True, help="the index")
+    pictures = parser.add_argument_group("pictures, by their files: a file that is given again replaces what was there")
+    pictures.add_argument(
+        "--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF (no pictures)"
+    )
+    titles = 'a line each: {"file", "title", and "url" if it has a page}; with --images'
+    pictures.add_argument("--titles", metavar="FILE.jsonl", help=titles)
     encoder = (
         "what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
-        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL's vision tower)"
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL) (builtin)"
     )
-    parser.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
+    pictures.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
+    texts = parser.add_argument_group(
+        "pages, by their addresses: an address that is given again replaces what was there"
+    )
+    pages = 'a line each: {"url", "text", and "title" if it has one} (no pages)'
+    texts.add_argument("--pages", metavar="FILE.jsonl", help=pages)
+    parser.add_argument("--out", metavar="FILE", required=True, help="the index (required)")
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
-    parser.add_argument("--question", default="", help="what is asked about it, for back-ends that write summaries")
+    parser.add_argument("--question", default="", help="what is asked about it, for summaries (nothing)")
     _search_options(parser)
 
 
 def _text_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("query", metavar="QUERY")
+    parser.add_argument("query", nargs="+", metavar="QUERY", help="the words")
     _search_options(parser)
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     _backend_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; anyone who reaches it can search")
-    parser.add_argument("--port", default=8000, type=int, help="0 takes a free one")
+    listening = parser.add_argument_group("where it listens")
+    host = "address to listen on; anyone who reaches it can search (127.0.0.1: this machine alone)"
+    listening.add_argument("--host", default="127.0.0.1", help=host)
+    listening.add_argument("--port", default=8000, type=int, help="0 takes a free one (8000)")
 
 
-def _cache_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", metavar="[import|export] FILE", nargs="+")
-    data = "the questions whose pictures conversations and results are about"
-    parser.add_argument("--data", default="", help=data)
-    parser.add_argument("--out", default="", metavar="FILE", help="what import and export write")
+def _cache_commands(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, run in zip(VERBS, (summary, list_, show, drop, import_, export)):
+        added = _command(verbs, run, f"{VERBS[name][0].upper()}{VERBS[name][1:]}.", name=name)
+        added.add_argument("file", metavar="FILE", help=SOURCES if name == "import" else "the recorded searches")
+        if name in ("list", "drop"):
+            added.add_argument(
+                "numbers", nargs="*", default=[], metavar="NUMBER", type=int, help="only these of the list"
+            )
+            _choice_options(added.add_argument_group("which searches: those that all given options describe"))
+        if name in ("summary", "list", "show"):
+            added.add_argument("--json", action="store_true", help="for programs, with all fields")
+    verbs.choices["show"].add_argument(
+        "search", metavar="SEARCH", help="a number of the list, a query, or a picture file"
+    )
+    aside = "rows that were set aside because they cannot be read"
+    verbs.choices["drop"].add_argument("--damaged", action="store_true", help=aside)
+    verbs.choices["drop"].add_argument("--yes", action="store_true", help="do it; without this, only say how many")
+    data = "the questions whose pictures the conversations or results are about (none)"
+    verbs.choices["import"].add_argument("--data", default="", metavar="FILE", help=data)
+    verbs.choices["import"].add_argument(
+        "--out", required=True, metavar="FILE", help="where they are recorded (required)"
+    )
+    verbs.choices["export"].add_argument(
+        "--out", required=True, metavar="LINES.jsonl", help="what is written (required)"
+    )
+
+
+SOURCES = (
+    "recorded conversations (.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another file of "
+    "recorded searches; of two answers to a search the newer one is kept"
+)
+
+
+def _choice_options(parser: Any) -> None:
+    parser.add_argument("--tool", default="", choices=[IMAGE_SEARCH, TEXT_SEARCH], help="(both)")
+    parser.add_argument("--engine", default="", metavar="NAME", help="whose engine's name contains this (all)")
+    parser.add_argument("--words", default="", metavar="TEXT", help="whose query contains this (all)")
+    parser.add_argument("--older-than", default=None, metavar="DAYS", type=float, help="recorded before that (all)")
+    parser.add_argument("--empty", action="store_true", help="that found nothing")
+    superseded = "that a replay never gives, because a newer answer to the same query or picture is recorded"
+    parser.add_argument("--superseded", action="store_true", help=superseded)
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
@@ -260,8 +433,17 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, Options, SEARCH_OPTIONS)
+    group: Any = parser.add_argument_group("what answers")
+    add_options(group, Options, SEARCH_OPTIONS, DEFAULTS)
     parser.set_defaults(search="")
+
+
+def _with_verb(argv: Sequence[str]) -> list[str]:
+    """`cache FILE` is `cache summary FILE`."""
+    argv = list(argv)
+    if argv[:1] == ["cache"] and not {*argv[1:2]} & {*VERBS, "-h", "--help"}:
+        argv.insert(1, "summary")
+    return argv
 
 
 def main(argv: Sequence[str]) -> int:
@@ -271,7 +453,7 @@ def main(argv: Sequence[str]) -> int:
     warnings.simplefilter("always", StoreWarning)
     warnings.showwarning = lambda message, *about: print(f"warning: {message}", file=sys.stderr)
     try:
-        args = _parser().parse_args(argv)
+        args = _parser().parse_args(_with_verb(argv))
         return args.run(args)
     except UserError as error:
         print(f"search.py: {error}", file=sys.stderr)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import unicodedata
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +28,11 @@ from test_index import PAGES, corpus, write_lines
 import search
 from mmsr.config import Options
 from mmsr.episode import Example, Hit, Observation
+from mmsr.search import index
 from mmsr.search.backends import SearchEngine, open_backend
 from mmsr.search.index import Local
-from mmsr.search.store import Budget, Store, text_key
+from mmsr.search.serve import Server
+from mmsr.search.store import Budget, Store, image_key, text_key
 from mmsr.system.errors import UserError
 from mmsr.tools import Call, ToolFailure, search_tools
 from mmsr.toy.world import FULL, World
@@ -97,6 +106,7 @@ def test_json_departs_from_the_contract(made, capsys):
     assert (found["ok"], found["source"], found["cached"]) == (True, source, False) and found["seconds"] > 0
     first, second = found["results"]
     assert {"title", "link", "score", "thumbnail"} <= {*first} and first["title"] == "scene 4"
+    assert first["url"] == first["link"] == "http://s.example/4", "a result's address has two names"
     assert base64.b64decode(first["thumbnail"]).startswith(b"\xff\xd8") and first["score"] > second["score"]
     code, out, _ = run(capsys, "text", "tower", "--search", source, "--json")
     pages = json.loads(out)["results"]
@@ -190,13 +200,35 @@ def test_a_wrong_option_prints_more_than_a_line(command, message, capsys):
     ([], ["index", "image", "text", "serve", "python search.py"]),
     (["index"], ["--images", "--titles", "--pages", "--encoder", "hf:NAME", "tower:FOLDER"]),
     (["image"], ["--search", "--json", "local:FILE"]), (["text"], ["QUERY", "--results"]),
-    (["serve"], ["--host", "--port", "/retrieve"]),
+    (["serve"], ["--host", "--port", "/retrieve"]), (["cache"], ["summary", "drop"]), (["cache", "drop"], ["--yes"]),
 ])  # fmt: skip
 def test_help_hides_an_option(command, words, capsys):
     with pytest.raises(SystemExit) as caught:
         search.main([*command, "--help"])
     said = capsys.readouterr().out
     assert caught.value.code == 0 and all(word in said for word in words)
+
+
+def parsers(parser) -> list:
+    """The parser, and those of its commands."""
+    found = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found += parsers(command)
+    return found
+
+
+def test_the_help_of_an_option_keeps_its_default_to_itself():
+    """Every option that takes a value ends in what holds without it, or is required, in brackets."""
+    silent = set()
+    for parser in parsers(search._parser()):
+        for action in parser._actions:
+            takes = action.option_strings and action.nargs != 0
+            if takes and not re.search(r"\([^()]+\)\s*$", action.help):
+                silent.add(f"{parser.prog} {action.option_strings[0]}")
+    assert not silent - {"search.py index --titles", "search.py image --search-cache", "search.py text --search-cache",
+                         "search.py serve --search-cache"}, "these say it in words"  # fmt: skip
 
 
 # ---- as a program
@@ -316,8 +348,8 @@ def test_import_and_export_lose_a_search(tmp_path, capsys):
     assert search.main(["cache", "import", lines, "--out", again]) == 0
     assert search.main(["cache", "import", store, "--out", again]) == 0
     said = capsys.readouterr().out
-    assert "1 searches" in said and "1 new searches" in said and "0 new searches" in said
-    assert search.main(["cache", again]) == 0
+    assert "1 search\n" in said and "1 new search\n" in said and "0 new searches" in said
+    assert search.main(["cache", again, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == {"text_search": {"serpapi": 1}}
     assert search.main(["text", "Which  river?", "--search", f"replay:{again}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["title"] == "Tagus"
@@ -336,7 +368,7 @@ def test_recorded_searches_are_written_over_by_their_own_export_or_made_of_nothi
         *((verb, "absent", "b", "no such file") for verb in ("import", "export")),
         ("import", ".", "b", "a folder"),
         ("export", "a.sqlite", ".", "cannot be written"),
-        ("import", "deep.jsonl", "c", "row 0"),
+        ("import", "deep.jsonl", "b", "row 0"),
         ("import", "a.sqlite", "broken", "cannot be written"),
     ):
         assert search.main(["cache", verb, file, "--out", out]) == 2
@@ -347,8 +379,168 @@ def test_recorded_searches_are_written_over_by_their_own_export_or_made_of_nothi
         assert len(list(kept.records())) == 1
 
 
-@pytest.mark.parametrize("words", [["import"], ["a", "b"], ["import", "a"], ["export", "a"], ["a", "--out", "b"]])
-def test_cache_words_that_make_no_sense(tmp_path, monkeypatch, capsys, words):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("", "required: FILE"), ("import", "required"), ("a b", "unrecognized arguments: b"), ("import a", "--out"),
+        ("export a", "--out"), ("a --out b", "unrecognized"), ("list", "required: FILE"), ("drop a x", "invalid int"),
+        ("a", "a: no such file"), ("list a.jsonl", "cache import a.jsonl --out"), ("drop a 1", "a: no such file"),
+        ("drop a", "nothing to drop is named"), ("drop a 1 --yes", "a: no such file"), ("show a", "required: SEARCH"),
+    ],
+)  # fmt: skip
+def test_cache_words_that_make_no_sense(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
-    assert search.main(["cache", *words]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+    try:
+        code = search.main(["cache", *words.split()])
+    except SystemExit as error:
+        code = error.code
+    told = capsys.readouterr().err
+    assert code == 2 and told.count("\n") == 1 and said in told and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    """Two answers to one query, a picture, an empty result, and a query and an engine that fill any line."""
+    now = time.time()
+    pages = Observation((Hit("東京タワー" * 30, "http://a.example", "333 m"),), source="local:/far/away/" + "x" * 99)
+    with closing(Store(tmp_path / "searches.sqlite")) as store:
+        store.add([(text_key("height", "old"), Observation((Hit("Old"),), source="serper"), now - 40 * 86400)])
+        store.add([(text_key("height", "new"), pages, now)])
+        store.add([(text_key("\x1b[31m 東京" + "か" * 200), pages, now)])
+        store.add([(image_key(picture_bytes(60, 40)), Observation((Hit("P", image=b"x"),), source="lens"), now)])
+        store.add([(text_key("nothing"), Observation(source="serper"), now)])
+    return tmp_path / "searches.sqlite"
+
+
+def columns(line: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
+
+
+def test_a_recording_is_shown_in_lines_that_do_not_fit_or_steer_the_terminal(recorded, capsys):
+    code, out, err = run(capsys, "cache", recorded)
+    first, head, *rows = out.splitlines()
+    assert code == 0 and err == "" and first.startswith(f"{recorded}: 5 recorded searches, 0.")
+    assert head.split() == ["tool", "searches", "empty", "superseded", "oldest", "newest", "engine"]
+    assert [row.split()[:4] for row in rows] == [
+        ["image_search", "1", "0", "0"], ["text_search", "2", "0", "0"], ["text_search", "2", "1", "1"],
+    ]  # fmt: skip
+    code, out, _ = run(capsys, "cache", "list", recorded)
+    lines = out.splitlines()
+    assert (
+        code == 0 and len(lines) == 5 and lines[0].startswith("1  ") and lines[-1].endswith("nothing → nothing found")
+    )
+    for line in (head, *rows, *lines):
+        assert columns(line) <= 100 and all(char.isprintable() for char in line)
+    code, out, _ = run(capsys, "cache", "list", recorded, "--json", "--engine", "SERPER")
+    assert [json.loads(line)["query"] for line in out.splitlines()] == ["height", "nothing"]
+
+
+def test_a_search_is_not_shown_by_its_number_words_or_picture(recorded, tmp_path, capsys):
+    (tmp_path / "photo.png").write_bytes(picture_bytes(60, 40))
+    for what, numbers in (("4", [4]), ("  HEIGHT ", [2, 1]), (tmp_path / "photo.png", [4]), ("nothing", [5])):
+        code, out, _ = run(capsys, "cache", "show", recorded, what, "--json")
+        found = [json.loads(line) for line in out.splitlines()]
+        assert code == 0 and [entry["number"] for entry in found] == numbers
+        assert all(len(entry["results"]) == entry["hits"] for entry in found)
+    code, out, _ = run(capsys, "cache", "show", recorded, "height")
+    assert code == 0 and out.index("東京タワー") < out.index("[1] Old") and "333 m" in out and "form new" in out
+    code, _, err = run(capsys, "cache", "show", recorded, "depth")
+    assert code == 2 and "'depth' is not recorded" in err and err.count("\n") == 1
+
+
+def test_searches_are_dropped_without_yes_or_others_with_them(recorded, capsys):
+    def left() -> list[int]:
+        with closing(Store(recorded, readonly=True)) as store:
+            return [entry.number for entry in store.entries()]
+
+    for options, would in (
+        (["--older-than", "30"], "1 of 5 searches (1 text_search)"), (["--superseded"], "1 of 5"),
+        (["--engine", "local:"], "2 of 5"), (["--tool", "image_search"], "1 of 5 searches (1 image_search)"),
+        (["--words", "東京"], "1 of 5"), (["--empty"], "1 of 5"), (["3", "4"], "2 of 5"),
+        (["3", "4", "--empty"], "0 of 5"), (["--damaged"], "0 of 5"),
+    ):  # fmt: skip
+        code, out, _ = run(capsys, "cache", "drop", recorded, *options)
+        assert code == 0 and f"would drop {would}" in out and "--yes" in out and left() == [1, 2, 3, 4, 5], options
+    code, _, err = run(capsys, "cache", "drop", recorded, "3", "99", "--yes")
+    assert code == 2 and "no search has the number 99" in err and left() == [1, 2, 3, 4, 5]
+    assert run(capsys, "cache", "drop", recorded, "--superseded", "--yes")[0] == 0 and left() == [2, 3, 4, 5]
+    assert run(capsys, "cache", "drop", recorded, "2", "5", "--yes")[1].endswith(
+        "dropped 2 of 4 searches (2 text_search)\n"
+    )
+    assert left() == [3, 4]
+
+
+def test_an_index_is_taken_for_a_recording_and_moved_aside_as_damaged(made, recorded, capsys):
+    """Both are SQLite files of ours."""
+    file = made / "my.index"
+    before = (file.read_bytes(), sorted(made.iterdir()))
+    for command in (
+        ["cache", file], ["cache", "drop", file, "1", "--yes"], ["text", "x", "--search", f"replay:{file}"],
+        ["text", "x", "--search", f"local:{file}", "--search-cache", file],
+    ):  # fmt: skip
+        code, _, err = run(capsys, *command)
+        assert code == 2 and err.count("\n") == 1 and "an index of pictures and pages" in err
+    assert (file.read_bytes(), sorted(made.iterdir())) == before
+    for command in (
+        ["text", "x", "--search", f"local:{recorded}"],
+        ["index", "--pages", made / "pages.jsonl", "--out", recorded],
+    ):
+        code, _, err = run(capsys, *command)
+        assert code == 2 and err.count("\n") == 1 and "recorded searches" in err
+
+
+# ---- the page
+
+
+def commands(section: str) -> list[str]:
+    """The commands of a section of docs/searching.md."""
+    page = (ROOT / "docs" / "searching.md").read_text()
+    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    return [line.strip() for line in text.splitlines() if line.startswith("    ") and not line.startswith("    {")]
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch) -> Path:
+    """The folder in which the page's commands are typed, with what it says that they need."""
+    corpus(tmp_path / "DIR", 3)
+    (tmp_path / "DIR" / "titles.jsonl").rename(tmp_path / "titles.jsonl")
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "DIR" / "1.jpg").read_bytes())
+    write_lines(tmp_path / "pages.jsonl", PAGES)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_command_of_the_page_about_searching_fails(newcomer, monkeypatch, capsys):
+    done = 0
+    for command in [*commands("By hand"), *commands("Recorded searches")]:
+        program, *words = shlex.split(command)[1:]
+        if "live" not in words:
+            assert program == "search.py" and search.main(words) == 0, command
+            done += 1
+    assert done >= 10
+    said = capsys.readouterr().out
+    assert "Gustave Eiffel" in said and "2 recorded searches" in said and "0 new searches" not in said
+
+
+def test_the_pages_example_of_a_server_is_refused(newcomer, capsys):
+    if not shutil.which("curl"):
+        pytest.skip("curl is not here")
+    start, *asks = commands("The server")
+    assert start == "python search.py serve --search local:my.index"
+    index.build("my.index", "builtin", "DIR", "titles.jsonl", "pages.jsonl")
+    with Server(Local("my.index"), "my.index", port=0) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        where = f"127.0.0.1:{server.server_address[1]}"
+        replies = []
+        for ask in asks:
+            ask = ask.replace("127.0.0.1:8000", where)
+            if ask.startswith("python search.py"):
+                assert search.main([*shlex.split(ask)[2:], "--search-cache", "s.sqlite"]) == 0
+            else:
+                replies.append(json.loads(subprocess.check_output(["bash", "-c", ask], timeout=30)))
+        server.shutdown()
+    pages, pictures = replies
+    assert pages["result"][0][0]["document"]["id"] == "http://a.example/1" and len(pages["result"][0]) == 2
+    assert [hit["title"] for hit in pictures["results"]][0] == "scene 1" and len(pictures["results"]) == 2
+    assert pictures["results"][0]["url"] == "http://s.example/1"
+    assert "[1] scene 1" in capsys.readouterr().out

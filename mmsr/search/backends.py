@@ -17,6 +17,7 @@ from typing import Iterable
 from mmsr.config import Options
 from mmsr.episode import Example
 from mmsr.search.cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
+from mmsr.search.contents import counted
 from mmsr.search.store import Budget, Store
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder
@@ -130,7 +131,7 @@ def import_searches(store: Store, file: str | Path, examples: Iterable[Example])
         new = import_jsonl(store, file)
     else:
         new = import_transcripts(store, file, examples)
-    return f"{new} new searches"
+    return counted(new, "new search", "new searches")
 
 
 def _exported(file: str | Path) -> bool:

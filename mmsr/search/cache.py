@@ -29,6 +29,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
 
+NOT_RECORDED = "replay"  # the source of what a recording lacks
 NEAREST = 5  # pages that stand in for a search, where `results` does not say how many
 
 
@@ -120,7 +121,7 @@ class Replayed:
             raise ToolFailure("miss", f"{what} is not recorded in {self.store.path}")
         if self.pages and (hits := self.pages.nearest(query, self.results)):
             return Observation(hits, source="nearest", cached=True)
-        return Observation(source="replay")
+        return Observation(source=NOT_RECORDED)
 
 
 class _Pages:

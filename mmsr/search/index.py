@@ -128,11 +128,13 @@ class _Records:
         names = {*self.fields, self.optional}
         for row, (_, line) in enumerate(lines(self.path) if self.path else ()):
             found = json_object(self.path, row, line)
+            fields = ", ".join(found)
             if found.get(self.optional) is None:  # missing, or null
                 found[self.optional] = ""
             if wrong := sorted(name for name in names if not isinstance(found.get(name), str)):
-                listed = ", ".join(self.fields)
-                raise UserError(f"{self.path}: row {row}, field {wrong[0]}: not a text; every line has {listed}")
+                what = "not a text" if wrong[0] in found else f"missing; the line has {fields or 'none'}"
+                listed = " and ".join(self.fields)
+                raise UserError(f"{self.path}: row {row}, field {wrong[0]}: {what:.200}; every line needs {listed}")
             yield {name: _clean(found[name]) for name in names}
 
 

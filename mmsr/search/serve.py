@@ -269,7 +269,10 @@ def _decoded(encoded: str) -> bytes:
     """The bytes of base64 text, which may be wrapped into lines or be a data URL. ValueError for other text."""
     prefix = DATA_URL.match(encoded)
     text = encoded[prefix.end() :] if prefix else encoded
-    return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
+    try:
+        return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
+    except ValueError as error:
+        raise ValueError(f"not base64 text: {error}") from None
 
 
 def _document(hit: Hit, scored: bool) -> dict:
@@ -279,9 +282,10 @@ def _document(hit: Hit, scored: bool) -> dict:
 
 
 def image_result(hit: Hit) -> dict:
+    """A hit of an image search. `link` is the address, too, as earlier versions called it."""
     thumbnail = base64.b64encode(hit.image).decode() if hit.image else None
-    score = _finite(hit.score)
-    return {"title": hit.title, "link": hit.url, "score": score, "thumbnail": thumbnail, "text": hit.text}
+    found = {"title": hit.title, "url": hit.url, "score": _finite(hit.score), "thumbnail": thumbnail, "text": hit.text}
+    return found | {"link": hit.url}
 
 
 def _finite(score: float | None) -> float | None:

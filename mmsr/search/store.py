@@ -399,9 +399,11 @@ class Store:
     def _open_to_record(self) -> None:
         if self.path.is_dir():
             raise UserError(f"{self.path}: a folder; name a file")
+        lock = Path(f"{self.path}.lock")
+        new = not lock.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._locks = open(f"{self.path}.lock", "ab")
+            self._locks = lock.open("ab")
         except OSError as error:
             self._warn("cannot be locked", error)
         with self._locked(0, BUSY):  # only one process moves a damaged file aside
@@ -411,6 +413,10 @@ class Store:
                 self._warn("results are not recorded", error)
             except DAMAGE as error:
                 self._replace_damaged(error)
+            except UserError:  # a file of another kind gets no lock beside it
+                if new:
+                    lock.unlink(missing_ok=True)
+                raise
 
     def _prepare(self) -> None:
         """Check the file, or make its tables. sqlite3.DatabaseError where it is damaged."""

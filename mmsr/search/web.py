@@ -61,7 +61,7 @@ PASSAGES, PASSAGE_CHARACTERS = 3, 500
 REMOTE_CHARACTERS = 8_000  # of a remote server's document
 LISTS = tuple("result results documents docs passages hits data".split())  # keys of its list of results
 DOCUMENTS = tuple("contents content text passage page_content snippet body chunk paragraph".split())  # of a text
-MATCHES = ("title", "link", "text", "thumbnail")  # keys of an entry that an image search found, all optional
+MATCHES = ("title", "url", "link", "text", "thumbnail")  # keys of an entry that an image search found, all optional
 FOUND, TITLE_CHARACTERS = 20, 300  # entries of a search engine's list that are read, at most
 NOTHING_FOUND = re.compile(r"(n't|not) (return|match|find|found)(ed)? any|no results|fully empty", re.IGNORECASE)
 ERROR_PAGE = re.compile(r"returned error|captcha", re.IGNORECASE)  # in the reader's warning about a page
@@ -424,7 +424,8 @@ def _remote_match(entry: object) -> Hit | None:
         image = None
     title = _text(entry.get("title"))[:TITLE_CHARACTERS]
     text = _text(entry.get("text"))[:REMOTE_CHARACTERS]
-    return Hit(title, _text(entry.get("link")), text, image, score=_number(entry.get("score")))
+    url = _text(entry.get("url")) or _text(entry.get("link"))  # our own server says both, others one of them
+    return Hit(title, url, text, image, score=_number(entry.get("score")))
 
 
 def _remote_document(entry: Any) -> Hit | None:

@@ -682,6 +682,12 @@ def test_remote_thumbnails_are_strangers_pictures(web):
     assert Remote(web.url, results=9).image_search(IMAGE, "").hits == (Hit("a"),) * 5
 
 
+@pytest.mark.parametrize("name", ["url", "link"])
+def test_an_address_is_lost_that_another_server_calls_otherwise(web, name):
+    web.always("remote.image", status(200, {"results": [{"title": "a", name: "https://a.example/"}]}))
+    assert Remote(web.url).image_search(IMAGE, "").hits == (Hit("a", "https://a.example/"),)
+
+
 def test_server_without_image_search_says_so(web):
     web.always("remote.image", status(404, {"detail": "Not Found"}))
     assert kind(Remote(web.url, quick()).image_search, IMAGE, "") == "status"
