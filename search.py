@@ -347,26 +347,26 @@ def _command(
 def _index_options(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("pictures, by their files: a file that is given again replaces what was there")
     pictures.add_argument(
-        "--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF (no pictures)"
+        "--images", metavar="DIR", help="folder of the pictures: JPEG, PNG, WEBP or GIF (default: no pictures)"
     )
-    titles = 'a line each: {"file", "title", and "url" if it has a page}; with --images'
+    titles = 'a line each: {"file", "title", and "url" if it has a page} (with --images)'
     pictures.add_argument("--titles", metavar="FILE.jsonl", help=titles)
     encoder = (
         "what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
-        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (a Qwen2.5-VL) (builtin)"
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (of a Qwen2.5-VL) (default: builtin)"
     )
     pictures.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
     texts = parser.add_argument_group(
         "pages, by their addresses: an address that is given again replaces what was there"
     )
-    pages = 'a line each: {"url", "text", and "title" if it has one} (no pages)'
+    pages = 'a line each: {"url", "text", and "title" if it has one} (default: no pages)'
     texts.add_argument("--pages", metavar="FILE.jsonl", help=pages)
     parser.add_argument("--out", metavar="FILE", required=True, help="the index (required)")
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="JPEG, PNG, WEBP or GIF")
-    parser.add_argument("--question", default="", help="what is asked about it, for summaries (nothing)")
+    parser.add_argument("--question", default="", help="what is asked about it, for summaries (default: nothing)")
     _search_options(parser)
 
 
@@ -378,9 +378,9 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
 def _serve_options(parser: argparse.ArgumentParser) -> None:
     _backend_options(parser)
     listening = parser.add_argument_group("where it listens")
-    host = "address to listen on; anyone who reaches it can search (127.0.0.1: this machine alone)"
+    host = "address to listen on; anyone who reaches it can search (default: 127.0.0.1, this machine alone)"
     listening.add_argument("--host", default="127.0.0.1", help=host)
-    listening.add_argument("--port", default=8000, type=int, help="0 takes a free one (8000)")
+    listening.add_argument("--port", default=8000, type=int, help="0 takes a free one (default: 8000)")
 
 
 def _cache_commands(parser: argparse.ArgumentParser) -> None:
@@ -401,7 +401,7 @@ def _cache_commands(parser: argparse.ArgumentParser) -> None:
     aside = "rows that were set aside because they cannot be read"
     verbs.choices["drop"].add_argument("--damaged", action="store_true", help=aside)
     verbs.choices["drop"].add_argument("--yes", action="store_true", help="do it; without this, only say how many")
-    data = "the questions whose pictures the conversations or results are about (none)"
+    data = "the questions whose pictures the conversations or results are about (default: none)"
     verbs.choices["import"].add_argument("--data", default="", metavar="FILE", help=data)
     verbs.choices["import"].add_argument(
         "--out", required=True, metavar="FILE", help="where they are recorded (required)"
@@ -418,10 +418,12 @@ SOURCES = (
 
 
 def _choice_options(parser: Any) -> None:
-    parser.add_argument("--tool", default="", choices=[IMAGE_SEARCH, TEXT_SEARCH], help="(both)")
-    parser.add_argument("--engine", default="", metavar="NAME", help="whose engine's name contains this (all)")
-    parser.add_argument("--words", default="", metavar="TEXT", help="whose query contains this (all)")
-    parser.add_argument("--older-than", default=None, metavar="DAYS", type=float, help="recorded before that (all)")
+    parser.add_argument("--tool", default="", choices=[IMAGE_SEARCH, TEXT_SEARCH], help="of this kind (default: both)")
+    parser.add_argument("--engine", default="", metavar="NAME", help="whose engine's name contains this (default: any)")
+    parser.add_argument("--words", default="", metavar="TEXT", help="whose query contains this (default: any)")
+    parser.add_argument(
+        "--older-than", default=None, metavar="DAYS", type=float, help="recorded before that (default: any)"
+    )
     parser.add_argument("--empty", action="store_true", help="that found nothing")
     superseded = "that a replay never gives, because a newer answer to the same query or picture is recorded"
     parser.add_argument("--superseded", action="store_true", help=superseded)
@@ -433,8 +435,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
-    group: Any = parser.add_argument_group("what answers")
-    add_options(group, Options, SEARCH_OPTIONS, DEFAULTS)
+    add_options(parser, Options, SEARCH_OPTIONS, DEFAULTS)
     parser.set_defaults(search="")
 
 

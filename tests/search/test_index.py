@@ -211,6 +211,8 @@ def test_a_picture_file_that_is_indexed_again_answers_as_before(tmp_path):
     assert titles_of(file, new) == ["corrected"] and titles_of(file, old) == []
     assert add(folder, {"a.jpg": third, "b.jpg": new}, here="a") == {"titles": 2, "replaced": 2}
     assert titles_of(file, new) == ["photos b.jpg"] and titles_of(file, third) == ["a"], "swapped files"
+    with closing(sqlite3.connect(file)) as db:
+        assert db.execute("SELECT count(*) FROM pictures").fetchone() == (2,), "a picture without a title is kept"
     assert add(other, {"a.jpg": old}, here="of another folder")["titles"] == 1
     assert titles_of(file, third) == ["a"] and titles_of(file, old) == ["of another folder"]
     assert opened.image_search(third).hits[0].title == "a", "an index that was open has the title of another picture"
@@ -526,6 +528,9 @@ def test_a_page_that_is_indexed_again_is_there_twice_or_answers_as_before(tmp_pa
     }  # fmt: skip
     local = Local(tmp_path / "i")
     assert not local.text_search("1889 soder plan").hits and len(local.text_search("gustave").hits) == 1
+    for text in ("first words", "second words"):  # the new page gets the number of the old one
+        build(tmp_path / "one", "builtin", None, None, write_lines(pages, [{"url": "u", "text": text}]))
+    assert not Local(tmp_path / "one").text_search("first").hits, "a page is found by the words that it had"
 
 
 def test_a_passage_misses_the_match_or_cuts_words(tmp_path):
