@@ -42,7 +42,7 @@ ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
     *("config.py", "plan.py", "setup/checks.py", "pretrained/save.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
-    *("data/judge.py", "search/serve.py", "toy/base.py"),
+    *("data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
 }
 
 Digests = dict[str, str]  # by what they are of, in the words of a message
