@@ -1,4 +1,4 @@
-"""report.html: a run's files as one self-contained page, with curves, tables and a browser of rollouts.
+"""report.html: a run's files as one self-contained page: a rollout in colour, curves, tables, a browser of rollouts.
 
     python -m mmsr.report RUN…
 
@@ -131,6 +131,7 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
     config = _object(folder / "config.json", damage)
     return {
         "config": {name: _shown(value) for name, value in config.items()},
+        "telling": telling(embedded),
         "columns": _columns(steps, counted | recorded),
         "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
         "rollouts": embedded,
@@ -201,6 +202,66 @@ def _check_turn(turn: dict[str, Any]) -> None:
     for piece in pieces or ():
         if not (isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], str)):
             raise TypeError("a piece must be a list of text, mask and probability")
+
+
+def telling(rollouts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The rollout with which the page opens, as its index and the reason in words. None where there are no rollouts.
+
+    Best is one whose search paid: its answer is right, its reward the highest of its group, and an attempt with fewer
+    searches is wrong. Its tokens are in the file. Of the last step that has such rollouts it is one with most searches,
+    the first of these. Where no rollout is all of this, the demands are dropped, the last one first.
+    """
+    if not rollouts:
+        return None
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for rollout in rollouts:
+        groups.setdefault(_question(rollout), []).append(rollout)
+
+    def demands(rollout: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+        logged = any(turn.get("pieces") for turn in rollout.get("turns", ()))
+        paid = _search_paid(rollout, groups[_question(rollout)])
+        return _is_right(rollout), searches(rollout) > 0, paid, logged
+
+    def rank(index: int) -> tuple:
+        rollout = rollouts[index]
+        return *demands(rollout), rollout["step"], searches(rollout)
+
+    index = max(range(len(rollouts)), key=rank)
+    chosen = rollouts[index]
+    right, searched, paid, _ = demands(chosen)
+    return {"index": index, "why": _why(right, searched, paid, chosen["step"])}
+
+
+def _search_paid(rollout: dict[str, Any], group: Sequence[dict[str, Any]]) -> bool:
+    """Whether a rollout is right, none of its group has a higher reward, and one with fewer searches is wrong."""
+    if not _is_right(rollout) or _reward(rollout) < max(map(_reward, group)):
+        return False
+    return any(not _is_right(other) and searches(other) < searches(rollout) for other in group)
+
+
+def _why(right: bool, searched: bool, paid: bool, step: int) -> str:
+    """The sentence that says by which rule a rollout was chosen."""
+    what = "a right answer" if right else "an attempt, as no answer is right,"
+    after = " after a search" if searched else ""
+    where = " that paid: no reward of its group is higher, and an attempt with fewer searches is wrong" if paid else ""
+    last = "; from the last step with one" if step else ""
+    return f"Chosen by rule: {what}{after}{where}{last}."
+
+
+def _question(rollout: dict[str, Any]) -> str:
+    """Identifies a group: the attempts at one question of a step, or of a data set that is evaluated."""
+    return str([rollout["step"], rollout.get("data"), rollout.get("group")])
+
+
+def _reward(rollout: dict[str, Any]) -> float:
+    """A rollout's reward; 0 where the file has no number."""
+    reward = rollout.get("reward")
+    return reward if isinstance(reward, int | float) else 0.0
+
+
+def _is_right(rollout: dict[str, Any]) -> bool:
+    parts = rollout.get("reward_parts")
+    return isinstance(parts, dict) and parts.get("accuracy") == 1
 
 
 def _spread(
@@ -276,10 +337,13 @@ def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
     counts["n"] += 1
     counts["shape", shape(rollout)] += 1
     counts["n of", category] += 1
-    counts["search", category] += any(
-        turn.get("role") == "tool" and (turn.get("observation") or {}).get("source") != "limit"
-        for turn in rollout.get("turns", ())
-    )
+    counts["search", category] += searches(rollout) > 0
+
+
+def searches(rollout: dict[str, Any]) -> int:
+    """How many searches were made. One over its limit is refused and does not count."""
+    seen = [turn.get("observation") or {} for turn in rollout.get("turns", ()) if turn.get("role") == "tool"]
+    return sum(observation.get("source") != "limit" for observation in seen)
 
 
 def shape(rollout: dict[str, Any]) -> str:
@@ -393,7 +457,7 @@ def _unanswered(found: dict[str, Any]) -> str:
 
 def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
     """Data URLs of the pictures that embedded rollouts name, by digest, while there is room."""
-    wanted = [(name, folder) for folder, run in zip(folders, runs) for name in _named(run["rollouts"])]
+    wanted = [(name, folder) for folder, run in zip(folders, runs) for name in _named(_as_shown(run))]
     found: dict[str, str] = {}
     room = MOST_PICTURE_BYTES
     missing = 0
@@ -408,6 +472,13 @@ def _pictures(folders: Sequence[Path], runs: list[dict]) -> dict[str, Any]:
         room -= len(data)
         found[name] = "data:image/jpeg;base64," + base64.b64encode(data).decode()
     return {"pictures": found, "pictures_missing": missing}
+
+
+def _as_shown(run: dict[str, Any]) -> list[dict]:
+    """A run's rollouts as a reader meets them: the one with which the page opens, then the last step first."""
+    rollouts = run["rollouts"]
+    opening = [rollouts[run["telling"]["index"]]] if rollouts else []
+    return opening + sorted(rollouts, key=lambda rollout: -rollout["step"])
 
 
 def _named(rollouts: list[dict]) -> Iterator[str]:

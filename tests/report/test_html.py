@@ -11,9 +11,11 @@ import threading
 
 import pytest
 
+from mmsr.evaluate import NEEDS_NO_SEARCH, NEEDS_SEARCH
 from mmsr.report import html as report
 from mmsr.report.html import write_report
 from mmsr.system.errors import UserError
+from mmsr.toy.world import SETTINGS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PNG = b"\xff\xd8 not a picture, but nobody looks \xff\xd9"
@@ -104,6 +106,59 @@ def test_curves_tables_and_rollouts_are_those_of_the_files(tmp_path):
         (2, 0, 1),
     ]
     assert {key: run["rollouts"][0][key] for key in rollout()} == rollout()
+
+
+def answers(right: bool, searches: int, reward: float, **changes) -> dict:
+    """A rollout that answers rightly or wrongly after some searches."""
+    turns = rollout()["turns"]
+    made = rollout(turns=turns[:2] * searches + turns[2:], reward=reward, reward_parts={"accuracy": float(right)})
+    return made | {"answer": "Tagus" if right else "Douro"} | changes
+
+
+@pytest.mark.parametrize(
+    "steps, chosen, why",
+    [  # the place of the rollout that tells most: step, group, sample
+        (
+            {1: [answers(True, 1, 0.91), answers(False, 0, 0.1, sample=1)], 2: [answers(True, 1, 0.91)]},
+            (1, 0, 0),
+            "paid",
+        ),
+        ({1: [rollout()], 2: [answers(False, 0, 0.1), answers(True, 1, 0.91, sample=1)]}, (2, 0, 1), "paid"),
+        (
+            {
+                1: [answers(False, 0, 0.1), answers(True, 1, 0.91, sample=1), answers(True, 2, 0.91, sample=2)],
+                2: [answers(False, 0, 0.1), answers(True, 1, 0.91, sample=1), answers(True, 0, 1.0, sample=2)],
+            },
+            (1, 0, 2),
+            "paid",
+        ),
+        ({1: [rollout(), answers(True, 0, 1.0, group=1)]}, (1, 0, 0), "after a search;"),
+        ({1: [answers(False, 1, 0.1), answers(True, 0, 1.0, group=1)]}, (1, 1, 0), "a right answer;"),
+        ({1: [answers(False, 0, 0.1), answers(False, 1, 0.1, sample=1)]}, (1, 0, 1), "no answer is right"),
+        (
+            {1: [rollout(reward="high", reward_parts=7), rollout(1, reward_parts=None, reward=None)]},
+            (1, 0, 0),
+            "no answer",
+        ),
+    ],
+)
+def test_the_page_opens_with_an_attempt_that_tells_nothing(tmp_path, steps, chosen, why):
+    (run,) = embedded(write_report(a_run(tmp_path / "run", steps)))["runs"]
+    found = run["rollouts"][run["telling"]["index"]]
+    assert (found["step"], found["group"], found["sample"]) == chosen
+    assert why in run["telling"]["why"]
+
+
+def test_a_run_without_rollouts_opens_with_one(tmp_path):
+    (run,) = embedded(write_report(a_run(tmp_path / "run", {}, [step(1)])))["runs"]
+    assert run["telling"] is None
+
+
+def test_a_category_of_the_toy_worlds_is_not_explained():
+    explained = report.PAGE.read_text(encoding="utf-8").split("const CATEGORIES")[1].split("]);")[0]
+    categories = {category.name for world in SETTINGS.values() for category in world.categories}
+    for name in categories | NEEDS_SEARCH | NEEDS_NO_SEARCH:
+        assert f'["{name}", "' in explained
 
 
 def test_evaluation_folder_has_its_table_and_its_episodes(tmp_path):
@@ -206,7 +261,8 @@ def test_curves_of_a_thinned_run_count_only_what_is_embedded(tmp_path, monkeypat
 def test_embedded_bytes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MOST_ROLLOUT_BYTES", 100_000)
     steps = {1: [rollout(g, 0, question="why " * 500) for g in range(200)]}
-    assert 60_000 < write_report(a_run(tmp_path / "run", steps)).stat().st_size < 150_000
+    size = write_report(a_run(tmp_path / "run", steps)).stat().st_size - report.PAGE.stat().st_size
+    assert 60_000 < size < 110_000
 
 
 def test_pictures_are_embedded_once_and_within_bounds(tmp_path, monkeypatch):
@@ -220,6 +276,18 @@ def test_pictures_are_embedded_once_and_within_bounds(tmp_path, monkeypatch):
     found = embedded(write_report(folder))
     assert list(found["pictures"]) == names[:2] and found["pictures_missing"] == 2
     assert all(url.startswith("data:image/jpeg;base64,") for url in found["pictures"].values())
+
+
+def test_pictures_of_the_first_steps_leave_no_room_for_those_that_a_reader_sees_first(tmp_path, monkeypatch):
+    """The page opens with one rollout, here of step 2, and lists the last step first."""
+    names = [f"{n:016x}" for n in range(4)]
+    steps = {n + 1: [rollout(image=name, reward_parts={"accuracy": float(n == 1)})] for n, name in enumerate(names)}
+    folder = a_run(tmp_path / "run", steps)
+    (folder / "images").mkdir()
+    for name in names:
+        (folder / "images" / f"{name}.jpg").write_bytes(PNG)
+    monkeypatch.setattr(report, "MOST_PICTURE_BYTES", 3 * len(PNG))
+    assert list(embedded(write_report(folder))["pictures"]) == [names[1], names[3], names[2]]
 
 
 def test_half_written_files_give_what_is_whole(tmp_path, capsys):
@@ -443,36 +511,54 @@ def test_browser_draws_filters_and_opens_what_the_address_says(tmp_path):
     wrong = rollout(1, 0, answer="Douro", reward=0.1, reward_parts={"accuracy": 0.0}, category="old")
     folder = a_run(tmp_path / "run", {1: [rollout(), wrong], 2: [rollout(0, s) for s in range(60)]})
     shown = dom(tmp_path, write_report(folder))
-    assert "<title>run</title>" in shown and shown.count("<svg") >= 5 and "62 found, page 1 of 2" in shown
-    assert "0.750" in shown and shown.count('class="row"') == 50
-    shown = dom(tmp_path, folder / "report.html", "outcome=wrong&from=0&text=doUro&at=0.1.1.0&view=probability")
-    assert "1 found, page 1 of 1" in shown and "picture not kept" in shown and "expected: " in shown
+    assert (
+        "<title>run</title>" in shown and shown.count("<svg") >= 5 and "62 rollouts in 3 groups, page 1 of 1" in shown
+    )
+    assert ">.750<" in shown and shown.count('class="row"') == 3 and "One rollout of step 2" in shown
+    shown = dom(tmp_path, folder / "report.html", "outcome=wrong&from=0&text=doUro&at=0.1.1.0")
+    assert "1 rollouts, page 1 of 1" in shown and "picture not kept" in shown and "expected: " in shown
     assert re.search(r'class="p4" title="p = 0.004">[^<]* so<', shown) and 'class="p0" title="p = 0.99"' in shown
     assert "A title" in shown and 'href="https://example.org/page"' in shown
-    shown = dom(tmp_path, folder / "report.html", "at=0.2.0.7&beside=1")
-    assert "The group of 60" in shown and shown.count("A title") == 61
+    shown = dom(tmp_path, folder / "report.html", "at=0.2.0.7&beside=1&view=text")
+    assert "The group of 60" in shown and shown.count("A title") == 62, "in the first view, the rollout, the columns"
+    assert re.search(r"sample 59: <span[^>]*>✓</span> Tagus", shown)
 
 
-def test_clicks_and_filters_are_kept_in_the_address(tmp_path, monkeypatch):
+def test_one_step_an_exact_zero_or_a_filter_without_a_hit_shows_nothing(tmp_path):
+    page = write_report(a_run(tmp_path / "run", {1: [rollout()]}, [step(1, logp_gap=0.0)]))
+    shown = dom(tmp_path, page, "step=99")
+    gap = shown.split('aria-label="Log-probability gap')[1].split("</svg>")[0]
+    assert re.search(r'<circle class="dot c0 [^>]*cy="120"', gap) and ">0</text>" in gap, "at the axis' floor"
+    assert shown.count('<circle class="dot') >= 4, "reward, accuracy, searches"
+    assert "No rollout of step 99 is in this page. It holds step 1 alone." in shown
+
+
+def test_clicks_and_filters_are_kept_in_the_address_and_back_jumps(tmp_path, monkeypatch):
     """A page whose own script ends with a reader: filters, opens a rollout, another of its group, and closes it."""
     reader = """start();
-    const said = [], note = () => said.push(location.hash), wait = (ms) => new Promise((then) => setTimeout(then, ms));
+    const noted = document.documentElement.dataset;
+    const note = () => { noted.said = `${noted.said || ""} ${location.hash}`; };
+    const wait = (ms) => new Promise((then) => setTimeout(then, ms));
     (async () => {
       const field = form.elements.outcome;
       field.value = "wrong"; field.dispatchEvent(new Event("change")); await wait(400); note();
-      document.querySelector(".row").click(); await wait(100); note();
-      document.querySelectorAll("tr.open")[0].click(); await wait(100); note();
-      byId("back").click(); await wait(100); note();
-      document.documentElement.dataset.said = said.join(" ");
+      document.querySelector(".row").open = true; await wait(100);
+      document.querySelectorAll(".sample")[1].scrollIntoView(); noted.from = scrollY;
+      document.querySelectorAll(".sample")[1].click(); await wait(100); note();
+      document.querySelectorAll(".right-pane tr.open")[0].click(); await wait(100); note();
+      scrollTo(0, 0); byId("back").click(); await wait(100); note();
+      noted.to = scrollY;
     })();"""
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.html")
     shown = report.Path(report.__file__).with_name("page.html").read_text(encoding="utf-8")
     report.PAGE.write_text(shown.replace("\nstart();\n", f"\n{reader}\n"), encoding="utf-8")
     wrong = rollout(0, 1, reward_parts={"accuracy": 0.0})
     page = write_report(a_run(tmp_path / "run", {1: [rollout(), wrong]}))
-    said = re.search('data-said="(.*?)"', dom(tmp_path, page))[1].replace("&amp;", "&").split()
-    chosen = "#outcome=wrong&at=0.1.0."
-    assert said == ["#outcome=wrong", chosen + "1", chosen + "0", "#outcome=wrong"]
+    shown = dom(tmp_path, page)
+    said, began, ended = (re.search(f'data-{name}="(.*?)"', shown)[1] for name in ("said", "from", "to"))
+    chosen = "#outcome=wrong&amp;at=0.1.0."
+    assert said.split() == ["#outcome=wrong", chosen + "1", chosen + "0", "#outcome=wrong"]
+    assert began == ended != "0"
 
 
 def test_browser_runs_nothing_that_the_data_brings(tmp_path):
@@ -500,7 +586,7 @@ def test_browser_runs_nothing_that_the_data_brings(tmp_path):
             tmp_path / "run", {1: [hostile_rollout(0, text), hostile_rollout(0, text) | {"sample": 1}]}, lines
         )
         page = write_report(folder)
-        for view in ("text", "mask", "probability"):
+        for view in ("text", "tokens"):
             shown = dom(tmp_path, page, f"at=0.1.0.0&beside=1&view={view}")
             assert "The group of 2" in shown and "&lt;img src=http" in shown
             assert "data-canary" not in shown.split(">")[1] and 'href="javascript' not in shown
