@@ -12,6 +12,7 @@ from mmsr.chat import PROMPTS, Chat
 from mmsr.net.http import AUTHORITIES
 from mmsr.pretrained.save import save
 from mmsr.reward import LEGAL_SHAPES
+from mmsr.system.determinism import deterministic
 from mmsr.tools import search_tools
 from mmsr.toy import base as toy_base
 from mmsr.toy import world as toy
@@ -79,6 +80,7 @@ def _nothing_switched_on_in_one_test_stays_on_in_the_next():
     shapes = set(LEGAL_SHAPES)
     yield
     attention.sum_in_fp64(False)
+    deterministic(False)
     LEGAL_SHAPES.intersection_update(shapes)
 
 

@@ -19,6 +19,7 @@ from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_memory, check_prompts, check_tokens
 from mmsr.setup.questions import Questions
 from mmsr.system import parallel
+from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool
@@ -63,6 +64,7 @@ def open_policy(
     stored = torch.float32 if ranks.size > 1 else dtype
     model = load_model(folder, dtype, stored, ranks, config.shard)
     attention.sum_in_fp64(config.deterministic)
+    deterministic(config.deterministic and ranks.device.type == "cpu")
     if isinstance(config, Config):
         model.checkpoint_blocks = config.recompute
         model.visual.checkpoint_blocks = config.recompute

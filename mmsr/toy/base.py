@@ -29,6 +29,7 @@ from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Observation
 from mmsr.pretrained.save import save
 from mmsr.rollout import Limits, Rollout, Script
+from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
@@ -268,6 +269,7 @@ def _tools(world: World) -> list[Tool]:
 def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
     """Train a model until it passes the gate, and save it. Raises UserError when it does not pass."""
     folder.mkdir()
+    deterministic(True)
     tokenizer = _save_tokenizer(folder)
     chat = Chat(folder, PROMPTS / "toy", _tools(world))
     model = modeling.random_model(model_config(tokenizer), seed=world.seed)
