@@ -1,4 +1,4 @@
-"""The disk plan: what a run writes under --out, computed before it starts.
+"""The disk plan: what a run writes under --out and what it fetches from the hub, computed before it starts.
 
 Weights, masters and moments are exact but for the headers of files. Of rollouts only an estimate is possible, on the
 generous side. tests/test_disk.py compares both with the files of a run.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,8 @@ DETAIL = 25  # of a sampled token in a line that has every one's text and probab
 DETAILED = 1024  # rollouts of a step whose lines are such
 IMAGE_RESULT = 2_000  # of an image search's titles and addresses
 TEXT_RESULT = 10_000  # of a text search's passages or summaries
+
+FVQA = {"questions": 2 * 10**9, "recorded searches": 3 * 10**9}  # assumed, of the files on the hub
 
 PICTURES = 128 * 2**20  # of OUT/images, which is full then
 REPORT = 32 * 2**20  # of report.html
@@ -54,6 +57,19 @@ def disk_needed(config: Config, model: ModelConfig, ranks: int = 1, item: int = 
         "pictures": PICTURES,
         "report": REPORT,
     }
+
+
+def downloads(config: Config, model: ModelConfig) -> dict[str, int]:
+    """Bytes that a run fetches from the hub, by part, unless they are in its cache: weights are published in bf16."""
+    numbers, tensors = parameters(model)
+    found = {"weights": 0, "questions": 0, "recorded searches": 0}
+    if not Path(config.model).is_dir():
+        found["weights"] = 2 * numbers + HEADER * tensors + TOKENIZER
+    if config.data.startswith("lmms-lab/FVQA"):
+        found["questions"] = FVQA["questions"]
+    if config.search == "replay:fvqa":
+        found["recorded searches"] = FVQA["recorded searches"]
+    return found
 
 
 def save_bytes(model: ModelConfig, ranks: int = 1, item: int = 2) -> int:
