@@ -142,6 +142,7 @@ class Parameters:
     root: int  # of FSDP's root unit, which has all that is in no block: 0 where nothing is sharded
 
     @classmethod
+    @lru_cache
     def of(cls, model: ModelConfig, shard: str, ranks: int, node: int, item: int) -> Parameters:
         """`shard`: as --shard has it."""
         size = sizes(model)

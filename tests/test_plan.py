@@ -24,7 +24,6 @@ from mmsr.plan import (
     GIB,
     LARGER,
     PUBLISHED,
-    USABLE,
     Activations,
     advise,
     check,
@@ -346,46 +345,5 @@ def test_the_scale_page_has_other_numbers_than_the_plan():
     for name, model in PUBLISHED.items():
         for count in (1, 8):
             found = plan(model, blog(), count)
-            fits = " | ".join("yes" if found.peak <= USABLE * room * GIB else "no" for room in (80, 141))
             numbers = " | ".join(f"{value / GIB:.1f}" for value in (*found.moments, found.peak))
-            assert f"| {name} | {count} | {numbers} | {fits} |" in PAGE
-    for room in (80, 141):
-        with pytest.raises(UserError) as caught:
-            check(PUBLISHED["Qwen2.5-VL-3B"], blog(), room * GIB)
-        assert f"`{re.search('(--[^,]*) would do', str(caught.value))[1]}`" in PAGE
-
-
-def test_the_scale_page_has_other_numbers_than_its_program(capsys):
-    exec(re.search(r"```python\n(.*?)```", PAGE, re.S)[1], {})
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 8 and printed in PAGE
-
-
-def seconds_a_step(config: Config, model: str, devices: int) -> float:
-    """What the scale page's program has as `total` for a recipe."""
-    code = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]
-    updates = config.questions // config.mini_batch
-    sizes = (config.questions, updates, config.group_size, config.slots, config.micro_tokens)
-    swaps = {
-        'name = "Qwen2.5-VL-7B"': f'name = "{model}"',
-        "512, 4, 8, 64, 16384": str(sizes)[1:-1],
-        "(8, 16, 32, 64, 128, 256, 512, 1024)": f"({devices},)",
-    }
-    for before, after in swaps.items():
-        assert code.count(before) == 1
-        code = code.replace(before, after)
-    found: dict = {}
-    exec(code, found)
-    return found["total"]
-
-
-@pytest.mark.parametrize("recipe", ["blog", "paper", "released"])
-def test_the_results_page_has_other_hours_than_the_scale_pages_program(recipe):
-    page = (Path(__file__).parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
-    for name in ("3B", "7B"):
-        for devices in (8, 32):
-            config = Config(**{**RECIPES[recipe], "recipe": recipe, "model": "x"})
-            step = seconds_a_step(config, f"Qwen2.5-VL-{name}", devices)
-            hours, rollouts = step * config.steps / 3600, config.steps * config.questions * config.group_size
-            numbers = f"{config.steps} | {step:.1f} | {hours:.1f} | {hours * devices:.0f} | {rollouts:,}"
-            assert f"| {recipe} | {name} | {devices} | {numbers} |" in page
+            assert f"| {name} | {count} | {numbers} |" in PAGE
