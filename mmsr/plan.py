@@ -30,6 +30,7 @@ from mmsr.engine import prefix_rows
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import SHORT_NAMES, fetched
+from mmsr.pretrained.save import SHARD_BYTES
 from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
@@ -466,21 +467,23 @@ def model_sizes(name: str) -> ModelConfig:
 
 
 def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 8, item: int = 2) -> dict[str, float]:
-    """Bytes of the memory of a machine, by part, for its `node` processes; the tests of tensors have no part in it.
+    """Bytes of a machine's memory, by part, for its `node` processes. An estimate: PROCESS and RECORDED are assumed.
 
-    A save builds a file of each process in memory, in two copies. At the end the main rank has the whole model.
+    A save builds a file of each process in memory, in two copies. At the end the main rank has the whole model, or a
+    single process one of its files.
     """
     processes = min(ranks, node)
     kept = Activations(model, config, item)
     questions = math.ceil(max(config.questions, config.eval_size) * processes / ranks)
     recorded = RECORDED if config.search == "replay:fvqa" else 0
     save = processes * min(2 * FILE_BYTES, 2 * save_bytes(model, ranks, item) / ranks)
-    whole = item * sizes(model).count() if ranks > 1 else 0
+    whole = item * sizes(model).count()
+    at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)
     return {
         "programs": processes * PROCESS,
         "pictures": kept.pictures(questions) * MERGE**2 * PATCH_VALUES * 4,  # of a step, fp32 patches
         "recorded searches": processes * recorded,
-        "a save": max(save, whole),
+        "a save": max(save, at_the_end),
     }
 
 
