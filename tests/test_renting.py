@@ -13,6 +13,7 @@ import renting  # noqa: E402
 import step_time  # noqa: E402
 from test_docs import commands, read  # noqa: E402
 
+from mmsr import plan as planning  # noqa: E402
 from mmsr.config import parse  # noqa: E402
 from mmsr.disk import disk_needed  # noqa: E402
 from mmsr.plan import GIB, PUBLISHED, kept_as_fits, plan  # noqa: E402
@@ -23,6 +24,37 @@ PAGE = read("docs/renting.md")
 def test_the_renting_page_has_other_tables_than_its_program():
     assert renting.with_tables(PAGE) == PAGE, "python bench/renting.py --write docs/renting.md"
     assert all(f"<!-- {name} -->" in PAGE for name in renting.TABLES)
+
+
+def cells() -> list[tuple[list[str], str]]:
+    """The options of `python -m mmsr.plan` and what the page says, for each recipe in each cell of the first table."""
+    found = []
+    table = PAGE.split("<!-- fits -->")[1].split("<!-- end -->")[0]
+    for model, devices, *said in re.findall(
+        r"^\| (\dB) \| (\d) \| (.*) \| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE
+    ):
+        for device, cell in zip(step_time.DEVICES, said, strict=True):
+            for part in cell.split("; "):
+                recipes, _, outcome = part.rpartition(": ")
+                place = f"--gpus {devices} --gpu-gb {device.gib:g} --model Qwen2.5-VL-{model} --recipe".split()
+                found.append(([*place, recipes.split(", ")[0] or "blog"], outcome))
+    return found
+
+
+def test_the_plan_refuses_what_the_renting_page_says_or_the_other_way_round(capsys):
+    """The cells with options, and one of the others in each row."""
+    wrong = []
+    for place, outcome in [*(cell for cell in cells() if "`" in cell[1]), *cells()[::5]]:
+        options = outcome.strip("`").split() if "`" in outcome else []
+        try:
+            planning.main([*place, *options])
+            fits = True
+        except SystemExit as stop:
+            assert stop.code == 1
+            fits = False
+        if fits != (outcome != "no"):
+            wrong.append((place, outcome))
+    assert not wrong and len(cells()) > 24
 
 
 def test_the_scale_page_has_other_seconds_than_its_program():
