@@ -5,7 +5,7 @@
 A step has three moments: rollouts are generated, a micro-batch is in its backward pass, the optimizer steps. A row of
 the plan says what something takes in each of them; the worst sum has to fit. Weights, gradients, optimizer and cache
 are exact. Activations count the tensors that the backward pass keeps. tests/test_plan.py compares both with the real
-ones. The constants below are assumed.
+ones. The constants below are assumed. Host memory is an estimate, mostly of assumed constants; disk is in disk.py.
 
 In the comments of this module P is the number of parameters, T of packed tokens, d, I the widths of the decoder and of
 its MLP, V of the vocabulary, and `item` the bytes of a number in the type of the computation.
@@ -15,22 +15,26 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
 from mmsr.config import Config, parse
+from mmsr.disk import disk_needed, downloads, save_bytes
 from mmsr.engine import prefix_rows
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
+from mmsr.pretrained.hub import SHORT_NAMES, fetched
+from mmsr.pretrained.save import SHARD_BYTES
 from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
-from mmsr.system.options import kebab
+from mmsr.system.options import Parser, kebab
 from mmsr.vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
 
 GIB = 2**30
@@ -43,11 +47,27 @@ THUMBNAIL_TOKENS = 64
 SCORE_BYTES = 24  # per slot and word while sampling: fp32 scores and log-probabilities, two fp64 sums
 LOGIT_BYTES = 20  # per logit in the head's backward pass: fp32 logits and their gradients
 STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
+PROCESS = 4 * GIB  # of host memory: a process with Python, torch and the libraries of CUDA
+RECORDED = 3 * GIB  # of host memory: FVQA's published searches in a process
+FILE_BYTES = 2 * GIB  # of a rank's file of a checkpoint, as system/checkpoint.py has it
+# Advice does not go below: fewer slots read all weights for little, and shorter or smaller leaves no room to work.
+LEAST = {"slots": 16, "max_tokens": 4096, "max_pixels": 448 * 448}
+
+# Options that change memory and time, but neither what is sampled nor what is learned.
+SAME_RESULT = ("--recompute", "--keep-blocks", "--shard", "--slots", "--micro-tokens")
 
 _small = VisionConfig(out_hidden_size=2048)
 PUBLISHED = {
     "Qwen2.5-VL-3B": ModelConfig(151936, 2048, 11008, 36, 16, 2, 1e-6, tie_word_embeddings=True, vision=_small),
     "Qwen2.5-VL-7B": ModelConfig(152064, 3584, 18944, 28, 28, 4, 1e-6),
+}
+LARGER = {
+    "Qwen2.5-VL-32B": ModelConfig(
+        152064, 5120, 27648, 64, 40, 8, 1e-6, vision=VisionConfig(intermediate_size=3456, out_hidden_size=5120)
+    ),
+    "Qwen2.5-VL-72B": ModelConfig(
+        152064, 8192, 29568, 80, 64, 8, 1e-6, vision=VisionConfig(intermediate_size=3456, out_hidden_size=8192)
+    ),
 }
 
 
@@ -123,6 +143,7 @@ class Parameters:
     root: int  # of FSDP's root unit, which has all that is in no block: 0 where nothing is sharded
 
     @classmethod
+    @lru_cache
     def of(cls, model: ModelConfig, shard: str, ranks: int, node: int, item: int) -> Parameters:
         """`shard`: as --shard has it."""
         size = sizes(model)
@@ -307,34 +328,34 @@ def cache_bytes(model: ModelConfig, rows: int, prompt: int, slots: int, room: in
 # ---- what fits
 
 
+class Advice(NamedTuple):
+    """What would make a run fit that does not."""
+
+    savings: dict[str, float]  # bytes that an option saves alone
+    options: str  # that together make it fit; empty where none do
+    with_options: float  # bytes then
+    processes: int  # so many make it fit without other options; 0 where none do
+    with_processes: float  # bytes then
+
+
 def check(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
     """The plan, if it fits into `capacity` bytes on each device. Else UserError, with what each option would save.
 
     As many blocks are kept as there is room for; whether it fits depends on the least.
     """
-
-    def peak(changed: Config, ranks: int = ranks) -> float:
-        return plan(model, changed, ranks, node, item).peak
-
     room = USABLE * capacity
-    now = peak(config)
+    now = plan(model, config, ranks, node, item).peak
     if now <= room:
         return plan(model, kept_as_fits(model, config, capacity, ranks, node, item), ranks, node, item)
-    advice = []
-    for option, changed in _smaller(config):
-        saved = now - peak(changed)
-        if saved > 0.005 * now:
-            advice.append(f"{option} saves {saved / GIB:.1f}")
-    chosen, least = _until(room, config, peak)
-    if least <= room:
-        advice.append(f"{' '.join(chosen.values())} would do ({least / GIB:.1f})")
-    for enough in [ranks * 2**k for k in range(1, 11)]:
-        if peak(config, enough) <= room:
-            advice.append(f"{enough} processes would do ({peak(config, enough) / GIB:.1f} each)")
-            break
+    advice = advise(model, config, capacity, ranks, node, item)
+    said = [f"{option} saves {saved / GIB:.1f}" for option, saved in advice.savings.items()]
+    if advice.options:
+        said.append(f"{advice.options} would do ({advice.with_options / GIB:.1f})")
+    if advice.processes:
+        said.append(f"{advice.processes} processes would do ({advice.with_processes / GIB:.1f} each)")
     raise UserError(
         f"the run needs {now / GIB:.1f} GiB on each device, of which {room / GIB:.1f} of {capacity / GIB:.1f} are "
-        f"usable: {', '.join(advice) or 'take a smaller model'}; python -m mmsr.plan shows more"
+        f"usable: {', '.join(said) or 'take a smaller model'}; python -m mmsr.plan shows more"
     )
 
 
@@ -351,6 +372,29 @@ def kept_as_fits(
     return replace(config, keep_blocks=0)
 
 
+def advise(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2) -> Advice:
+    """For a run that does not fit into `capacity` bytes on each device."""
+
+    def peak(changed: Config, ranks: int = ranks) -> float:
+        return plan(model, changed, ranks, node, item).peak
+
+    room = USABLE * capacity
+    now = peak(config)
+    savings = {option: now - peak(changed) for option, changed in _smaller(config)}
+    worthwhile = {option: saved for option, saved in savings.items() if saved > 0.005 * now}
+
+    chosen, least = _until(room, config, peak, SAME_RESULT)
+    if least > room:
+        chosen, least = _until(room, config, peak)
+    options = " ".join(chosen.values()) if least <= room else ""
+
+    for processes in [ranks * 2**k for k in range(1, 11)]:
+        each = peak(config, processes)
+        if each <= room:
+            return Advice(worthwhile, options, least, processes, each)
+    return Advice(worthwhile, options, least, 0, 0)
+
+
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     """(option, the configuration with it) for each option that may save memory."""
     steps: list[tuple[str, dict[str, Any]]] = [
@@ -361,10 +405,14 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     ]
     for name in ("mini_batch", "slots", "micro_tokens", "max_tokens", "max_pixels"):
         half = getattr(config, name) // 2
+        if half < LEAST.get(name, 1):
+            continue
         changes = {name: half}
-        if name == "max_pixels":
-            changes["min_pixels"] = min(config.min_pixels, half)
-        steps.append((f"--{kebab(name)} {half}", changes))
+        option = f"--{kebab(name)} {half}"
+        if name == "max_pixels" and half < config.min_pixels:
+            changes["min_pixels"] = half
+            option += f" --min-pixels {half}"
+        steps.append((option, changes))
     for option, changes in steps:
         try:
             yield option, replace(config, **changes)
@@ -372,12 +420,20 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
             continue
 
 
-def _until(room: float, config: Config, peak: Callable[[Config], float]) -> tuple[dict[str, str], float]:
-    """Options taken one after another, always the one that saves most, until it fits or none helps; bytes then."""
+def _until(
+    room: float, config: Config, peak: Callable[[Config], float], among: Sequence[str] = ()
+) -> tuple[dict[str, str], float]:
+    """Options taken one after another, always the one that saves most, until it fits or none helps; bytes then.
+
+    `among`: only these are taken, unless it is empty.
+    """
     chosen: dict[str, str] = {}
     now = peak(config)
     while now > room:
-        candidates = [(peak(changed), option, changed) for option, changed in _smaller(config)]
+        candidates = [(now, "", config)]
+        for option, changed in _smaller(config):
+            if not among or option.split()[0] in among:
+                candidates.append((peak(changed), option, changed))
         least, option, config = min(candidates, key=lambda candidate: candidate[0])
         if least >= now:
             break
@@ -386,22 +442,141 @@ def _until(room: float, config: Config, peak: Callable[[Config], float]) -> tupl
     return chosen, now
 
 
+# ---- the command
+
+
+def published(name: str) -> ModelConfig | None:
+    """The sizes of a published model by the names that --model has for it; None for other names. Needs no network."""
+    known = PUBLISHED | LARGER
+    for short, repository in SHORT_NAMES.items():
+        if name in (short, repository):
+            return known[short]
+    return None
+
+
+def model_sizes(name: str) -> ModelConfig:
+    """The sizes of what --model names. Of an unknown hub model only config.json is fetched. Raises UserError."""
+    known = published(name)
+    if known and not Path(name).is_dir():
+        return known
+    if Path(name).is_dir():
+        return read_config(Path(name))
+    what = f"model {name!r} is not a folder, and config.json of {name!r}"
+    advice = f"give a folder, a hub id, or one of {', '.join(SHORT_NAMES)}"
+    return read_config(fetched("hf_hub_download", what, advice, repo_id=name, filename="config.json").parent)
+
+
+def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 8, item: int = 2) -> dict[str, float]:
+    """Bytes of a machine's memory, by part, for its `node` processes. An estimate: PROCESS and RECORDED are assumed.
+
+    A save builds a file of each process in memory, in two copies. At the end the main rank has the whole model, or a
+    single process one of its files.
+    """
+    processes = min(ranks, node)
+    kept = Activations(model, config, item)
+    questions = math.ceil(max(config.questions, config.eval_size) * processes / ranks)
+    recorded = RECORDED if config.search == "replay:fvqa" else 0
+    save = processes * min(2 * FILE_BYTES, 2 * save_bytes(model, ranks, item) / ranks)
+    whole = item * sizes(model).count()
+    at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)
+    return {
+        "programs": processes * PROCESS,
+        "pictures": kept.pictures(questions) * MERGE**2 * PATCH_VALUES * 4,  # of a step, fp32 patches
+        "recorded searches": processes * recorded,
+        "a save": max(save, at_the_end),
+    }
+
+
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m mmsr.plan", description="The memory plan of a run of train.py.")
-    parser.add_argument("--gpus", type=int, default=1, help="processes, one device each")
-    parser.add_argument("--node-gpus", type=int, default=8, help="of them on one machine")
-    parser.add_argument("--gpu-gb", type=float, default=80, help="memory of a device, GiB")
+    """Print the plan of a command line and a verdict. Exit status 0: it fits, 1: it does not, 2: a mistake."""
+    parser = Parser(
+        "python -m mmsr.plan",
+        description="What a run of train.py needs: memory of devices and host, disk, downloads; and whether it fits.",
+        epilog="All options of train.py are understood too, with their defaults (--model: Qwen2.5-VL-7B, --recipe: "
+        "blog): python train.py --help lists them. The verdict is on the last line; exit status 0 if the run fits, "
+        "1 if it does not, 2 for a mistake.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=_count, default=1, metavar="N", help="processes, one device each (1)")
+    parser.add_argument("--node-gpus", type=_count, default=8, metavar="N", help="of them on one machine (8)")
+    parser.add_argument("--gpu-gb", type=_gibibytes, default=80, metavar="GIB", help="memory of a device, GiB (80)")
     given, rest = parser.parse_known_args(argv)
+    if not any(word.split("=")[0] == "--model" for word in rest):
+        rest = ["--model", "Qwen2.5-VL-7B", *rest]
     try:
-        config = parse(["--model", "Qwen2.5-VL-7B", *rest])
-        model = PUBLISHED.get(config.model) or read_config(Path(config.model))
-        capacity = given.gpu_gb * GIB
-        place = (given.gpus, given.node_gpus, 4 if config.dtype == "float32" else 2)
-        print(plan(model, kept_as_fits(model, config, capacity, *place), *place).table())
-        check(model, config, capacity, *place)
+        config = parse(rest, program=parser.prog)
+        model = model_sizes(config.model)
     except UserError as error:
-        print(f"mmsr.plan: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    place = (given.gpus, given.node_gpus, 4 if config.dtype == "float32" else 2)
+    print(plan(model, kept_as_fits(model, config, given.gpu_gb * GIB, *place), *place).table())
+    print(f"\n{_other_needs(model, config, *place)}")
+    fits, said = verdict(model, config, given.gpu_gb * GIB, rest, *place)
+    print(f"\nVERDICT: {said}")
+    if not fits:
+        raise SystemExit(1)
+
+
+def _other_needs(model: ModelConfig, config: Config, ranks: int, node: int, item: int) -> str:
+    """Host memory, disk and downloads, a line each."""
+    lines = [
+        _sum("host memory of a machine", "GiB", GIB, host_memory(model, config, ranks, node, item)),
+        _sum("disk under --out", "GB", 1e9, disk_needed(config, model, ranks, item)),
+        _sum("downloads", "GB", 1e9, downloads(config, model)),
+    ]
+    return "\n".join(lines)
+
+
+def _sum(name: str, symbol: str, unit: float, parts: Mapping[str, float]) -> str:
+    """A line with the sum of bytes, and the parts that matter."""
+    listed = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items() if size > unit / 20)
+    return f"{name}, {symbol}: {sum(parts.values()) / unit:.1f} ({listed or 'nothing'})"
+
+
+def verdict(
+    model: ModelConfig, config: Config, capacity: float, options: Sequence[str], ranks: int, node: int, item: int
+) -> tuple[bool, str]:
+    """Whether it fits, and that in a line, with the command to type. `options`: those of train.py."""
+    need = plan(model, config, ranks, node, item).peak
+    size = f"{need / GIB:.1f} GiB on each device, {USABLE * capacity / GIB:.1f} of {capacity / GIB:.1f} usable"
+    if need <= USABLE * capacity:
+        return True, f"fits ({size}): {launch(ranks, node)} {shlex.join(options)}"
+    advice = advise(model, config, capacity, ranks, node, item)
+    ways = []
+    if advice.options:
+        ways.append(f"{launch(ranks, node)} {shlex.join(options)} {advice.options}")
+    if advice.processes:
+        ways.append(f"{launch(advice.processes, node)} {shlex.join(options)}")
+    if not ways:
+        return False, f"does not fit ({size}); take a smaller model or larger devices"
+    changing = [word for word in advice.options.split() if word.startswith("--") and word not in SAME_RESULT]
+    note = f" ({', '.join(changing)}: learns otherwise)" if changing else ""
+    return False, f"does not fit ({size}); this would: {f'{note}, or '.join(ways)}"
+
+
+def launch(ranks: int, node: int = 8) -> str:
+    """The beginning of a command line that starts train.py on so many devices, `node` of them on a machine."""
+    if ranks == 1:
+        return "python train.py"
+    machines = f"--nnodes {math.ceil(ranks / node)} " if ranks > node else ""
+    return f"torchrun {machines}--nproc-per-node {min(ranks, node)} train.py"
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of devices, 1 or more")
+    return int(text)
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0
+    if not 1 <= size < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}: give the memory of a device in GiB, such as 80")
+    return size
 
 
 if __name__ == "__main__":

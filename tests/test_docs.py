@@ -62,6 +62,9 @@ def understand(command: str) -> None:
             assert words[words.index("-k") + 1] in (ROOT / files[0]).read_text(encoding="utf-8")
         return
     place = next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), None)
+    if words[:2] == ["python", "-c"]:
+        compile(words[2], command, "exec")
+        return
     if place is None:
         assert words[0] in OTHERS
         return

@@ -97,7 +97,7 @@ def test_job_outlives_a_killed_rank_or_resumes_to_other_weights(folder, tmp_path
 
 
 def test_torchrun_does_not_restart_from_the_checkpoint(folder, tmp_path, whole):
-    """The launch line of docs/scale.md: nobody is there when a rank dies."""
+    """The launch line of docs/renting.md: nobody is there when a rank dies."""
     out = tmp_path / "out"
     run = Torchrun(tmp_path, folder, out, "--resume", launch=["--max-restarts", "1"])
     run.after(out / "checkpoints" / "step-000002")

@@ -22,8 +22,10 @@ import train
 from mmsr import reward
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
+from mmsr.disk import TOKENIZER, disk_needed
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
+from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.load import load
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
@@ -139,6 +141,19 @@ def refused(capsys, model, out, said, **changes) -> str:
 
 
 # ---- what a run writes ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_more_or_much_less_than_the_disk_plan_says(first, miniature):
+    config = parse(arguments(miniature, first.out))
+    planned = disk_needed(config, read_config(miniature), item=4)
+    assert planned.keys() == {"checkpoints", "model", "rollouts", "pictures", "report"}
+    folders = {}
+    for name in planned:
+        files = (first.out / name).rglob("*")
+        folders[name] = sum(file.stat().st_size for file in files if file.is_file())
+    assert 0.9 * planned["checkpoints"] < folders["checkpoints"] <= planned["checkpoints"]
+    assert planned["model"] - TOKENIZER < folders["model"] <= planned["model"]
+    assert planned["rollouts"] / 6 < folders["rollouts"] <= planned["rollouts"]
 
 
 def test_run_writes_every_file_of_the_contract(first):
