@@ -150,7 +150,7 @@ class Options:
     format: str = ""
     """Layout: fvqa, infoseek, mmsearch, simplevqa, livevqa, civqa, verl, trl, openai, sharegpt, plain; empty: look."""
     columns: str = ""
-    """Columns called otherwise, of id=…,question=…,answers=…,image=…,category=…; a.b.c is inside of column a."""
+    """Columns by other names, id=…,question=…,answers=…,image=…,category=…; a.b.c is inside a; id= numbers the rows."""
     images: str = ""
     """Folder of the picture files that the data names; empty: the data file's own."""
     toy: Literal["full", "basic"] = "full"

@@ -16,6 +16,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -60,6 +61,9 @@ class Table(Protocol):
 
     def picture(self, row: int, column: str) -> Any:
         """The row's value in a column of pictures; None where there is no such column."""
+
+    def first(self) -> dict[str, Any]:
+        """All of the first row that may be read at once: nothing large."""
 
 
 def open_table(path: Path) -> Table:
@@ -177,6 +181,14 @@ class Parquet:
             complaint = f"{size >> 20:,} MiB of pictures, more than {MOST_CELL >> 20}; give smaller ones"
             raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
         return cell[0].as_py()
+
+    def first(self) -> dict[str, Any]:
+        found = {}
+        for name in self.names:
+            if self._stored_bytes(self.file, name, 0) <= GROUP_BYTES:
+                with suppress(UserError):
+                    found[name] = self.picture(0, name)
+        return found
 
     def _require_unique(self, column: str) -> None:
         if column in self.doubled:
@@ -362,6 +374,9 @@ class JsonLines:
     def picture(self, row: int, column: str) -> Any:
         return self.text(row).get(column)
 
+    def first(self) -> dict[str, Any]:
+        return self.text(0)
+
 
 class JsonArray:
     """A file with one array of objects."""
@@ -372,7 +387,8 @@ class JsonArray:
         if isinstance(self.rows, dict):
             lists = [self.rows[name] for name in WRAPPERS if isinstance(self.rows.get(name), list)]
             self.rows = next((rows for rows in lists if rows and isinstance(rows[0], dict)), self.rows)
-        if isinstance(self.rows, dict) and len(self.rows) > 2:  # one row: at least question, answer and picture
+        one_row = isinstance(self.rows, dict) and not all(isinstance(value, dict) for value in self.rows.values())
+        if one_row and len(self.rows) > 2:  # at least question, answer and picture
             self.rows = [self.rows]
         if not isinstance(self.rows, list):
             raise UserError(f"{path}: not an array of rows; write [{{…}}, …], or a .jsonl file with one row a line")
@@ -393,3 +409,6 @@ class JsonArray:
 
     def picture(self, row: int, column: str) -> Any:
         return self.rows[row].get(column)
+
+    def first(self) -> dict[str, Any]:
+        return dict(self.rows[0])
