@@ -146,7 +146,7 @@ class Options:
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
-    """toy, a .parquet, .jsonl or .json file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
+    """toy, a .parquet, .jsonl, .json or .csv file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""
     """Layout: fvqa, infoseek, mmsearch, simplevqa, livevqa, civqa, verl, trl, openai, sharegpt, plain; empty: look."""
     columns: str = ""
@@ -480,7 +480,7 @@ class EvalConfig(Options):
 
     # ---- model and data
     data: tuple[str, ...] = ("toy",)  # type: ignore[assignment]  # several data sets where training has one
-    """toy, or .parquet, .jsonl or .json files of questions about pictures; several are evaluated one by one."""
+    """toy, or .parquet, .jsonl, .json or .csv files of questions about pictures; several are evaluated one by one."""
 
     # ---- evaluation
     mode: Literal["search", "direct", "rag"] = "search"

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from mmsr.data import cells
 from mmsr.data.columns import likely_columns
-from mmsr.data.tables import Parquet, Table, column_of, inside, open_table
+from mmsr.data.tables import Csv, Parquet, Table, column_of, inside, open_table
 from mmsr.episode import Example
 from mmsr.system import images as pictures
 from mmsr.system.errors import UserError
@@ -75,7 +75,7 @@ FORMATS = {
 
 
 def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
-    """The data set in a .parquet, .jsonl or .json file. `format` names its layout (empty: it is detected), `columns`
+    """The data set in a Parquet, JSON or CSV file. `format` names its layout (empty: it is detected), `columns`
     renames columns ("question=q,answers=a.b"), `images` is the folder of its picture files (empty: the file's own
     folder). Raises UserError for a file that is missing or not in its format, lacks columns, or has a row with unusable
     text, and for unknown names."""
@@ -92,7 +92,10 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
             found += f"; it looks most like {name}"
         advice = _advice(layouts[name], table, format, columns)
         raise UserError(f"{path}: row 0, column {', '.join(missing)}: missing ({found}); {advice}")
-    return Dataset(path, table, name, layouts[name], Path(images) if images else path.parent)
+    layout = layouts[name]
+    if isinstance(table, Csv):  # all of its cells are text: that of a single answer too
+        layout = replace(layout, listed=())
+    return Dataset(path, table, name, layout, Path(images) if images else path.parent)
 
 
 def _layouts(format: str, columns: str) -> dict[str, Format]:

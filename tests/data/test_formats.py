@@ -846,8 +846,37 @@ def test_a_missing_file(tmp_path, name):
     refused(lambda: read_examples(tmp_path / name), name, "no such file")
 
 
+@pytest.mark.parametrize("name, separator", [("some.csv", ","), ("some.CSV", ";"), ("some.tsv", "\t")])
+def test_csv_of_a_spreadsheet_is_refused(tmp_path, name, separator):
+    """With its mark of UTF-8, its ends of lines, a question over two lines, a blank row, a picture in base64."""
+    jsonl(tmp_path, [])
+    long = "data:image/png;base64," + base64.b64encode(picture(side=300)).decode()
+    rows = [
+        ["id", "image", "question", "answers"],
+        ["1", "pictures/0.png", f'"Which ""great"" river,{separator}\nhere?"', "Tagus"],
+        [],
+        ["2", f'"{long}"', "Où ?", '"[""Tagus"", ""Tejo""]"'],
+    ]
+    text = "".join(separator.join(cells) + "\r\n" for cells in rows)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = read_examples(tmp_path / name)
+    assert first == Example("1", picture(), f'Which "great" river,{separator}\nhere?', ("Tagus",), "")
+    assert second == Example("2", picture(side=300), "Où ?", ("Tagus", "Tejo"), "")
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("id,question\n1,Where, and who?\n", "row 0: 3 cells under 2 columns; write text that holds ',' in quotes"),
+    ("id,id\n1,2\n", "several columns named 'id'; rename"), ('id,x\n1,"a\n', "not a CSV file at byte 5 (unexp"),
+    ("qid,ask,gold,pic\n1,Who?,Ada,a.png\n", "try --columns id=qid,question=ask,answers=gold,image=pic"),
+    ("id,question\n1,O\udcf9?\n", "not UTF-8 text; save it as UTF-8"), ("id,question,answer,image\n1,,a,b\n", "empty"),
+])  # fmt: skip
+def test_damaged_csv_is_read_as_something_else(tmp_path, text, complaint):
+    (tmp_path / "some.csv").write_text(text, "utf-8", "surrogateescape")
+    refused(lambda: read_examples(tmp_path / "some.csv"), "some.csv: ", complaint)
+
+
 def test_a_file_of_another_kind(tmp_path):
-    refused(lambda: read_examples(tmp_path / "prompts.pkl"), "prompts.pkl", ".parquet, .jsonl or .json")
+    refused(lambda: read_examples(tmp_path / "prompts.pkl"), "prompts.pkl", ".parquet, .jsonl, .json or .csv")
     (tmp_path / "folder.jsonl").mkdir()
     refused(lambda: read_examples(tmp_path / "folder.jsonl"), "folder.jsonl", "cannot be read: a folder; name the")
     refused(lambda: read_examples(tmp_path / "a.jsonl.gz"), "a.jsonl.gz: a packed file; unpack it")
