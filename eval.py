@@ -12,9 +12,15 @@ runs give equal results, on several devices or one, interrupted or not.
 
 from __future__ import annotations
 
+import sys
+
+from mmsr.config import EvalConfig, check_command_line
+
+if __name__ == "__main__":  # torch takes seconds to import: --help and mistakes do not wait for it
+    check_command_line(sys.argv[1:], EvalConfig, "eval.py")
+
 import json
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -25,7 +31,6 @@ from tqdm import tqdm
 from mmsr import evaluate
 from mmsr.assemble import Setup, launch
 from mmsr.chat import PROMPTS
-from mmsr.config import EvalConfig
 from mmsr.data.judge import Judge
 from mmsr.episode import Episode, Example
 from mmsr.report import compare

@@ -6,8 +6,14 @@ step's questions; `ranks` has what they must know of each other.
 
 from __future__ import annotations
 
-import math
 import sys
+
+from mmsr.config import Config, check_command_line
+
+if __name__ == "__main__":  # torch takes seconds to import: --help and mistakes do not wait for it
+    check_command_line(sys.argv[1:], Config, "train.py")
+
+import math
 import time
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Sequence
@@ -17,7 +23,6 @@ from tqdm import tqdm
 
 from mmsr import evaluate, grpo
 from mmsr.assemble import Setup, launch, open_imitation
-from mmsr.config import Config
 from mmsr.data.sampler import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, Example
 from mmsr.report import alarms

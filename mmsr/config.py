@@ -1,15 +1,17 @@
-"""Flat dataclasses: the defaults, the command line, and the `config.json` of a run.
+"""Flat dataclasses: the defaults, the command line, and the `config.json` of a run. Imports no torch: a program reads
+its command line before that, so that a mistake is told at once.
 
 `Options` is what train.py and eval.py have in common; `Config` adds training, `EvalConfig` evaluation. A recipe is a
 dictionary of defaults, of which each takes what it has; the toy recipe differs a little between the toy worlds. The
 command line wins over the recipe, and the recipe over the dataclass. An unknown or ill-typed option is one line on
-standard error and exit status 2.
+standard error and exit status 2. `--help` shows the options in groups: a comment `# ---- GROUP` begins one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Mapping, Sequence, TypeVar
@@ -138,18 +140,23 @@ _MANY = 10**12
 class Options:
     """What every run needs: model, data, search, limits, machine."""
 
+    # ---- model and data
     recipe: Literal["toy", "blog", "paper", "released"] = "toy"
     """Defaults to start from: toy without --model or with --data toy, otherwise blog."""
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     data: str = "toy"
-    """toy, a .parquet, .jsonl or .json file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
+    """toy, a .parquet, .jsonl, .json or .csv file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""
     """Layout: fvqa, infoseek, mmsearch, simplevqa, livevqa, civqa, verl, trl, openai, sharegpt, plain; empty: look."""
     columns: str = ""
-    """Columns called otherwise, of id=…,question=…,answers=…,image=…,category=…; a.b.c is inside of column a."""
+    """Columns by other names, id=…,question=…,answers=…,image=…,category=…; a.b.c is inside a; id= numbers the rows."""
     images: str = ""
     """Folder of the picture files that the data names; empty: the data file's own."""
+    toy: Literal["full", "basic"] = "full"
+    """Toy world. full: towns take a text search, and searches may mislead; basic: image search tells all, at once."""
+
+    # ---- search
     search: str = "toy"
     """Back-end: toy, local:FILE, live, replay:FILE (recorded searches), replay:fvqa, remote:URL or none."""
     results: int = 5
@@ -164,10 +171,8 @@ class Options:
     """Paid calls that the whole run may make; --search live wants it."""
     step_budget: int = 0
     """Paid calls that a step may make; 0: as many as --budget has left."""
-    out: str = ""
-    """Folder of the run. One that is not empty is refused, unless the same run continues in it."""
-    seed: int = 0
-    """Seeds the data order, the sampling and the toy world."""
+
+    # ---- reward
     reward: Literal["blog", "paper", "strict"] = "paper"
     """Reward rule; see mmsr/reward.py."""
     penalty: float = 0.1
@@ -177,6 +182,7 @@ class Options:
     match: Literal["exact", "substring"] = "exact"
     """The answer that is rewarded equals an accepted one, or contains one (blog, paper)."""
 
+    # ---- rollout
     max_turns: int = 3
     """Model turns per rollout: searches in all are at most one less."""
     max_images: int = 1
@@ -200,6 +206,7 @@ class Options:
     prompts: str = "toy"
     """Prompt set: toy, real, or a folder of your own."""
 
+    # ---- machine
     slots: int = 256
     """Conversations decoded at once; what does not fit waits for a free slot."""
     micro_tokens: int = 32768
@@ -214,10 +221,14 @@ class Options:
     """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
     """Equal seeds give equal bits on the CPU: tools run inline. Fp32 attention is summed in fp64 there."""
+    seed: int = 0
+    """Seeds the data order, the sampling and the toy world."""
+
+    # ---- files
+    out: str = ""
+    """Folder of the run; empty: runs/RECIPE, for eval.py runs/eval-MODE. One with files of another run is refused."""
     log_tokens: bool = True
     """Write sampled tokens' text and probability into the lines, of 1,024 rollouts a step; report.html colours them."""
-    toy: Literal["full", "basic"] = "full"
-    """Toy world. full: towns take a text search, and searches may mislead; basic: image search tells all, at once."""
 
     # The numbers that make sense, both ends included; options outside them are refused.
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -319,6 +330,7 @@ class Options:
 class Config(Options):
     """Options of train.py."""
 
+    # ---- training
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: maximise the likelihood of what answered rightly, the model's own rollouts unless one of these is given."""
     demonstrations: tuple[str, ...] = ()
@@ -336,6 +348,8 @@ class Config(Options):
     """Questions per optimizer update; a divisor of --questions."""
     group_size: int = 8
     """Rollouts per question."""
+
+    # ---- optimizer
     lr: float = 3e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "half-decay", "sigmoid"] = "constant"
@@ -348,6 +362,8 @@ class Config(Options):
     """Gradients are clipped to this norm."""
     max_skipped: int = 5
     """Stop after so many updates in a row with a value that is not finite, or steps in a row with nothing to train."""
+
+    # ---- GRPO
     kl: float = 0.001
     """β of the k3 KL term. 0: no reference model is loaded."""
     clip_low: float = 0.2
@@ -363,20 +379,27 @@ class Config(Options):
     importance_cap: float = 0.0
     """Cap of the truncated importance weight π_old/π_sampled; 0 turns it off."""
 
+    # ---- rollout
     force_searches: bool = False
     """Replay recorded turns (with --search replay:FILE) in half of each group."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
+
+    # ---- machine
     recompute: bool = False
     """Keep only the inputs of the model's blocks and run them again in the backward pass: time for memory."""
     keep_blocks: int = -1
     """With --recompute, decoder blocks that keep everything all the same; -1: as many as fit the memory plan."""
+
+    # ---- evaluation
     eval_data: str = ""
     """Evaluation questions, a file as for --data; empty: fresh toy pictures, or the first rows of --data."""
     eval_size: int = 200
     """Questions per evaluation; with the toy world, per category."""
     eval_every: int = 0
     """Evaluate every so many steps, besides before the first and after the last."""
+
+    # ---- files
     save_every: int = 0
     """Save a checkpoint every so many steps, besides after the last and when interrupted."""
     keep: int = 2
@@ -455,18 +478,23 @@ class Config(Options):
 class EvalConfig(Options):
     """Options of eval.py."""
 
+    # ---- model and data
     data: tuple[str, ...] = ("toy",)  # type: ignore[assignment]  # several data sets where training has one
-    """toy, or .parquet, .jsonl or .json files of questions about pictures; several are evaluated one by one."""
+    """toy, or .parquet, .jsonl, .json or .csv files of questions about pictures; several are evaluated one by one."""
+
+    # ---- evaluation
     mode: Literal["search", "direct", "rag"] = "search"
     """search: as the model likes. direct: asked without tools. rag: searches forced, the words of queries its own."""
     limit: int = 0
     """Only the first so many questions of each data set, of each category of the toy world; 0: all, there 200."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy, as in the paper."""
     judge: str = ""
     """OpenAI-compatible server whose model judges the answers too, http://HOST (/v1 is added) or with its own path."""
     judge_model: str = ""
     """The judging model, as that server calls it; its key: OPENAI_API_KEY."""
+
+    # ---- rollout
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy, as in the paper."""
 
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Options.BOUNDS,
@@ -504,7 +532,7 @@ def parse(
     program: str = "train.py",
 ) -> AnyOptions:
     """The configuration of a command line. Exits with status 2 and one line where it is wrong; --help exits with 0."""
-    parser = Parser(program, allow_abbrev=False)
+    parser = Parser(program, usage=f"{program} [--option value …]", allow_abbrev=False)
     names = [field.name for field in dataclasses.fields(kind)]
     recipes = {recipe: kind.defaults(recipe, kind.toy) for recipe in RECIPES}
     add_options(parser, kind, names, default_notes(kind, recipes))
@@ -515,6 +543,15 @@ def parse(
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
     return kind(**{**values, **given, "recipe": recipe})
+
+
+def check_command_line(argv: Sequence[str], kind: type[Options], program: str) -> None:
+    """What `parse` refuses is one line and exit status 2; --help is printed. For a program, before it imports torch."""
+    try:
+        parse(argv, kind, program)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def in_use(folder: Path) -> bool:

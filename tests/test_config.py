@@ -1,16 +1,21 @@
 """The command line and the recipes, held to the contract's table."""
 
+import ast
 import dataclasses
 import json
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from mmsr.config import RECIPES, Config, EvalConfig, Options, in_use, parse
+from mmsr.config import RECIPES, Config, EvalConfig, Options, check_command_line, in_use, parse
 from mmsr.system.errors import UserError
-from mmsr.system.options import field_docs
+from mmsr.system.options import field_docs, field_groups
+
+ROOT = Path(__file__).parents[1]
 
 # The contract's table, column by column.
 SAME = dict(lr=2e-6, kl=0.001, clip_low=0.2, clip_high=0.2, max_images=1, search="replay:fvqa", data="lmms-lab/FVQA")
@@ -102,7 +107,54 @@ def test_help_explains_every_option(capsys, kind):
     squeezed = "".join(text.split())
     for name, words in docs.items():
         assert "".join(words.split()) in squeezed, name
-    assert "(600)" in text and "(toy/paper/released: paper, blog: blog)" in text, "defaults are not told"
+    groups = field_groups(kind)
+    assert all(groups[name] and f" {groups[name]}: --" in text for name in names), "an option without a group"
+    defaults = re.findall(r"\((?:default|toy(?:/\w+)*): [^()]+\)", text)
+    assert len(defaults) == len(names) - 1, "only --recipe has no default, but what it depends on"
+    assert "(default: 600)" in text and "(toy/paper/released: paper, blog: blog)" in text
+    assert '(default: "")' in text and "(default: off)" in text
+
+
+@dataclasses.dataclass
+class Fork(Config):
+    bonus: float = 0.5
+    """What a bonus is worth."""
+
+    # ---- reward
+    extra: bool = False
+    """A fork's own."""
+
+
+def test_option_of_a_fork_lands_in_no_group(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], Fork)
+    options, *groups = capsys.readouterr().out.split("\n\n")[1:]
+    assert "--bonus" in options, "above the first comment there is no group"
+    (reward,) = [group for group in groups if group.startswith("reward:")]
+    assert "--penalty " in reward and "--extra" in reward
+
+
+def test_mistake_is_a_traceback_before_torch_is_there(capsys):
+    for argv, kind, said in (["--group-size", "1"], Config, "--group-size 1"), (["--model", "x"], EvalConfig, "--data"):
+        with pytest.raises(SystemExit) as stop:
+            check_command_line(argv, kind, "program.py")
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and not out
+        assert err.startswith(f"program.py: {said}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("version_info", (3, 10, 14), "needs Python 3.11 or newer"), ("platform", "win32", "on Windows use WSL"),
+])  # fmt: skip
+def test_old_python_or_windows_is_told_by_a_traceback(capsys, monkeypatch, name, value, said):
+    """The package comes before what an old Python cannot read, and before fcntl, which Windows lacks."""
+    monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(ROOT / "mmsr" / "__init__.py")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and said in err and err.count("\n") == 1
+    for file in ("mmsr/__init__.py", "train.py", "eval.py", "search.py"):
+        ast.parse((ROOT / file).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 def test_config_json_makes_the_same_config_again(tmp_path):

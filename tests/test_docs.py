@@ -144,6 +144,11 @@ def test_the_readme_has_other_numbers_than_the_results_page():
     assert len(rows) == 3 and all(row in read("docs/results.md") for row in rows)
 
 
+def test_the_readme_installs_another_torch_than_the_requirements():
+    (torch,) = re.findall(r"^torch==.*$", read("requirements.txt"), re.M)
+    assert f"`pip install {torch} --index-url" in read("README.md")
+
+
 # ---- the house
 
 
@@ -211,6 +216,35 @@ def test_the_core_is_read_in_an_order_in_which_a_module_needs_what_comes_later()
     assert not forward
     numbers = re.findall(r"^ +([\w/]+)\.py +(\d+) ", read("README.md"), re.M)
     assert [name.replace("/", ".") for name, _ in sorted(numbers, key=lambda pair: int(pair[1]))] == [*order, "train"]
+
+
+def imports_at_the_top(file: Path) -> list[str]:
+    """The modules that a file imports when it is imported, in this order."""
+    found = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module)
+    return [name for name in found if name.partition(".")[0] not in sys.stdlib_module_names]
+
+
+def test_a_command_line_waits_for_torch():
+    """`mmsr` comes first, as it sets what torch reads when it is imported; and a command line is read without torch."""
+    for program in ("train.py", "eval.py", "search.py"):
+        assert imports_at_the_top(ROOT / program)[0].startswith("mmsr"), program
+    waiting, seen = ["config"], set()
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        imports = imports_at_the_top(modules()[module])
+        assert all(name.startswith("mmsr.") for name in imports), module
+        waiting += imported(module) - seen
+    for program in ("train.py", "eval.py"):
+        gate, *_, main = [node for node in ast.parse(read(program)).body if isinstance(node, ast.If)]
+        assert ast.unparse(gate.test) == ast.unparse(main.test) and "check_command_line" in ast.unparse(gate)
+        before = "\n".join(read(program).splitlines()[: gate.lineno])
+        assert re.findall(r"^(?:import|from) (\S+)", before, re.M) == ["__future__", "sys", "mmsr.config"], program
 
 
 def test_a_module_has_no_tests():

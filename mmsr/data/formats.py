@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from mmsr.data import cells
-from mmsr.data.tables import Parquet, Table, column_of, inside, open_table
+from mmsr.data.columns import likely_columns
+from mmsr.data.tables import Csv, Parquet, Table, column_of, inside, open_table
 from mmsr.episode import Example
 from mmsr.system import images as pictures
 from mmsr.system.errors import UserError
@@ -74,7 +75,7 @@ FORMATS = {
 
 
 def read_examples(path: str | Path, format: str = "", columns: str = "", images: str = "") -> Dataset:
-    """The data set in a .parquet, .jsonl or .json file. `format` names its layout (empty: it is detected), `columns`
+    """The data set in a Parquet, JSON or CSV file. `format` names its layout (empty: it is detected), `columns`
     renames columns ("question=q,answers=a.b"), `images` is the folder of its picture files (empty: the file's own
     folder). Raises UserError for a file that is missing or not in its format, lacks columns, or has a row with unusable
     text, and for unknown names."""
@@ -82,20 +83,55 @@ def read_examples(path: str | Path, format: str = "", columns: str = "", images:
     if format and format not in FORMATS:
         raise UserError(f"--format {format}: unknown; give one of {', '.join(FORMATS)}")
     table = open_table(path)
+    layouts = _layouts(format, columns)
+    name = _fitting(layouts, table) or _nearest(layouts, table, format)
+    missing = _missing(layouts[name], table)
+    if len(table) and missing:
+        found = f"found {', '.join(table.names)}"
+        if name != "plain":
+            found += f"; it looks most like {name}"
+        advice = _advice(layouts[name], table, format, columns)
+        raise UserError(f"{path}: row 0, column {', '.join(missing)}: missing ({found}); {advice}")
+    layout = layouts[name]
+    if isinstance(table, Csv):  # all of its cells are text: that of a single answer too
+        layout = replace(layout, listed=())
+    return Dataset(path, table, name, layout, Path(images) if images else path.parent)
+
+
+def _layouts(format: str, columns: str) -> dict[str, Format]:
+    """The layouts that a file may have, in the order in which they are tried."""
     if format:
         layouts = {format: replace(FORMATS[format], needs_id=False)}
     elif columns:  # with every column renamed any layout fits, so the plain one comes first
         layouts = {"plain": FORMATS["plain"], **FORMATS}
     else:
         layouts = FORMATS
-    layouts = {name: _renamed(layout, columns) for name, layout in layouts.items()}
-    name = _fitting(layouts, table) or _nearest(layouts, table, format)
-    missing = _missing(layouts[name], table)
-    if len(table) and missing:
-        found = f"found {', '.join(table.names)}; it looks most like {name}"
-        advice = "add it, or name another column for it: --columns question=…,answers=…"
-        raise UserError(f"{path}: row 0, column {', '.join(missing)}: missing ({found}); {advice}")
-    return Dataset(path, table, name, layouts[name], Path(images) if images else path.parent)
+    return {name: _renamed(layout, columns) for name, layout in layouts.items()}
+
+
+def _advice(layout: Format, table: Table, format: str, columns: str) -> str:
+    """What helps a table that lacks columns of `layout`: the --columns with which it would be read, or a part of it."""
+    row = table.first()
+    places = {"question": layout.question, "id": layout.id, "answers": layout.answers[0], "image": layout.image}
+    wanted = []
+    asked = layout.question.split("|")
+    for place, names in places.items():
+        known = [name for name in names.split("|") if name in table.fields]
+        if place != "question":  # messages that ask may hold a picture or an answer, and need not
+            known = [name for name in known if name not in asked]
+        if not known:
+            wanted.append(place)
+        for name in known:
+            row.pop(column_of(name, table.names), None)
+    plain = "call them id, question, answers, image"
+    likely = likely_columns(row, wanted)
+    pairs = [f"{place}={likely[place]}" for place in ("id", "question", "answers", "image") if place in likely]
+    proposed = ",".join(filter(None, [columns, *pairs]))
+    if pairs and _fitting(_layouts(format, proposed), table):
+        return f"try --columns {proposed}, or {plain}"
+    unknown = [f"{place}=…" for place in wanted if place not in likely and place != "id"]
+    proposed = ",".join(filter(None, [columns, *pairs, *unknown]))
+    return f"say which columns hold it, --columns {proposed}, or {plain}"
 
 
 def _fitting(layouts: dict[str, Format], table: Table) -> str:
@@ -110,22 +146,26 @@ def _nearest(layouts: dict[str, Format], table: Table, format: str) -> str:
     usual = "fvqa" if isinstance(table, Parquet) and not format else format or "plain"
     if not len(table):
         return usual
-    return min(layouts, key=lambda name: (_missing_share(layouts[name], table), name not in (usual, "plain")))
+    nearest = min(layouts, key=lambda name: (_missing_share(layouts[name], table), name not in (usual, "plain")))
+    if "plain" in layouts and _missing_share(layouts[nearest], table) == 1:
+        return "plain"
+    return nearest
 
 
 def _renamed(layout: Format, columns: str) -> Format:
-    """`layout` with the columns that "question=q,answers=a" names."""
+    """`layout` with the columns that "question=q,answers=a" names. With "id=" no column has ids."""
     names = [field.name for field in fields(Format)][:6]
     changes: dict[str, Any] = {}
     for part in filter(None, columns.split(",")):
         place, _, column = (side.strip() for side in part.partition("="))
         place = "answers" if place == "answer" else place
-        if place not in names or not column or place in changes:
+        if place not in names or place in changes or not column and part.strip() != "id=":
             raise UserError(f"--columns {part}: give PLACE=COLUMN, each once, where PLACE is {', '.join(names)}")
         changes[place] = column
     if "answers" in changes:
         changes |= {"answers": (changes["answers"],), "aliases": "", "listed": ()}
-    return replace(layout, **changes, needs_id=layout.needs_id or "id" in changes)
+    needs_id = bool(changes["id"]) if "id" in changes else layout.needs_id
+    return replace(layout, **changes, needs_id=needs_id)
 
 
 def _has(names: str, table: Table) -> bool:
@@ -166,8 +206,7 @@ class Dataset(Sequence):
             rows = [row for row in rows if self._picture_cell(row)[1] is not None]
         self.rows = array("Q", rows)
         self.left_out = len(table) - len(self.rows)
-        for row in self.rows:
-            self.text(row)
+        self._check_texts()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -180,6 +219,21 @@ class Dataset(Sequence):
     def keep(self, indices: Iterable[int]) -> None:
         """Keep only these examples, in this order."""
         self.rows = array("Q", [self.rows[index] for index in indices])
+
+    def _check_texts(self) -> None:
+        """Raises UserError for a row with unusable text, and where an id stands for several questions: recorded
+        searches and conversations are found by ids. A question may be repeated."""
+        first_rows: dict[str, int] = {}  # by id
+        clashes = []
+        for row in self.rows:
+            text = self.text(row)
+            first = first_rows.setdefault(text[0], row)
+            if first != row and (self.text(first), self._picture_cell(first)) != (text, self._picture_cell(row)):
+                clashes.append(f"{text[0]!r:.60} in rows {first} and {row}")
+        if clashes:
+            told = "; ".join(clashes[:3]) + (f" and {len(clashes) - 3} more" if len(clashes) > 3 else "")
+            advice = "give each its own, or number the rows: --columns id="
+            raise UserError(f"{self.path}: an id stands for several questions: {told}; {advice}")
 
     def _has_ids(self) -> bool:
         """Whether any row has an id. True where --columns names the column: then every row must have one."""
@@ -291,7 +345,8 @@ class Dataset(Sequence):
         if text.startswith(BASE64_STARTS) or text[:5].lower() == "data:":
             return self._decoded(row, column, text)
         if text.lower().startswith(ADDRESSES):
-            self._refuse(row, column, f"{text!r:.100} is an address, which is not followed; embed the picture itself")
+            complaint = f"{text!r:.100} is an address, which is not followed; download it and name its file"
+            self._refuse(row, column, complaint)
         return self._file(row, column, unquote(text[7:]) if text.startswith("file://") else text)
 
     def _decoded(self, row: int, column: str, text: str) -> bytes:

@@ -18,7 +18,7 @@ from mmsr.system.images import to_rgb
 
 FVQA, QUESTIONS, RESULTS = "lmms-lab/FVQA", "fvqa_train.parquet", "fvqa_train_image_search_results_cache.pkl"
 TITLES, THUMBNAILS = "tool_returned_web_title_list", "tool_returned_images_urls"
-DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".jsonlines", ".ndjson", ".json")  # a name with one is always a path
+DATA_ENDINGS = (".parquet", ".pq", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv")  # of paths, always
 MOST_PIXELS = 4096 * 4096  # of a thumbnail
 MOST_HITS = 1_000_000  # of all searches together; the published file has 25,000
 
@@ -26,7 +26,7 @@ MOST_HITS = 1_000_000  # of all searches together; the published file has 25,000
 def hub_file(name: str) -> tuple[str, str] | None:
     """(data set, file) of a hub name, `owner/name` or `owner/name:FILE`; None for a path."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+))?", name)
-    if not match or Path(name).exists() or (not match[2] and Path(name).suffix in DATA_ENDINGS):
+    if not match or Path(name).exists() or (not match[2] and Path(name).suffix.lower() in DATA_ENDINGS):
         return None
     return match[1], match[2] or QUESTIONS
 

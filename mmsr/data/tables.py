@@ -1,7 +1,7 @@
-"""Files of rows: Parquet, JSON lines, and a JSON array. Each row is read when it is used.
+"""Files of rows: Parquet, JSON lines, a JSON array, and CSV. Each row is read when it is used.
 
-Of a Parquet file the text columns stay in memory, and the picture column is read one row group at a time. Of a JSON
-lines file only the offsets of the lines stay in memory. A JSON array stays as a whole: the published ones hold text and
+Of a Parquet file the text columns stay in memory, and the picture column is read one row group at a time. Of JSON lines
+and CSV only the offsets of the rows stay in memory. A JSON array stays as a whole: the published ones hold text and
 the names of picture files. Rows count from 0, in errors too.
 
 Trap: a Parquet file of a few kilobytes can expand to terabytes, because a value that many rows share is stored once,
@@ -11,11 +11,13 @@ a column before it is read, and for a row before it is made.
 
 from __future__ import annotations
 
+import csv
 import tempfile
 from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -38,6 +40,7 @@ MOST_PACKED = 8  # compression ratio: pictures are compressed files, so a column
 DEEPEST = 8  # levels of fields in fields
 # Encodings of texts whose equal values cannot stay shared.
 DELTAS = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
+FILES = ".parquet, .jsonl, .json or .csv"
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".7z", ".tar", ".tgz")
 POINTER = b"version https://git-lfs."
 WRAPPERS = ("data", "rows", "examples", "questions", "annotations")  # keys under which a JSON object has its rows
@@ -61,24 +64,27 @@ class Table(Protocol):
     def picture(self, row: int, column: str) -> Any:
         """The row's value in a column of pictures; None where there is no such column."""
 
+    def first(self) -> dict[str, Any]:
+        """All of the first row that may be read at once: nothing large."""
+
 
 def open_table(path: Path) -> Table:
     """The table in a file. Raises UserError for one that is missing, of another kind, or not what its name says."""
     kinds: dict[str, Callable[[Path], Table]] = {".parquet": Parquet, ".pq": Parquet}
     kinds |= dict.fromkeys([".jsonl", ".jsonlines", ".ndjson", ".json"], _json_table)
+    kinds |= {".csv": Csv, ".tsv": Csv}
     ending = path.suffix.lower()
     if path.is_dir():
-        raise UserError(f"{path}: cannot be read: a folder; name the .parquet, .jsonl or .json file in it")
+        raise UserError(f"{path}: cannot be read: a folder; name the {FILES} file in it")
     if ending in PACKED:
-        raise UserError(f"{path}: a packed file; unpack it, and give the .parquet, .jsonl or .json file that is in it")
+        raise UserError(f"{path}: a packed file; unpack it, and give the {FILES} file that is in it")
     if ending not in kinds:
         complaint = f"{ending or 'a name without an ending'} tells no kind of data that is read here"
-        advice = "give a Parquet, JSON lines or JSON file, named .parquet, .jsonl or .json"
-        raise UserError(f"{path}: {complaint}; {advice}")
+        raise UserError(f"{path}: {complaint}; give a Parquet, JSON lines, JSON or CSV file, named {FILES}")
     with opened(path) as file:
         pointer = file.read(len(POINTER)) == POINTER
     if pointer:
-        kind = "JSON" if kinds[ending] is _json_table else "Parquet"
+        kind = {".parquet": "Parquet", ".pq": "Parquet", ".csv": "CSV", ".tsv": "CSV"}.get(ending, "JSON")
         complaint = f"not a {kind} file, or cut short: Git LFS's pointer to one; fetch it with: git lfs pull"
         raise UserError(f"{path}: {complaint}")
     return kinds[ending](path)
@@ -177,6 +183,14 @@ class Parquet:
             complaint = f"{size >> 20:,} MiB of pictures, more than {MOST_CELL >> 20}; give smaller ones"
             raise UserError(f"{self.path}: row {row}, column {column}: {complaint}")
         return cell[0].as_py()
+
+    def first(self) -> dict[str, Any]:
+        found = {}
+        for name in self.names:
+            if self._stored_bytes(self.file, name, 0) <= GROUP_BYTES:
+                with suppress(UserError):
+                    found[name] = self.picture(0, name)
+        return found
 
     def _require_unique(self, column: str) -> None:
         if column in self.doubled:
@@ -362,6 +376,9 @@ class JsonLines:
     def picture(self, row: int, column: str) -> Any:
         return self.text(row).get(column)
 
+    def first(self) -> dict[str, Any]:
+        return self.text(0)
+
 
 class JsonArray:
     """A file with one array of objects."""
@@ -372,7 +389,8 @@ class JsonArray:
         if isinstance(self.rows, dict):
             lists = [self.rows[name] for name in WRAPPERS if isinstance(self.rows.get(name), list)]
             self.rows = next((rows for rows in lists if rows and isinstance(rows[0], dict)), self.rows)
-        if isinstance(self.rows, dict) and len(self.rows) > 2:  # one row: at least question, answer and picture
+        one_row = isinstance(self.rows, dict) and not all(isinstance(value, dict) for value in self.rows.values())
+        if one_row and len(self.rows) > 2:  # at least question, answer and picture
             self.rows = [self.rows]
         if not isinstance(self.rows, list):
             raise UserError(f"{path}: not an array of rows; write [{{…}}, …], or a .jsonl file with one row a line")
@@ -393,3 +411,77 @@ class JsonArray:
 
     def picture(self, row: int, column: str) -> Any:
         return self.rows[row].get(column)
+
+    def first(self) -> dict[str, Any]:
+        return dict(self.rows[0])
+
+
+# ---- CSV
+
+csv.field_size_limit(MOST_CELL)  # pictures may be in cells, in base64
+
+
+class Csv:
+    """A file with the names of its columns in the first row: .csv with commas, semicolons or tabs, .tsv with tabs.
+    Every cell is text; an empty one is None. Raises UserError for a row with more or fewer cells than columns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with opened(path) as file:
+            first = file.readline()
+        separators = [b"\t"] if path.suffix.lower() == ".tsv" else [b",", b";", b"\t"]
+        self.separator = next((each for each in separators if each in first), separators[0]).decode()
+        records = self._records(0)
+        _, self.names = next(records, (0, []))
+        doubled = [name for name, times in Counter(self.names).items() if times > 1]
+        if doubled:
+            raise UserError(f"{path}: several columns named {doubled[0]!r:.40}; rename or drop all but one")
+        self.offsets = array("Q")
+        for row, (offset, cells) in enumerate(records):
+            if len(cells) != len(self.names):
+                complaint = f"{len(cells)} cells under {len(self.names)} columns"
+                raise UserError(f"{path}: row {row}: {complaint}; write text that holds {self.separator!r} in quotes")
+            self.offsets.append(offset)
+        self.fields = set(names_in(self.text(0))) if self.offsets else set()
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def keep(self, columns: Iterable[str]) -> None:
+        pass
+
+    def text(self, row: int) -> dict[str, Any]:
+        _, cells = next(self._records(self.offsets[row]))
+        return {name: cell or None for name, cell in zip(self.names, cells)}
+
+    def picture(self, row: int, column: str) -> Any:
+        return self.text(row).get(column)
+
+    def first(self) -> dict[str, Any]:
+        return self.text(0)
+
+    def _records(self, start: int) -> Iterator[tuple[int, list[str]]]:
+        """The cells of each row from the offset `start` on, and the row's offset. Blank lines are skipped."""
+        place = start
+
+        def taken() -> Iterator[str]:  # the reader takes as many lines as a row has
+            nonlocal place
+            for line in file:
+                place += len(line)
+                yield line.decode().removeprefix("\ufeff")
+
+        with opened(self.path) as file:
+            file.seek(start)
+            rows = csv.reader(taken(), delimiter=self.separator, strict=True)
+            while True:
+                offset = place
+                try:
+                    cells = next(rows, None)
+                except UnicodeDecodeError:
+                    raise UserError(f"{self.path}: not UTF-8 text; save it as UTF-8") from None
+                except csv.Error as error:
+                    raise UserError(f"{self.path}: not a CSV file at byte {offset} ({error}); mend it there") from None
+                if cells is None:
+                    return
+                if cells:
+                    yield offset, cells

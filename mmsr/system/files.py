@@ -211,15 +211,32 @@ def json_file(path: Path) -> Any:
         try:
             return json.load(file)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON file, or cut short ({str(error)[:80]}); get it again") from None
+            complaint = f"not a JSON file, or cut short ({str(error)[:80]})"
+            raise UserError(f"{path}: {complaint}; mend it there, or get it again") from None
 
 
 def json_object(path: Path, row: int, line: bytes) -> dict[str, Any]:
     """The object that a line of a JSON lines file holds. Raises UserError where it holds none."""
     found = object_in(line)
     if found is None:
-        raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; write one a line")
+        raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; {_how_to_mend(line)}")
     return found
+
+
+def _how_to_mend(line: bytes) -> str:
+    """What makes a JSON object of a line that is none."""
+    line = line.strip()
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "save the file as UTF-8"
+    if line.endswith(b",") and object_in(line[:-1]):
+        return "take away the comma behind it"
+    if line.startswith(b"{'"):
+        return "write double quotes, as JSON has them"
+    if line.startswith(b"{") and not line.endswith(b"}"):
+        return "write each on one line, or all of them as [{…}, …] in a .json file"
+    return "write one a line"
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:

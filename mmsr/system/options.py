@@ -1,4 +1,7 @@
-"""A dataclass as a command line: an option per field, with the string below the field as its help."""
+"""A dataclass as a command line: an option per field, with the string below the field as its help.
+
+A comment `# ---- GROUP` between the fields begins a group of the help.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Container, Mapping
@@ -31,14 +35,19 @@ def add_options(
     """
     types = typing.get_type_hints(kind)
     docs = field_docs(kind)
+    groups = field_groups(kind)
+    shown: dict[str, argparse._ActionsContainer] = {"": parser}
     for field in dataclasses.fields(kind):
         name = field.name
         if name in names:
+            group = groups[name]
+            if group not in shown:
+                shown[group] = parser.add_argument_group(group)
             text = docs.get(name, "") + notes.get(name, "")
-            _add_option(parser, kebab(name), types[name], text)
+            _add_option(shown[group], kebab(name), types[name], text)
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str, kind: Any, text: str) -> None:
+def _add_option(group: argparse._ActionsContainer, name: str, kind: Any, text: str) -> None:
     """`kind`: the type of the values: a literal, a tuple of strings, a bool, or what is called with the text."""
     how: dict[str, Any] = {}
     if typing.get_origin(kind) is Literal:
@@ -51,11 +60,11 @@ def _add_option(parser: argparse.ArgumentParser, name: str, kind: Any, text: str
     else:
         how["type"] = kind
         how["metavar"] = kind.__name__.upper()
-    parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def default_notes(kind: type, defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """For the help: what each field of `kind` is where it is not given, unless it is off or empty.
+    """For the help: what each field of `kind` is where it is not given.
 
     `defaults`: by the name of a recipe, what it sets. Where recipes differ, each is named with its value.
     """
@@ -63,17 +72,23 @@ def default_notes(kind: type, defaults: Mapping[str, Mapping[str, Any]]) -> dict
     for field in dataclasses.fields(kind):
         recipes_by_value: dict[str, list[str]] = {}
         for recipe, values in defaults.items():
-            value = values.get(field.name, field.default)
-            text = " ".join(value) if isinstance(value, tuple) else str(value)
+            text = _shown(values.get(field.name, field.default))
             recipes_by_value.setdefault(text, []).append(recipe)
         if len(recipes_by_value) > 1:
-            by_recipe = []
-            for text, recipes in recipes_by_value.items():
-                by_recipe.append(f"{'/'.join(recipes)}: {text or 'none'}")
+            by_recipe = [f"{'/'.join(recipes)}: {text}" for text, recipes in recipes_by_value.items()]
             notes[field.name] = f" ({', '.join(by_recipe)})"
-        elif field.name != "recipe" and not recipes_by_value.keys() & {"", "False", "None"}:
-            notes[field.name] = f" ({', '.join(recipes_by_value)})"
+        elif field.name != "recipe":  # its text says on what it depends
+            notes[field.name] = f" (default: {', '.join(recipes_by_value)})"
     return notes
+
+
+def _shown(value: Any) -> str:
+    """A default as the help writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    return str(value) or '""'
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -88,6 +103,24 @@ def field_docs(kind: type) -> dict[str, str]:
             if is_field and is_text:
                 docs[field.target.id] = text.value.value.strip()
     return docs
+
+
+# A comment that begins a group of the help, and a field.
+GROUP = re.compile(r"    # ---- (.+)")
+FIELD = re.compile(r"    (\w+): ")
+
+
+def field_groups(kind: type) -> dict[str, str]:
+    """The group of each field of a dataclass and of its bases: the last such comment above it, or ""."""
+    groups: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        group = ""
+        for line in inspect.getsource(base).splitlines():
+            if heading := GROUP.fullmatch(line):
+                group = heading[1]
+            elif field := FIELD.match(line):
+                groups[field[1]] = group
+    return groups
 
 
 def kebab(name: str) -> str:

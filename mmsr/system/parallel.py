@@ -294,19 +294,22 @@ def _report_and_exit(ranks: Ranks, error: BaseException, processes: Sequence[tup
     if _lost_another_rank(error):
         own = _identity(os.getpid())
         for process in processes:
-            _, pid, _ = process
-            still_runs_here = process == _identity(pid)
+            _, pid, started = process
+            still_runs_here = started is not None and process == _identity(pid)
             if process != own and still_runs_here:
                 os.kill(pid, signal.SIGKILL)
     os._exit(_exit_status(error))
 
 
 def _identity(pid: int) -> tuple[str, int, str | None]:
-    """(machine, process id, start time). The start time tells a process from a later one with the same id."""
+    """(machine, process id, start time). The start time tells a process from a later one with the same id.
+
+    It is None for a process that has ended, and on macOS, which has no /proc: there torchrun ends the others.
+    """
     machine = socket.gethostname()
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # the process has ended, or this is not Linux
+    except OSError:
         return machine, pid, None
     after_name = stat.rpartition(")")[2].split()
     return machine, pid, after_name[19]

@@ -77,7 +77,8 @@ def jsonl(folder, lines):
     (folder / "pictures").mkdir(exist_ok=True)
     (folder / "pictures" / "0.png").write_bytes(picture())
     path = folder / "some.jsonl"
-    path.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines))
+    text = "".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines)
+    path.write_text(text, "utf-8", "surrogateescape")
     return path
 
 
@@ -135,8 +136,14 @@ def test_picture_formats(tmp_path, kind):
     assert read_examples(path)[0].image == picture(kind=kind)
 
 
-def test_recurring_ids_are_fine(tmp_path):
+def test_two_questions_have_one_id(tmp_path):
+    """Recorded searches and demonstrations would be those of the other. The same question may come several times."""
     assert [example.id for example in read_examples(parquet(tmp_path, [row(1), row(1)]))] == ["made_1", "made_1"]
+    other = [{"question": "Who?"}, {"answers": ["Douro"]}, {"image": "pictures/1.png"}]
+    path = jsonl(tmp_path, [line(1), *(line(1, **change) for change in other), line(2), line(2, question="Why?")])
+    told = "'made_1' in rows 0 and 1; 'made_1' in rows 0 and 2; 'made_1' in rows 0 and 3 and 1 more; give each its own"
+    refused(lambda: read_examples(path), f"some.jsonl: an id stands for several questions: {told}", "--columns id=")
+    assert [read_examples(path, columns="id=").text(row)[0] for row in (0, 5)] == ["0", "5"]
 
 
 def test_good_parquet_is_called_damaged_or_escapes_as_another_error(tmp_path):
@@ -265,7 +272,7 @@ def test_simplevqa_holds_its_pictures_as_base64_text(tmp_path, prefix):
 
 
 def test_base64_that_is_cut_short_names_its_row(tmp_path):
-    rows = [SIMPLEVQA, SIMPLEVQA | {"image": SIMPLEVQA["image"][:101]}]
+    rows = [SIMPLEVQA, SIMPLEVQA | {"data_id": 8, "image": SIMPLEVQA["image"][:101]}]
     (tmp_path / "simple.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused(lambda: read_examples(tmp_path / "simple.jsonl")[1], "row 1, column image: base64 text of 101 characters")
 
@@ -330,7 +337,8 @@ def test_a_published_layout_with_one_column_renamed(tmp_path):
 
 def test_a_json_file_that_is_no_array_of_rows(tmp_path):
     path = tmp_path / "qa.json"
-    for text, said in [("[1", "not a JSON file"), ('{"a": 1}', "not an array"), ("[1]", "row 0: 1 is not a JSON obj")]:
+    for text, said in [("[1", "not a JSON file"), ('{"a": 1}', "not an array"), ("[1]", "row 0: 1 is not a JSON obj"),
+                       ('{"q1": {"image": "a.png"}, "q2": {}, "q3": {}}', "not an array")]:  # fmt: skip
         path.write_text(text)
         refused(lambda: read_examples(path), str(path), said)
 
@@ -798,9 +806,39 @@ def test_missing_columns_are_named_with_what_was_found(tmp_path):
     rows = [{"prompt": "What?", "images": [{"path": "x.png"}], "label": "Tagus", "category": ""}]
     pq.write_table(pa.Table.from_pylist(rows), path)
     missing = "column reward_model.ground_truth: missing"
-    refused(lambda: read_examples(path), str(path), missing, "found prompt, images, label, category", "like verl")
+    found = "(found prompt, images, label, category; it looks most like verl); try --columns answers=label, or call"
+    refused(lambda: read_examples(path), str(path), missing, found)
+    assert read_examples(path, columns="answers=label").text(0)[2] == ("Tagus",)
     refused(lambda: read_examples(path, columns="id=uid,answers=label"), "column uid: missing", "--columns")
     refused(lambda: read_examples(path, columns="image=a,image=b"), "--columns image=b: give PLACE=COLUMN, each once")
+
+
+@pytest.mark.parametrize(
+    "changes, columns",
+    [
+        ({}, "id=qid,question=ask,answers=gold,image=pic"),
+        ({"ask": "Name the river.", "lang": "en"}, "id=qid,question=ask,answers=gold,image=pic"),
+        ({"pic": {"bytes": PNG, "path": None}, "gold": ["Tagus"]}, "id=qid,question=ask,answers=gold,image=pic"),
+        ({"ask": None, "prompt": [{"role": "user", "content": "<image>Name it."}]}, "id=qid,answers=gold,image=pic"),
+        ({"qid": None, "ID": 3, "gold": None, "x": "Tagus"}, "id=ID,question=ask,answers=x,image=pic"),
+        ({"pic": None, "x": DATA_URL}, "id=qid,question=ask,answers=gold,image=x"),
+    ],
+)
+def test_who_has_columns_of_other_names_is_left_to_find_the_option(tmp_path, changes, columns):
+    row = {"qid": "q1", "ask": "Which river?", "gold": "Tagus", "pic": "pictures/0.png"} | changes
+    row = {name: value for name, value in row.items() if value is not None}
+    path = tmp_path / "own.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    paths = [path] if "bytes" in str(row) else [path, jsonl(tmp_path, [row])]
+    for path in paths:
+        refused(lambda path=path: read_examples(path), "row 0, column ", f"; try --columns {columns}, or call them id,")
+        assert read_examples(path, columns=columns).text(0)[2] == ("Tagus",)
+
+
+def test_columns_that_nothing_tells_are_guessed(tmp_path):
+    path = jsonl(tmp_path, [{"x": "q1", "y": "Name the river.", "z": "Tagus", "w": "pictures/0.png"}])
+    refused(lambda: read_examples(path), "say which columns hold it, --columns image=w,question=…,answers=…, or call")
+    refused(lambda: read_examples(path, columns="question=y"), "--columns question=y,image=w,answers=…, or call")
 
 
 @pytest.mark.parametrize("name", ["absent.parquet", "absent.jsonl"])
@@ -808,8 +846,37 @@ def test_a_missing_file(tmp_path, name):
     refused(lambda: read_examples(tmp_path / name), name, "no such file")
 
 
+@pytest.mark.parametrize("name, separator", [("some.csv", ","), ("some.CSV", ";"), ("some.tsv", "\t")])
+def test_csv_of_a_spreadsheet_is_refused(tmp_path, name, separator):
+    """With its mark of UTF-8, its ends of lines, a question over two lines, a blank row, a picture in base64."""
+    jsonl(tmp_path, [])
+    long = "data:image/png;base64," + base64.b64encode(picture(side=300)).decode()
+    rows = [
+        ["id", "image", "question", "answers"],
+        ["1", "pictures/0.png", f'"Which ""great"" river,{separator}\nhere?"', "Tagus"],
+        [],
+        ["2", f'"{long}"', "Où ?", '"[""Tagus"", ""Tejo""]"'],
+    ]
+    text = "".join(separator.join(cells) + "\r\n" for cells in rows)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    first, second = read_examples(tmp_path / name)
+    assert first == Example("1", picture(), f'Which "great" river,{separator}\nhere?', ("Tagus",), "")
+    assert second == Example("2", picture(side=300), "Où ?", ("Tagus", "Tejo"), "")
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("id,question\n1,Where, and who?\n", "row 0: 3 cells under 2 columns; write text that holds ',' in quotes"),
+    ("id,id\n1,2\n", "several columns named 'id'; rename"), ('id,x\n1,"a\n', "not a CSV file at byte 5 (unexp"),
+    ("qid,ask,gold,pic\n1,Who?,Ada,a.png\n", "try --columns id=qid,question=ask,answers=gold,image=pic"),
+    ("id,question\n1,O\udcf9?\n", "not UTF-8 text; save it as UTF-8"), ("id,question,answer,image\n1,,a,b\n", "empty"),
+])  # fmt: skip
+def test_damaged_csv_is_read_as_something_else(tmp_path, text, complaint):
+    (tmp_path / "some.csv").write_text(text, "utf-8", "surrogateescape")
+    refused(lambda: read_examples(tmp_path / "some.csv"), "some.csv: ", complaint)
+
+
 def test_a_file_of_another_kind(tmp_path):
-    refused(lambda: read_examples(tmp_path / "prompts.pkl"), "prompts.pkl", ".parquet, .jsonl or .json")
+    refused(lambda: read_examples(tmp_path / "prompts.pkl"), "prompts.pkl", ".parquet, .jsonl, .json or .csv")
     (tmp_path / "folder.jsonl").mkdir()
     refused(lambda: read_examples(tmp_path / "folder.jsonl"), "folder.jsonl", "cannot be read: a folder; name the")
     refused(lambda: read_examples(tmp_path / "a.jsonl.gz"), "a.jsonl.gz: a packed file; unpack it")
@@ -835,7 +902,14 @@ def test_a_damaged_parquet_file_is_refused_not_read_as_garbage(tmp_path):
     "bad, complaint",
     [
         ("{not json", "row 1: b'{not json\\n' is not a JSON object"),
-        ("[1, 2]", "row 1: b'[1, 2]\\n' is not a JSON object"),
+        ("[1, 2]", "row 1: b'[1, 2]\\n' is not a JSON object; write one a line"),
+        (json.dumps(line(1)) + ",", "is not a JSON object; take away the comma behind it"),
+        (
+            json.dumps(line(1), indent=1),
+            "row 1: b'{\\n' is not a JSON object; write each on one line, or all",
+        ),
+        (str(line(1)), "is not a JSON object; write double quotes"),
+        ('{"question": "O\udcf9?"}', "is not a JSON object; save the file as UTF-8"),
         ({"id": "x", "image": "pictures/0.png", "answers": ["a"]}, "row 1, column question: missing (found id, image"),
         (line(question="  "), "row 1, column question: the question is empty"),
         (line(question=None), "row 1, column question: the question is empty"),

@@ -655,3 +655,16 @@ def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder,
     assert "Resumed after step" in said[0][0]
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert read(out) == read(whole)
+
+
+def test_without_proc_another_process_with_a_ranks_id_is_killed(monkeypatch):
+    """macOS has no /proc: whether the rank still runs, or a later process has its id, cannot be told."""
+    killed = []
+    monkeypatch.setattr(Path, "read_text", lambda path: Path("/absent/stat").open())
+    monkeypatch.setattr(parallel, "_lost_another_rank", lambda error: True)
+    monkeypatch.setattr(parallel.os, "kill", lambda *given: killed.append(given))
+    monkeypatch.setattr(parallel.os, "_exit", sys.exit)
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit):
+        parallel._report_and_exit(Ranks(), OtherRankFailed("lost", 1), [parallel._identity(os.getppid())])
+    assert not killed
