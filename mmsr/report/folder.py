@@ -40,7 +40,7 @@ MOST_NAMED = 3  # changed things in one message
 # Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
 ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
-    *("config.py", "plan.py", "setup/checks.py", "pretrained/save.py"),
+    *("config.py", "plan.py", "disk.py", "setup/checks.py", "pretrained/save.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
     *("data/judge.py", "search/serve.py", "toy/base.py"),
 }
