@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Mapping, Sequence, TypeVar
@@ -514,7 +515,26 @@ def parse(
     values = kind.defaults(recipe, given.get("toy", kind.toy))
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
+    if "search" not in given:
+        values["search"] = usual_search(values | given)
     return kind(**{**values, **given, "recipe": recipe})
+
+
+def usual_search(values: Mapping[str, Any]) -> str:
+    """--search where it is not given: the recipe's. Raises UserError where that is the searches recorded for FVQA's
+    training questions, and the data are others: every search would find nothing."""
+    search = values["search"]
+    if values.get("mode") == "direct":
+        return "none"
+    data = [values["data"]] if isinstance(values["data"], str) else values["data"]
+    recorded = re.compile("toy|(?!.*test).*fvqa.*", re.IGNORECASE)  # FVQA's training questions, by their name
+    others = [name for name in data if not recorded.fullmatch(name)]
+    if search != "replay:fvqa" or not others:
+        return search
+    advice = "give --search local:FILE (python search.py index makes one of your own pictures and pages), live or none"
+    raise UserError(
+        f"--search is missing: the recipe's, replay:fvqa, knows no picture of {hidden(others[0])}; {advice}"
+    )
 
 
 def in_use(folder: Path) -> bool:
