@@ -39,6 +39,7 @@ from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
 from mmsr.rollout import Script
 from mmsr.setup.policy import open_policy, prompts_folder
+from mmsr.setup.preflight import preflight
 from mmsr.setup.questions import Questions, open_data_sets, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.errors import UserError
@@ -78,6 +79,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
 
 def open_setup(config: EvalConfig, ranks: Ranks) -> tuple[Setup[EvalConfig], dict[str, Sequence[Example]]]:
     """Open the parts of an evaluation, each from those before it; and its questions by data set. Raises UserError."""
+    preflight(config, ranks)
     world = open_world(config)
     data_sets = open_data_sets(config, world, ranks)
     questions = Questions({f"--data {name}": asked for name, asked in data_sets.items()})

@@ -31,6 +31,7 @@ from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
 from mmsr.rollout import Script
 from mmsr.setup.policy import load_model, open_policy
+from mmsr.setup.preflight import preflight
 from mmsr.setup.questions import open_questions, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.interrupt import Interrupts
@@ -75,6 +76,7 @@ def open_setup(config: Config, ranks: Ranks = SINGLE, world: World | None = None
 
     `world`: the toy world to train in, instead of the one that `config.toy` names.
     """
+    preflight(config, ranks)
     world = world or open_world(config)
     questions = open_questions(config, world, ranks)
     search = open_search(config, world, questions, ranks)

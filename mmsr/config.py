@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -542,6 +543,8 @@ def parse(
     values = kind.defaults(recipe, given.get("toy", kind.toy))
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
+    if "search" not in given:
+        values["search"] = usual_search(values | given)
     return kind(**{**values, **given, "recipe": recipe})
 
 
@@ -552,6 +555,23 @@ def check_command_line(argv: Sequence[str], kind: type[Options], program: str) -
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def usual_search(values: Mapping[str, Any]) -> str:
+    """--search where it is not given: the recipe's. Raises UserError where that is the searches recorded for FVQA's
+    training questions, and the data are others: every search would find nothing."""
+    search = values["search"]
+    if values.get("mode") == "direct":
+        return "none"
+    data = [values["data"]] if isinstance(values["data"], str) else values["data"]
+    recorded = re.compile("toy|(?!.*test).*fvqa.*", re.IGNORECASE)  # FVQA's training questions, by their name
+    others = [name for name in data if not recorded.fullmatch(name)]
+    if search != "replay:fvqa" or not others:
+        return search
+    advice = "give --search local:FILE (python search.py index makes one of your own pictures and pages), live or none"
+    raise UserError(
+        f"--search is missing: the recipe's, replay:fvqa, knows no picture of {hidden(others[0])}; {advice}"
+    )
 
 
 def in_use(folder: Path) -> bool:

@@ -225,13 +225,15 @@ def evaluation(*argv) -> EvalConfig:
 
 
 def test_recipes_apply_to_evaluation_as_far_as_they_are_not_about_training():
-    config = evaluation("--model", "Qwen2.5-VL-7B", "--data", "a.parquet", "b.jsonl", "--recipe", "paper")
+    config = evaluation("--model", "Qwen2.5-VL-7B", "--data", "fvqa.parquet", "fvqa.jsonl", "--recipe", "paper")
     shared = {field.name for field in dataclasses.fields(Options)} - {"data"}
     assert {name: getattr(config, name) for name in shared & set(RECIPES["paper"])} == {
         name: RECIPES["paper"][name] for name in shared & set(RECIPES["paper"])
     }
-    assert (config.data, config.temperature, config.out) == (("a.parquet", "b.jsonl"), 0.0, "runs/eval-search")
-    assert evaluation("--model", "x", "--data", "y").recipe == "blog" and evaluation().data == ("toy",)
+    assert (config.data, config.temperature, config.out) == (("fvqa.parquet", "fvqa.jsonl"), 0.0, "runs/eval-search")
+    assert evaluation("--model", "x", "--data", "y", "--search", "none").recipe == "blog" and evaluation().data == (
+        "toy",
+    )
 
 
 def test_evaluation_never_falls_back_on_the_training_questions():

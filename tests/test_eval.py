@@ -163,7 +163,7 @@ def test_direct_never_searches_and_rag_always_does(miniature, tmp_path):
 
 
 def rag_script(*argv) -> Script:
-    script = evaluation.rag_script(parse([*argv, "--mode", "rag", "--data", "x", "--model", "y"], EvalConfig), None)
+    script = evaluation.rag_script(parse([*argv, "--mode", "rag", "--data", "fvqa", "--model", "y"], EvalConfig), None)
     return script(None, 0)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmsr.data.pickles import Inert, read_plain
 from mmsr.episode import Hit, Observation
-from mmsr.pretrained.hub import fetched
+from mmsr.pretrained.hub import Wanted, fetched
 from mmsr.system.errors import UserError
 from mmsr.system.images import to_rgb
 
@@ -31,10 +31,17 @@ def hub_file(name: str) -> tuple[str, str] | None:
     return match[1], match[2] or QUESTIONS
 
 
+def wanted(repository: str, *files: str) -> Wanted:
+    """Files of a data set of the hub, and what may be given in their place."""
+    instead = dict.fromkeys(
+        "--search none or replay:FILE" if file.endswith(".pkl") else "--data FILE" for file in files
+    )
+    return Wanted(repository, files, "dataset", ", ".join(instead))
+
+
 def fetched_file(repository: str, file: str) -> Path:
     """The path of a data set's file in the hub's cache, downloaded if needed. UserError where that fails."""
-    instead = "--search none or replay:FILE" if file.endswith(".pkl") else "--data FILE.parquet"
-    advice = f"check the name (no such path is here) and the network, or give {instead}"
+    advice = f"check the name (no such path is here), or give {wanted(repository, file).instead}"
     where = dict(repo_id=repository, filename=file, repo_type="dataset")
     return fetched("hf_hub_download", f"{file} of the data set {repository}", advice, **where)
 

@@ -60,7 +60,7 @@ def headers(folder: Path) -> dict[str, Header]:
     Raises UserError for a folder without weights, damaged files, quantised weights and adapters.
     """
     found: dict[str, Header] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for header in _headers_of(file):
             name = _disk_name(header.name)
             if name in found:
@@ -163,7 +163,7 @@ def _tensor(header: Header) -> Tensor:
 # ---- files
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that the index names."""
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"

@@ -41,6 +41,7 @@ MOST_NAMED = 3  # changed things in one message
 ASIDE_ROOMS = ("report", "construct")
 ASIDE = {
     *("config.py", "plan.py", "disk.py", "setup/checks.py", "pretrained/save.py"),
+    *("setup/preflight.py", "setup/sizes.py", "pretrained/hub.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
     *("data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
 }

@@ -1,9 +1,8 @@
-"""What would go wrong hours later is refused before a weight is loaded: long prompts, another tokenizer, memory."""
+"""What would go wrong hours later is refused before a weight is loaded: long prompts, another model's tokenizer."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -11,11 +10,8 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
-from mmsr import plan
 from mmsr.chat import ANSWER, IMAGE_PAD, VISION_END, VISION_START, Chat
-from mmsr.config import Config, EvalConfig, Options
+from mmsr.config import EvalConfig, Options
 from mmsr.episode import Example
 from mmsr.model import ModelConfig
 from mmsr.setup.questions import my_places
@@ -88,32 +84,3 @@ def prompt_lengths(
         example = questions[place]
         picture = image_tokens(example.image, config.min_pixels, config.max_pixels)
         yield place, example, tokens_of_words(example.question) + picture
-
-
-def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> int:
-    """Print the memory plan. Raises UserError where it does not fit, with what would help.
-
-    Returns how many decoder blocks may keep everything for their backward pass.
-    """
-    machine = _this_machine(ranks, dtype)
-    capacity = machine[0]
-    found = plan.check(model, config, *machine)
-    kept = plan.kept_as_fits(model, config, *machine).keep_blocks
-    whole = f"Memory plan: at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device"
-    if ranks.device.type == "cuda":
-        ranks.print(found.table())
-    ranks.print(whole)
-    if config.recompute:
-        blocks = model.num_hidden_layers
-        recomputed = max(0, blocks - kept)
-        ranks.print(f"The backward pass recomputes {recomputed} of the decoder's {blocks} blocks.")
-    return kept
-
-
-def _this_machine(ranks: Ranks, dtype: torch.dtype) -> tuple[float, int, int, int]:
-    """What the memory plan asks of a machine: bytes of a device, processes, those on one machine, bytes of a number."""
-    if ranks.device.type == "cuda":
-        capacity = torch.cuda.get_device_properties(ranks.device).total_memory
-    else:
-        capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.node_size
-    return capacity, ranks.size, ranks.node_size, dtype.itemsize

@@ -14,10 +14,11 @@ from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.hub import resolve
+from mmsr.pretrained.hub import resolve, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
-from mmsr.setup.checks import check_memory, check_prompts, check_tokens
+from mmsr.setup.checks import check_prompts, check_tokens
 from mmsr.setup.questions import Questions
+from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype
 from mmsr.system import parallel
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
@@ -44,21 +45,23 @@ def open_policy(
 
     `questions`: their prompts have to fit.
     """
-    dtype = getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+    dtype = compute_dtype(config, ranks)
     prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
-    if config.model:
-        find = partial(resolve, config.model)
-    else:
-        find = partial(toy_base.base_model, world)
+    find = partial(without_weights, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
     with ranks.sync_errors():
-        sizes = skeleton(folder).config  # weights that do not fit are refused before memory is counted
         chat = Chat(folder, prompts, list(tools))
-        check_tokens(folder, chat, sizes)
-    if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
-        ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
+        check_tokens(folder, chat, read_config(folder))
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)
+    if config.model:
+        folder = ranks.main_process_first("model weights", partial(resolve, config.model))
+    with ranks.sync_errors():
+        sizes = skeleton(folder).config
+        if ranks.main and not config.model:
+            check_sizes(config, sizes, ranks)  # those of other models were known before: `preflight`
+    if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
+        ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     if isinstance(config, Config):
         kept_blocks = check_memory(config, sizes, dtype, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype

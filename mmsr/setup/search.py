@@ -34,6 +34,20 @@ class Search:
     scripts: Scripts | None  # the recorded model turns that --force-searches plays
 
 
+def check_search(config: Options) -> None:
+    """Raises UserError for what the name of --search shows to be wrong: another back-end, no key, no such file."""
+    kind, _, where = config.search.partition(":")
+    if kind == "toy":
+        if config.datasets != ("toy",):
+            raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
+    elif kind in ("local", "replay") and where:
+        if config.search != FVQA_SEARCH and not Path(where).exists():
+            how = "; python search.py index --out FILE … makes an index" if kind == "local" else ""
+            raise UserError(f"--search {config.search}: no such file; check the path{how}")
+    else:  # these open no file but that of the recorded searches
+        backends.open_backend(replace(config, max_images=0))
+
+
 def open_search(config: Options, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
     """The search engine that --search names, and the tools of the run.
 
@@ -47,8 +61,6 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
         if isinstance(config, Config) and config.force_searches:
             scripts = forced_searches(search.removeprefix("replay:"), config.group_size)
         if search == "toy":
-            if config.datasets != ("toy",):
-                raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
             engine = backends.SearchEngine(world.web)
         else:
             if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":

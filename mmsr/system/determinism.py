@@ -13,4 +13,5 @@ def deterministic(on: bool) -> None:
     soon as it is computed, and which comes first depends on what else the machine does. The last digit follows.
     """
     torch.use_deterministic_algorithms(on)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+    # Filling fresh memory costs time, and nothing here reads it before it is written.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

@@ -202,7 +202,7 @@ def test_results_in_a_file_of_ones_own(miniature, tmp_path):
 
 
 def test_what_is_not_in_the_cache_names_the_option_instead(hub_cache):
-    with pytest.raises(UserError, match="fvqa_test.parquet of the data set lmms-lab/FVQA .* --data FILE.parquet"):
+    with pytest.raises(UserError, match="fvqa_test.parquet of the data set lmms-lab/FVQA .* --data FILE"):
         hub.fetched_file("lmms-lab/FVQA", "fvqa_test.parquet")
     (hub_cache / hub.RESULTS).unlink()
     with pytest.raises(UserError, match=f"{hub.RESULTS} .* --search none or replay:FILE"):
@@ -215,5 +215,5 @@ def test_train_without_a_network_ends_with_one_line(miniature, tmp_path):
     places = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(line, cwd=ROOT, env={**os.environ, **places}, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and not (tmp_path / "out").exists(), ended.stderr
-    assert ended.stderr.startswith("train.py: fvqa_train.parquet of the data set lmms-lab/FVQA could not be fetched")
-    assert "--data FILE.parquet" in ended.stderr
+    assert ended.stderr.startswith("train.py: the Hugging Face hub cannot be reached (HF_HUB_OFFLINE is set), and its")
+    assert "hf download --repo-type dataset lmms-lab/FVQA fvqa_train.parquet" in ended.stderr

@@ -1,0 +1,93 @@
+"""What can be refused is refused at once: before anything is downloaded, opened or made.
+
+In the order of what it costs: names, options and keys; memory and disk, from the sizes of the model; one request to the
+hub for what its cache lacks; the small files of a model that is not known here. Data follow, then weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmsr.config import Config, EvalConfig, Options
+from mmsr.data import fvqa
+from mmsr.data.formats import read_examples
+from mmsr.model import ModelConfig
+from mmsr.plan import PUBLISHED
+from mmsr.pretrained import hub
+from mmsr.pretrained.config_json import read_config
+from mmsr.setup.policy import prompts_folder
+from mmsr.setup.search import FVQA_SEARCH, check_search
+from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype
+from mmsr.system.files import missing
+from mmsr.system.parallel import Ranks
+
+
+def preflight(config: Options, ranks: Ranks) -> None:
+    """Raises UserError for what names and sizes alone show to be wrong. Says what the run needs. Collective."""
+    with ranks.sync_errors():
+        if ranks.main:
+            _check(config, ranks)
+
+
+def _check(config: Options, ranks: Ranks) -> None:
+    _check_names(config)
+    model = known_sizes(config.model)
+    if model and isinstance(config, Config):
+        check_memory(config, model, compute_dtype(config, ranks), ranks)
+    download = hub.refuse_absent(wanted(config))
+    if not config.model:
+        return  # the toy base model: made, if need be, and then checked
+    check_sizes(config, model or read_config(hub.without_weights(config.model)), ranks, download)
+
+
+def _check_names(config: Options) -> None:
+    """Raises UserError for a folder, file or back-end that is not there, and for a key that is missing."""
+    prompts_folder(config.prompts)
+    for name in _data(config):
+        if name not in ("", "toy") and not fvqa.hub_file(name) and not Path(name).exists():
+            read_examples(name, config.format)  # raises what is wrong with it
+    check_search(config)
+    if isinstance(config, EvalConfig):
+        _check_server(config.judge, config.judge_model)
+    if isinstance(config, Config):
+        _check_server(config.teacher, config.teacher_model)
+        for file in config.demonstrations:
+            if not Path(file).exists():
+                raise missing(Path(file))
+
+
+def _data(config: Options) -> list[str]:
+    """What --data and --eval-data name."""
+    return [*config.datasets, *([config.eval_data] if isinstance(config, Config) else [])]
+
+
+def _check_server(address: str, model: str) -> None:
+    """Raises UserError for a server's key or proxy that cannot be used. Nothing is asked."""
+    if address:
+        from mmsr.net.completions import open_server
+
+        open_server(address, model)
+
+
+def known_sizes(name: str) -> ModelConfig | None:
+    """The sizes of the model that --model names, where no download is needed to know them; None for others."""
+    for short, sizes in PUBLISHED.items():
+        if name in (short, hub.SHORT_NAMES[short]):
+            return sizes
+    if not name or hub.repository(name):
+        return None
+    return read_config(name)
+
+
+def wanted(config: Options) -> list[hub.Wanted]:
+    """What a run reads from the hub: the model, the data, the searches recorded for FVQA."""
+    found = []
+    if config.model and (model := hub.wanted_model(config.model)):
+        found.append(model)
+    files = [place for name in _data(config) if (place := fvqa.hub_file(name))]
+    if config.search == FVQA_SEARCH:
+        files.append((fvqa.FVQA, fvqa.RESULTS))
+    by_repository: dict[str, list[str]] = {}
+    for repository, file in dict.fromkeys(files):
+        by_repository.setdefault(repository, []).append(file)
+    return found + [fvqa.wanted(repository, *names) for repository, names in by_repository.items()]
