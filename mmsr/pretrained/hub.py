@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmsr.system.errors import UserError, first_line
+from mmsr.system.progress import MinuteLines, on_terminal
 
 SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
 
@@ -34,6 +35,8 @@ def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
     """
     import huggingface_hub  # slow to import, and not needed for local files
 
+    if not on_terminal():
+        where["tqdm_class"] = MinuteLines  # instead of its own bars
     try:
         return Path(getattr(huggingface_hub, function)(**where))
     except Exception as error:  # of the hub's client, its HTTP library or the file system

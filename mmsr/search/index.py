@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from contextlib import closing
@@ -25,7 +26,6 @@ from typing import Any, Iterator
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import bm25
@@ -33,6 +33,7 @@ from mmsr.search.encoders import Encoder, open_encoder
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
 from mmsr.system.images import decode, jpeg
+from mmsr.system.progress import progress, say
 from mmsr.tools import ToolFailure
 
 APPLICATION, VERSION = 0x6D6D7372, 1  # "mmsr" in the file's header, and the version of the table `words`
@@ -112,7 +113,7 @@ class _Records:
 
     def batches(self, size: int) -> Iterator[list[dict[str, str]]]:
         records = iter(self)
-        with tqdm(total=self.total, desc=f"indexing {self.unit}s", unit=self.unit, disable=not self.total) as bar:
+        with progress(f"indexing {self.unit}s", self.total, self.unit) as bar:
             while batch := list(islice(records, size)):
                 yield batch
                 bar.update(len(batch))
@@ -137,7 +138,7 @@ def _add_pictures(db: sqlite3.Connection, encoder: Encoder, folder: Path, batch:
             digests[name] = digest
         except (OSError, ValueError) as error:
             counts["broken"] += 1
-            tqdm.write(f"{folder / name}: left out: {getattr(error, 'strerror', None) or error}")
+            say(f"{folder / name}: left out: {getattr(error, 'strerror', None) or error}")
     vectors = encoder.encode(list(new.values())).astype(np.float16) if new else ()
     with db:
         for (digest, picture), vector in zip(new.items(), vectors):
@@ -224,8 +225,12 @@ def _renew_words(db: sqlite3.Connection, file: Path) -> None:
             db.execute(WORDS)
             total = db.execute("SELECT count(*) FROM pages").fetchone()[0]
             pages = db.execute("SELECT id, title, text FROM pages")
-            for page in tqdm(pages, f"{file}: indexing its words again, once", total, unit="page", disable=not total):
-                _add_words(db, *page)
+            if total:
+                say(f"{file}: indexing the words of {total} pages again, once", sys.stderr)
+            with progress("indexing words", total, "page") as bar:
+                for page in pages:
+                    _add_words(db, *page)
+                    bar.update()
             db.execute(f"PRAGMA user_version = {VERSION}")
     except sqlite3.OperationalError as error:
         what = f"{file} is of an earlier version, and its words cannot be indexed again ({error})"

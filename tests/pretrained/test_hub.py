@@ -9,7 +9,7 @@ from mmsr.system.errors import UserError
 def test_a_model_name_means_another_checkpoint(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(repo_id, allow_patterns):
+    def fetch(repo_id, allow_patterns, **how):
         asked.append(repo_id)
         return str(tmp_path)
 
