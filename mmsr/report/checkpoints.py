@@ -41,6 +41,7 @@ class Checkpoints:
         """Load the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
         if not self.config.resume:
             return 0
+        self.ranks.print(f"Looking for a checkpoint in {self.root}.")
         state = checkpoint.resume(self.root, self.setup.model, self.optimizer, self.ranks)
         if state is None:
             self.ranks.print(f"--resume: no checkpoint in {self.root}: starting afresh.")
@@ -74,6 +75,7 @@ class Checkpoints:
         self.output.check_there()
         if self.saved == self.done:
             return
+        self.ranks.print(f"Saving step {self.done} in {self.root}.")
         state = {
             "step": self.done,
             "cursor": self.cursor,

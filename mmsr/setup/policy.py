@@ -47,6 +47,8 @@ def open_policy(
     prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
     if config.model:
         find = partial(resolve, config.model)
+        if not Path(config.model).is_dir():
+            ranks.print(f"Finding {config.model} in the cache of the Hugging Face hub, or fetching it.")
     else:
         find = partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
@@ -61,6 +63,7 @@ def open_policy(
     if isinstance(config, Config):
         kept_blocks = check_memory(config, sizes, dtype, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype
+    ranks.print(f"Opening the model in {folder}.")
     model = load_model(folder, dtype, stored, ranks, config.shard)
     attention.sum_in_fp64(config.deterministic)
     if isinstance(config, Config):

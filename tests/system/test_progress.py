@@ -77,6 +77,8 @@ with progress("rollouts", 3, "rollout") as bar:
     say("step 1 is done")
     time.sleep(0.2)
     bar.update()
+with progress("nothing", 0, "question") as bar:
+    bar.update(0)
 say("all is done")
 """
 
