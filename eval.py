@@ -240,7 +240,7 @@ class Output(RunFolder[EvalConfig]):
         except Exception as error:  # a page is not worth an evaluation
             print(f"report.html: {type(error).__name__}: {error}")
         print(f"\nWritten in {self.folder}:")
-        print("  report.html  the numbers, and every question with its rollout: open it in a browser")
+        print("  report.html  the numbers and every rollout: open it in a browser")
         print("  results.json, episodes.jsonl: see docs/files.md")
         print(f"Next: python -m mmsr.report {self.folder} RUN … (several runs in one report)")
 

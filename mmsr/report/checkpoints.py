@@ -89,5 +89,5 @@ class Checkpoints:
         """Save before an interrupted program ends, and give up what its tools have not started."""
         self.setup.drop()
         self.save()
-        kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
-        self.ranks.print(f"Interrupted; {kept}. Go on with --resume.")
+        kept = f" after step {self.done}, saved in {self.root}" if self.done else "; no step was finished"
+        self.ranks.print(f"Interrupted{kept}. Go on with --resume.")
