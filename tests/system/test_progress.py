@@ -100,7 +100,7 @@ def test_a_bar_on_a_terminal_runs_into_a_line_or_leaves_remains():
             seen += part
         assert process.wait(30) == 0
     os.close(ours)
-    assert b"rollouts:" in seen and b"2/3" in seen
+    assert b"rollouts:" in seen and b"2/3" in seen and b"question" not in seen
     shown = [re.split(rb"\r", line.rstrip(b"\r"))[-1].strip() for line in seen.split(b"\n")]
     assert [line for line in shown if line] == [b"step 1 is done", b"all is done"]
 
