@@ -26,8 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
-from tqdm import tqdm
-
 from mmsr import evaluate
 from mmsr.assemble import Setup, launch
 from mmsr.chat import PROMPTS
@@ -46,6 +44,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
 from mmsr.system.interrupt import Interrupts
 from mmsr.system.parallel import Ranks
+from mmsr.system.progress import progress, say
 from mmsr.toy.world import World
 
 JUDGE_TOKENS = 1024
@@ -66,7 +65,7 @@ def run(config: EvalConfig, ranks: Ranks) -> None:
         missing = {}
         for name, questions in data_sets.items():
             missing[name] = [row for row in range(len(questions)) if (name, row) not in done]
-        with Interrupts() as stop:
+        with Interrupts(ranks.main) as stop:
             ask(missing, data_sets, setup, script, output, stop)
         setup.toolbox.drop()  # what still hangs
         status = int(ranks.max(stop.status))
@@ -100,7 +99,7 @@ def ask(
     ranks = setup.ranks
     size = 2 * setup.config.slots * ranks.size  # few enough to lose, many enough to keep the slots full
     total = math.ceil(sum(map(len, rows_by_name.values())) / ranks.size)
-    with tqdm(total=total, unit="question", disable=not ranks.main) as bar:
+    with progress("evaluation", total, "question", shown=ranks.main) as bar:
         for name, rows in rows_by_name.items():
             for begin in range(0, len(rows), size):
                 setup.begin_step("evaluation")
@@ -118,7 +117,7 @@ def roll_out(
     setup: Setup[EvalConfig],
     script: Callable[[Example, int], Script] | None,
     stop: Interrupts,
-    bar: tqdm,
+    bar: Any,  # how many questions are done
 ) -> tuple[list[dict[str, Any]], list[Episode]] | None:
     """This rank's share of some questions of data set `name`: lines of episodes.jsonl, episodes. None: interrupted."""
     config = setup.config
@@ -202,7 +201,7 @@ class Output(RunFolder[EvalConfig]):
         self._cut_unfinished_line()
         done = {(line["data"], line["row"]) for line in self._lines()}
         if done:
-            print(f"{len(done)} questions are done already.")
+            say(f"{len(done)} questions are done already.")
         return done
 
     def _cut_unfinished_line(self) -> None:
@@ -247,7 +246,10 @@ class Output(RunFolder[EvalConfig]):
             write_report(self.folder)
         except Exception as error:  # a page is not worth an evaluation
             print(f"report.html: {type(error).__name__}: {error}")
-        print(f"\n{self.folder}: results.json, episodes.jsonl, report.html")
+        print(f"\nWritten in {self.folder}:")
+        print("  report.html  the numbers and every rollout: open it in a browser")
+        print("  results.json, episodes.jsonl: see docs/files.md")
+        print(f"Next: python -m mmsr.report {self.folder} RUN … (several runs in one report)")
 
     def _judged_lines(self) -> list[dict[str, Any]]:
         """What is summed up of every line, with the judge's verdict where there is a judge."""

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
 from mmsr import evaluate, grpo
 from mmsr.assemble import Setup, launch, open_imitation
@@ -27,6 +26,7 @@ from mmsr.data.sampler import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
+from mmsr.report.console import mode_name
 from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
 from mmsr.rollout import Script
@@ -36,6 +36,7 @@ from mmsr.setup.questions import open_questions, open_world
 from mmsr.setup.search import open_search
 from mmsr.system.interrupt import Interrupts
 from mmsr.system.parallel import SINGLE, Ranks
+from mmsr.system.progress import progress
 from mmsr.toy.world import World
 from mmsr.update import MasterWeights, Trainer, split
 
@@ -58,13 +59,13 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
             history = output.steps()
         history = ranks.all_gather(history)[0]  # the metrics of the steps that are done
 
-        with Interrupts() as stop:
+        with Interrupts(ranks.main) as stop:
             take_steps(setup, sampler, trainer, checkpoints, output, history, stop)
             status = int(ranks.max(stop.status))
             if status:
                 checkpoints.leave()
             output.finish(setup, summary=not status)
-        if alarms.never_trained(history):
+        if history and alarms.never_trained(history):
             weights = f"{output.folder / 'model'} has the weights that the run began with"
             output.warn([f"WARNING: no step trained a token: {weights}"])
         if status:
@@ -97,34 +98,31 @@ def take_steps(
 ) -> None:
     """GRPO: roll out a group per question, reward, compare within each group, update. `history`: metrics by step."""
     config, ranks = setup.config, setup.ranks
-    steps = range(checkpoints.done + 1, config.steps + 1)
-    with tqdm(steps, "train", config.steps, initial=checkpoints.done, unit="step", disable=not ranks.main) as bar:
-        for step in bar:
-            if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
-                output.line(evaluation(step - 1, setup, stop))
-            clock = Clock()
-            with clock("rollout"):
-                examples = [setup.questions[i] for i in sampler.take(config.questions)]
-                rollouts = roll_out(step, examples, setup, stop)
-            if rollouts is None:
-                return  # interrupted: the last step is whole, this one is not there
-            episodes, counts = rollouts
-            with clock("reward"), ranks.sync_errors():
-                setup.score(episodes)
-                zero_std_groups = assign_advantages(episodes, config)
-            with clock("update"):
-                lr = learning_rate(config, step)
-                update = trainer.step(mini_batches(episodes, config), lr)
-            metrics = step_metrics(step, setup, episodes, counts, update, zero_std_groups, lr, clock.seconds)
-            warnings = note_alarms(metrics, history, setup)
-            history.append(metrics)
-            output.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
-            output.warn([f"step {step}: {sentence}" for sentence in warnings])
-            checkpoints.finished(step)
-            alarms.stop_if_stalled(history, config.max_skipped)
-            output.report()
-            bar.set_postfix(reward=f"{metrics['reward']:.3f}", search=f"{metrics['search_ratio']:.2f}")
-        output.line(evaluation(config.steps, setup, stop))
+    for step in range(checkpoints.done + 1, config.steps + 1):
+        if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
+            output.line(evaluation(step - 1, setup, output, stop))
+        clock = Clock()
+        with clock("rollout"):
+            examples = [setup.questions[i] for i in sampler.take(config.questions)]
+            rollouts = roll_out(step, examples, setup, stop)
+        if rollouts is None:
+            return  # interrupted: the last step is whole, this one is not there
+        episodes, counts = rollouts
+        with clock("reward"), ranks.sync_errors():
+            setup.score(episodes)
+            zero_std_groups = assign_advantages(episodes, config)
+        with clock("update"):
+            lr = learning_rate(config, step)
+            update = update_model(step, episodes, trainer, lr, setup)
+        metrics = step_metrics(step, setup, episodes, counts, update, zero_std_groups, lr, clock.seconds)
+        warnings = note_alarms(metrics, history, setup)
+        history.append(metrics)
+        output.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
+        output.warn([f"step {step}: {sentence}" for sentence in warnings])
+        checkpoints.finished(step)
+        alarms.stop_if_stalled(history, config.max_skipped)
+        output.report()
+    output.line(evaluation(config.steps, setup, output, stop))
 
 
 def roll_out(
@@ -136,7 +134,7 @@ def roll_out(
     """
     config = setup.config
     setup.begin_step(f"step {step}")
-    with progress("rollouts", config.questions * config.group_size, setup.ranks) as bar:
+    with rollout_progress(f"step {step}, rollouts", config.questions * config.group_size, setup.ranks) as bar:
         return setup.roll_out(
             examples,
             config.group_size,
@@ -173,6 +171,17 @@ def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
     return len(group_ids.unique()) - len(group_ids[varied].unique())
 
 
+def update_model(
+    step: int, episodes: Sequence[Episode], trainer: Trainer, lr: float, setup: Setup
+) -> Mapping[str, float]:
+    """The step's updates, one per mini-batch. Returns the trainer's metrics."""
+    batches = mini_batches(episodes, setup.config)
+    passes = 2 * sum(map(len, batches)) - len(batches[0])  # all mini-batches but the first need π_old before
+    with progress(f"step {step}, update", passes, "rollout", shown=setup.ranks.main) as bar:
+        trainer.on_episodes = bar.update
+        return trainer.step(batches, lr)
+
+
 def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episode]]:
     """This rank's episodes of each of a step's updates, those that take part in it."""
     trained = [episode for episode in episodes if episode.trained]
@@ -198,6 +207,7 @@ def make_trainer(setup: Setup) -> Trainer:
     config, ranks = setup.config, setup.ranks
     reference = None
     if config.kl and config.algorithm == "grpo":
+        ranks.print("Opening the reference of the KL term, a frozen copy of the model.")
         reference = load_model(setup.folder, setup.dtype, setup.dtype, ranks, config.shard).requires_grad_(False)
 
     optimizer = MasterWeights(setup.model, betas=(0.9, config.adam_beta2), weight_decay=0.0)
@@ -220,8 +230,8 @@ def make_trainer(setup: Setup) -> Trainer:
     )
 
 
-def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
-    """One line of metrics.jsonl: the policy greedy and sampled, all ranks' episodes together. None: interrupted.
+def evaluation(step: int, setup: Setup, output: Output, stop: Interrupts) -> dict | None:
+    """A line of metrics.jsonl: the policy greedy and sampled, all ranks' episodes together. None: interrupted.
 
     Before training the two fixed policies too, where the toy world has them.
     """
@@ -237,7 +247,9 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
         modes["never_search"] = dict(temperature=1.0, direct=True)
     line: dict[str, Any] = {"step": step}
     for name, mode in modes.items():
-        with progress(name.replace("_", " "), len(setup.eval_questions), setup.ranks) as bar:
+        clock = Clock()
+        doing = f"evaluation {step}, {mode_name(name)}"
+        with clock(name), rollout_progress(doing, len(setup.eval_questions), setup.ranks) as bar:
             seed = (config.seed, name)
             episodes = setup.answers(
                 setup.eval_questions, seed, on_done=lambda episode, bar=bar: bar.update(), stop=stop, **mode
@@ -245,6 +257,7 @@ def evaluation(step: int, setup: Setup, stop: Interrupts) -> dict | None:
         if episodes is None:
             return None
         line[name] = evaluate.by_category(episodes, setup.ranks)
+        output.evaluated(step, name, line[name], clock.seconds[name])
     return line
 
 
@@ -261,11 +274,9 @@ class Clock:
         self.seconds[phase] = time.perf_counter() - start
 
 
-def progress(name: str, total: int, ranks: Ranks) -> tqdm:
-    """A bar of the episodes finished on this rank, gone when its work is done. The main rank shows its own share."""
-    mine = math.ceil(total / ranks.size)
-    hidden = None if ranks.main else True  # None: hidden unless a terminal shows it
-    return tqdm(total=mine, desc=name, unit="rollout", leave=False, position=1, disable=hidden)
+def rollout_progress(name: str, total: int, ranks: Ranks) -> Any:
+    """How many rollouts are finished on this rank. The main rank shows its own share of the `total`."""
+    return progress(name, math.ceil(total / ranks.size), "rollout", shown=ranks.main)
 
 
 def main(argv: Sequence[str]) -> None:

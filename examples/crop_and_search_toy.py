@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from tqdm import trange
 
 from examples.crop_and_search import CROP_SEARCH, tools
 from mmsr.chat import PROMPTS, Chat
@@ -24,6 +23,7 @@ from mmsr.episode import Episode, Example, Observation
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
 from mmsr.system.parallel import SINGLE
+from mmsr.system.progress import progress
 from mmsr.tools import IMAGE_SEARCH, search_tools
 from mmsr.toy.base import Traces, base_model, copied, recalled
 from mmsr.toy.world import (
@@ -150,10 +150,12 @@ def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
     traces = PairTraces(world, chat, world.seed + 1)
-    for step in trange(steps, desc="warm start on pairs"):
-        rising = (step + 1) / 20
-        falling = (steps - step) / (steps / 2)
-        trainer.step([traces.batch(batch)], lr * min(1, rising, falling))
+    with progress("warm start on pairs", steps, "step") as bar:
+        for step in range(steps):
+            rising = (step + 1) / 20
+            falling = (steps - step) / (steps / 2)
+            trainer.step([traces.batch(batch)], lr * min(1, rising, falling))
+            bar.update()
     folder.mkdir(parents=True)
     save(model, folder, base)
 

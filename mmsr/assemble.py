@@ -40,12 +40,15 @@ def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Calla
     try:
         config = parse(argv, kind, program)
         with distributed(config.device, config.timeout) as ranks:
+            processes = f"{ranks.size} processes on " if ranks.size > 1 else ""
+            ranks.print(f"{program}: recipe {config.recipe}, {processes}{ranks.device.type}, --out {config.out}")
             run(config, ranks)
         exit_process(ranks)
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # before anything is finished: there is nothing to keep
+        print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -29,17 +29,22 @@ Numbers = dict[str, float]  # by the name of a measure
 OFFICIAL = RewardRule("paper")
 STRICT = RewardRule("strict")
 DRAWS = 1000
+WIDTH = 80  # of a table, in characters
+MOST_NAME = 28  # characters of a category's name in a table
 
 
 def measures(episode: Episode) -> Numbers:
-    """The numbers of a scored episode. Their means are those of a set."""
-    return {
+    """The numbers of a scored episode. Their means are those of a set. A tool of one's own has a ratio where called."""
+    numbers = {
         "accuracy": episode.reward_parts["accuracy"],
         "search_ratio": float(episode.searches() > 0),
         "search_ratio_image": float(episode.searches(IMAGE_SEARCH) > 0),
         "search_ratio_text": float(episode.searches(TEXT_SEARCH) > 0),
-        "reward": episode.reward,
     }
+    for tool in dict.fromkeys(turn.action for turn in episode.turns if turn.role == "tool"):
+        numbers[f"search_ratio_{tool.removesuffix('_search')}"] = float(episode.searches(tool) > 0)
+    numbers["reward"] = episode.reward
+    return numbers
 
 
 def more_measures(episode: Episode, calls_allowed: int) -> Numbers:
@@ -109,58 +114,81 @@ def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
 # ---- tables
 
 
-def table(evaluations: dict[str, dict[str, Numbers]], mix: Numbers | None = None) -> str:
+def table(evaluations: Mapping[str, Mapping[str, Numbers]], mix: Numbers | None = None) -> str:
     """Text table with a column for each evaluation (its `by_category`, by name), and a line for each category.
 
-    A cell has the shares of episodes that searched by image and by text (left out where there were none) and the
-    accuracy. The last lines are overall means, the categories weighted by `mix`, or else by their number of questions.
+    A cell has the shares of episodes that searched by each tool, and the accuracy. The last lines are overall means,
+    the categories weighted by `mix`, or else by their number of questions. Columns that are wider than 80 characters
+    together go on below.
     """
-    columns = list(evaluations.values())
     categories: dict[str, None] = {}  # all of them, in order
-    texts_searched = False
-    for evaluation in columns:
-        for name, category in evaluation.items():
-            categories[name] = None
-            texts_searched |= category["search_ratio_text"] > 0
-    keys = ["search_ratio_image", "search_ratio_text", "accuracy"]
-    if not texts_searched:
-        keys.remove("search_ratio_text")
-    overall = [_overall(evaluation, mix, [*keys, "reward"]) for evaluation in columns]
+    for evaluation in evaluations.values():
+        categories |= dict.fromkeys(evaluation)
+    keys = [*_searches(evaluations.values()), "accuracy"]
+    names = ["", "", *(name[:MOST_NAME] for name in categories), "mean", "reward"]
+    columns = []
+    for title, evaluation in evaluations.items():
+        mean = overall(evaluation, mix, [*keys, "reward"])
+        rows = [*(evaluation.get(name, {}) for name in categories), mean]
+        cells = [_cell(numbers, keys) for numbers in rows]
+        columns.append([title, _labels(keys), *cells, f"{mean['reward']:.3f}"])
+    blocks: list[list[list[str]]] = []
+    room = 0
+    for column in columns:
+        width = 2 + max(map(len, column))
+        if width > room:
+            blocks.append([names])
+            room = WIDTH - max(map(len, names))
+        blocks[-1].append(column)
+        room -= width
+    return "\n\n".join(aligned(list(zip(*block))) for block in blocks)
 
-    header = "/".join(key.split("_")[-1] for key in keys)
-    lines = [[header, *evaluations]]
-    for name in categories:
-        lines.append([name] + [_cell(evaluation[name], keys) for evaluation in columns])
-    lines.append(["mean"] + [_cell(mean, keys) for mean in overall])
-    lines.append(["reward"] + [f"{mean['reward']:.3f}" for mean in overall])
-    return aligned(lines)
+
+def _searches(evaluations: Iterable[Mapping[str, Numbers]]) -> list[str]:
+    """The measures of searches by a tool: that of image searches, and those that are not 0 everywhere."""
+    found = {"search_ratio_image": None}
+    for evaluation in evaluations:
+        for numbers in evaluation.values():
+            for key, value in numbers.items():
+                if key.startswith("search_ratio_") and value:
+                    found[key] = None
+    return list(found)
 
 
-def _overall(evaluation: dict[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
+def overall(evaluation: Mapping[str, Numbers], mix: Numbers | None, keys: Sequence[str]) -> Numbers:
     """Weighted means over an evaluation's categories. A category that the mix does not name has no weight."""
     if mix:
         weights = {name: mix.get(name, 0) for name in evaluation}
     else:
         weights = {name: category["n"] for name, category in evaluation.items()}
     total = sum(weights.values())
-    overall = {}
+    means = {}
     for key in keys:
-        weighted = [category[key] * weights[name] for name, category in evaluation.items()]
-        overall[key] = sum(weighted) / total
-    return overall
+        weighted = [category.get(key, 0.0) * weights[name] for name, category in evaluation.items()]
+        means[key] = sum(weighted) / total
+    return means
+
+
+def _labels(keys: Sequence[str]) -> str:
+    """What is above a column of `_cell`."""
+    short = {"search_ratio_image": "img", "accuracy": "acc"}
+    names = [short.get(key, key.removeprefix("search_ratio_")) for key in keys]
+    return " ".join(name[:4].rjust(4) for name in names)
 
 
 def _cell(numbers: Numbers, keys: Sequence[str]) -> str:
-    return " ".join(f"{numbers[key]:.2f}" for key in keys)
+    if not numbers:
+        return ""
+    return " ".join(f"{numbers.get(key, 0.0):.2f}" for key in keys)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, as text."""
+    """Cells in columns, as text: names on the left, then numbers, whose ends are below each other."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     texts = []
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        texts.append("  ".join(cells).rstrip())
+    for name, *numbers in lines:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:])]
+        texts.append("  ".join([name.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(texts)
 
 

@@ -28,7 +28,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,8 @@ class Trainer:
     With several `ranks`, model and reference are sharded over them and every method is collective.
     """
 
+    on_episodes: Callable[[int], object] = staticmethod(lambda count: None)  # told how many are passed through
+
     def __init__(
         self,
         model: Qwen2_5_VL,
@@ -319,6 +321,7 @@ class Trainer:
         for micro_batch in micro_batches:
             with self.lockstep.guard("micro-batch", indivisible=len(micro_batch.indices) == 1):
                 self.forward_backward(micro_batch, features, ref_features, weights, advantages, old_logps, stats)
+            self.on_episodes(len(micro_batch.indices))
         if batch.pictures:
             with self.lockstep.guard("vision backward pass"):
                 features.backward()
@@ -408,6 +411,7 @@ class Trainer:
             lengths = [sum(episodes[i].loss_mask) for i in micro_batch.indices]
             for i, episode_logps in zip(micro_batch.indices, logps.split(lengths)):
                 old_logps[i] = episode_logps
+            self.on_episodes(len(micro_batch.indices))
         return old_logps
 
     # ---- parts of a pass

@@ -138,7 +138,7 @@ def test_results_agree_with_the_lines(first):
 def test_table_goes_to_the_screen(miniature, tmp_path, capsys):
     run(miniature, tmp_path / "out", limit=2)
     shown = capsys.readouterr().out
-    assert "toy (6)" in shown and "95 % interval" in shown and "recall" in shown and "familiar (2)" in shown
+    assert "toy: 6 questions\n" in shown and "95 % interval" in shown and "recall" in shown and "familiar (2)" in shown
 
 
 def test_a_benchmark_is_shown_beside_the_published_rows(miniature, tmp_path, capsys):
@@ -146,7 +146,9 @@ def test_a_benchmark_is_shown_beside_the_published_rows(miniature, tmp_path, cap
     data = data.rename(data.with_name("gimmick_civqa.jsonl"))
     run(miniature, tmp_path / "out", data=data, search="none")
     shown = capsys.readouterr().out
-    assert "GRPO-7B, search [blog: Gimmick-CIVQA]" in shown and "51.85" in shown and "FVQA-test" not in shown
+    assert "GRPO-7B, search [1]" in shown and "[1] blog, Gimmick-CIVQA\n" in shown
+    assert "51.85" in shown and "FVQA-test" not in shown
+    assert max(map(len, shown.split("\n\n")[1].splitlines())) <= 80, "the table is wider than a terminal"
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------

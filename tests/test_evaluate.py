@@ -72,21 +72,36 @@ def test_failures_count_calls_and_neither_refusals_nor_empty_results():
 
 def test_table_by_hand():
     rows = {"before": evaluate.by_category(EPISODES), "after, greedy": evaluate.by_category(EPISODES[:2])}
-    lines = evaluate.table(rows).splitlines()
-    head, new, old, mean, reward = lines
-    assert head.split("  ")[0] == "image/text/accuracy" and head.split()[1:] == ["before", "after,", "greedy"]
+    head, labels, new, old, mean, reward = lines = evaluate.table(rows).splitlines()
+    assert head.split() == ["before", "after,", "greedy"] and labels.split() == 2 * ["img", "text", "acc"]
     assert new.split() == ["new", "0.67", "0.33", "0.67", "1.00", "0.00", "1.00"]
     assert old.split() == ["old", "0.00", "0.50", "0.50", "0.00", "0.00", "1.00"]
     assert mean.split() == ["mean", "0.40", "0.40", "0.60", "0.50", "0.00", "1.00"]
     assert reward.split() == ["reward", "0.564", "0.955"]
-    assert all(line == line.rstrip() for line in lines)
-    start = head.index("after")
-    assert all(line[start] in "01" and line[start - 1] == " " for line in lines[1:]), "columns must line up"
+    assert len({len(line) for line in lines}) == 1, "the ends of the columns must line up"
+
+
+def test_table_is_wider_than_a_terminal():
+    """The six evaluations of the toy world took 116 columns: what does not fit goes on below, with the same lines."""
+    found = {f"{name}_two_hop": numbers for name, numbers in evaluate.by_category(EPISODES).items()}
+    text = evaluate.table({name: found for name in ("before, greedy", "after, greedy", "before, T = 1", "d", "e")})
+    first, second = text.split("\n\n")
+    assert max(map(len, text.splitlines())) <= 80 and first.count("acc") == 4 and second.count("acc") == 1
+    assert [line.split()[0] for line in second.splitlines()[2:]] == ["new_two_hop", "old_two_hop", "mean", "reward"]
+    long = evaluate.table({"x": {"c" * 200: found["new_two_hop"]}})
+    assert max(map(len, long.splitlines())) <= 80
 
 
 def test_table_has_no_text_searches_where_there_were_none():
-    head, new, *_ = evaluate.table({"x": evaluate.by_category(EPISODES[:2])}).splitlines()
-    assert head.split() == ["image/accuracy", "x"] and new.split() == ["new", "1.00", "1.00"]
+    _, labels, new, *_ = evaluate.table({"x": evaluate.by_category(EPISODES[:2])}).splitlines()
+    assert labels.split() == ["img", "acc"] and new.split() == ["new", "1.00", "1.00"]
+
+
+def test_table_and_measures_leave_out_a_tool_of_ones_own():
+    found = evaluate.by_category([episode("new", 1.0, 0.9, ("crop_search", FOUND)), episode("new", 0.0, 0.1)])
+    assert found["new"]["search_ratio_crop"] == 0.5
+    _, labels, new, *_ = evaluate.table({"x": found}).splitlines()
+    assert labels.split() == ["img", "crop", "acc"] and new.split() == ["new", "0.00", "0.50", "0.50"]
 
 
 def test_table_weights_categories_by_the_mix():

@@ -558,7 +558,7 @@ def test_interrupt_keeps_what_was_learnt(miniature, tmp_path, monkeypatch):
     assert equal(found.weights, whole.weights), "the interrupted step must leave no trace"
 
 
-def test_interrupt_before_the_first_step_is_no_traceback(miniature, tmp_path, monkeypatch):
+def test_interrupt_before_the_first_step_is_no_traceback(miniature, tmp_path, monkeypatch, capfd):
     """The first evaluation of a large model takes minutes."""
     interrupting(monkeypatch, Engine, "step", 2)
     try:
@@ -567,6 +567,8 @@ def test_interrupt_before_the_first_step_is_no_traceback(miniature, tmp_path, mo
     except KeyboardInterrupt:  # let through, it would end the whole test run
         pytest.fail("the KeyboardInterrupt came out of train.main")
     assert stop.value.code == 130
+    err = capfd.readouterr().err
+    assert err.count("SIGINT: stopping") == 1 and "metrics.jsonl" not in err and "WARNING" not in err, err
 
 
 # ---- one run in a folder, made of what it was made of ---------------------------------------------------------------
@@ -903,8 +905,15 @@ def test_full_world_is_evaluated_by_its_categories_with_all_searches_and_with_no
         always, never = before["always_search"][name], before["never_search"][name]
         assert always["search_ratio_image"] == 1 and always["search_ratio_text"] == (name in TOWNS)
         assert never["search_ratio"] == 0
-    table = capsys.readouterr().out.split("image/text/accuracy")[1].split("\n\n")[0]
-    assert all(name in table for name in FULL) and max(map(len, table.splitlines())) <= 120
+    *said, table, fixed, end = capsys.readouterr().out.split("\n\n")
+    assert all(name in table and name in fixed for name in FULL)
+    lines = [*table.splitlines(), *fixed.splitlines()]
+    assert max(map(len, lines)) <= 80, "the table is wider than a terminal"
+    assert f"eval.py --model {found.out / 'model'} --data toy" in end and "open it in a browser" in end
+    lasting = "".join(said).splitlines()
+    assert [line.split("  ")[0] for line in lasting if line[:5] in ("step ", "eval ")] == (
+        4 * ["eval 0/1"] + ["step 1/1"] + 2 * ["eval 1/1"]
+    )
 
 
 def test_text_searches_are_not_forced_where_there_are_none(miniature, tmp_path):

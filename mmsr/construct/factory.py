@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,13 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
-from tqdm import tqdm
-
 from mmsr.net.client import FATAL
 from mmsr.net.completions import ChatServer
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock, write_whole
 from mmsr.system.journal import Journal, key_of
+from mmsr.system.progress import duration, progress, say
 from mmsr.tools import ToolFailure
 
 PATIENCE = 60  # seconds that a call waits for a busy server, at most
@@ -133,7 +133,7 @@ class _Run:
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self.waiting: Iterator[tuple[str, dict]] = iter(())
-        self.bar: tqdm | None = None
+        self.bar: Any = None  # how far it is
         self.postponed: Counter = Counter()
         self.failed_in_a_row = 0
         self.error: BaseException | None = None
@@ -141,7 +141,8 @@ class _Run:
     def go(self, workers: int) -> None:
         left = sum(1 for _ in self._left())
         self.waiting = self._left()
-        with tqdm(total=left, desc=self.name, unit="item", disable=None if left else True) as self.bar:
+        start = time.monotonic()
+        with progress(self.name, left, "item") as self.bar:
             threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(workers, left))]
             try:
                 for thread in threads:
@@ -152,6 +153,9 @@ class _Run:
                 _wait(threads)
         if self.error is not None:
             raise self.error
+        if left:
+            done = left - self.postponed.total()
+            say(f"{self.name}: {done} of {left} items in {duration(time.monotonic() - start)}", sys.stderr)
 
     def keyed(self) -> Iterator[tuple[str, dict]]:
         """All items, each with its key in the journal."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 from mmsr.system.errors import UserError
 from mmsr.system.journal import Journal, key_of
+from mmsr.system.progress import progress
 
 PROMPT = Path(__file__).parents[1] / "prompts" / "judge.txt"
 AT_ONCE = 16
@@ -53,6 +54,10 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge") as pool:
             verdicts = [pool.submit(self._verdict, line) for line in lines]
             try:
+                with progress("judging", len(verdicts), "answer") as bar:
+                    for verdict in as_completed(verdicts):
+                        verdict.result()  # raises now what ends all
+                        bar.update()
                 return [verdict.result() for verdict in verdicts]
             except BaseException:
                 pool.shutdown(cancel_futures=True)

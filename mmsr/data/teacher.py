@@ -16,8 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable
 
-from tqdm import tqdm
-
 from mmsr.chat import IMAGE_PAD, START, STOP, Chat, Piece
 from mmsr.episode import Example, Observation
 from mmsr.net.client import FATAL
@@ -26,6 +24,7 @@ from mmsr.rollout import OVER_LIMIT, Limits, Script
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
 from mmsr.system.journal import Journal, key_of
+from mmsr.system.progress import say
 from mmsr.tools import Call, Toolbox, ToolFailure
 
 AT_ONCE = 16  # conversations
@@ -70,7 +69,7 @@ class Teacher:
             self.failed += 1
             if self.failed == 1:
                 said = f"{type(error).__name__}: {error}"
-                tqdm.write(f"the teacher failed on {example.id}: {said:.300}; such are left out", file=sys.stderr)
+                say(f"the teacher failed on {example.id}: {said:.300}; such are left out", sys.stderr)
             return FAILED
 
     def _converse(self, example: Example) -> list[str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from mmsr.pretrained.weights import weight_files
 from mmsr.system.errors import UserError, first_line
+from mmsr.system.progress import MinuteLines, on_terminal
 
 SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
 SMALL = ("*.json", "*.txt", "*.jinja")  # of a model: all but its weights
@@ -101,6 +102,8 @@ def fetched(function: str, what: str, advice: str, **where: Any) -> Path:
 
     if out_of_reach():
         where["local_files_only"] = True
+    if not on_terminal():
+        where["tqdm_class"] = MinuteLines  # instead of its own bars
     try:
         return Path(getattr(huggingface_hub, function)(**where))
     except Exception as error:  # of the hub's client, its HTTP library or the file system

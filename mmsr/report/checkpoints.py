@@ -41,6 +41,7 @@ class Checkpoints:
         """Load the newest sound checkpoint if that is asked for. Returns the number of finished steps."""
         if not self.config.resume:
             return 0
+        self.ranks.print(f"Looking for a checkpoint in {self.root}.")
         state = checkpoint.resume(self.root, self.setup.model, self.optimizer, self.ranks)
         if state is None:
             self.ranks.print(f"--resume: no checkpoint in {self.root}: starting afresh.")
@@ -74,6 +75,7 @@ class Checkpoints:
         self.output.check_there()
         if self.saved == self.done:
             return
+        self.ranks.print(f"Saving step {self.done} in {self.root}.")
         state = {
             "step": self.done,
             "cursor": self.cursor,
@@ -87,5 +89,5 @@ class Checkpoints:
         """Save before an interrupted program ends, and give up what its tools have not started."""
         self.setup.drop()
         self.save()
-        kept = f"finished steps: {self.done}, saved in {self.root}" if self.done else "no step was finished"
-        self.ranks.print(f"Interrupted; {kept}. Go on with --resume.")
+        kept = f" after step {self.done}, saved in {self.root}" if self.done else "; no step was finished"
+        self.ranks.print(f"Interrupted{kept}. Go on with --resume.")

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
-from mmsr.evaluate import aligned
+from mmsr.evaluate import MOST_NAME, aligned
 
 PUBLISHED = Path(__file__).with_name("published.tsv")
 NAMED = ("infoseek", "mmsearch", "simplevqa", "livevqa", "civqa", "fvqa")  # mmsearch_r1_infoseek… is InfoSeek
@@ -19,8 +19,8 @@ COLUMNS = {
     "strict": "accuracy_strict",
     "judge": "accuracy_judge",
     "searched": "search_ratio",
-    "by image": "search_ratio_image",
-    "by text": "search_ratio_text",
+    "image": "search_ratio_image",
+    "text": "search_ratio_text",
     "calls": "calls_ratio",
 }
 
@@ -34,18 +34,22 @@ def published(name: str, layout: str) -> list[dict[str, str]]:
 
 
 def report(name: str, mode: str, found: Mapping[str, Any], others: Sequence[Mapping[str, str]]) -> str:
-    """A text table in per cent: this run, its interval, its categories, and published rows."""
-    rows = [[f"{name} ({found['n']})", *COLUMNS]]
+    """A text table in per cent: this run, its interval, its categories, and published rows. Its sources are below."""
+    rows = [["per cent", *COLUMNS]]
     rows.append([f"this run, {mode}", *_cells(found)])
-    bounds = [found["interval"].get(key, ()) for key in COLUMNS.values()]
-    rows.append(["  95 % interval", *["–".join(map(_per_cent, bound)) for bound in bounds]])
+    for end, place in (("from", 0), ("to", 1)):
+        bounds = [found["interval"].get(key) for key in COLUMNS.values()]
+        rows.append([f"  95 % interval {end}", *(_per_cent(bound[place]) if bound else "" for bound in bounds)])
     if len(found["by_category"]) > 1:
         for category, numbers in found["by_category"].items():
-            rows.append([f"  {category} ({numbers['n']})", *_cells(numbers)])
+            rows.append([f"  {category[:MOST_NAME]} ({numbers['n']})", *_cells(numbers)])
+    sources: dict[str, int] = {}  # a number for each
     for row in others:
-        source = f"{row['system']} [{row['source']}: {row['set']}]"
-        rows.append([source] + [row.get(column) or "" for column in COLUMNS])
-    return "\n".join([aligned(rows), *_remarks(found)])
+        number = sources.setdefault(f"{row['source']}, {row['set']}", len(sources) + 1)
+        rows.append([f"{row['system']} [{number}]"] + [row.get(column) or "" for column in COLUMNS])
+    title = f"{name}: {found['n']:,} questions"
+    notes = [f"[{number}] {source}" for source, number in sources.items()]
+    return "\n".join([title, aligned(rows), *notes, *_remarks(found)])
 
 
 def _cells(found: Mapping[str, Any]) -> list[str]:
@@ -57,10 +61,8 @@ def _per_cent(share: float | None) -> str:
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
-    yield (
-        f"{found['turns']:.2f} turns, {found['tokens']:.0f} tokens of which {found['tokens_sampled']:.0f} sampled per "
-        f"question; {found['tool_failures']:.0f} tool calls failed"
-    )
+    tokens = f"{found['tokens']:.0f} tokens ({found['tokens_sampled']:.0f} sampled)"
+    yield f"a question: {found['turns']:.2f} turns, {tokens}; in all {found['tool_failures']:.0f} tool calls failed"
     if found["not_asked"] or found["cut"]:
         not_asked = f"{found['not_asked']} questions were not asked"
         cut = f"{found['cut']} rollouts ran out of tokens"

@@ -29,12 +29,14 @@ from mmsr.setup.policy import prompts_folder
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock, check_out, code_digest, file_digest, json_file, make_out, write_whole
 from mmsr.system.parallel import Ranks
+from mmsr.system.progress import say
 
 INPUTS = "inputs.json"
 GIVEN = "given"  # the key in inputs.json of what must stay
 MAY_CHANGE = "may change"  # and of what may change, with a warning
 # All that the program reads of a model.
 MODEL_FILES = ("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
+LARGE = 10**9  # bytes of a model that take so long that they are announced
 MOST_NAMED = 3  # changed things in one message
 
 # Modules that do not affect what a run computes: they show it, save it, or belong to other programs.
@@ -43,7 +45,7 @@ ASIDE = {
     *("config.py", "plan.py", "disk.py", "setup/checks.py", "pretrained/save.py"),
     *("setup/preflight.py", "setup/sizes.py", "pretrained/hub.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
-    *("data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
+    *("system/progress.py", "data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
 }
 
 Digests = dict[str, str]  # by what they are of, in the words of a message
@@ -92,6 +94,9 @@ class RunFolder(Generic[AnyOptions]):
         """
         if not self.ranks.main:
             return
+        size = sum(file.stat().st_size for file in setup.folder.glob("*.safetensors"))
+        if size > LARGE:
+            say(f"Hashing the {size / 1e9:.0f} GB of the model, and the data, for {INPUTS}.")
         recording = _recording(self.config.search)
         given = _given(setup, data)
         may_change = _sources(program, self.config.tools)

@@ -5,28 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mmsr import evaluate
 from mmsr.assemble import Setup
-from mmsr.config import CONFIG, Config
+from mmsr.config import CONFIG, Config, Options
 from mmsr.episode import Episode
 from mmsr.pretrained.save import save_weights
 from mmsr.report import alarms
 from mmsr.report.album import Album
+from mmsr.report.console import MODES, Console, evaluation_mix, mode_name
 from mmsr.report.folder import RunFolder
 from mmsr.report.html import write_report
 from mmsr.report.track import Tracker
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole
+from mmsr.system.options import kebab
 from mmsr.system.parallel import Ranks, full_state_dict
+from mmsr.system.progress import say
 
+# Options by which a model is evaluated as it was trained.
+KEPT = ("toy", "prompts", "tools", "reward", "max_turns", "max_images", "max_texts", "max_tokens", "turn_tokens")
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
 
@@ -42,6 +46,7 @@ class Output(RunFolder[Config]):
         self.metrics = self.folder / "metrics.jsonl"
         self.rollouts = self.folder / "rollouts"
         self.album = Album(self.folder / "images")
+        self.console: Console | None = None  # from `check` on
         self.report_due = 0.0  # by time.perf_counter
         self.report_failed = False
 
@@ -58,6 +63,7 @@ class Output(RunFolder[Config]):
         if self.config.eval_data not in ("", "toy"):
             files[f"--eval-data {self.config.eval_data}"] = setup.eval_questions
         self.check_inputs(setup, files, program)
+        self.console = Console(setup)
 
     def begin(self, done: int) -> None:
         """Make the folder, or take it back to where `done` steps were finished and the evaluation after them was not.
@@ -79,6 +85,8 @@ class Output(RunFolder[Config]):
         with open(self.metrics, "a+b") as file:
             file.seek(0)
             file.truncate(_kept_bytes(file, done))
+        if self.console and done < self.config.steps:
+            say(self.console.heading(done))
 
     def steps(self) -> list[dict]:
         """The lines of metrics.jsonl about the steps that are done. Other ranks than the main one get none."""
@@ -116,25 +124,34 @@ class Output(RunFolder[Config]):
         encoded = (line.encode("utf-8", "backslashreplace") for _, _, line in lines)
         write_whole(self.rollouts / f"step-{step:06d}.jsonl", encoded)
         self.line(metrics)
+        if self.console:
+            say(self.console.step(metrics))
+
+    def evaluated(self, step: int, mode: str, by_category: Mapping[str, evaluate.Numbers], seconds: float) -> None:
+        """Print a finished part of an evaluation; `mode` and `by_category` as metrics.jsonl has them."""
+        if self.ranks.main:
+            say(self.console.evaluation(step, mode, by_category, seconds))
 
     def warn(self, sentences: Iterable[str]) -> None:
         """One line each on standard error, above the progress bar."""
         if self.ranks.main:
             for sentence in sentences:
-                tqdm.write(sentence, file=sys.stderr)
+                say(sentence, sys.stderr)
 
     def report(self, at_once: bool = False) -> None:
         """Rewrite report.html when a hundred times what that takes has gone by, or at once. It never ends a run."""
         if not self.ranks.main:
             return
         start = time.perf_counter()
-        if not self.metrics.exists() or start < self.report_due and not at_once:
+        if not self.metrics.exists() or not self.metrics.stat().st_size:
+            return  # nothing has been measured yet
+        if start < self.report_due and not at_once:
             return
         try:
             write_report(self.folder)
         except Exception as error:
             if not self.report_failed:
-                tqdm.write(f"report.html: {type(error).__name__}: {error}; the run goes on without", file=sys.stderr)
+                say(f"report.html: {type(error).__name__}: {error}; the run goes on without", sys.stderr)
             self.report_failed = True
         end = time.perf_counter()
         self.report_due = end + 100 * (end - start)
@@ -142,31 +159,59 @@ class Output(RunFolder[Config]):
     def finish(self, setup: Setup, summary: bool) -> None:
         """The model as it is now, the last report, and a table of the evaluations before and after."""
         weights = full_state_dict(setup.model, setup.ranks, setup.dtype)
+        self.ranks.print(f"Writing {self.folder / 'model'} and report.html.")
         if self.ranks.main:
             self.check_there()
             save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return
-        written = "report.html, model/, metrics.jsonl, rollouts/, images/, checkpoints/"
-        print(f"\n{self._summary(setup)}\n\n{self.folder}: {written}")
+        say(f"\n{self._summary(setup)}\n\n{self._next()}")
 
     def _summary(self, setup: Setup) -> str:
         """The table of the first evaluation and the last."""
         evaluations = [record for record in _records(self.metrics) if "eval" in record]
+        first, last = evaluations[0], evaluations[-1]
         rows = {}
-        for when, evaluation in (("before", evaluations[0]), ("after", evaluations[-1])):
-            for mode, by_category in evaluation.items():
-                if mode == "eval":
-                    rows[f"{when}, greedy"] = by_category
-                elif mode == "eval_sampled":
-                    rows[f"{when}, T = 1"] = by_category
-                elif mode != "step":
-                    rows[mode.replace("_", " ")] = by_category
-        mix = None
-        if self.config.data == "toy" and not self.config.eval_data:
-            mix = setup.world.settings.mix
-        return evaluate.table(rows, mix)
+        for mode, name in MODES.items():
+            rows[f"before, {name}"] = first[mode]
+            rows[f"after, {name}"] = last[mode]
+        for mode, by_category in first.items():
+            if mode != "step" and mode not in MODES:
+                rows[mode_name(mode)] = by_category
+        return evaluate.table(rows, evaluation_mix(setup))
+
+    def _next(self) -> str:
+        """Where everything is, and what to type next."""
+        return "\n".join(
+            [
+                f"Written in {self.folder}:",
+                "  report.html  curves, evaluations, every rollout: open it in a browser",
+                "  model/       the trained model, for eval.py and transformers",
+                "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
+                f"Next: {evaluation_command(self.config)}",
+            ]
+        )
+
+
+def evaluation_command(config: Config) -> str:
+    """What evaluates the model of a run: in its toy world, or on a file and with a search engine still to be named."""
+    usual = {field.name: field.default for field in dataclasses.fields(Options)}
+    usual |= Options.defaults(config.recipe, config.toy)
+    line = ["python", "eval.py", "--model", str(Path(config.out) / "model")]
+    if config.data == "toy":
+        line += ["--data", "toy"]
+        names = (*KEPT, "seed", "search")
+    else:
+        line += ["--data", "FILE", "--search", "SEARCH"]
+        names = KEPT
+    if config.recipe != ("toy" if config.data == "toy" else "blog"):
+        line += ["--recipe", config.recipe]
+    for name in names:
+        value = getattr(config, name)
+        if value != usual[name]:
+            line += [f"--{kebab(name)}", str(value)]
+    return shlex.join(line)
 
 
 def _kept_bytes(lines: Iterable[bytes], done: int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 
 from mmsr.system.errors import UserError, first_line
+from mmsr.system.progress import on_terminal
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def _hugging_face(name: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     """A Hugging Face model's image embedding where it has one (CLIP, SigLIP), else its pooled output or mean token."""
     import torch
     from transformers import AutoImageProcessor, AutoModel
+    from transformers.utils import logging
 
+    if not on_terminal():
+        logging.disable_progress_bar()  # of the download and of the weights: carriage returns in a log
     try:
         processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         # No pickles. float32, because half precision is slow on CPUs. Missing weights would be random: refused below.

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sqlite3
+import sys
 import threading
 from collections import Counter
 from contextlib import closing
@@ -30,7 +31,6 @@ from typing import Any, Callable, Iterable, Iterator, TypeVar
 
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import bm25
@@ -38,6 +38,7 @@ from mmsr.search.encoders import Encoder, open_encoder
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
 from mmsr.system.images import decode, jpeg
+from mmsr.system.progress import progress, say
 from mmsr.tools import ToolFailure
 
 Item = TypeVar("Item")
@@ -141,7 +142,7 @@ class _Records:
 def _batches(items: Iterable[Item], total: int, size: int, unit: str) -> Iterator[list[Item]]:
     """The items in lists of `size`, with a progress bar."""
     items = iter(items)
-    with tqdm(total=total, desc=f"indexing {unit}s", unit=unit, disable=not total) as bar:
+    with progress(f"indexing {unit}s", total, unit) as bar:
         while batch := list(islice(items, size)):
             yield batch
             bar.update(len(batch))
@@ -169,7 +170,7 @@ def _add_pictures(
             digests[name] = digest
         except (OSError, ValueError) as error:
             counts["broken"] += 1
-            tqdm.write(f"{folder / name}: left out: {getattr(error, 'strerror', None) or error}")
+            say(f"{folder / name}: left out: {getattr(error, 'strerror', None) or error}")
     vectors = encoder.encode(list(new.values())).astype(np.float16) if new else ()
     with db:
         for (digest, picture), vector in zip(new.items(), vectors):
@@ -307,8 +308,12 @@ def _renew_words(db: sqlite3.Connection, file: Path) -> None:
             db.execute(WORDS)
             total = db.execute("SELECT count(*) FROM pages").fetchone()[0]
             pages = db.execute("SELECT id, title, text FROM pages")
-            for page in tqdm(pages, f"{file}: indexing its words again, once", total, unit="page", disable=not total):
-                _add_words(db, *page)
+            if total:
+                say(f"{file}: indexing the words of {total} pages again, once", sys.stderr)
+            with progress("indexing words", total, "page") as bar:
+                for page in pages:
+                    _add_words(db, *page)
+                    bar.update()
             db.execute(f"PRAGMA user_version = {VERSION}")
     except sqlite3.OperationalError as error:
         what = f"{file} is of an earlier version, and its words cannot be indexed again ({error})"

@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any, Callable, Mapping
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from mmsr.episode import Hit, Observation
 from mmsr.net.client import FATAL, Client, host_of, join_url, web_address
 from mmsr.net.completions import ChatServer
@@ -39,6 +37,7 @@ from mmsr.search import bm25
 from mmsr.system.credentials import server_address
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode, jpeg, thumbnail, without_metadata
+from mmsr.system.progress import say
 from mmsr.tools import ToolFailure
 
 PROMPTS = Path(__file__).parents[1] / "prompts" / "search"
@@ -235,7 +234,7 @@ class Live:
         except (ToolFailure, ValueError) as error:
             image = None
             if not self.counts["thumbnails_failed"]:
-                tqdm.write(f"a thumbnail is missing: {str(error):.300}; such are left out", file=sys.stderr)
+                say(f"a thumbnail is missing: {str(error):.300}; such are left out", sys.stderr)
         self._count("thumbnails" if image else "thumbnails_failed")
         return image
 

@@ -55,6 +55,10 @@ def open_policy(
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)
     if config.model:
+        if not Path(config.model).is_dir():
+            ranks.print(
+                f"Finding the weights of {config.model} in the cache of the Hugging Face hub, or fetching them."
+            )
         folder = ranks.main_process_first("model weights", partial(resolve, config.model))
     with ranks.sync_errors():
         sizes = skeleton(folder).config
@@ -65,6 +69,7 @@ def open_policy(
     if isinstance(config, Config):
         kept_blocks = check_memory(config, sizes, dtype, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype
+    ranks.print(f"Opening the model in {folder}.")
     model = load_model(folder, dtype, stored, ranks, config.shard)
     attention.sum_in_fp64(config.deterministic)
     deterministic(config.deterministic and ranks.device.type == "cpu")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from mmsr.config import Config, EvalConfig, Options
 from mmsr.data import fvqa
@@ -16,6 +14,7 @@ from mmsr.episode import Example
 from mmsr.system.errors import UserError
 from mmsr.system.images import decode
 from mmsr.system.parallel import Ranks
+from mmsr.system.progress import progress
 from mmsr.toy import world as toy
 
 
@@ -46,6 +45,7 @@ def fetch_file(name: str, ranks: Ranks) -> str:
 
 def fetch(name: str, repository: str, file: str, ranks: Ranks) -> str:
     """A file of the hub, fetched by the main rank, then found by the others. Collective."""
+    ranks.print(f"Finding {name} in the cache of the Hugging Face hub, or fetching it.")
     return str(ranks.main_process_first(f"fetch {name}", partial(fvqa.fetched_file, repository, file)))
 
 
@@ -106,7 +106,8 @@ def read_questions(file: str, layout: Layout, ranks: Ranks, limit: int = 0) -> D
         ranks.print(f"{file}: {note}.")
     if limit:
         questions.keep(range(min(limit, len(questions))))
-    for place in my_places(len(questions), ranks, "checking pictures", "picture"):
+    ranks.print(f"{file}: opening the pictures of {len(questions):,} questions.")
+    for place in my_places(len(questions), ranks, "opening pictures", "picture"):
         try:
             decode(questions[place].image)
         except ValueError as error:
@@ -114,10 +115,13 @@ def read_questions(file: str, layout: Layout, ranks: Ranks, limit: int = 0) -> D
     return questions
 
 
-def my_places(count: int, ranks: Ranks, doing: str, unit: str) -> tqdm:
-    """Every `ranks.size`-th of the numbers below `count`: this rank's share. The main rank shows a progress bar."""
-    hidden = None if ranks.main else True  # None: hidden unless a terminal shows it
-    return tqdm(range(ranks.rank, count, ranks.size), desc=doing, unit=unit, leave=False, disable=hidden)
+def my_places(count: int, ranks: Ranks, doing: str, unit: str) -> Iterator[int]:
+    """Every `ranks.size`-th of the numbers below `count`: this rank's share. The main rank shows how far it is."""
+    mine = range(ranks.rank, count, ranks.size)
+    with progress(doing, len(mine), unit, shown=ranks.main) as bar:
+        for place in mine:
+            yield place
+            bar.update()
 
 
 def first(n: int, questions: Sequence[Example]) -> list[Example]:

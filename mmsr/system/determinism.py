@@ -14,4 +14,4 @@ def deterministic(on: bool) -> None:
     """
     torch.use_deterministic_algorithms(on)
     # Filling fresh memory costs time, and nothing here reads it before it is written.
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

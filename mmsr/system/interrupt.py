@@ -26,7 +26,9 @@ class Interrupts:
     For the main thread, the only one in which Python handles signals.
     """
 
-    def __init__(self):
+    def __init__(self, says: bool = True):
+        """`says`: whether this process is the one that answers a signal with a line."""
+        self.says = says
         self.signal = 0  # the number of the first one; 0 before
         self._may_break = False
         self._before: dict[int, Any] = {}  # the handlers to put back
@@ -70,8 +72,11 @@ class Interrupts:
         """Handles a signal."""
         if not self.signal:
             self.signal = number
-            message = f"\n{signal.Signals(number).name}: stopping after what cannot be dropped; Ctrl-C stops at once\n"
-            os.write(2, message.encode())  # the signal may have come in the middle of a print
+            if self.says:
+                clear = "\r\x1b[K" if os.isatty(2) else ""  # what stands on the line: a bar, and the terminal's ^C
+                name = signal.Signals(number).name
+                message = f"{clear}{name}: stopping after what cannot be dropped; Ctrl-C stops at once\n"
+                os.write(2, message.encode())  # the signal may have come in the middle of a print
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._may_break:
             self._may_break = False

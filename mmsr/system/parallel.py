@@ -39,6 +39,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from mmsr.system.errors import UserError, first_line
+from mmsr.system.progress import say
 
 T = TypeVar("T")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -77,7 +78,7 @@ class Ranks:
     def print(self, text: str) -> None:
         """Print on the main rank only."""
         if self.main:
-            print(text)
+            say(text)
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's `value`, by rank."""

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat, Piece
@@ -32,6 +31,7 @@ from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder, code_digest
+from mmsr.system.progress import progress, say
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
 from mmsr.toy import world as toy
 from mmsr.toy.world import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
@@ -277,13 +277,13 @@ def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, suppressed, loss_norm="token", sft=True)
     traces = Traces(world, chat, world.seed)
-    print("Warm start, a stand-in for pre-training: made once per world, then kept.")
-    bar = tqdm(total=recipe.steps, desc="warm start", unit="step")
+    say("Warm start, a stand-in for pre-training: made once per world, then kept.")
+    bar = progress("warm start", recipe.steps, "step")
     last = recipe.steps + recipe.stretches * recipe.extra
     for step in range(last + 1):
         if step >= recipe.steps and (step - recipe.steps) % recipe.extra == 0:
             passed, message = _gate_passed(_gate(model, chat, world, suppressed), recipe)
-            bar.write(f"step {step}: {message}")
+            say(f"warm start, step {step}: {message}")
             if passed:
                 break
             if step == last:

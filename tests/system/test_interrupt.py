@@ -24,6 +24,13 @@ def test_signal_breaks_off_what_may_be_dropped_and_lets_the_rest_finish():
     assert reached == ["an update goes on"]
 
 
+def test_every_process_answers_one_ctrl_c(capfd):
+    for says, lines in ((True, 1), (False, 0)):
+        with Interrupts(says) as stop:
+            signal.raise_signal(signal.SIGINT)
+        assert stop.status == 130 and capfd.readouterr().err.count("SIGINT: stopping") == lines
+
+
 def test_signal_is_not_swallowed_by_a_tool_that_catches_every_exception():
     def tool():
         try:
