@@ -125,7 +125,8 @@ def check_disk(config: Options, model: ModelConfig, ranks: Ranks, download: int 
     save = disk.save_bytes(model, ranks.size, item)
     saves = disk.saves_at_once(config)
     need = max(0, sum(parts.values()) - used_disk(out))  # a resumed run has a part of it already
-    of = f"{saves} checkpoint{'s' * (saves > 1)} of {_gb(save)}, rollouts {_gb(parts['rollouts'])}"
+    others = ", ".join(f"{part} {_gb(parts[part])}" for part in ("model", "rollouts"))
+    of = f"{saves} checkpoint{'s' * (saves > 1)} of {_gb(save)}, {others}"
     said = f"--out {out}: the run needs about {_gb(need)} of disk ({of}), {_gb(free)} are free"
     if save > free:
         raise UserError(f"{said}: not even one checkpoint fits; make room, or name another --out")

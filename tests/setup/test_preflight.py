@@ -204,7 +204,8 @@ def test_a_run_finds_out_at_its_first_save_that_the_disk_is_too_small(disk, tmp_
     disk(900)
     check_disk(config, model, eight)
     said = capsys.readouterr()
-    assert said.out.count("\n") == 1 and "of disk (3 checkpoints of 100 GB" in said.out and not said.err
+    assert said.out.count("\n") == 1 and not said.err
+    assert "about 324 GB of disk (3 checkpoints of 100 GB, model 17 GB, rollouts 8.4 GB)" in said.out
     assert not out.exists()
 
 
