@@ -105,8 +105,9 @@ def test_the_smoke_run_takes_other_memory_and_disk_than_the_page_says_or_less_th
 
 def test_the_first_half_hour_quotes_what_no_program_prints():
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "mmsr").rglob("*.py"))
-    quoted = "Memory plan: at most ", "The backward pass recomputes ", "Go on with --resume.", "Resumed after step "
-    for words in quoted:
+    first = "Memory plan: at most ", "The backward pass recomputes "
+    then = "Go on with --resume.", "Resumed after step ", "Written in "
+    for words in first + then:
         assert words in sources and words in " ".join(PAGE.split()), words
 
 

@@ -91,6 +91,7 @@ def test_a_tool_of_ones_own_has_no_column():
         ("--model m --data d.jsonl --out o", "--model o/model --data FILE --search SEARCH"),
         ("--model m --recipe paper --max-texts 1 --out o",
          "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1"),
+        ("--model m --max-pixels 451584 --out o", "--model o/model --data FILE --search SEARCH --max-pixels 451584"),
     ],
 )  # fmt: skip
 def test_the_next_command_evaluates_another_way(given, command):
