@@ -30,6 +30,9 @@ def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int
         dtype = compute_dtype(config, ranks)
         kept = check_memory(config, model, dtype, ranks)
         _say_memory(config, model, kept, dtype, ranks)
+        if ranks.size > config.mini_batch:  # groups stay whole
+            few = f"an update has {config.mini_batch} questions for {ranks.size} processes, so some do nothing"
+            print(f"WARNING: {few}: raise --mini-batch, or start {config.mini_batch} processes", file=sys.stderr)
     check_disk(config, model, ranks, download)
     here = visible_devices(config, ranks)
     if config.model and here > ranks.node_size:
