@@ -18,14 +18,17 @@ import sys
 import time
 import warnings
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 from mmsr.config import SEARCH_OPTIONS, Options
 from mmsr.episode import Hit, Observation
+from mmsr.search import contents
 from mmsr.search.backends import KNOWN, import_searches, open_backend
 from mmsr.search.cache import NOT_RECORDED
-from mmsr.search.contents import counted
+from mmsr.search.contents import Chosen, counted
+from mmsr.search.store import Store, StoreWarning
 from mmsr.system.errors import UserError
 from mmsr.system.options import Parser, add_options, default_notes
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
@@ -83,8 +86,6 @@ def serve(args: argparse.Namespace) -> int:
 
 def summary(args: argparse.Namespace) -> int:
     """search.py cache FILE: what a file of recorded searches holds."""
-    from mmsr.search import contents
-
     with closing(_recording(args.file)) as store:
         if args.json:
             print(json.dumps(store.stats(), indent=2))
@@ -96,8 +97,6 @@ def summary(args: argparse.Namespace) -> int:
 
 def list_(args: argparse.Namespace) -> int:
     """search.py cache list FILE: a line a search."""
-    from mmsr.search import contents
-
     with closing(_recording(args.file)) as store:
         for entry in _chosen(args, list(store.entries())):
             print(json.dumps(entry._asdict()) if args.json else _printable(contents.line(entry)))
@@ -106,8 +105,6 @@ def list_(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """search.py cache show FILE SEARCH: all that is recorded of a search."""
-    from mmsr.search import contents
-
     with closing(_recording(args.file)) as store:
         named = contents.found(list(store.entries()), args.search)
         if not named:
@@ -130,8 +127,6 @@ def show(args: argparse.Namespace) -> int:
 
 def drop(args: argparse.Namespace) -> int:
     """search.py cache drop FILE: remove searches, so that they are made again."""
-    from mmsr.search import contents
-
     if not (args.numbers or args.damaged or _filters(args)):
         raise UserError("nothing to drop is named: give numbers of the list, or --older-than, --engine, --empty, …")
     with closing(_recording(args.file, writable=args.yes)) as store:
@@ -152,8 +147,6 @@ def drop(args: argparse.Namespace) -> int:
 
 def import_(args: argparse.Namespace) -> int:
     """search.py cache import SRC --out FILE"""
-    from mmsr.search.store import Store
-
     _check_files(args.file, args.out)
     fresh = not os.path.lexists(args.out)
     try:
@@ -180,29 +173,23 @@ def export(args: argparse.Namespace) -> int:
 
 def _recording(file: str, writable: bool = False):
     """The file of recorded searches. Raises UserError for another file."""
-    from mmsr.search.store import Store
-
     if file.endswith(".jsonl"):
         how = f"python search.py cache import {file} --out searches.sqlite"
         raise UserError(f"{file}: JSON lines; if they are recorded searches, import them: {how}")
     if not writable or not Path(file).is_file():
         return Store(file, readonly=True)
-    Store(
-        file, readonly=True
-    ).close()  # refuses what is no recording; to be written, it would be moved aside as damaged
+    Store(file, readonly=True).close()  # refuses what is no recording: opened to be written, that is moved aside
     return Store(file)
 
 
 def _filters(args: argparse.Namespace) -> dict:
     """The given options of `_choice_options`."""
-    names = ("tool", "engine", "words", "older_than", "empty", "superseded")
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in ("", None, False)}
+    values = {field.name: getattr(args, field.name) for field in fields(Chosen)}
+    return {field.name: values[field.name] for field in fields(Chosen) if values[field.name] != field.default}
 
 
 def _chosen(args: argparse.Namespace, entries: list):
     """The recorded searches that the options and numbers name."""
-    from mmsr.search.contents import Chosen
-
     for entry in Chosen(**_filters(args)).of(entries, time.time()):
         if not args.numbers or entry.number in args.numbers:
             yield entry
@@ -448,8 +435,6 @@ def _with_verb(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    from mmsr.search.store import StoreWarning
-
     warnings.simplefilter("ignore")  # Pillow's, about pictures that are refused anyhow
     warnings.simplefilter("always", StoreWarning)
     warnings.showwarning = lambda message, *about: print(f"warning: {message}", file=sys.stderr)

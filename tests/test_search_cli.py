@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -454,6 +455,7 @@ def test_searches_are_dropped_without_yes_or_others_with_them(recorded, capsys):
 
     for options, would in (
         (["--older-than", "30"], "1 of 5 searches (1 text_search)"), (["--superseded"], "1 of 5"),
+        (["--older-than", "0"], "5 of 5"),
         (["--engine", "local:"], "2 of 5"), (["--tool", "image_search"], "1 of 5 searches (1 image_search)"),
         (["--words", "東京"], "1 of 5"), (["--empty"], "1 of 5"), (["3", "4"], "2 of 5"),
         (["3", "4", "--empty"], "0 of 5"), (["--damaged"], "0 of 5"),
@@ -467,6 +469,18 @@ def test_searches_are_dropped_without_yes_or_others_with_them(recorded, capsys):
         "dropped 2 of 4 searches (2 text_search)\n"
     )
     assert left() == [3, 4]
+
+
+def test_a_damaged_row_ends_the_list_or_cannot_be_dropped(recorded, capsys):
+    with closing(sqlite3.connect(recorded)) as db, db:
+        for number, change in enumerate(("tool=NULL", "time='x'", "payload='{'", "query=NULL", "form=x'ff'"), 1):
+            db.execute(f"UPDATE results SET {change} WHERE id={number}")
+    for words in ([], ["list"], ["list", "--json"], *(["show", number] for number in "12345")):
+        verb, *rest = words or ["summary"]
+        code, out, err = run(capsys, "cache", verb, recorded, *rest)
+        assert code == 0 and not err and "damaged" in out or "--json" in rest
+    code, out, _ = run(capsys, "cache", "drop", recorded, "--engine", "(damaged)", "--yes")
+    assert code == 0 and "dropped 5 of 5 searches" in out
 
 
 def test_an_index_is_taken_for_a_recording_and_moved_aside_as_damaged(made, recorded, capsys):

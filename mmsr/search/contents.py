@@ -42,9 +42,9 @@ class Chosen:
                 continue
             if self.engine.casefold() not in engine(entry).casefold():
                 continue
-            if self.words and self.words.casefold() not in str(entry.query):
+            if self.words and self.words.casefold() not in entry.query:
                 continue
-            if self.older_than is not None and not _seconds(entry) < now - self.older_than * DAY:
+            if self.older_than is not None and entry.time >= now - self.older_than * DAY:
                 continue
             if self.empty and (entry.hits or entry.source is None):
                 continue
@@ -59,16 +59,12 @@ def _asked(entry: Entry) -> tuple[str, str, str]:
 
 def _newest(entries: Iterable[Entry]) -> dict[tuple[str, str, str], int]:
     """The number of the newest answer to each search, as `Store.get` chooses it."""
-    return {_asked(entry): entry.number for entry in sorted(entries, key=lambda entry: (_seconds(entry), entry.number))}
+    return {_asked(entry): entry.number for entry in sorted(entries, key=lambda entry: (entry.time, entry.number))}
 
 
 def engine(entry: Entry) -> str:
     """The name of what answered."""
-    return DAMAGED if entry.source is None else str(entry.source) or "(no name)"
-
-
-def _seconds(entry: Entry) -> float:
-    return entry.time if isinstance(entry.time, (int, float)) else 0.0
+    return DAMAGED if entry.source is None else entry.source or "(no name)"
 
 
 def found(entries: Sequence[Entry], what: str) -> list[Entry]:
@@ -78,7 +74,7 @@ def found(entries: Sequence[Entry], what: str) -> list[Entry]:
         picture = Path(what)
         key = image_key(picture.read_bytes()) if picture.is_file() else text_key(what)
         named = [entry for entry in entries if (entry.tool, entry.query) == key[:2]]
-    return sorted(named, key=lambda entry: (_seconds(entry), entry.number), reverse=True)
+    return sorted(named, key=lambda entry: (entry.time, entry.number), reverse=True)
 
 
 # ---- lines
@@ -120,7 +116,7 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
     for (tool, name), group in sorted(groups.items()):
         empty = sum(not entry.hits for entry in group if entry.source is not None)
         superseded = sum(newest[_asked(entry)] != entry.number for entry in group)
-        times = [_seconds(entry) for entry in group]
+        times = [entry.time for entry in group]
         ages = [when(min(times)), when(max(times))]
         numbers = [f"{number:,}" for number in (len(group), empty, superseded)]
         yield fitted(row.format(tool, *numbers, *ages, name))
@@ -128,11 +124,11 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
 
 def line(entry: Entry) -> str:
     """A search in a line: its number, time, tool, number of results, what was asked, and the first title."""
-    asked = f"picture {entry.query[:12]}…" if entry.tool == IMAGE_SEARCH else str(entry.query)
-    title = "nothing found" if not entry.hits else str(entry.title)
+    asked = f"picture {entry.query[:12]}…" if entry.tool == IMAGE_SEARCH else entry.query
+    title = "nothing found" if not entry.hits else entry.title
     answer = DAMAGED if entry.source is None else title
-    kind = str(entry.tool).removesuffix("_search")
-    return fitted(f"{entry.number:<6}  {when(_seconds(entry))}  {kind:<5}  {entry.hits or 0:>2}  {asked} → {answer}")
+    kind = entry.tool.removesuffix("_search")
+    return fitted(f"{entry.number:<6}  {when(entry.time)}  {kind:<5}  {entry.hits:>2}  {asked} → {answer}")
 
 
 def about(entry: Entry) -> Iterator[str]:
@@ -141,7 +137,7 @@ def about(entry: Entry) -> Iterator[str]:
     yield f"{entry.number}: {entry.tool}, {asked}"
     form = f", form {entry.form}" if entry.form else ""
     question = f", for the question with digest {entry.question}" if entry.question else ""
-    yield f"recorded {when(_seconds(entry))} from {engine(entry)}{form}{question}"
+    yield f"recorded {when(entry.time)} from {engine(entry)}{form}{question}"
 
 
 def kinds(entries: Iterable[Entry]) -> str:

@@ -84,17 +84,17 @@ Record = tuple[Key, Observation, float]  # the time of recording is in seconds s
 
 
 class Entry(NamedTuple):
-    """A row of the file without its thumbnails. Its checksum has not been checked, so any field may be None."""
+    """A row of the file without its thumbnails. Its checksum has not been checked."""
 
     number: int
     tool: str
     query: str
     form: str
     question: str
-    time: float
+    time: float  # seconds since 1970
     source: str | None  # None: the row is damaged
     hits: int
-    title: str | None  # of the first hit
+    title: str  # of the first hit
 
 
 def text_key(query: str, form: str | None = "") -> Key:
@@ -197,7 +197,11 @@ class Store:
 
     def entries(self) -> Iterator[Entry]:
         """All rows, damaged ones too, in the order of their recording."""
-        yield from map(Entry._make, self._db.execute(LIST))
+        for number, *key, when, source, hits, title in self._db.execute(LIST):
+            sound = isinstance(when, float) and all(isinstance(part, str) for part in key)
+            when = when if isinstance(when, float) else 0.0
+            source = str(source) if sound and source is not None else None
+            yield Entry(number, *map(str, key), when, source, hits or 0, str(title or ""))
 
     def record(self, number: int) -> Record | None:
         """The undamaged result of this number."""
