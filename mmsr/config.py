@@ -24,10 +24,11 @@ from mmsr.system.files import LOCK, write_whole
 from mmsr.system.options import Parser, add_options, default_notes, kebab
 
 CONFIG = "config.json"
+FVQA_SEARCH = "replay:fvqa"  # the recorded searches that are published with FactualVQA
 
 _PAPER: dict[str, Any] = {
     "data": "lmms-lab/FVQA",
-    "search": "replay:fvqa",
+    "search": FVQA_SEARCH,
     "prompts": "real",
     "reward": "paper",
     # The algorithm.
@@ -566,11 +567,11 @@ def usual_search(values: Mapping[str, Any]) -> str:
     data = [values["data"]] if isinstance(values["data"], str) else values["data"]
     recorded = re.compile("toy|(?!.*test).*fvqa.*", re.IGNORECASE)  # FVQA's training questions, by their name
     others = [name for name in data if not recorded.fullmatch(name)]
-    if search != "replay:fvqa" or not others:
+    if search != FVQA_SEARCH or not others:
         return search
     advice = "give --search local:FILE (python search.py index makes one of your own pictures and pages), live or none"
     raise UserError(
-        f"--search is missing: the recipe's, replay:fvqa, knows no picture of {hidden(others[0])}; {advice}"
+        f"--search is missing: the recipe's, {FVQA_SEARCH}, knows no picture of {hidden(others[0])}; {advice}"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mmsr.config import Config
+from mmsr.config import FVQA_SEARCH, Config
 from mmsr.model import ModelConfig, Qwen2_5_VL
 
 HEADER = 512  # bytes of a safetensors file's header that tell of one tensor, at most
@@ -67,7 +67,7 @@ def downloads(config: Config, model: ModelConfig) -> dict[str, int]:
         found["weights"] = 2 * numbers + HEADER * tensors + TOKENIZER
     if config.data.startswith("lmms-lab/FVQA"):
         found["questions"] = FVQA["questions"]
-    if config.search == "replay:fvqa":
+    if config.search == FVQA_SEARCH:
         found["recorded searches"] = FVQA["recorded searches"]
     return found
 

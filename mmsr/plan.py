@@ -24,13 +24,14 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 
-from mmsr.config import Config, parse
+from mmsr.config import FVQA_SEARCH, Config, parse
 from mmsr.disk import disk_needed, downloads, save_bytes
 from mmsr.engine import prefix_rows
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import SHORT_NAMES, fetched, repository
 from mmsr.pretrained.save import SHARD_BYTES
+from mmsr.system.checkpoint import FILE_BYTES
 from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
@@ -49,7 +50,6 @@ LOGIT_BYTES = 20  # per logit in the head's backward pass: fp32 logits and their
 STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
 PROCESS = 4 * GIB  # of host memory: a process with Python, torch and the libraries of CUDA
 RECORDED = 3 * GIB  # of host memory: FVQA's published searches in a process
-FILE_BYTES = 2 * GIB  # of a rank's file of a checkpoint, as system/checkpoint.py has it
 # Advice does not go below: fewer slots read all weights for little, and shorter or smaller leaves no room to work.
 LEAST = {"slots": 16, "max_tokens": 4096, "max_pixels": 448 * 448}
 
@@ -447,22 +447,20 @@ def _until(
 # ---- the command
 
 
-def published(name: str) -> ModelConfig | None:
-    """The sizes of a published model by the names that --model has for it; None for other names. Needs no network."""
-    known = PUBLISHED | LARGER
+def known_sizes(name: str) -> ModelConfig | None:
+    """The sizes of the model that --model names, where no download is needed to know them; None for others."""
+    if Path(name).is_dir():
+        return read_config(Path(name))
     for short, full in SHORT_NAMES.items():
         if name in (short, full):
-            return known[short]
+            return (PUBLISHED | LARGER)[short]
     return None
 
 
 def model_sizes(name: str) -> ModelConfig:
     """The sizes of what --model names. Of an unknown hub model only config.json is fetched. Raises UserError."""
-    known = published(name)
-    if known and not Path(name).is_dir():
+    if known := known_sizes(name):
         return known
-    if Path(name).is_dir():
-        return read_config(Path(name))
     what = f"model {name!r} is not a folder, and config.json of {name!r}"
     advice = f"give a folder, a hub id, or one of {', '.join(SHORT_NAMES)}"
     where = {"repo_id": repository(name), "filename": "config.json"}
@@ -478,7 +476,7 @@ def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 
     processes = min(ranks, node)
     kept = Activations(model, config, item)
     questions = math.ceil(max(config.questions, config.eval_size) * processes / ranks)
-    recorded = RECORDED if config.search == "replay:fvqa" else 0
+    recorded = RECORDED if config.search == FVQA_SEARCH else 0
     save = processes * min(2 * FILE_BYTES, 2 * save_bytes(model, ranks, item) / ranks)
     whole = item * sizes(model).count()
     at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)

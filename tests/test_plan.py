@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,13 @@ from mmsr.plan import (
     advise,
     check,
     kept_as_fits,
+    known_sizes,
     main,
     plan,
-    published,
     sizes,
 )  # fmt: skip
+from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import SHORT_NAMES
-from mmsr.system import checkpoint as checkpoint_files
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks, shard
 from mmsr.update import ImageFeatures, MasterWeights, Trainer
@@ -288,10 +289,16 @@ def test_the_command_wants_weights_or_network_or_ends_without_a_verdict(capsys, 
 
 
 def test_every_short_name_of_a_model_has_sizes():
-    counts = {name: round(sizes(published(name)).count() / 1e9, 2) for name in SHORT_NAMES}
+    counts = {name: round(sizes(known_sizes(name)).count() / 1e9, 2) for name in SHORT_NAMES}
     assert counts == {"Qwen2.5-VL-3B": 3.75, "Qwen2.5-VL-7B": 8.29, "Qwen2.5-VL-32B": 33.45, "Qwen2.5-VL-72B": 73.41}
-    assert all(published(SHORT_NAMES[name]) == published(name) for name in SHORT_NAMES)
-    assert published("me/my-model") is None
+    assert all(known_sizes(SHORT_NAMES[name]) == known_sizes(name) for name in SHORT_NAMES)
+    assert known_sizes("me/my-model") is None
+
+
+def test_a_folder_with_a_published_models_name_is_taken_for_that_model(miniature, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(miniature, "Qwen2.5-VL-7B")
+    assert known_sizes("Qwen2.5-VL-7B") == read_config(miniature)
 
 
 def test_a_run_that_does_not_fit_is_not_told_which_line_to_type(capsys):
@@ -336,7 +343,6 @@ def test_advice_leaves_no_room_to_work_or_changes_the_training_for_nothing():
 
 
 def test_host_memory_forgets_that_a_save_builds_whole_files():
-    assert planning.FILE_BYTES == checkpoint_files.FILE_BYTES
     model = PUBLISHED["Qwen2.5-VL-7B"]
     needs = planning.host_memory(model, blog(), 8)
     assert needs["a save"] == 8 * 2 * 2 * GIB

@@ -67,7 +67,7 @@ def open_policy(
     if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
         ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     if isinstance(config, Config):
-        kept_blocks = check_memory(config, sizes, dtype, ranks)
+        kept_blocks = check_memory(config, sizes, ranks)
     stored = torch.float32 if ranks.size > 1 else dtype
     ranks.print(f"Opening the model in {folder}.")
     model = load_model(folder, dtype, stored, ranks, config.shard)

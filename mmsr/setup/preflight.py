@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmsr.config import Config, EvalConfig, Options
+from mmsr.config import FVQA_SEARCH, Config, EvalConfig, Options
 from mmsr.data import fvqa
 from mmsr.data.formats import read_examples
-from mmsr.model import ModelConfig
-from mmsr.plan import PUBLISHED
+from mmsr.plan import known_sizes
 from mmsr.pretrained import hub
 from mmsr.pretrained.config_json import read_config
 from mmsr.setup.policy import prompts_folder
-from mmsr.setup.search import FVQA_SEARCH, check_search
-from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype
+from mmsr.setup.search import check_search
+from mmsr.setup.sizes import check_memory, check_sizes
 from mmsr.system.files import missing
 from mmsr.system.parallel import Ranks
 
@@ -31,13 +30,12 @@ def preflight(config: Options, ranks: Ranks) -> None:
 
 def _check(config: Options, ranks: Ranks) -> None:
     _check_names(config)
-    model = known_sizes(config.model)
+    model = known_sizes(config.model) if config.model else None
     if model and isinstance(config, Config):
-        check_memory(config, model, compute_dtype(config, ranks), ranks)
+        check_memory(config, model, ranks)
     download = hub.refuse_absent(wanted(config))
-    if not config.model:
-        return  # the toy base model: made, if need be, and then checked
-    check_sizes(config, model or read_config(hub.without_weights(config.model)), ranks, download)
+    if config.model:  # the toy base model is made, if need be, and then checked
+        check_sizes(config, model or read_config(hub.without_weights(config.model)), ranks, download)
 
 
 def _check_names(config: Options) -> None:
@@ -67,16 +65,6 @@ def _check_server(address: str, model: str) -> None:
         from mmsr.net.completions import open_server
 
         open_server(address, model)
-
-
-def known_sizes(name: str) -> ModelConfig | None:
-    """The sizes of the model that --model names, where no download is needed to know them; None for others."""
-    for short, sizes in PUBLISHED.items():
-        if name in (short, hub.SHORT_NAMES[short]):
-            return sizes
-    if not name or hub.repository(name):
-        return None
-    return read_config(name)
 
 
 def wanted(config: Options) -> list[hub.Wanted]:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from mmsr.config import Config, Options
+from mmsr.config import FVQA_SEARCH, Config, Options
 from mmsr.data import fvqa
 from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import Example
@@ -21,8 +21,6 @@ from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool, more_tools, search_tools
 from mmsr.toy import world as toy
-
-FVQA_SEARCH = "replay:fvqa"  # the recorded searches that are published with FactualVQA
 
 
 @dataclass
@@ -74,8 +72,8 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
 
 
 def _warn_of_text_searches() -> None:
-    advice = "give --search live or local:FILE, or --max-texts 0"
-    print(f"--search replay:fvqa holds image searches only: every text search finds nothing; {advice}", file=sys.stderr)
+    found = f"--search {FVQA_SEARCH} holds image searches only: every text search finds nothing"
+    print(f"{found}; give --search live or local:FILE, or --max-texts 0", file=sys.stderr)
 
 
 def forced_searches(file: str, group_size: int) -> Scripts:

@@ -27,9 +27,7 @@ def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int
     `download`: bytes that the hub's cache will take. For the main rank.
     """
     if isinstance(config, Config):
-        dtype = compute_dtype(config, ranks)
-        kept = check_memory(config, model, dtype, ranks)
-        _say_memory(config, model, kept, dtype, ranks)
+        _say_memory(config, model, check_memory(config, model, ranks), ranks)
         if ranks.size > config.mini_batch:  # groups stay whole
             few = f"an update has {config.mini_batch} questions for {ranks.size} processes, so some do nothing"
             print(f"WARNING: {few}: raise --mini-batch, or start {config.mini_batch} processes", file=sys.stderr)
@@ -45,12 +43,12 @@ def compute_dtype(config: Options, ranks: Ranks) -> torch.dtype:
     return getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
 
 
-def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: Ranks) -> int:
+def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:
     """How many decoder blocks may keep everything for their backward pass.
 
     Raises UserError where the memory plan does not fit, with what would help: devices that are idle come first.
     """
-    machine = _this_machine(ranks, dtype)
+    machine = _this_machine(ranks, compute_dtype(config, ranks))
     try:
         plan.check(model, config, *machine)
     except UserError as error:
@@ -61,8 +59,9 @@ def check_memory(config: Config, model: ModelConfig, dtype: torch.dtype, ranks: 
     return plan.kept_as_fits(model, config, *machine).keep_blocks
 
 
-def _say_memory(config: Config, model: ModelConfig, kept: int, dtype: torch.dtype, ranks: Ranks) -> None:
-    capacity, size, node, item = _this_machine(ranks, dtype)
+def _say_memory(config: Config, model: ModelConfig, kept: int, ranks: Ranks) -> None:
+    """`kept`: as `check_memory` gives it."""
+    capacity, size, node, item = _this_machine(ranks, compute_dtype(config, ranks))
     found = plan.plan(model, replace(config, keep_blocks=kept), size, node, item)
     if ranks.device.type == "cuda":
         ranks.print(found.table())
@@ -115,9 +114,8 @@ def check_disk(config: Options, model: ModelConfig, ranks: Ranks, download: int 
     """Say what a run needs of the disk, where that is more than LITTLE. Raises UserError where the download or the
     first save does not fit; where a later one may not, there is a warning. `download`: bytes for the hub's cache."""
     cache = hub_cache()
-    left = free_disk(cache) - download
-    if download and left < 0:
-        need = f"{_gb(download)} have to be downloaded, {_gb(left + download)} are free"
+    if download > free_disk(cache):
+        need = f"{_gb(download)} have to be downloaded, {_gb(free_disk(cache))} are free"
         raise UserError(f"{cache}: {need}: make room, or export HF_HOME=FOLDER on a larger disk")
     if not isinstance(config, Config) or (Path(config.out) / f"checkpoints/step-{config.steps:06d}").exists():
         return
