@@ -26,7 +26,7 @@ from mmsr.data.sampler import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
-from mmsr.report.console import mode_name
+from mmsr.report.html import mode_name
 from mmsr.report.metrics import note_alarms, step_metrics
 from mmsr.report.output import Output
 from mmsr.rollout import Script

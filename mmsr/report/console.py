@@ -16,10 +16,10 @@ from typing import Any
 from mmsr import evaluate
 from mmsr.assemble import Setup
 from mmsr.config import Config
+from mmsr.report.html import MODES, mode_name
 from mmsr.system.progress import duration
 
 RECENT = 10  # steps whose pace is that of the steps to come
-MODES = {"eval": "greedy", "eval_sampled": "T = 1"}  # evaluations by their names in metrics.jsonl
 
 
 class Console:
@@ -79,11 +79,6 @@ class Console:
         once = sum(self.evaluated.get(mode, 0.0) for mode in MODES)
         pace = sum(self.paces) / len(self.paces)
         return (config.steps - step) * pace + evaluations * once
-
-
-def mode_name(mode: str) -> str:
-    """What people call a kind of evaluation."""
-    return MODES.get(mode, mode.replace("_", " "))
 
 
 def evaluation_mix(setup: Setup[Config]) -> evaluate.Numbers | None:

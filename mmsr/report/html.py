@@ -48,7 +48,7 @@ PLAIN = """
 """.split()
 MOST_SHAPES = 7  # in the chart of turn shapes; it has eight colours, and the eighth is for all others
 GROUP = re.compile(rb'"group": (\d+),')
-MODES = {"eval": "greedy", "eval_sampled": "T = 1"}
+MODES = {"eval": "greedy", "eval_sampled": "T = 1"}  # evaluations by their names in metrics.jsonl
 
 
 def write_report(folder: str | Path) -> Path:
@@ -420,12 +420,16 @@ def _evaluations(lines: list[dict]) -> list[dict]:
     modes = [mode for _, line in picked for mode in line if mode != "step"]
     rows = []
     for mode in dict.fromkeys(modes):  # each once, in order
-        title = MODES.get(mode, mode.replace("_", " "))
         for when, line in picked:
             found = line.get(mode)
             if isinstance(found, dict):
-                rows.append({"name": f"{when}, {title}", "step": line.get("step"), "by": _by_category(found)})
+                rows.append({"name": f"{when}, {mode_name(mode)}", "step": line.get("step"), "by": _by_category(found)})
     return rows
+
+
+def mode_name(mode: str) -> str:
+    """What people call a kind of evaluation."""
+    return MODES.get(mode, mode.replace("_", " "))
 
 
 def _results(results: dict[str, Any]) -> list[dict]:

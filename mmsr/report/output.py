@@ -19,9 +19,9 @@ from mmsr.episode import Episode
 from mmsr.pretrained.save import save_weights
 from mmsr.report import alarms
 from mmsr.report.album import Album
-from mmsr.report.console import MODES, Console, evaluation_mix, mode_name
+from mmsr.report.console import Console, evaluation_mix
 from mmsr.report.folder import RunFolder
-from mmsr.report.html import write_report
+from mmsr.report.html import MODES, mode_name, write_report
 from mmsr.report.track import Tracker
 from mmsr.system.errors import UserError
 from mmsr.system.files import append, object_in, write_whole

@@ -31,12 +31,8 @@ def progress(name: str, total: int, unit: str, shown: bool = True) -> tqdm:
     """
     hidden = not shown or not total
     width = shutil.get_terminal_size().columns - 3  # leaves room for the ^C of a terminal, which would break the line
-    return bar_class()(desc=name, total=total, unit=unit, disable=hidden, leave=False, ncols=width)
-
-
-def bar_class() -> type[tqdm]:
-    """What draws bars here. Other libraries take it as their `tqdm_class`."""
-    return tqdm if on_terminal() else MinuteLines
+    bar = tqdm if on_terminal() else MinuteLines
+    return bar(desc=name, total=total, unit=unit, disable=hidden, leave=False, ncols=width)
 
 
 class MinuteLines(tqdm):
