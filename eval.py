@@ -192,7 +192,6 @@ class Output(RunFolder[EvalConfig]):
         """
         if not self.ranks.main:
             return set()
-        self._judge()  # a useless key or proxy is refused now, and not after the last question
         files = {f"--data {name}": questions for name, questions in data_sets.items() if name != "toy"}
         self.check_inputs(setup, files, __file__)
         self.claim()

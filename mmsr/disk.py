@@ -1,7 +1,7 @@
 """The disk plan: what a run writes under --out and what it fetches from the hub, computed before it starts.
 
 Weights, masters and moments are exact but for the headers of files. Of rollouts only an estimate is possible, on the
-generous side. tests compare both with the files of a run.
+generous side. Tests compare both with the files of a run.
 
 In the comments of this module P is the number of parameters, and `item` the bytes of a number in the type of the
 computation.

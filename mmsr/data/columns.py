@@ -16,6 +16,8 @@ HINTS = {
     "answers": ("answer", "ans", "gold", "label", "target", "truth", "solution", "response", "reply", "output", "a"),
     "id": ("id", "idx", "index", "key", "number", "no", "nr"),
 }
+# What a value looks like: 0 for what it cannot be, 1 for what it may be with a name that says so, CLEAR without one.
+CLEAR = 3
 
 
 def likely_columns(row: Mapping[str, Any], places: Iterable[str]) -> dict[str, str]:
@@ -50,10 +52,6 @@ def _is_called(name: str, place: str) -> bool:
     if place == "id" and name.endswith("id"):
         return True
     return any(hint in words or (len(hint) > 2 and place != "id" and hint in name) for hint in HINTS[place])
-
-
-# What a value looks like: 0 for what it cannot be, 1 for what it may be with a name that says so, CLEAR without one.
-CLEAR = 3
 
 
 def _image(value: Any) -> int:

@@ -45,7 +45,7 @@ ASIDE = {
     *("config.py", "plan.py", "disk.py", "setup/checks.py", "pretrained/save.py"),
     *("setup/preflight.py", "setup/sizes.py", "pretrained/hub.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
-    *("system/progress.py", "data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
+    *("system/progress.py", "data/columns.py", "data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
 }
 
 Digests = dict[str, str]  # by what they are of, in the words of a message

@@ -46,11 +46,10 @@ def open_policy(
     `questions`: their prompts have to fit.
     """
     dtype = compute_dtype(config, ranks)
-    prompts = prompts_folder(config.prompts)  # refused before a base model is made, which takes minutes
     find = partial(without_weights, config.model) if config.model else partial(toy_base.base_model, world)
     folder = ranks.main_process_first("model folder", find)
     with ranks.sync_errors():
-        chat = Chat(folder, prompts, list(tools))
+        chat = Chat(folder, prompts_folder(config.prompts), list(tools))
         check_tokens(folder, chat, read_config(folder))
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)

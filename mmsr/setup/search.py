@@ -42,7 +42,7 @@ def check_search(config: Options) -> None:
         if config.search != FVQA_SEARCH and not Path(where).exists():
             how = "; python search.py index --out FILE … makes an index" if kind == "local" else ""
             raise UserError(f"--search {config.search}: no such file; check the path{how}")
-    else:  # these open no file but that of the recorded searches
+    else:  # opens no file but that of the recorded searches; which keys a search by picture needs, the data decide
         backends.open_backend(replace(config, max_images=0))
 
 
