@@ -383,7 +383,14 @@ def test_a_folder_or_a_broken_link_in_place_of_a_file_ends_in_a_traceback(tmp_pa
     assert f"damaged data: {folder / name}\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, said", [(["--rollouts", "-1"], "--rollouts -1: give"), (["--out", ""], "cannot be wr")])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--rollouts", "-1"], "--rollouts -1: give"),
+        (["--rollouts", "x"], "invalid int"),
+        (["--out", ""], "cannot be wr"),
+    ],
+)
 def test_a_wrong_option_ends_in_a_traceback(tmp_path, capsys, argv, said):
     folder = a_run(tmp_path / "run", {1: [rollout()]})
     with pytest.raises(SystemExit) as stop:
