@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 import common  # noqa: F401  finds train.py and the package
-from tqdm import tqdm
 
 import train
 from mmsr import evaluate
@@ -29,6 +28,7 @@ from mmsr.rollout import Script
 from mmsr.system.errors import UserError
 from mmsr.system.files import write_whole
 from mmsr.system.parallel import SINGLE
+from mmsr.system.progress import progress, say
 from mmsr.toy.base import WarmStart, base_model
 from mmsr.toy.world import FULL, Settings, World
 
@@ -151,7 +151,7 @@ def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], o
     groups: dict[tuple[str, int], list[str]] = {}
     for name, seed in todo:
         groups.setdefault((variants[name].base, seed), []).append(name)
-    with tqdm(total=len(todo) + len(groups), unit="job") as bar, ThreadPoolExecutor(options.jobs) as pool:
+    with progress("toy runs", len(todo) + len(groups), "job") as bar, ThreadPoolExecutor(options.jobs) as pool:
         made = {}
         jobs = []
 
@@ -168,7 +168,7 @@ def _run_all(variants: Mapping[str, Variant], todo: Sequence[tuple[str, int]], o
             job.result()
 
 
-def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> bool:
+def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: Any) -> bool:
     """Run one job in a process, with its output in DIR/VARIANT-SEED.log. Returns whether it succeeded."""
     log = options.out / f"{name}-{seed}.log"
     command = [sys.executable, sys.argv[0], "--child", kind, name, str(seed), "--out", str(options.out)]
@@ -177,7 +177,7 @@ def _start(kind: str, name: str, seed: int, options: argparse.Namespace, bar: tq
         if ended.returncode:
             file.write(f"\n{DIED} {ended.returncode}\n")
     if ended.returncode:
-        bar.write(f"{kind} of {name}, seed {seed}: exit status {ended.returncode}; see {log}")
+        say(f"{kind} of {name}, seed {seed}: exit status {ended.returncode}; see {log}")
     bar.update()
     return ended.returncode == 0
 
