@@ -88,6 +88,7 @@ def test_a_tool_of_ones_own_has_no_column():
     [
         ("", "--model runs/toy/model --data toy"),
         ("--toy basic --seed 3 --out 'my runs'", "--model 'my runs/model' --data toy --toy basic --seed 3"),
+        ("--penalty 0.9 --max-pixels 6272", "--model runs/toy/model --data toy --penalty 0.9 --max-pixels 6272"),
         ("--model m --data d.jsonl --search none --out o", "--model o/model --data FILE --search SEARCH"),
         ("--model m --recipe paper --max-texts 1 --out o",
          "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1"),
