@@ -198,10 +198,11 @@ class Store:
     def entries(self) -> Iterator[Entry]:
         """All rows, damaged ones too, in the order of their recording."""
         for number, *key, when, source, hits, title in self._db.execute(LIST):
-            sound = isinstance(when, float) and all(isinstance(part, str) for part in key)
-            when = when if isinstance(when, float) else 0.0
-            source = str(source) if sound and source is not None else None
-            yield Entry(number, *map(str, key), when, source, hits or 0, str(title or ""))
+            sound = source is not None and isinstance(when, float) and all(isinstance(part, str) for part in key)
+            seconds = when if isinstance(when, float) else 0.0
+            tool, query, form, question = map(str, key)
+            engine = str(source) if sound else None
+            yield Entry(number, tool, query, form, question, seconds, engine, hits or 0, str(title or ""))
 
     def record(self, number: int) -> Record | None:
         """The undamaged result of this number."""
