@@ -66,7 +66,8 @@ def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
     if found["not_asked"]:
         yield f"WARNING: {found['not_asked']} of {found['n']} prompts do not fit --max-tokens: they count as wrong"
     if found["cut"]:
-        yield f"WARNING: {found['cut']} of {found['n']} rollouts ran out of tokens: they count as wrong"
+        cut = f"{found['cut']} of {found['n']} rollouts"
+        yield f"WARNING: {cut} ran out of --turn-tokens or --max-tokens: they count as wrong"
     precision = found["search_precision"]
     recall = found["search_recall"]
     if precision is not None or recall is not None:
