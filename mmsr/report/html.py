@@ -18,7 +18,6 @@ markup.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import json
@@ -35,6 +34,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence
 from mmsr.system.credentials import hidden
 from mmsr.system.errors import UserError
 from mmsr.system.files import write_whole
+from mmsr.system.options import Parser
 
 PAGE = Path(__file__).with_name("page.html")
 REPORT = "report.html"
@@ -586,9 +586,7 @@ def _count_lines(file: Path, before: float = math.inf) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m mmsr.report", description="Write report.html for a run, or for several."
-    )
+    parser = Parser("python -m mmsr.report", description="Write report.html for a run, or for several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run of train.py or eval.py")
     parser.add_argument("--out", type=Path, help=f"the file; otherwise RUN/{REPORT}, or ./{REPORT} for several runs")
     parser.add_argument("--rollouts", type=int, default=MOST_ROLLOUTS, help=f"embed at most so many ({MOST_ROLLOUTS})")
