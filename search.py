@@ -43,13 +43,13 @@ def index(args: argparse.Namespace) -> int:
     if not (args.titles or args.pages):
         raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
     counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
-    new = f"{counts['pictures']} new pictures under {counts['titles']} new titles, {counts['pages']} new pages"
-    print(f"{args.out}: {new}; {counts['known']} lines were there already, {counts['broken']} pictures left out")
+    new = f"new: {counts['pictures']} pictures, {counts['titles']} titles, {counts['pages']} pages"
+    print(f"{args.out}: {new}; lines that were there already: {counts['known']}; pictures left out: {counts['broken']}")
     if counts["replaced"]:
-        print(f"{counts['replaced']} earlier pages or titles were replaced: the same address or file was given again")
+        print(f"earlier pages or titles replaced, as their address or file was given again: {counts['replaced']}")
     if counts["repeated"]:
         last = "the last line of a page's address counts, and of a picture's file with its address"
-        print(f"{counts['repeated']} lines were not used: {last}; passages of one page need addresses such as URL#2")
+        print(f"lines not used: {counts['repeated']}; {last}; passages of one page need addresses such as URL#2")
     return 0
 
 
@@ -98,7 +98,11 @@ def summary(args: argparse.Namespace) -> int:
 def list_(args: argparse.Namespace) -> int:
     """search.py cache list FILE: a line a search."""
     with closing(_recording(args.file)) as store:
-        for entry in _chosen(args, list(store.entries())):
+        entries = list(store.entries())
+        chosen = list(_chosen(args, entries))
+        if not chosen:
+            print(f"{args.file}: none of {counted(len(entries), 'search', 'searches')}", file=sys.stderr)
+        for entry in chosen:
             print(json.dumps(entry._asdict()) if args.json else _printable(contents.line(entry)))
     return 0
 
@@ -429,7 +433,8 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
 def _with_verb(argv: Sequence[str]) -> list[str]:
     """`cache FILE` is `cache summary FILE`."""
     argv = list(argv)
-    if argv[:1] == ["cache"] and not {*argv[1:2]} & {*VERBS, "-h", "--help"}:
+    several = any(not word.startswith("-") for word in argv[2:])  # then the first is a misspelt verb
+    if argv[:1] == ["cache"] and not several and not {*argv[1:2]} & {*VERBS, "-h", "--help"}:
         argv.insert(1, "summary")
     return argv
 

@@ -355,10 +355,8 @@ def test_a_question_that_was_not_asked_is_a_wrong_answer_in_silence(miniature, t
     assert result["by_category"]["made"]["not_asked"] == 1
     shown = capsys.readouterr()
     assert f"WARNING: --data {data}: 1 of 4 prompts do not fit --max-tokens 128" in shown.err and "(q0)" in shown.err
-    assert (
-        f"WARNING: 1 questions were not asked, as their prompt does not fit --max-tokens, and {cut} rollouts"
-        in shown.out
-    )
+    assert "WARNING: 1 of 4 prompts do not fit --max-tokens: they count as wrong" in shown.out
+    assert f"WARNING: {cut} of 4 rollouts ran out of --turn-tokens or --max-tokens: they count as wrong" in shown.out
     assert f"(1 not asked, {cut} cut: counted as wrong)" in (tmp_path / "out" / "report.html").read_text()
     none = f"--data {data}: no prompt can fit --max-tokens 9"
     refused(capsys, arguments(miniature, tmp_path / "none", data=data, search="none", max_tokens=9), none)

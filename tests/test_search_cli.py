@@ -47,7 +47,7 @@ def made(tmp_path, capsys) -> Path:
     corpus(tmp_path / "photos", 6)
     write_lines(tmp_path / "pages.jsonl", PAGES)
     assert search.main(index_command(tmp_path)) == 0
-    assert "6 new pictures under 6 new titles, 3 new pages; 0 lines were there already" in capsys.readouterr().out
+    assert "new: 6 pictures, 6 titles, 3 pages; lines that were there already: 0;" in capsys.readouterr().out
     return tmp_path
 
 
@@ -382,8 +382,8 @@ def test_recorded_searches_are_written_over_by_their_own_export_or_made_of_nothi
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("", "required: FILE"), ("import", "required"), ("a b", "unrecognized arguments: b"), ("import a", "--out"),
-        ("export a", "--out"), ("a --out b", "unrecognized"), ("list", "required: FILE"), ("drop a x", "invalid int"),
+        ("", "required: FILE"), ("import", "required"), ("lst b", "invalid choice: 'lst'"), ("import a", "--out"),
+        ("export a", "--out"), ("a --out b", "choose from"), ("list", "required: FILE"), ("drop a x", "invalid int"),
         ("a", "a: no such file"), ("list a.jsonl", "cache import a.jsonl --out"), ("drop a 1", "a: no such file"),
         ("drop a", "nothing to drop is named"), ("drop a 1 --yes", "a: no such file"), ("show a", "required: SEARCH"),
     ],

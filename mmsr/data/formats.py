@@ -123,6 +123,7 @@ def _advice(layout: Format, table: Table, format: str, columns: str) -> str:
             wanted.append(place)
         for name in known:
             row.pop(column_of(name, table.names), None)
+    row.pop(layout.category, None)
     plain = "call them id, question, answers, image"
     likely = likely_columns(row, wanted)
     pairs = [f"{place}={likely[place]}" for place in ("id", "question", "answers", "image") if place in likely]
@@ -317,7 +318,7 @@ class Dataset(Sequence):
         try:
             pictures.verify(picture)
         except ValueError as error:
-            complaint = f"{len(picture)} bytes cannot be decoded; give a JPEG, PNG, WEBP or GIF picture ({error})"
+            complaint = f"cannot be decoded: {error}; give another picture"
             self._refuse(row, name, complaint)
         return picture
 

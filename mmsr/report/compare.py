@@ -63,10 +63,11 @@ def _per_cent(share: float | None) -> str:
 def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
     tokens = f"{found['tokens']:.0f} tokens ({found['tokens_sampled']:.0f} sampled)"
     yield f"a question: {found['turns']:.2f} turns, {tokens}; in all {found['tool_failures']:.0f} tool calls failed"
-    if found["not_asked"] or found["cut"]:
-        not_asked = f"{found['not_asked']} questions were not asked"
-        cut = f"{found['cut']} rollouts ran out of tokens"
-        yield f"WARNING: {not_asked}, as their prompt does not fit --max-tokens, and {cut}: all of them count as wrong"
+    if found["not_asked"]:
+        yield f"WARNING: {found['not_asked']} of {found['n']} prompts do not fit --max-tokens: they count as wrong"
+    if found["cut"]:
+        cut = f"{found['cut']} of {found['n']} rollouts"
+        yield f"WARNING: {cut} ran out of --turn-tokens or --max-tokens: they count as wrong"
     precision = found["search_precision"]
     recall = found["search_recall"]
     if precision is not None or recall is not None:

@@ -417,6 +417,10 @@ class Store:
             except sqlite3.OperationalError as error:
                 self._warn("results are not recorded", error)
             except DAMAGE as error:
+                if _of_another_kind(self.path):
+                    if new:
+                        lock.unlink(missing_ok=True)
+                    raise UserError(f"{self.path}: no file of recorded searches; name another file") from None
                 self._replace_damaged(error)
             except UserError:  # a file of another kind gets no lock beside it
                 if new:
@@ -578,6 +582,14 @@ def refuse_pickle(path: Path) -> None:
     with suppress(OSError), path.open("rb") as file:
         if file.read(1) == b"\x80" or path.suffix in (".pkl", ".pickle"):
             raise UserError(f"{path}: a pickle, which may run any code when it is read; give a file of another format")
+
+
+def _of_another_kind(path: Path) -> bool:
+    """Whether a file that SQLite cannot read is a picture, a text, or anything else that never was a database: neither
+    its first bytes nor those that SQLite leaves 0 are as in a database. Damage rarely changes both."""
+    with path.open("rb") as file:
+        head = file.read(100)
+    return not head.startswith(b"SQLite format 3\0") and any(head[72:92] or head)
 
 
 def _waited(patience: float) -> ToolFailure:

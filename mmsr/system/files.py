@@ -219,7 +219,7 @@ def json_object(path: Path, row: int, line: bytes) -> dict[str, Any]:
     """The object that a line of a JSON lines file holds. Raises UserError where it holds none."""
     found = object_in(line)
     if found is None:
-        raise UserError(f"{path}: row {row}: {line[:60]!r} is not a JSON object; {_how_to_mend(line)}")
+        raise UserError(f"{path}: row {row}: {line[:60]!r:.80} is not a JSON object; {_how_to_mend(line)}")
     return found
 
 

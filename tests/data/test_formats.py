@@ -763,7 +763,7 @@ BAD_PICTURES = [
     ([{"bytes": None, "path": "absent.png"}], "no readable file 'absent.png'"),
     ([{"bytes": None, "path": "https://example.invalid/1.png"}], "is an address, which is not followed"),
     ([{"bytes": b"", "path": None}], "no image bytes"),
-    ([{"bytes": b"GIF89a, or so it says", "path": None}], "cannot be decoded; give a JPEG, PNG, WEBP or GIF"),
+    ([{"bytes": b"GIF89a, or so it says", "path": None}], "cannot be decoded: not a readable JPEG, PNG, WEBP, GIF"),
     ([{"bytes": picture()[:-30], "path": None}], "cannot be decoded"),
     ([{"bytes": picture(kind="BMP"), "path": None}], "cannot be decoded"),
     ([{"bytes": picture(), "path": None}] * 2, "2 pictures"),
@@ -833,6 +833,11 @@ def test_who_has_columns_of_other_names_is_left_to_find_the_option(tmp_path, cha
     for path in paths:
         refused(lambda path=path: read_examples(path), "row 0, column ", f"; try --columns {columns}, or call them id,")
         assert read_examples(path, columns=columns).text(0)[2] == ("Tagus",)
+
+
+def test_the_category_is_proposed_as_the_answer(tmp_path):
+    path = jsonl(tmp_path, [{"id": "q1", "question": "Which river?", "image": "0.png", "category": "search_free"}])
+    refused(lambda: read_examples(path), "column answers: missing", "; say which columns hold it, --columns answers=…,")
 
 
 def test_columns_that_nothing_tells_are_guessed(tmp_path):

@@ -586,9 +586,7 @@ def test_a_view_in_a_tables_place_never_ends(tmp_path):
         assert store.spent("1") == {}
 
 
-@pytest.mark.parametrize(
-    "content", [b"not a database" * 99, b"SQLite format 3\0" + bytes(4096)], ids=["text", "header"]
-)
+@pytest.mark.parametrize("content", [bytes(8192), b"SQLite format 3\0" + bytes(4096)], ids=["zeros", "header"])
 def test_what_is_no_database_is_moved_aside_once_by_four_processes(tmp_path, content):
     path = tmp_path / "s.sqlite"
     path.write_bytes(content)
@@ -599,6 +597,14 @@ def test_what_is_no_database_is_moved_aside_once_by_four_processes(tmp_path, con
     assert aside == ["s.sqlite.damaged-1"] and (tmp_path / aside[0]).read_bytes() == content
     with closing(Store(path)) as store:
         assert all(same(store.get(text_key(f"query {number}")), found(number)) for number in range(4))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff" + bytes(range(256)), b"a page" * 99, b"{}\n"])
+def test_a_picture_given_as_the_recording_is_moved_aside(tmp_path, content):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    refused(lambda: Store(path), str(path), "no file of recorded searches; name another file")
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.jpg"] and path.read_bytes() == content
 
 
 def open_and_put(path: Path, number: int) -> None:
