@@ -114,15 +114,19 @@ def _hugging_face(name: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     from transformers import AutoImageProcessor, AutoModel
     from transformers.utils import logging
 
+    from mmsr.pretrained.hub import out_of_reach
+
     if not on_terminal():
         logging.disable_progress_bar()  # of the download and of the weights: carriage returns in a log
+    unreachable = "" if Path(name).is_dir() else out_of_reach()
+    here = {"local_files_only": bool(unreachable)}  # otherwise the hub's client tries again for a minute and a half
     try:
-        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", **here)
         # No pickles. float32, because half precision is slow on CPUs. Missing weights would be random: refused below.
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        model, report = AutoModel.from_pretrained(name, **options)
+        model, report = AutoModel.from_pretrained(name, **options, **here)
     except Exception as error:  # the hub's client, the file system and transformers raise many kinds
-        what = f"--encoder hf:{name} cannot be opened ({first_line(error)})"
+        what = f"--encoder hf:{name} cannot be opened ({unreachable or first_line(error)})"
         raise UserError(f"{what}: check the name, or give a folder") from error
     missing = set(report["missing_keys"])
     if any("pooler" not in key for key in missing):
