@@ -7,7 +7,7 @@ Shapes: N tokens of a rollout, n sampled ones, M image tokens, V size of the voc
     python examples/plain_grpo.py --steps 5
 
 Every step asks the same 8 questions: rewards go from .74 to .84 and accuracy from .77 to .89, in half a minute on one
-core (first the toy base model is made, in minutes). train.py has the same tokens and gradient 20 times faster. Why:
+core, after minutes for the base model of --toy basic. train.py has the same tokens and gradient 20 times faster. Why:
 
 | the plain line                   | what it wastes                         | what saves it, in mmsr/                  |
 |----------------------------------|----------------------------------------|------------------------------------------|

@@ -139,6 +139,7 @@ def test_table_goes_to_the_screen(miniature, tmp_path, capsys):
     run(miniature, tmp_path / "out", limit=2)
     shown = capsys.readouterr().out
     assert "toy: 6 questions\n" in shown and "95 % interval" in shown and "recall" in shown and "familiar (2)" in shown
+    assert "Here every category has the same weight; train.py weights them as in training.\n" in shown
 
 
 def test_a_benchmark_is_shown_beside_the_published_rows(miniature, tmp_path, capsys):
@@ -355,10 +356,8 @@ def test_a_question_that_was_not_asked_is_a_wrong_answer_in_silence(miniature, t
     assert result["by_category"]["made"]["not_asked"] == 1
     shown = capsys.readouterr()
     assert f"WARNING: --data {data}: 1 of 4 prompts do not fit --max-tokens 128" in shown.err and "(q0)" in shown.err
-    assert (
-        f"WARNING: 1 questions were not asked, as their prompt does not fit --max-tokens, and {cut} rollouts"
-        in shown.out
-    )
+    assert "WARNING: not asked, as they do not fit --max-tokens, and counted as wrong: 1\n" in shown.out
+    assert f"WARNING: ran out of tokens, and counted as wrong: {cut}\n" in shown.out
     assert f"(1 not asked, {cut} cut: counted as wrong)" in (tmp_path / "out" / "report.html").read_text()
     none = f"--data {data}: no prompt can fit --max-tokens 9"
     refused(capsys, arguments(miniature, tmp_path / "none", data=data, search="none", max_tokens=9), none)

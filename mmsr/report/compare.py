@@ -63,10 +63,10 @@ def _per_cent(share: float | None) -> str:
 def _remarks(found: Mapping[str, Any]) -> Iterable[str]:
     tokens = f"{found['tokens']:.0f} tokens ({found['tokens_sampled']:.0f} sampled)"
     yield f"a question: {found['turns']:.2f} turns, {tokens}; in all {found['tool_failures']:.0f} tool calls failed"
-    if found["not_asked"] or found["cut"]:
-        not_asked = f"{found['not_asked']} questions were not asked"
-        cut = f"{found['cut']} rollouts ran out of tokens"
-        yield f"WARNING: {not_asked}, as their prompt does not fit --max-tokens, and {cut}: all of them count as wrong"
+    if found["not_asked"]:
+        yield f"WARNING: not asked, as they do not fit --max-tokens, and counted as wrong: {found['not_asked']}"
+    if found["cut"]:
+        yield f"WARNING: ran out of tokens, and counted as wrong: {found['cut']}"
     precision = found["search_precision"]
     recall = found["search_recall"]
     if precision is not None or recall is not None:
