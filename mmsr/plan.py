@@ -29,7 +29,7 @@ from mmsr.disk import disk_needed, downloads, save_bytes
 from mmsr.engine import prefix_rows
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.hub import SHORT_NAMES, fetched
+from mmsr.pretrained.hub import SHORT_NAMES, fetched, repository
 from mmsr.pretrained.save import SHARD_BYTES
 from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
@@ -354,7 +354,7 @@ def check(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, n
     if advice.processes:
         said.append(f"{advice.processes} processes would do ({advice.with_processes / GIB:.1f} each)")
     raise UserError(
-        f"the run needs {now / GIB:.1f} GiB on each device, of which {room / GIB:.1f} of {capacity / GIB:.1f} are "
+        f"the run needs {now / GIB:.1f} GiB on each device, where {room / GIB:.1f} of {capacity / GIB:.1f} are "
         f"usable: {', '.join(said) or 'take a smaller model'}; python -m mmsr.plan shows more"
     )
 
@@ -389,6 +389,8 @@ def advise(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, 
     options = " ".join(chosen.values()) if least <= room else ""
 
     for processes in [ranks * 2**k for k in range(1, 11)]:
+        if processes > config.mini_batch:  # groups stay whole: more have nothing to do
+            break
         each = peak(config, processes)
         if each <= room:
             return Advice(worthwhile, options, least, processes, each)
@@ -448,8 +450,8 @@ def _until(
 def published(name: str) -> ModelConfig | None:
     """The sizes of a published model by the names that --model has for it; None for other names. Needs no network."""
     known = PUBLISHED | LARGER
-    for short, repository in SHORT_NAMES.items():
-        if name in (short, repository):
+    for short, full in SHORT_NAMES.items():
+        if name in (short, full):
             return known[short]
     return None
 
@@ -463,7 +465,8 @@ def model_sizes(name: str) -> ModelConfig:
         return read_config(Path(name))
     what = f"model {name!r} is not a folder, and config.json of {name!r}"
     advice = f"give a folder, a hub id, or one of {', '.join(SHORT_NAMES)}"
-    return read_config(fetched("hf_hub_download", what, advice, repo_id=name, filename="config.json").parent)
+    where = {"repo_id": repository(name), "filename": "config.json"}
+    return read_config(fetched("hf_hub_download", what, advice, **where).parent)
 
 
 def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 8, item: int = 2) -> dict[str, float]:
@@ -505,6 +508,7 @@ def main(argv: Sequence[str]) -> None:
         rest = ["--model", "Qwen2.5-VL-7B", *rest]
     try:
         config = parse(rest, program=parser.prog)
+        _check_machines(given.gpus, given.node_gpus)
         model = model_sizes(config.model)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -538,21 +542,22 @@ def verdict(
     model: ModelConfig, config: Config, capacity: float, options: Sequence[str], ranks: int, node: int, item: int
 ) -> tuple[bool, str]:
     """Whether it fits, and that in a line, with the command to type. `options`: those of train.py."""
-    need = plan(model, config, ranks, node, item).peak
+    kept = kept_as_fits(model, config, capacity, ranks, node, item)
+    need = plan(model, kept, ranks, node, item).peak
     size = f"{need / GIB:.1f} GiB on each device, {USABLE * capacity / GIB:.1f} of {capacity / GIB:.1f} usable"
     if need <= USABLE * capacity:
         return True, f"fits ({size}): {launch(ranks, node)} {shlex.join(options)}"
     advice = advise(model, config, capacity, ranks, node, item)
     ways = []
     if advice.options:
-        ways.append(f"{launch(ranks, node)} {shlex.join(options)} {advice.options}")
+        changing = [word for word in advice.options.split() if word.startswith("--") and word not in SAME_RESULT]
+        note = f" ({', '.join(changing)}: changes what is learned)" if changing else ""
+        ways.append(f"{launch(ranks, node)} {shlex.join(options)} {advice.options}{note}")
     if advice.processes:
         ways.append(f"{launch(advice.processes, node)} {shlex.join(options)}")
     if not ways:
         return False, f"does not fit ({size}); take a smaller model or larger devices"
-    changing = [word for word in advice.options.split() if word.startswith("--") and word not in SAME_RESULT]
-    note = f" ({', '.join(changing)}: learns otherwise)" if changing else ""
-    return False, f"does not fit ({size}); this would: {f'{note}, or '.join(ways)}"
+    return False, f"does not fit ({size}); this would: {', or '.join(ways)}"
 
 
 def launch(ranks: int, node: int = 8) -> str:
@@ -561,6 +566,12 @@ def launch(ranks: int, node: int = 8) -> str:
         return "python train.py"
     machines = f"--nnodes {math.ceil(ranks / node)} " if ranks > node else ""
     return f"torchrun {machines}--nproc-per-node {min(ranks, node)} train.py"
+
+
+def _check_machines(ranks: int, node: int) -> None:
+    """Raises UserError for devices that are not whole machines: torchrun starts equally many processes on each."""
+    if ranks > node and ranks % node:
+        raise UserError(f"--gpus {ranks} are no whole machines of {node}: give a multiple of {node}, or --node-gpus N")
 
 
 def _count(text: str) -> int:
@@ -574,7 +585,7 @@ def _gibibytes(text: str) -> float:
         size = float(text)
     except ValueError:
         size = 0
-    if not 1 <= size < 10**6:
+    if not 1 <= size <= 1000:  # MiB, which nvidia-smi shows, are no GiB
         raise argparse.ArgumentTypeError(f"{text!r}: give the memory of a device in GiB, such as 80")
     return size
 

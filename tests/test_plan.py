@@ -260,6 +260,7 @@ def test_a_run_that_more_devices_would_hold_says_how_many():
     with pytest.raises(UserError, match=r" 8 processes would do \(") as caught:
         check(model, blog(), 80 * GIB)
     assert "4 processes" not in str(caught.value)
+    assert advise(model, blog(), 44 * GIB, 8).processes == 0, "128 questions of an update are too few for 256 devices"
     assert check(model, blog(), 80 * GIB, 8).peak < 80 * GIB
     with pytest.raises(UserError):
         check(model, blog(), 80 * GIB, 4)
@@ -281,7 +282,8 @@ def test_the_command_wants_weights_or_network_or_ends_without_a_verdict(capsys, 
     monkeypatch.setattr(planning, "fetched", lambda *given, **where: pytest.fail("the hub is asked"))
     status, lines, err = said_by(capsys, f"--gpus 8 --gpu-gb 80 --model {name}")
     assert status == 0 and not err and any(line.startswith("KV cache") for line in lines)
-    assert lines[-1].startswith("VERDICT: fits (61.0 GiB")
+    assert any(line.startswith("together") and " 67.67 " in line for line in lines)
+    assert lines[-1].startswith("VERDICT: fits (67.7 GiB")
     assert lines[-1].endswith(f": torchrun --nproc-per-node 8 train.py --model {name}")
 
 
@@ -298,15 +300,18 @@ def test_a_run_that_does_not_fit_is_not_told_which_line_to_type(capsys):
     assert lines[-1].startswith("VERDICT: does not fit (171.5 GiB")
     first, second = re.findall(r"((?:python|torchrun)[^,(]*train.py [^,(]*)", lines[-1])
     assert first.strip() == "python train.py --model Qwen2.5-VL-3B --lr 1e-6 --mini-batch 16"
-    assert "(--mini-batch: learns otherwise)" in lines[-1]
+    assert "(--mini-batch: changes what is learned)" in lines[-1]
     assert second == "torchrun --nproc-per-node 4 train.py --model Qwen2.5-VL-3B --lr 1e-6"
     options = first.split("train.py ")[1]
     assert said_by(capsys, f"--gpus 1 --gpu-gb 80 {options}")[0] == 0
     assert said_by(capsys, "--gpus 4 --gpu-gb 80 --model Qwen2.5-VL-3B")[0] == 0
+    status, lines, err = said_by(capsys, "--gpus 8 --gpu-gb 44 --recipe paper")
+    assert lines[-1].endswith(" --slots 16 --max-pixels 451584 (--max-pixels: changes what is learned)")
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--gpus 0", "--gpus x", "--node-gpus 0", "--gpu-gb 0", "--gpu-gb nan", "--nonsense 3"]
+    "wrong",
+    "--gpus 0; --gpus x; --gpus 12; --node-gpus 0; --gpu-gb 0; --gpu-gb nan; --gpu-gb 81559; --nonsense 3".split("; "),
 )
 def test_nonsense_is_planned_or_ends_in_more_than_a_line(capsys, wrong):
     status, lines, err = said_by(capsys, wrong)

@@ -15,7 +15,7 @@ from test_docs import commands, read  # noqa: E402
 
 from mmsr import plan as planning  # noqa: E402
 from mmsr.config import parse  # noqa: E402
-from mmsr.disk import disk_needed  # noqa: E402
+from mmsr.disk import disk_needed, downloads  # noqa: E402
 from mmsr.plan import GIB, PUBLISHED, kept_as_fits, plan  # noqa: E402
 
 PAGE = read("docs/renting.md")
@@ -93,6 +93,11 @@ def test_the_smoke_run_takes_other_memory_and_disk_than_the_page_says_or_less_th
     kept = kept_as_fits(model, config, room, 8)
     assert f"Memory plan: at most {plan(model, kept, 8).peak / GIB:.1f} of 79." in PAGE
     assert f"({sum(disk_needed(config, model, 8).values()) / 1e9:.0f} GB)" in PAGE
+    free = sum(disk_needed(config, model, 8).values()) + sum(downloads(config, model).values())
+    whole = [step_time.recipe(name) for name in renting.RECIPES]
+    most = max(sum(disk_needed(one, model, 8).values()) + sum(downloads(one, model).values()) for one in whole)
+    promised = re.search(r"(\d+) GB of free disk \(the real run takes (\d+) with", " ".join(PAGE.split()))
+    assert [0 <= float(said) - need / 1e9 < 10 for said, need in zip(promised.groups(), (free, most))] == [True, True]
     real = plan(model, step_time.recipe("blog"), 8)
     assert plan(model, config, 8).moments.update == real.moments.update
     assert plan(model, config, 8).moments.generate > 0.98 * real.moments.generate
@@ -100,8 +105,9 @@ def test_the_smoke_run_takes_other_memory_and_disk_than_the_page_says_or_less_th
 
 def test_the_first_half_hour_quotes_what_no_program_prints():
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "mmsr").rglob("*.py"))
-    quoted = "Memory plan: at most ", "The backward pass recomputes ", "Go on with --resume.", "Resumed after step "
-    for words in quoted:
+    first = "Memory plan: at most ", "The backward pass recomputes "
+    then = "Go on with --resume.", "Resumed after step ", "Written in "
+    for words in first + then:
         assert words in sources and words in " ".join(PAGE.split()), words
 
 

@@ -836,7 +836,8 @@ def test_parquet_with_other_columns(capsys, miniature, tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "other.parquet")
-    refused(capsys, miniature, tmp_path / "out", "prompt", data=tmp_path / "other.parquet", search="none")
+    said = "--columns question=text,answers=label,image=…"
+    refused(capsys, miniature, tmp_path / "out", said, data=tmp_path / "other.parquet", search="none")
 
 
 def test_broken_picture_among_the_first_rows_is_seen_before_the_run(capsys, miniature, tmp_path):

@@ -58,8 +58,9 @@ def repository(name: str) -> str:
     """The hub id that `--model NAME` means; empty for a folder. UserError for a name that can be neither."""
     if Path(name).is_dir():
         return ""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"--model {name}: there is no such folder; give one, a hub id or {', '.join(SHORT_NAMES)}")
+    if name not in SHORT_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        known = ", ".join(SHORT_NAMES)
+        raise UserError(f"--model {name}: there is no such folder; give one, a hub id (OWNER/NAME) or {known}")
     return SHORT_NAMES.get(name, name)
 
 

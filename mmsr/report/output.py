@@ -30,7 +30,10 @@ from mmsr.system.parallel import Ranks, full_state_dict
 from mmsr.system.progress import say
 
 # Options by which a model is evaluated as it was trained.
-KEPT = ("toy", "prompts", "tools", "reward", "max_turns", "max_images", "max_texts", "max_tokens", "turn_tokens")
+KEPT = (
+    "toy", "prompts", "tools", "reward", "max_turns", "max_images", "max_texts", "max_tokens", "turn_tokens",
+    "min_pixels", "max_pixels",
+)  # fmt: skip
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
 

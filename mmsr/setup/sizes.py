@@ -30,6 +30,9 @@ def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int
         dtype = compute_dtype(config, ranks)
         kept = check_memory(config, model, dtype, ranks)
         _say_memory(config, model, kept, dtype, ranks)
+        if ranks.size > config.mini_batch:  # groups stay whole
+            few = f"an update has {config.mini_batch} questions for {ranks.size} processes, so some do nothing"
+            print(f"WARNING: {few}: raise --mini-batch, or start {config.mini_batch} processes", file=sys.stderr)
     check_disk(config, model, ranks, download)
     here = visible_devices(config, ranks)
     if config.model and here > ranks.node_size:
@@ -125,7 +128,8 @@ def check_disk(config: Options, model: ModelConfig, ranks: Ranks, download: int 
     save = disk.save_bytes(model, ranks.size, item)
     saves = disk.saves_at_once(config)
     need = max(0, sum(parts.values()) - used_disk(out))  # a resumed run has a part of it already
-    of = f"{saves} checkpoint{'s' * (saves > 1)} of {_gb(save)}, rollouts {_gb(parts['rollouts'])}"
+    others = ", ".join(f"{part} {_gb(parts[part])}" for part in ("model", "rollouts"))
+    of = f"{saves} checkpoint{'s' * (saves > 1)} of {_gb(save)}, {others}"
     said = f"--out {out}: the run needs about {_gb(need)} of disk ({of}), {_gb(free)} are free"
     if save > free:
         raise UserError(f"{said}: not even one checkpoint fits; make room, or name another --out")

@@ -144,12 +144,13 @@ class Ranks:
     def main_process_first(self, name: str, work: Callable[[], T]) -> T:
         """work() on the main rank, then work() on the others, which find on disk what the main rank wrote.
 
-        The others wait without a time-out. Each `name` may be used once.
+        The others wait without a time-out, in steps: a wait inside the store would not hear a Ctrl-C. Each `name` may
+        be used once.
         """
         if self.size == 1:
             return work()
-        if not self.main:
-            self.store.wait([name], timedelta(days=30))
+        while not (self.main or self.store.check([name])):
+            time.sleep(0.2)
         result = work()
         if self.main:
             self.store.set(name, "done")

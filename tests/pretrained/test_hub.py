@@ -52,7 +52,7 @@ def test_a_model_name_means_another_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "out_of_reach", lambda: "")
     assert resolve(str(tmp_path)) == resolve("Qwen2.5-VL-7B") == resolve("someone/tuned") == tmp_path
     assert asked == ["Qwen/Qwen2.5-VL-7B-Instruct", "someone/tuned"]
-    for name in ("./tuned", "/no/where", "a/b/c", "some one"):
+    for name in ("./tuned", "/no/where", "a/b/c", "some one", "qwen2.5-vl-7b"):
         refused(lambda name=name: resolve(name), f"--model {name}: there is no such folder")
 
 

@@ -53,7 +53,7 @@ def test_lines_by_hand():
         "step  1/80  reward 0.634  acc 1.000  image 0.51  text 0.21  2.1 s   6:35 left",
     ]
     assert max(map(len, [*made.heading(0).splitlines(), *lines])) <= 80
-    long = console("--model", "x", "--recipe", "released", "--data", "x.parquet", "--eval-every", "100", clock=Clock())
+    long = console("--model", "x", "--recipe", "released", "--search", "none", "--eval-every", "100", clock=Clock())
     assert len(long.step(metrics(1000, 1234.5))) <= 100
 
 
@@ -88,9 +88,10 @@ def test_a_tool_of_ones_own_has_no_column():
     [
         ("", "--model runs/toy/model --data toy"),
         ("--toy basic --seed 3 --out 'my runs'", "--model 'my runs/model' --data toy --toy basic --seed 3"),
-        ("--model m --data d.jsonl --out o", "--model o/model --data FILE --search SEARCH"),
+        ("--model m --data d.jsonl --search none --out o", "--model o/model --data FILE --search SEARCH"),
         ("--model m --recipe paper --max-texts 1 --out o",
          "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1"),
+        ("--model m --max-pixels 451584 --out o", "--model o/model --data FILE --search SEARCH --max-pixels 451584"),
     ],
 )  # fmt: skip
 def test_the_next_command_evaluates_another_way(given, command):

@@ -204,8 +204,18 @@ def test_a_run_finds_out_at_its_first_save_that_the_disk_is_too_small(disk, tmp_
     disk(900)
     check_disk(config, model, eight)
     said = capsys.readouterr()
-    assert said.out.count("\n") == 1 and "of disk (3 checkpoints of 100 GB" in said.out and not said.err
+    assert said.out.count("\n") == 1 and not said.err
+    assert "about 324 GB of disk (3 checkpoints of 100 GB, model 17 GB, rollouts 8.4 GB)" in said.out
     assert not out.exists()
+
+
+@pytest.mark.parametrize("processes, warned", [(32, False), (64, True)])
+def test_processes_without_a_question_of_an_update_are_not_told_of(card, disk, capsys, processes, warned):
+    card(8)
+    disk(900)
+    ranks = Ranks(size=processes, node_size=8, device=torch.device("cuda"))
+    check_sizes(options(*BIG, "--recipe", "released"), PUBLISHED["Qwen2.5-VL-7B"], ranks)
+    assert ("32 questions for 64 processes" in capsys.readouterr().err) == warned
 
 
 def test_the_disk_is_told_of_where_it_matters_to_nobody(disk, tmp_path, capsys):

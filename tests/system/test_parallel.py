@@ -454,6 +454,22 @@ def test_ranks_add_up_agree_and_wait(pair):
     assert own == "row 7" and stopped == "rank 1 failed: ValueError: row 7"
 
 
+def interrupted_wait(ranks) -> float:
+    """Seconds after which a Ctrl-C reaches a rank that waits for the main rank's work."""
+    signal.setitimer(signal.ITIMER_REAL, 0 if ranks.main else 0.5)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    start = time.monotonic()
+    try:
+        ranks.main_process_first("long", lambda: time.sleep(2 * ranks.main))
+    except KeyboardInterrupt:
+        return time.monotonic() - start
+    return 0.0
+
+
+def test_a_rank_that_waits_for_the_main_rank_does_not_hear_a_ctrl_c(pair):
+    assert 0.4 < pair(interrupted_wait)[1] < 1.5
+
+
 def test_a_rank_that_lost_another_says_so_even_where_the_error_says_nothing():
     with pytest.raises(RuntimeError) as lost:
         exec(compile("raise RuntimeError", "distributed_c10d.py", "exec"))
