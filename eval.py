@@ -239,6 +239,8 @@ class Output(RunFolder[EvalConfig]):
         for name, result in results.items():
             others = compare.published(Path(name).name, getattr(data_sets[name], "format", ""))
             print(f"\n{compare.report(Path(name).name, self.config.mode, result, others)}")
+            if name == "toy":
+                print("Here every category has the same weight; train.py weights them as in training.")
             seconds = [line["seconds"] for line in lines_of[name]]
             print(f"{sum(seconds) / len(seconds):.2f} s from a batch's start to an answer in it, on average")
         try:

@@ -25,7 +25,7 @@ from mmsr.setup.questions import Questions
 from mmsr.setup.search import Search, rollout_limits
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
-from mmsr.system.interrupt import Interrupts
+from mmsr.system.interrupt import Interrupts, clear_line
 from mmsr.system.parallel import Ranks, distributed, exit_process
 from mmsr.tools import Toolbox
 from mmsr.toy import world as toy
@@ -48,7 +48,7 @@ def launch(argv: Sequence[str], kind: type[AnyOptions], program: str, run: Calla
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:  # before anything is finished: there is nothing to keep
-        print("Interrupted.", file=sys.stderr)
+        print(f"{clear_line()}Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -324,7 +324,8 @@ class Options:
         if changed:
             advice = "give the same, or another --out"
             if (folder / "model").is_dir():
-                advice += f" (and --model {folder}/model to start from what it learnt)"
+                toy = " --data toy" if self.data == "toy" else ""  # a --model alone means recipe blog
+                advice += f" (and --model {folder}/model{toy} to start from what it learnt)"
             raise UserError(f"--out {folder}: the run in it differs in {hidden(', '.join(changed))}: {advice}")
 
 

@@ -21,7 +21,14 @@ from mmsr.system.parallel import SINGLE, Ranks
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
 
 # Categories of questions that call for a search, and of those that do not. `decision` leaves others out.
-NEEDS_SEARCH = {"search_required", "unfamiliar", "held_out", "known_new_fact", "unknown_two_hop"}
+NEEDS_SEARCH = {
+    "search_required",
+    "known_new_fact",
+    "unfamiliar",
+    "unfamiliar_fact",
+    "held_out",
+    "unknown_two_hop",
+}
 NEEDS_NO_SEARCH = {"search_free", "familiar", "familiar_fact"}
 
 Line = Mapping[str, Any]  # of episodes.jsonl

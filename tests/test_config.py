@@ -361,6 +361,15 @@ def test_mistyped_option_or_an_older_run_tells_a_key(capsys, tmp_path, address):
     assert CANARY not in str(told.value)
 
 
+def test_who_trains_a_toy_model_further_is_sent_to_another_recipe(tmp_path):
+    parse([]).save(tmp_path)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError) as told:
+        parse(["--steps", "90"]).check_resumes(tmp_path)
+    line = re.search(r"--model \S+ --data toy to start", str(told.value))[0].removesuffix(" to start")
+    assert parse(line.split()).recipe == "toy"
+
+
 def test_crash_while_a_run_begins_leaves_its_folder_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: 1 / 0)

@@ -139,6 +139,7 @@ def test_table_goes_to_the_screen(miniature, tmp_path, capsys):
     run(miniature, tmp_path / "out", limit=2)
     shown = capsys.readouterr().out
     assert "toy: 6 questions\n" in shown and "95 % interval" in shown and "recall" in shown and "familiar (2)" in shown
+    assert "Here every category has the same weight; train.py weights them as in training.\n" in shown
 
 
 def test_a_benchmark_is_shown_beside_the_published_rows(miniature, tmp_path, capsys):

@@ -9,6 +9,7 @@ from mmsr import evaluate
 from mmsr.episode import Episode, Example, Observation, Turn
 from mmsr.report import compare
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH
+from mmsr.toy.world import SETTINGS
 
 FOUND, FAILED = Observation(source="web"), Observation(ok=False, error="OSError: down", source="web")
 EMPTY, REFUSED = Observation(source="web"), Observation(ok=False, error="over its limit", source="limit")
@@ -155,6 +156,15 @@ def test_decision_without_searches_or_without_known_categories_is_no_number():
         "search_precision": None, "search_recall": 0.0,
     }  # fmt: skip
     assert set(evaluate.decision([line("news", searched=1.0)]).values()) == {None}
+
+
+@pytest.mark.parametrize("world", SETTINGS.values(), ids=SETTINGS)
+def test_a_category_of_the_toy_world_is_left_out_of_the_decision(world):
+    for category in world.categories:
+        known = min(map(world.facts, category.pools))
+        needed = max(category.questions) >= known
+        found = evaluate.decision([line(category.name, searched=1.0)])
+        assert found["search_precision"] == needed, category.name
 
 
 def test_a_missing_verdict_is_neither_right_nor_wrong():

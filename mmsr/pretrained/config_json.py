@@ -55,6 +55,8 @@ def read_config(folder: Path | str) -> ModelConfig:
     if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json: is it a Hugging Face model folder?")
     values = read_object(file)
+    if "model_type" not in values and (folder / "model").is_dir():
+        raise UserError(f"{folder} is the folder of a run: give the model in it, {folder / 'model'}")
     refuse_quantised_config(folder, values)
     try:
         config = model_config(values)

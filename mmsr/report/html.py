@@ -35,6 +35,7 @@ from mmsr.system.credentials import hidden
 from mmsr.system.errors import UserError
 from mmsr.system.files import write_whole
 from mmsr.system.options import Parser
+from mmsr.toy.world import SETTINGS
 
 PAGE = Path(__file__).with_name("page.html")
 REPORT = "report.html"
@@ -133,7 +134,7 @@ def _run(folder: Path, most_rollouts: float, most_bytes: float, damage: Damage) 
         "config": {name: _shown(value) for name, value in config.items()},
         "telling": telling(embedded),
         "columns": _columns(steps, counted | recorded),
-        "tables": _evaluations([line for line in lines if "eval" in line]) + _results(results),
+        "tables": _evaluations([line for line in lines if "eval" in line], _mix(config)) + _results(results),
         "rollouts": embedded,
         "total": total,
         "guessed": len(embedded) < total and not counted.keys() <= recorded.keys() | {0},
@@ -412,7 +413,14 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _evaluations(lines: list[dict]) -> list[dict]:
+def _mix(config: dict[str, Any]) -> dict[str, float]:
+    """How a training run weights the categories in its means: as in training, in the toy world. Empty: by questions."""
+    in_toy_world = config.get("data") == "toy" and not config.get("eval_data")
+    toy = str(config.get("toy"))
+    return SETTINGS[toy].mix if in_toy_world and toy in SETTINGS else {}
+
+
+def _evaluations(lines: list[dict], mix: dict[str, float]) -> list[dict]:
     """Rows of the table: the first and the last evaluation, in each of their modes."""
     picked = [("before", line) for line in lines[:1]]
     if len(lines) > 1:
@@ -423,7 +431,9 @@ def _evaluations(lines: list[dict]) -> list[dict]:
         for when, line in picked:
             found = line.get(mode)
             if isinstance(found, dict):
-                rows.append({"name": f"{when}, {mode_name(mode)}", "step": line.get("step"), "by": _by_category(found)})
+                by_category = _by_category(found)
+                name = f"{when}, {mode_name(mode)}"
+                rows.append({"name": name, "step": line.get("step"), "by": by_category, "mix": mix})
     return rows
 
 

@@ -189,7 +189,7 @@ class Output(RunFolder[Config]):
         return "\n".join(
             [
                 f"Written in {self.folder}:",
-                "  report.html  curves, evaluations, every rollout: open it in a browser",
+                "  report.html  curves, evaluations, rollouts: open it in a browser",
                 "  model/       the trained model, for eval.py and transformers",
                 "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
                 f"Next: {evaluation_command(self.config)}",

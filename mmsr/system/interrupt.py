@@ -73,11 +73,15 @@ class Interrupts:
         if not self.signal:
             self.signal = number
             if self.says:
-                clear = "\r\x1b[K" if os.isatty(2) else ""  # what stands on the line: a bar, and the terminal's ^C
                 name = signal.Signals(number).name
-                message = f"{clear}{name}: stopping after what cannot be dropped; Ctrl-C stops at once\n"
+                message = f"{clear_line()}{name}: stopping after what cannot be dropped; Ctrl-C stops at once\n"
                 os.write(2, message.encode())  # the signal may have come in the middle of a print
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._may_break:
             self._may_break = False
             raise BrokenOff
+
+
+def clear_line() -> str:
+    """What clears the line on a terminal, of a bar and the terminal's ^C, before a message on standard error."""
+    return "\r\x1b[K" if os.isatty(2) else ""

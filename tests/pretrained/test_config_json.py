@@ -145,3 +145,10 @@ def test_key_and_value_heads_that_are_null_are_another_number_than_in_transforme
     edit_json(tmp_path / "config.json", num_key_value_heads=None)
     theirs = Qwen2_5_VLConfig.from_pretrained(tmp_path).text_config.num_key_value_heads
     assert read_config(tmp_path).num_key_value_heads == theirs == 4
+
+
+def test_the_folder_of_a_run_is_taken_for_a_model_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text('{"recipe": "toy"}')
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="is the folder of a run: give the model in it, .*/model$"):
+        read_config(tmp_path)

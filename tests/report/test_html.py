@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from mmsr.evaluate import NEEDS_NO_SEARCH, NEEDS_SEARCH
+from mmsr.evaluate import NEEDS_NO_SEARCH, NEEDS_SEARCH, overall
 from mmsr.report import html as report
 from mmsr.report.html import write_report
 from mmsr.system.errors import UserError
@@ -159,6 +159,17 @@ def test_a_category_of_the_toy_worlds_is_not_explained():
     categories = {category.name for world in SETTINGS.values() for category in world.categories}
     for name in categories | NEEDS_SEARCH | NEEDS_NO_SEARCH:
         assert f'["{name}", "' in explained
+
+
+def test_the_page_and_the_terminal_have_other_means_of_an_evaluation(tmp_path):
+    found = {name: {"n": 2, "accuracy": x} for name, x in (("familiar", 1.0), ("unfamiliar", 0.25), ("held_out", 0.5))}
+    folder = a_run(tmp_path / "run", {1: [rollout()]}, [step(1), {"step": 1, "eval": found}])
+    (folder / "config.json").write_text(json.dumps({"data": "toy", "toy": "basic"}))
+    (table,) = embedded(write_report(folder))["runs"][0]["tables"]
+    assert table["mix"] == SETTINGS["basic"].mix
+    shown = dom(tmp_path, folder / "report.html")
+    assert overall(found, table["mix"], ["accuracy"]) == {"accuracy": 0.6875} and "<td>.688</td>" in shown
+    assert "“all” weights them as training does." in shown
 
 
 def test_evaluation_folder_has_its_table_and_its_episodes(tmp_path):
