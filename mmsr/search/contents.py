@@ -128,7 +128,7 @@ def line(entry: Entry) -> str:
     title = "nothing found" if not entry.hits else entry.title
     answer = DAMAGED if entry.source is None else title
     kind = entry.tool.removesuffix("_search")
-    return fitted(f"{entry.number:<6}  {when(entry.time)}  {kind:<5}  {entry.hits:>2}  {asked} → {answer}")
+    return fitted(f"{entry.number:<6}  {when(entry.time)}  {kind:<5}  {entry.hits:>2} results  {asked} → {answer}")
 
 
 def about(entry: Entry) -> Iterator[str]:
