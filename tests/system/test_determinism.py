@@ -60,16 +60,20 @@ def test_a_gradient_depends_on_which_thread_comes_first():
 
 @pytest.mark.slow
 def test_a_busy_machine_changes_the_bits_of_a_run(basic_base, tmp_path):
-    """With two threads, whatever the machine's cores: `train.py` as a user starts it, alone and beside two programs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    options = "--recipe toy --toy basic --data toy --steps 2 --questions 24 --mini-batch 24 --eval-size 2".split()
+    """`train.py` as a user starts it, with four threads whatever the cores: alone, and beside two programs."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    options = "--recipe toy --toy full --data toy --steps 4 --eval-size 2".split()
 
-    def metrics(name: str) -> list[dict]:
-        command = [sys.executable, "train.py", "--model", str(basic_base), *options, "--out", str(tmp_path / name)]
+    def run(name: str) -> tuple[list[dict], bytes]:
+        """The metrics and the weights."""
+        out = tmp_path / name
+        command = [sys.executable, "train.py", "--model", str(basic_base), *options, "--out", str(out)]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{**json.loads(line), "seconds": None} for line in lines]
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [{**json.loads(line), "seconds": None} for line in lines]
+        return metrics, (out / "model" / "model.safetensors").read_bytes()
 
-    alone = metrics("alone")
+    alone = run("alone")
     with busy_programs(2):
-        assert metrics("busy") == alone
+        busy = run("busy")
+    assert busy == alone
