@@ -21,7 +21,7 @@ from mmsr.model import ModelConfig, Qwen2_5_VL
 HEADER = 512  # bytes of a safetensors file's header that tell of one tensor, at most
 TOKENIZER = 16 * 2**20  # of the files beside the weights
 
-# Of OUT/rollouts, bytes. A text stands there twice: as the model saw it, and in the fields of a search's result.
+# Of OUT/rollouts, bytes. A text is written twice: as the model saw it, and in the fields of a search's result.
 LINE = 1500  # of a rollout's line without its texts
 SAMPLED = 250  # tokens that the model writes in a rollout
 TOKEN = 5  # of a token's text

@@ -222,7 +222,7 @@ class Dataset(Sequence):
         self.rows = array("Q", [self.rows[index] for index in indices])
 
     def _check_texts(self) -> None:
-        """Raises UserError for a row with unusable text, and where an id stands for several questions: recorded
+        """Raises UserError for a row with unusable text, and where several questions have one id: recorded
         searches and conversations are found by ids. A question may be repeated."""
         first_rows: dict[str, int] = {}  # by id
         clashes = []

@@ -251,6 +251,6 @@ def _bytes_to_fetch(wanted: Wanted) -> int:
 
 
 def _begun(wanted: Wanted) -> int:
-    """Bytes that an interrupted download has left in the cache, and the next one goes on from."""
+    """Bytes that an interrupted download has left in the cache, and from which the next one continues."""
     folder = hub_cache() / f"{wanted.kind}s--{wanted.repository.replace('/', '--')}"
     return sum(file.stat().st_size for file in folder.glob("blobs/*.incomplete"))

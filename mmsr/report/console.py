@@ -1,4 +1,4 @@
-"""What a training run says while it goes on: a line that stays for each step and each evaluation, in columns.
+"""What a training run says while it runs: a line that stays for each step and each evaluation, in columns.
 
     step 12/80  reward 0.634  acc 0.642  image 0.51  text 0.21  2.1 s   2:46 left
     eval 80/80  reward 0.861  acc 0.890  image 0.45  text 0.22  3.3 s  T = 1
