@@ -28,9 +28,9 @@ from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.html import mode_name
 from mmsr.report.metrics import note_alarms, step_metrics
-from mmsr.report.output import Output
+from mmsr.report.output import Output, results
 from mmsr.rollout import Script
-from mmsr.setup.policy import load_model, open_policy
+from mmsr.setup.policy import open_policy, open_reference
 from mmsr.setup.preflight import preflight
 from mmsr.setup.questions import open_questions, open_world
 from mmsr.setup.search import open_search
@@ -66,7 +66,7 @@ def train(config: Config, ranks: Ranks, world: World | None = None) -> None:
                 checkpoints.leave()
             output.finish(setup, summary=not status)
         if history and alarms.never_trained(history):
-            weights = f"{output.folder / 'model'} has the weights that the run began with"
+            weights = f"{output.folder / results(config)[0]} has the weights that the run began with"
             output.warn([f"WARNING: no step trained a token: {weights}"])
         if status:
             raise SystemExit(status)
@@ -203,12 +203,18 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def make_trainer(setup: Setup) -> Trainer:
-    """What updates the model: AdamW on fp32 masters, and the KL reference, a frozen copy of the model at the start."""
+    """What updates the model: AdamW on fp32 masters, and the KL reference: the model as it is before training.
+
+    That is a frozen copy, or the model itself where only its adapters are trained (`lora.as_reference`).
+    """
     config, ranks = setup.config, setup.ranks
     reference = None
     if config.kl and config.algorithm == "grpo":
-        ranks.print("Opening the reference of the KL term, a frozen copy of the model.")
-        reference = load_model(setup.folder, setup.dtype, setup.dtype, ranks, config.shard).requires_grad_(False)
+        if config.trains_adapters:
+            reference = setup.model
+        else:
+            ranks.print("Opening the reference of the KL term, a frozen copy of the model.")
+            reference = open_reference(config, setup.folder, setup.dtype, ranks)
 
     optimizer = MasterWeights(setup.model, betas=(0.9, config.adam_beta2), weight_decay=0.0)
     return Trainer(
@@ -216,6 +222,7 @@ def make_trainer(setup: Setup) -> Trainer:
         optimizer,
         setup.suppressed,
         reference=reference,
+        features=setup.features,
         kl=config.kl,
         clip_low=config.clip_low,
         clip_high=config.clip_high,

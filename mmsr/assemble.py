@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 
+from mmsr import lora
 from mmsr import model as modeling
 from mmsr.config import AnyOptions, parse
 from mmsr.engine import Engine
@@ -77,6 +78,8 @@ class Setup(Generic[AnyOptions]):
         self.chat = policy.chat
         self.dtype = policy.dtype
         self.model = policy.model
+        # Of pictures, by their keys, while a step lasts. None where the tower is trained: features then change.
+        self.features: dict[str, torch.Tensor] | None = None if lora.trains_tower(self.model) else {}
 
     @cached_property
     def suppressed(self) -> torch.Tensor:
@@ -91,6 +94,8 @@ class Setup(Generic[AnyOptions]):
     def new_rollout(self, model: modeling.Qwen2_5_VL, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of `model`, whose weights are whole."""
         config = self.config
+        if self.features is not None:
+            self.features.clear()
         engine = Engine(
             model,
             self.chat.stop_id,
@@ -100,6 +105,7 @@ class Setup(Generic[AnyOptions]):
             turn_tokens=config.turn_tokens,
             temperature=temperature,
             prefill_tokens=config.micro_tokens,
+            features=self.features,
         )
         return Rollout(engine, self.chat, self.toolbox, rollout_limits(config), direct)
 
@@ -127,10 +133,11 @@ class Setup(Generic[AnyOptions]):
         ids = mine if group_ids is None else [group_ids[i] for i in mine]
         my_examples = [examples[i] for i in mine]
         with parallel.unsharded(self.model) as whole, self.ranks.sync_errors():
-            rollout = self.new_rollout(whole, temperature, direct)
+            sampler = lora.for_sampling(whole, self.model, self.dtype)
+            rollout = self.new_rollout(sampler, temperature, direct)
             episodes = stop.breakable(rollout, my_examples, group_size, seed, scripts, on_done, ids)
             counts = {} if episodes is None else rollout.counts
-            del rollout, whole  # with cache and graphs, which know where the weights are
+            del rollout, sampler, whole  # with cache and graphs, which know where the weights are
         if self.ranks.max(episodes is None):
             return None
         return episodes, self.ranks.sum(counts)

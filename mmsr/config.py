@@ -120,6 +120,10 @@ TOY: dict[str, dict[str, Any]] = {
     "basic": {"max_turns": 2, "max_texts": 0, "max_tokens": 128, "steps": 100},
 }
 
+# Adapters want a larger learning rate than weights, ten times as large by "LoRA Without Regret" (Thinking Machines,
+# 2025), where that was best for every rank, model and task tried, with α = 32.
+LORA_LR = 10
+
 # What a resumed run may change in addition where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
 
@@ -147,6 +151,8 @@ class Options:
     """Defaults to start from: toy without --model or with --data toy, otherwise blog."""
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
+    adapter: str = ""
+    """Folder of a LoRA adapter of --model, in PEFT's form: it is used, and in training trained further."""
     data: str = "toy"
     """toy, a .parquet, .jsonl, .json or .csv file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""
@@ -217,8 +223,9 @@ class Options:
     """cpu, cuda, …; empty: cuda where there is one. Under torchrun each process takes the one of its local rank."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Compute type; empty: bfloat16 on CUDA, float32 elsewhere. The optimizer keeps fp32 master weights."""
-    shard: Literal["node", "all"] = "node"
-    """Several machines: each holds a whole copy of the weights, sharded over its devices, or all hold one together."""
+    shard: Literal["auto", "none", "node", "all"] = "auto"
+    """Devices of a machine share one copy of the weights (node), all devices do (all), or each has its own (none: only
+    with --lora). auto: none with --lora where that fits, otherwise node."""
     timeout: int = 1800
     """Seconds that a process waits for another before the run is given up."""
     deterministic: bool = True
@@ -352,9 +359,21 @@ class Config(Options):
     group_size: int = 8
     """Rollouts per question."""
 
+    # ---- LoRA and frozen parts
+    lora: int = 0
+    """Train adapters of this rank beside frozen weights, which write OUT/adapter; 0: train the weights themselves."""
+    lora_alpha: float = 32.0
+    """α of the adapters: what they add is multiplied by α over the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with adapters: decoder, vision, q_proj, vision.qkv, beginnings of names; empty: decoder, all of it."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained: vision, merger, decoder, embedding, head, or beginnings of weights' names."""
+    merge: bool = False
+    """Write OUT/model too, with the adapters merged into the weights: for programs that know nothing of adapters."""
+
     # ---- optimizer
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate; ten times a recipe's with --lora."""
     lr_schedule: Literal["constant", "half-decay", "sigmoid"] = "constant"
     """half-decay: linear to a tenth over the second half. sigmoid: smooth decay to a tenth."""
     warmup: int = 0
@@ -419,6 +438,8 @@ class Config(Options):
         "mini_batch": (1, _MANY),
         "group_size": (1, _MANY),
         "eval_size": (1, _MANY),
+        "lora": (0, 4096),
+        "lora_alpha": (1e-3, 1e6),
         "max_skipped": (1, _MANY),
         "warmup": (0, _MANY),
         "eval_every": (0, _MANY),
@@ -449,14 +470,32 @@ class Config(Options):
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
         self.demonstrations = tuple(self.demonstrations)
+        self.lora_targets = tuple(self.lora_targets)
+        self.freeze = tuple(self.freeze)
         super().__post_init__()
         self._check_imitation()
+        self._check_adapters()
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}: give both")
         if self.force_searches and not self.search.startswith("replay:"):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained, and the weights are not."""
+        return bool(self.lora or self.adapter)
+
+    def _check_adapters(self) -> None:
+        if self.lora and self.adapter:
+            raise UserError("--lora and --adapter: the adapter has its own rank; leave --lora out")
+        if self.shard == "none" and not self.trains_adapters:
+            raise UserError("--shard none: weights that are trained are sharded; leave it out, or train --lora R")
+        for name, usual in (("lora_alpha", 32.0), ("lora_targets", ()), ("merge", False)):
+            needs = self.trains_adapters if name == "merge" else self.lora
+            if getattr(self, name) != usual and not needs:
+                raise UserError(f"--{kebab(name)} is an option of adapters: give --lora R with it, or leave it out")
 
     @property
     def imitates(self) -> bool:
@@ -545,6 +584,8 @@ def parse(
     values = kind.defaults(recipe, given.get("toy", kind.toy))
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
+    if "lr" in values and (given.get("lora") or given.get("adapter")):
+        values["lr"] *= LORA_LR
     if "search" not in given:
         values["search"] = usual_search(values | given)
     return kind(**{**values, **given, "recipe": recipe})

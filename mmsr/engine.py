@@ -285,7 +285,8 @@ class Engine:
 
     `max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn. `temperature` 0 is
     greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts. `capture`: on CUDA, replay
-    decode steps from graphs. The model's weights may not change or move while the engine lives.
+    decode steps from graphs. `features`: of encoded images, by content; what it lacks is added to it. The model's
+    weights may not change or move while the engine lives.
     """
 
     def __init__(
@@ -300,6 +301,7 @@ class Engine:
         temperature: float = 1.0,
         prefill_tokens: int = 16384,
         capture: bool = True,
+        features: dict[str, Tensor] | None = None,
     ):
         self.model = model
         self.stop_id = stop_id
@@ -313,7 +315,7 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self.graphs = Graphs(capture and self.device.type == "cuda")
         self.counts: Counter = Counter()  # prefilled, decode_steps, images_encoded
-        self.features: dict[str, Tensor] = {}  # encoded images, by content
+        self.features = {} if features is None else features  # encoded images, by content
         # Sequences by their states, and all that have a slot: prefilling, running or at a tool.
         self.waiting_groups: deque[SequenceGroup] = deque()  # have no row yet
         self.waiting: deque[GeneratedSequence] = deque()  # have a row, and no slot yet

@@ -29,6 +29,7 @@ from mmsr.vision import (
     VisionConfig,
     VisionTower,
     inverse_frequencies,
+    project,
     rotate,
     run_block,
 )
@@ -181,9 +182,10 @@ class SelfAttention(nn.Module):
         layer: int,
     ) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(-1, heads)  # (N, H, D)
-        k = self.k_proj(x).unflatten(-1, heads)  # (N, K, D)
-        v = self.v_proj(x).unflatten(-1, heads)  # (N, K, D)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = q.unflatten(-1, heads)  # (N, H, D)
+        k = k.unflatten(-1, heads)  # (N, K, D)
+        v = v.unflatten(-1, heads)  # (N, K, D)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         out = attention_fn(layer, q, k, v)  # (N, H, D)

@@ -35,13 +35,14 @@ from torch import Tensor, nn
 
 from mmsr import grpo
 from mmsr.episode import Episode, Example
+from mmsr.lora import as_reference, trains_tower
 from mmsr.model import Qwen2_5_VL, logits
 from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
 from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.system.errors import UserError
 from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
-from mmsr.system.parallel import SINGLE, Ranks
+from mmsr.system.parallel import SINGLE, Ranks, average_gradients
 from mmsr.vision import MERGE, PATCH_VALUES, Image
 
 # ---- what an update is made of
@@ -103,6 +104,9 @@ def _dummy_episode(token: int) -> Episode:
     )
 
 
+# ---- features of images
+
+
 EMPTY_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
 
 
@@ -129,7 +133,7 @@ class ImageFeatures:
 
         if always_run and not distinct:
             distinct = {EMPTY_PICTURE.key: EMPTY_PICTURE}
-        train = train and any(p.requires_grad for p in model.visual.parameters())
+        train = train and trains_tower(model)
         self.output: Tensor | None = None
         self.leaf: Tensor | None = None
         if distinct:
@@ -154,6 +158,36 @@ class ImageFeatures:
             return
         gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad  # (M, d)
         self.output.backward(gradient.to(self.output.dtype))
+
+
+class KnownFeatures:
+    """`ImageFeatures` of a tower that is not trained: what the rollouts have encoded serves the whole step.
+
+    `known` are the features of images by their keys. What it lacks is encoded, and added to it.
+    """
+
+    def __init__(self, model: Qwen2_5_VL, images: Sequence[Image], known: dict[str, Tensor], ranks: Ranks):
+        distinct = {image.key: image for image in images}
+        new = [image for key, image in distinct.items() if key not in known]
+        self.encoded = len(new)
+        if ranks.max(len(new)):  # a sharded tower runs on all ranks or on none
+            with torch.no_grad():
+                features = model.encode_images(new or [EMPTY_PICTURE])  # (M, d)
+            for image, rows in zip(new, features.split([image.tokens for image in new or [EMPTY_PICTURE]])):
+                known[image.key] = rows
+        self.known = known
+
+    def of(self, packed: Pack) -> Tensor | None:
+        """The features of a pack's image tokens, in the order of `packed.image_index`."""
+        if not packed.images:
+            return None
+        return torch.cat([self.known[image.key] for image in packed.images])
+
+    def backward(self) -> None:
+        """Nothing in the tower is trained."""
+
+
+Features = ImageFeatures | KnownFeatures
 
 
 class Stats:
@@ -201,7 +235,10 @@ class Trainer:
     """Updates `model` on scored episodes (their `advantage` set).
 
     `sft` replaces the policy loss by the negative log-likelihood: advantage 1, no clip, no reference.
-    With several `ranks`, model and reference are sharded over them and every method is collective.
+    `reference`: a frozen copy of the model at the start, or the model itself where only its adapters are trained.
+    `features`: of images that the rollouts have encoded; for a tower that is not trained.
+    With several `ranks` every method is collective. Sharded weights are FSDP's business; what every rank holds whole,
+    such as adapters, gets the same gradient on all of them, and so the same step.
     """
 
     on_episodes: Callable[[int], object] = staticmethod(lambda count: None)  # told how many are passed through
@@ -213,6 +250,7 @@ class Trainer:
         suppressed: Tensor,  # (V,) bool, as in sampling
         *,
         reference: Qwen2_5_VL | None = None,
+        features: dict[str, Tensor] | None = None,
         kl: float = 0.0,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
@@ -229,6 +267,7 @@ class Trainer:
         self.optimizer = optimizer
         self.suppressed = suppressed
         self.reference = reference
+        self.features = features
         self.kl = kl
         self.clip_low = clip_low
         self.clip_high = clip_high
@@ -242,7 +281,6 @@ class Trainer:
         self.ranks = ranks
         self.device = suppressed.device
         self.lockstep = Lockstep(ranks, [model, reference])
-        self.dry_run_done = ranks.size == 1
         self.dummy = _dummy_episode(token=int((~suppressed).nonzero()[0]))
         self.skipped_in_a_row = 0
         self.longest_pack = 0  # tokens, in the last pass
@@ -253,7 +291,7 @@ class Trainer:
         `mini_batches` are this rank's episodes. Raises UserError when too many updates in a row had to be skipped, or
         when one episode is too long for the memory.
         """
-        if not self.dry_run_done:
+        if self.lockstep.models and not self.lockstep.recorded:
             self._dry_run()
         batches = []
         for episodes in mini_batches:
@@ -290,6 +328,7 @@ class Trainer:
             except RankOutOfMemory as error:
                 self._use_smaller_micro_batches(error)
         total = local.all_reduce(self.ranks)
+        average_gradients(self.model, self.ranks)
         grad_norm = self._clip_gradient()
         if math.isfinite(grad_norm) and math.isfinite(total.sums["loss"]):
             self.optimizer.step(lr)
@@ -315,7 +354,8 @@ class Trainer:
         with self.lockstep.guard("vision pass"):
             features = self._image_features(self.model, micro_batches, batch, train=True)
             if self.reference is not None:
-                ref_features = self._image_features(self.reference, micro_batches, batch, train=False)
+                with as_reference(self.reference):
+                    ref_features = self._image_features(self.reference, micro_batches, batch, train=False)
 
         stats = Stats()
         for micro_batch in micro_batches:
@@ -331,8 +371,8 @@ class Trainer:
     def forward_backward(
         self,
         micro_batch: MicroBatch,
-        features: ImageFeatures,
-        ref_features: ImageFeatures | None,
+        features: Features,
+        ref_features: Features | None,
         weights: Tensor,
         advantages: Tensor,
         old_logps: list[Tensor] | None,
@@ -347,7 +387,7 @@ class Trainer:
             old = torch.cat([old_logps[i] for i in micro_batch.indices])  # (R,)
         ref = None
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), as_reference(self.reference):
                 ref, _ = self.log_probs(self.reference, packed, ref_features)  # (R,)
 
         if self.sft:
@@ -361,7 +401,7 @@ class Trainer:
                 logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
             )  # (1) to (3)
         loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
-        (loss * self.ranks.size).backward()  # FSDP averages gradients over the ranks: this makes the mean a sum
+        (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
             self._record(stats, packed, loss, losses, entropy, old)
@@ -374,7 +414,7 @@ class Trainer:
         stats.add(tokens=len(gap), trained=len(packed.input_ids))
         stats.gap_max = max(stats.gap_max, float(gap.max()))
 
-    def log_probs(self, model: Qwen2_5_VL, packed: Pack, features: ImageFeatures) -> tuple[Tensor, Tensor]:
+    def log_probs(self, model: Qwen2_5_VL, packed: Pack, features: Features) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
@@ -432,11 +472,13 @@ class Trainer:
 
     def _image_features(
         self, model: Qwen2_5_VL, micro_batches: Sequence[MicroBatch], batch: LocalBatch, train: bool
-    ) -> ImageFeatures:
+    ) -> Features:
         """Of this rank's images. If any rank has a picture, the tower runs on all."""
         images: list[Image] = []
         for micro_batch in micro_batches:
             images += micro_batch.pack.images
+        if self.features is not None:
+            return KnownFeatures(model, images, self.features, self.ranks)
         return ImageFeatures(model, images, train, always_run=batch.pictures > 0)
 
     def _per_episode(self, values: Sequence[float]) -> Tensor:
@@ -482,4 +524,3 @@ class Trainer:
         self.old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)
-        self.dry_run_done = True

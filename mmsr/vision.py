@@ -201,6 +201,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """layer(x), (N, out), of each of some layers with the same input x (N, in).
+
+    A model that samples with adapters has a function that computes them together: `lora.Stack`.
+    """
+    stack = getattr(layers[0], "stack", None)
+    if stack is None:
+        return [layer(x) for layer in layers]
+    return stack(x, layers)
+
+
 @fused
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
@@ -216,8 +227,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)  # (N, intermediate)
-        up = self.up_proj(x)  # (N, intermediate)
+        gate, up = project(x, self.gate_proj, self.up_proj)  # (N, intermediate) each
         return self.down_proj(gated(gate, up))  # (N, size)
 
 

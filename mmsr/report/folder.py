@@ -169,6 +169,9 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
     for pattern in MODEL_FILES:
         for file in setup.folder.glob(pattern):
             files[f"{model}/{file.name}"] = file
+    if config.adapter:
+        for file in sorted(Path(config.adapter).glob("adapter_*")):
+            files[f"--adapter {config.adapter}/{file.name}"] = file
     for folder in (PROMPTS / "real", prompts_folder(config.prompts)):  # a prompt that a folder lacks is the real set's
         for file in folder.glob("*.txt"):
             files[f"--prompts {config.prompts}/{file.name}"] = file

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmsr import evaluate
+from mmsr import evaluate, lora
 from mmsr.assemble import Setup
 from mmsr.config import CONFIG, Config, Options
 from mmsr.episode import Episode
+from mmsr.pretrained.adapter import base_digest, write_adapter
 from mmsr.pretrained.save import save_weights
 from mmsr.report import alarms
 from mmsr.report.album import Album
@@ -161,15 +162,27 @@ class Output(RunFolder[Config]):
 
     def finish(self, setup: Setup, summary: bool) -> None:
         """The model as it is now, the last report, and a table of the evaluations before and after."""
-        weights = full_state_dict(setup.model, setup.ranks, setup.dtype)
-        self.ranks.print(f"Writing {self.folder / 'model'} and report.html.")
-        if self.ranks.main:
-            self.check_there()
-            save_weights(setup.model.config, weights, self.folder / "model", setup.folder)
+        written = [self.folder / name for name in results(self.config)]
+        self.ranks.print(f"Writing {', '.join(map(str, written))} and report.html.")
+        if self.config.trains_adapters:
+            self._save_adapter(setup)
+        if "model" in results(self.config):
+            weights = full_state_dict(setup.model, setup.ranks, setup.dtype)
+            if self.ranks.main:
+                self.check_there()
+                whole = lora.merge(weights, setup.model)
+                save_weights(setup.model.config, whole, self.folder / "model", setup.folder)
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return
         say(f"\n{self._summary(setup)}\n\n{self._next()}")
+
+    def _save_adapter(self, setup: Setup) -> None:
+        """The adapter as it is now, in PEFT's form."""
+        if self.ranks.main:
+            self.check_there()
+            base = self.config.model or str(setup.folder)
+            write_adapter(self.folder / "adapter", lora.adapted(setup.model), base, base_digest(setup.folder))
 
     def _summary(self, setup: Setup) -> str:
         """The table of the first evaluation and the last."""
@@ -190,18 +203,36 @@ class Output(RunFolder[Config]):
             [
                 f"Written in {self.folder}:",
                 "  report.html  curves, evaluations, rollouts: open it in a browser",
-                "  model/       the trained model, for eval.py and transformers",
+                *[f"  {name + '/':12} {RESULTS[name]}" for name in results(self.config)],
                 "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
                 f"Next: {evaluation_command(self.config)}",
             ]
         )
 
 
+RESULTS = {
+    "adapter": "the trained adapter, for eval.py and PEFT",
+    "model": "the trained model, for eval.py and transformers",
+}
+
+
+def results(config: Config) -> list[str]:
+    """The folders in --out with what was learnt: the adapter, the whole model, or both."""
+    if not config.trains_adapters:
+        return ["model"]
+    return ["adapter", "model"] if config.merge else ["adapter"]
+
+
 def evaluation_command(config: Config) -> str:
     """What evaluates the model of a run: in its toy world, or on a file and with a search engine still to be named."""
     usual = {field.name: field.default for field in dataclasses.fields(Options)}
     usual |= Options.defaults(config.recipe, config.toy)
-    line = ["python", "eval.py", "--model", str(Path(config.out) / "model")]
+    line = ["python", "eval.py"]
+    if "model" in results(config):
+        line += ["--model", str(Path(config.out) / "model")]
+    else:
+        line += ["--model", config.model] if config.model else []
+        line += ["--adapter", str(Path(config.out) / "adapter")]
     if config.data == "toy":
         line += ["--data", "toy"]
         names = (*KEPT, "seed", "search")

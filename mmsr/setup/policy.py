@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from mmsr import attention
+from mmsr import attention, lora
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
+from mmsr.pretrained.adapter import check_base, read_adapter
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import resolve, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_prompts, check_tokens
 from mmsr.setup.questions import Questions
-from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype
+from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype, sharding
 from mmsr.system import parallel
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
@@ -67,9 +69,8 @@ def open_policy(
         ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     if isinstance(config, Config):
         kept_blocks = check_memory(config, sizes, ranks)
-    stored = torch.float32 if ranks.size > 1 else dtype
     ranks.print(f"Opening the model in {folder}.")
-    model = load_model(folder, dtype, stored, ranks, config.shard)
+    model = open_model(config, folder, dtype, ranks)
     attention.sum_in_fp64(config.deterministic)
     deterministic(config.deterministic and ranks.device.type == "cpu")
     if isinstance(config, Config):
@@ -87,13 +88,81 @@ def prompts_folder(name: str) -> Path:
     return folder
 
 
-def load_model(
-    folder: Path, compute: torch.dtype, stored: torch.dtype, ranks: Ranks, across: str
-) -> modeling.Qwen2_5_VL:
-    """The model of a folder, its weights kept as `stored` and used as `compute`; sharded where there are ranks."""
-    if ranks.size == 1:
-        return load(folder, stored, ranks.device)
+def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
+    """The model of a folder with its adapters; what is trained requires a gradient. Raises UserError. Collective."""
     with ranks.sync_errors():
         model = skeleton(folder)
-    model = parallel.shard(model.to(stored), ranks, compute, across)
-    return parallel.load_sharded(model, stored_weights(folder, model), ranks)
+        adapters = open_adapters(config, folder, model, ranks)
+        weights = [name for name, _ in model.named_parameters()]
+        frozen = set(weights)
+        if isinstance(config, Config) and not adapters:
+            frozen = lora.frozen(weights, config.freeze)
+    # Weights that are trained are kept in fp32 where they are sharded: there they are their own masters.
+    stored = torch.float32 if ranks.size > 1 and not adapters else dtype
+    model = load_model(folder, dtype, stored, ranks, sharding(config, model.config, ranks), frozen)
+    for name, (a, b, scale) in adapters.items():
+        lora.add_adapter(model.get_submodule(name), a.to(ranks.device), b.to(ranks.device), scale)
+    if config.adapter:
+        lora.keep_as_reference(model)
+    return model
+
+
+def open_reference(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
+    """A frozen copy of the model of a folder, sharded as the model is. Collective."""
+    model = skeleton(folder)
+    frozen = [name for name, _ in model.named_parameters()]
+    return load_model(folder, dtype, dtype, ranks, sharding(config, model.config, ranks), frozen)
+
+
+def open_adapters(
+    config: Options, folder: Path, model: modeling.Qwen2_5_VL, ranks: Ranks
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and α / r of each layer that gets an adapter: those of --adapter, or fresh ones for --lora.
+
+    `model` may be on the meta device. Raises UserError.
+    """
+    layers = lora.linear_layers(model)
+    if config.adapter:
+        found = read_adapter(Path(config.adapter), layers)
+        check_base(found, folder, ranks)
+        return found.layers
+    if not (isinstance(config, Config) and config.lora):
+        return {}
+    fresh = {}
+    parts = lora.frozen([f"{name}.weight" for name in layers], config.freeze)
+    for name in lora.targeted(layers, config.lora_targets):
+        if f"{name}.weight" not in parts:
+            a, b = lora.initial(layers[name], name, config.lora, config.seed)
+            fresh[name] = (a, b, config.lora_alpha / config.lora)
+    if not fresh:
+        raise UserError("--freeze leaves none of --lora-targets to train; freeze less")
+    return fresh
+
+
+def load_model(
+    folder: Path,
+    compute: torch.dtype,
+    stored: torch.dtype,
+    ranks: Ranks,
+    across: str,
+    frozen: Collection[str] = (),
+) -> modeling.Qwen2_5_VL:
+    """The model of a folder, its weights kept as `stored` and used as `compute`.
+
+    Where there are ranks it is sharded `across` "node" or "all", or ("none") whole on each. `frozen`: names of weights
+    that need no gradient.
+    """
+    if ranks.size == 1:
+        return _freeze(load(folder, stored, ranks.device), frozen)
+    with ranks.sync_errors():
+        model = skeleton(folder)
+    model = _freeze(model.to(stored), frozen)  # before it is sharded: FSDP looks once
+    if across != "none":
+        model = parallel.shard(model, ranks, compute, across)
+    return parallel.load_on_ranks(model, stored_weights(folder, model), ranks)
+
+
+def _freeze(model: modeling.Qwen2_5_VL, frozen: Collection[str]) -> modeling.Qwen2_5_VL:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model

@@ -59,6 +59,13 @@ def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:
     return plan.kept_as_fits(model, config, *machine).keep_blocks
 
 
+def sharding(config: Options, model: ModelConfig, ranks: Ranks) -> str:
+    """How the weights lie on the devices: --shard, where "auto" is decided."""
+    if config.shard != "auto":
+        return config.shard
+    return "none" if isinstance(config, Config) and config.trains_adapters else "node"
+
+
 def _say_memory(config: Config, model: ModelConfig, kept: int, ranks: Ranks) -> None:
     """`kept`: as `check_memory` gives it."""
     capacity, size, node, item = _this_machine(ranks, compute_dtype(config, ranks))

@@ -68,7 +68,7 @@ def save(
     keep: int,
     ranks: Ranks = SINGLE,
 ) -> None:
-    """Write `root/step-NNNNNN` with all weights, masters and moments and the JSON object `state`.
+    """Write `root/step-NNNNNN` with all trained weights, their masters and moments, and the JSON object `state`.
 
     The newest `keep` (at least 2) sound checkpoints are kept, older ones removed. When the new one cannot be written,
     or does not read back as written, raises UserError on all ranks and leaves the older ones as they are.
@@ -119,8 +119,11 @@ def resume(root: Path, model: nn.Module, optimizer: MasterWeights, ranks: Ranks 
 
 
 def _tensors(model: nn.Module, optimizer: MasterWeights) -> dict[str, Tensor]:
-    """The model's weights and all that its optimizer keeps. The tensors themselves: `_load` writes into them."""
-    weights = {f"weight.{name}": tensor for name, tensor in model.state_dict().items()}
+    """The model's trained weights and all that its optimizer keeps. The tensors themselves: `_load` writes into them.
+
+    Frozen weights are those of the folder that the model was opened from.
+    """
+    weights = {f"weight.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
     tensors = weights | optimizer.tensors()
     return {name: tensor.detach() for name, tensor in tensors.items()}
 

@@ -72,7 +72,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, logps_grad: Tensor, _: Tensor):
         hidden, head, targets, suppressed = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden)  # (R, d)
-        head_grad = torch.zeros_like(head, dtype=torch.float32)  # (V, d)
+        head_grad = None  # of a frozen head
+        if ctx.needs_input_grad[2]:
+            head_grad = torch.zeros_like(head, dtype=torch.float32)  # (V, d)
         rows, softmax_rows = _chunk_rows(hidden, head)
         chunks = zip(
             hidden.split(rows),
@@ -89,9 +91,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
             scores.div_(ctx.temperature)
             product_grad = scores.to(hidden.dtype)  # (C, V), of hidden @ head.T
             torch.mm(product_grad, head, out=out_chunk)  # (C, d)
-            head_grad += product_grad.T @ hidden_chunk  # (V, d)
+            if head_grad is not None:
+                head_grad += product_grad.T @ hidden_chunk  # (V, d)
             del scores, product_grad  # before the next chunk's exist
-        return None, hidden_grad, head_grad.to(head.dtype), None, None, None
+        if head_grad is not None:
+            head_grad = head_grad.to(head.dtype)
+        return None, hidden_grad, head_grad, None, None, None
 
 
 def _chunk_log_probs(scores: Tensor, targets: Tensor, softmax_rows: int) -> tuple[Tensor, Tensor]:

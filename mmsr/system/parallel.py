@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.progress import say
@@ -389,10 +389,10 @@ def _mesh(ranks: Ranks, across: str) -> DeviceMesh:
     return DeviceMesh.from_group(groups, device_type, grid, mesh_dim_names=("replicate", "shard"))
 
 
-def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
-    """Fill a sharded model that is on the meta device. The main rank reads the weights, one tensor at a time.
+def load_on_ranks(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks: Ranks) -> AnyModule:
+    """Fill a model that is on the meta device, sharded or whole. The main rank reads the weights, a tensor at a time.
 
-    `weights` gives (name, full tensor); other ranks do not use it. Beside its shards no rank holds more than one full
+    `weights` gives (name, full tensor); other ranks do not use it. Beside its part no rank holds more than one full
     tensor. An error of the reading ends all ranks.
     """
     model.to_empty(device=ranks.device)
@@ -413,7 +413,25 @@ def load_sharded(model: AnyModule, weights: Iterable[tuple[str, Tensor]], ranks:
         else:
             full = tensor.to(ranks.device, target.dtype).contiguous()
         with torch.no_grad():
-            target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
+            if isinstance(target, DTensor):
+                target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
+            else:
+                dist.broadcast(full, 0)
+                target.copy_(full)
+
+
+def average_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Average the gradients of weights that every rank holds whole, as FSDP does with those that are sharded."""
+    if ranks.size == 1:
+        return
+    whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
+    if not whole:
+        return
+    together = torch.cat([gradient.flatten() for gradient in whole])  # one collective, not hundreds
+    dist.all_reduce(together)
+    together /= ranks.size
+    for gradient, mean in zip(whole, together.split([gradient.numel() for gradient in whole])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def full_state_dict(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -425,10 +443,16 @@ def full_state_dict(model: nn.Module, ranks: Ranks, dtype: torch.dtype) -> dict[
         return model.state_dict()
     weights = {}
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().full_tensor()
+        tensor = whole_tensor(parameter)
         if ranks.main:
             weights[name] = tensor.to("cpu", dtype)
     return weights
+
+
+def whole_tensor(parameter: Tensor) -> Tensor:
+    """A parameter's values, gathered where it is sharded. Collective then."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager
@@ -457,8 +481,9 @@ def _unsharded_copy(model: AnyModule) -> AnyModule:
     original_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         copy = original_class(model.config)
-    # Detached, because FSDP's own parameters must still require gradients.
-    gathered = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    # Detached, because FSDP's own parameters must still require gradients. Adapters stay behind: `lora.for_sampling`.
+    parameters = dict(model.named_parameters())
+    gathered = {name: parameters[name].detach() for name, _ in copy.named_parameters()}
     copy.load_state_dict(gathered, assign=True)
     return copy.requires_grad_(False)
 

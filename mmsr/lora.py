@@ -1,0 +1,272 @@
+"""LoRA: a few trained numbers beside frozen weights (arXiv 2106.09685), with the initialisation and names of PEFT.
+
+A linear layer with weight W (out, in) gets an adapter of rank r: two small matrices A (r, in) and B (out, r).
+
+    y = W x + b + (α / r) B (A x)        W and b are frozen, A and B are trained                                    (11)
+
+A begins with uniform random numbers in ±1/√in, B with zeros: the first forward pass is that of the model without
+adapters. In a 7B model r = 64 trains 161 million numbers instead of 8 billion. So gradients, moments, checkpoints and
+what devices exchange are small. The KL term needs no second model: its reference is the model with its adapters off
+(`as_reference`).
+
+Three forms of (11) give the same numbers, up to rounding:
+
+    plain     `LoRALinear.forward`: W x, then A x, then B times that is added. Training uses it.
+    stacked   `Stack`: several layers with the same input, such as the projections to queries, keys and values, take
+              their A in one product, and their B in one. Sampling uses it, where every kernel counts.
+    merged    `merge`: W + (α / r) B A as one matrix, for programs that know nothing of adapters.
+
+Sampling does not use merged weights: in bfloat16 a change smaller than half of the distance between two neighbours
+disappears in the sum, and the sampler's model would not be the one that is trained. A and B are kept in fp32 and
+rounded to the type of the computation where they are used, in training and sampling alike.
+
+Shape letters: N packed tokens, r rank, n layers of a stack.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmsr.system.errors import UserError
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+ADAPTER_NAMES = ("lora_A", "lora_B")  # of the parameters that a layer gets
+# Parts of the model by the names that --freeze and --lora-targets have for them: how their weights' names begin.
+PARTS = {
+    "vision": "visual",
+    "merger": "visual.merger",
+    "decoder": "model.layers",
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+}
+# Layers with the same input, in the order in which the model asks for them.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with an adapter: equation (11). Made from an nn.Linear in place, by `add_adapter`."""
+
+    lora_A: nn.Parameter  # (r, in)
+    lora_B: nn.Parameter  # (out, r)
+    scale: float  # α / r
+    start: tuple[Tensor, Tensor] | None = None  # A and B of the KL reference; None: it has none
+    as_reference = False  # whether the forward pass is that of the reference
+    stack: Stack | None = None  # where sampling computes several layers together
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in) to (N, out)."""
+        y = F.linear(x, self.weight, self.bias)  # (N, out)
+        adapter = self.start if self.as_reference else (self.lora_A, self.lora_B)
+        if adapter is None:
+            return y
+        a, b = adapter
+        low = F.linear(x, a.to(x.dtype))  # (N, r)
+        return torch.addmm(y, low, b.to(x.dtype).T, alpha=self.scale)
+
+
+def add_adapter(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
+    """Turn an nn.Linear into a `LoRALinear`, in place.
+
+    Only its class changes, as FSDP does it too: its weight may be sharded by now, and FSDP knows this very object.
+    """
+    assert type(layer) is nn.Linear
+    layer.requires_grad_(False)
+    with_adapter: Any = layer
+    with_adapter.__class__ = LoRALinear
+    with_adapter.lora_A = nn.Parameter(a)
+    with_adapter.lora_B = nn.Parameter(b)
+    with_adapter.scale = scale
+
+
+def initial(layer: nn.Linear, name: str, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A and B of a fresh adapter, fp32 on the CPU. Equal seeds give equal numbers for a layer of this name.
+
+    `layer` tells the sizes, and may be on the meta device.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    bound = 1 / math.sqrt(layer.in_features)
+    a = torch.empty(rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+    b = torch.zeros(layer.out_features, rank, device="cpu")
+    return a, b
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that may get an adapter, by name: all linear ones but the head, whose weight is used by itself."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found.pop("lm_head", None)
+    return found
+
+
+def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.rpartition(".")[2] in ADAPTER_NAMES
+
+
+# ---- what is trained
+
+
+def targeted(layers: Iterable[str], targets: Sequence[str]) -> list[str]:
+    """The layers among these that --lora-targets names; without targets those of the decoder.
+
+    A target is a part ("decoder", "vision"), a layer in every block of the decoder ("q_proj") or of another part
+    ("vision.qkv"), or the beginning of names ("model.layers.3"). Raises UserError for one that names no layer.
+    """
+    layers = list(layers)
+    found: set[str] = set()
+    for target in targets or ["decoder"]:
+        chosen = {layer for layer in layers if _is_target(layer, target)}
+        if not chosen:
+            last = sorted({layer.rpartition(".")[2] for layer in layers if _begins(layer, PARTS["decoder"])})
+            advice = f"give decoder, vision, {', '.join(last)}, vision.LAYER, or the beginning of layers' names"
+            raise UserError(f"--lora-targets {target}: the model has no such linear layer; {advice}")
+        found |= chosen
+    return [layer for layer in layers if layer in found]
+
+
+def _is_target(layer: str, target: str) -> bool:
+    if _begins(layer, PARTS.get(target, target)):
+        return True
+    part, _, last = target.rpartition(".")
+    return _begins(layer, PARTS.get(part or "decoder", part)) and layer.endswith(f".{last}")
+
+
+def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
+    """The weights among these that --freeze names. A part is one of PARTS, or the beginning of weights' names.
+
+    Raises UserError for a part without weights, and where none would be left to train.
+    """
+    weights = list(weights)
+    found: set[str] = set()
+    for part in parts:
+        chosen = {weight for weight in weights if _begins(weight, PARTS.get(part, part))}
+        if not chosen:
+            advice = f"give {', '.join(PARTS)}, or the beginning of weights' names, such as model.layers.0"
+            raise UserError(f"--freeze {part}: the model has no such weights; {advice}")
+        found |= chosen
+    if len(found) == len(weights):
+        raise UserError(f"--freeze {' '.join(parts)}: nothing is left to train; freeze less")
+    return found
+
+
+def _begins(name: str, part: str) -> bool:
+    """Whether a dotted name is `part` or inside of it."""
+    return f"{name}.".startswith(f"{part}.")
+
+
+def trains_tower(model: Any) -> bool:
+    """Whether any weight or adapter of the vision tower is trained. If not, a picture's features never change."""
+    return any(parameter.requires_grad for parameter in model.visual.parameters())
+
+
+# ---- the KL reference
+
+
+def keep_as_reference(model: nn.Module) -> None:
+    """Take the adapters as they are now for the reference. Without this call the reference has none."""
+    for layer in adapted(model).values():
+        layer.start = (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+
+
+@contextmanager
+def as_reference(model: AnyModule) -> Iterator[AnyModule]:
+    """In the block, the model computes what it did before training: without adapters, or with those kept for it.
+
+    A model without adapters is its own reference, as a frozen copy is.
+    """
+    layers = adapted(model).values()
+    for layer in layers:
+        layer.as_reference = True
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.as_reference = False
+
+
+# ---- sampling
+
+
+class Stack:
+    """The adapters of n layers with the same input and scale, as two products instead of 2 n.
+
+    The A of all layers are stacked to one matrix (Σ r, in). Their B stand on the diagonal of one (Σ out, Σ r) that is 0
+    elsewhere, so each layer's output sees its own r numbers alone. The layers' outputs are the columns of one tensor.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear]):
+        self.widths = [layer.out_features for layer in layers]
+        self.scale = layers[0].scale
+        self.a = torch.cat([layer.lora_A.detach() for layer in layers])  # (Σ r, in)
+        self.b = torch.block_diag(*[layer.lora_B.detach() for layer in layers])  # (Σ out, Σ r)
+
+    def __call__(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+        """The outputs (N, out) of each layer for x (N, in)."""
+        out = x.new_empty(len(x), sum(self.widths))  # (N, Σ out)
+        parts = out.split(self.widths, 1)
+        for layer, part in zip(layers, parts):
+            if layer.bias is None:
+                torch.mm(x, layer.weight.T, out=part)
+            else:
+                torch.addmm(layer.bias, x, layer.weight.T, out=part)
+        out.addmm_(F.linear(x, self.a), self.b.T, alpha=self.scale)
+        return parts
+
+
+@torch.no_grad()
+def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> AnyModule:
+    """A model that samples with the adapters of `trained`, rounded to `dtype` as training rounds them.
+
+    It shares the weights of `whole`, which may be `trained` itself. Without adapters it is `whole`.
+    """
+    layers = adapted(trained)
+    if not layers:
+        return whole
+    with torch.device("meta"):
+        model = type(whole)(whole.config)
+    weights = {name: weight.detach() for name, weight in whole.named_parameters() if not is_adapter(name)}
+    model.load_state_dict(weights, assign=True)
+    for name, layer in layers.items():
+        add_adapter(model.get_submodule(name), layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scale)
+    for module in model.modules():
+        for names in SAME_INPUT:
+            _stack([getattr(module, name, None) for name in names])
+    return model.requires_grad_(False)
+
+
+def _stack(layers: Sequence[nn.Module | None]) -> None:
+    """Compute these layers together, if all are there, have adapters and one scale."""
+    with_adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    if len(with_adapters) == len(layers) and len({layer.scale for layer in with_adapters}) == 1:
+        with_adapters[0].stack = Stack(with_adapters)
+
+
+# ---- merging
+
+
+@torch.no_grad()
+def merge(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name as they are with the adapters of `model` merged in: W + (α / r) B A, summed in fp32.
+
+    `weights` are those of `model`, without its adapters or with them, which are left out.
+    """
+    merged = {name: weight for name, weight in weights.items() if not is_adapter(name)}
+    for name, layer in adapted(model).items():
+        weight = merged[f"{name}.weight"]  # (out, in)
+        a = layer.lora_A.to(weight.device)
+        b = layer.lora_B.to(weight.device)
+        total = torch.addmm(weight.float(), b, a, alpha=layer.scale)
+        merged[f"{name}.weight"] = total.to("cpu", weight.dtype)
+    return merged

@@ -1,0 +1,1 @@
+"""Adapters' folders: read and written in PEFT's form."""
