@@ -279,11 +279,14 @@ class Trainer:
         self.max_skipped = max_skipped
         self.sft = sft
         self.ranks = ranks
-        self.device = suppressed.device
         self.lockstep = Lockstep(ranks, [model, reference])
         self.dummy = _dummy_episode(token=int((~suppressed).nonzero()[0]))
         self.skipped_in_a_row = 0
         self.longest_pack = 0  # tokens, in the last pass
+
+    @property
+    def device(self) -> torch.device:
+        return self.suppressed.device
 
     def step(self, mini_batches: Sequence[Sequence[Episode]], lr: float) -> dict[str, float]:
         """One optimizer update per mini-batch. Returns the step's metrics and counters, over all ranks.
