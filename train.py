@@ -20,7 +20,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
-from mmsr import evaluate, grpo
+from mmsr import evaluate, grpo, lora
 from mmsr.assemble import Setup, launch, open_imitation
 from mmsr.data.sampler import Sampler
 from mmsr.episode import TOOL_ERROR, Episode, Example
@@ -212,6 +212,8 @@ def make_trainer(setup: Setup) -> Trainer:
     if config.kl and config.algorithm == "grpo":
         if config.trains_adapters:
             reference = setup.model
+            if config.adapter:
+                lora.keep_as_reference(setup.model)
         else:
             ranks.print("Opening the reference of the KL term, a frozen copy of the model.")
             reference = open_reference(config, setup.folder, setup.dtype, ranks)

@@ -330,8 +330,10 @@ class Options:
                 changed.append(f"--{kebab(name)} (was {before.get(name)!r}, is {value!r})")
         if changed:
             advice = "give the same, or another --out"
-            if (folder / "model").is_dir():
-                toy = " --data toy" if self.data == "toy" else ""  # a --model alone means recipe blog
+            toy = " --data toy" if self.data == "toy" else ""  # a --model alone means recipe blog
+            if (folder / "adapter").is_dir():
+                advice += f" (and --adapter {folder}/adapter to start from what it learnt)"
+            elif (folder / "model").is_dir():
                 advice += f" (and --model {folder}/model{toy} to start from what it learnt)"
             raise UserError(f"--out {folder}: the run in it differs in {hidden(', '.join(changed))}: {advice}")
 

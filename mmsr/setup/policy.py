@@ -102,8 +102,6 @@ def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) 
     model = load_model(folder, dtype, stored, ranks, sharding(config, model.config, ranks), frozen)
     for name, (a, b, scale) in adapters.items():
         lora.add_adapter(model.get_submodule(name), a.to(ranks.device), b.to(ranks.device), scale)
-    if config.adapter:
-        lora.keep_as_reference(model)
     return model
 
 
