@@ -11,7 +11,7 @@ what devices exchange are small. The KL term needs no second model: its referenc
 
 Three forms of (11) give the same numbers, up to rounding:
 
-    plain     `LoRALinear.forward`: W x, then A x, then B times that is added. Training uses it.
+    plain     `LoRALinear.forward`: A x, then B times that with the bias, then W x is added. Training uses it.
     stacked   `Stack`: several layers with the same input, such as the projections to queries, keys and values, take
               their A in one product, and their B in one. Sampling uses it, where every kernel counts.
     merged    `merge`: W + (α / r) B A as one matrix, for programs that know nothing of adapters.
@@ -59,17 +59,20 @@ class LoRALinear(nn.Linear):
     scale: float  # α / r
     start: tuple[Tensor, Tensor] | None = None  # A and B of the KL reference; None: it has none
     as_reference = False  # whether the forward pass is that of the reference
-    stack: Stack | None = None  # where sampling computes several layers together
+    stack: Stack | None = None  # of this layer and others, or of this one alone: for sampling
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        y = F.linear(x, self.weight, self.bias)  # (N, out)
+        if self.stack is not None:
+            return self.stack(x)[0]
         adapter = self.start if self.as_reference else (self.lora_A, self.lora_B)
         if adapter is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
         a, b = adapter
         low = F.linear(x, a.to(x.dtype))  # (N, r)
-        return torch.addmm(y, low, b.to(x.dtype).T, alpha=self.scale)
+        # The larger term comes last: it is added in the product itself, so that the sum is rounded once.
+        change = F.linear(low, (self.scale * b).to(x.dtype), self.bias)  # (N, out)
+        return torch.addmm(change, x, self.weight.T)
 
 
 def add_adapter(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
@@ -200,29 +203,28 @@ def as_reference(model: AnyModule) -> Iterator[AnyModule]:
 
 
 class Stack:
-    """The adapters of n layers with the same input and scale, as two products instead of 2 n.
+    """n layers with the same input, whose adapters take two products instead of 2 n.
 
     The A of all layers are stacked to one matrix (Σ r, in). Their B stand on the diagonal of one (Σ out, Σ r) that is 0
     elsewhere, so each layer's output sees its own r numbers alone. The layers' outputs are the columns of one tensor.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear]):
+    def __init__(self, layers: Sequence[LoRALinear], dtype: torch.dtype):
+        self.weights = [layer.weight.T for layer in layers]  # (in, out) each
         self.widths = [layer.out_features for layer in layers]
-        self.scale = layers[0].scale
-        self.a = torch.cat([layer.lora_A.detach() for layer in layers])  # (Σ r, in)
-        self.b = torch.block_diag(*[layer.lora_B.detach() for layer in layers])  # (Σ out, Σ r)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None  # (Σ out,)
+        self.a = torch.cat([layer.lora_A.detach() for layer in layers]).to(dtype)  # (Σ r, in)
+        self.b = torch.block_diag(*[layer.scale * layer.lora_B for layer in layers]).to(dtype)  # (Σ out, Σ r)
 
-    def __call__(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-        """The outputs (N, out) of each layer for x (N, in)."""
-        out = x.new_empty(len(x), sum(self.widths))  # (N, Σ out)
-        parts = out.split(self.widths, 1)
-        for layer, part in zip(layers, parts):
-            if layer.bias is None:
-                torch.mm(x, layer.weight.T, out=part)
-            else:
-                torch.addmm(layer.bias, x, layer.weight.T, out=part)
-        out.addmm_(F.linear(x, self.a), self.b.T, alpha=self.scale)
-        return parts
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's output (N, out) for x (N, in)."""
+        low = F.linear(x, self.a)  # (N, Σ r)
+        together = F.linear(low, self.b, self.bias)  # (N, Σ out)
+        outputs = together.split(self.widths, 1)
+        for output, weight in zip(outputs, self.weights):
+            output.addmm_(x, weight)
+        return outputs
 
 
 @torch.no_grad()
@@ -239,18 +241,22 @@ def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> An
     weights = {name: weight.detach() for name, weight in whole.named_parameters() if not is_adapter(name)}
     model.load_state_dict(weights, assign=True)
     for name, layer in layers.items():
-        add_adapter(model.get_submodule(name), layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scale)
-    for module in model.modules():
-        for names in SAME_INPUT:
-            _stack([getattr(module, name, None) for name in names])
+        add_adapter(model.get_submodule(name), layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
+    _stack_layers(model, dtype)
     return model.requires_grad_(False)
 
 
-def _stack(layers: Sequence[nn.Module | None]) -> None:
-    """Compute these layers together, if all are there, have adapters and one scale."""
-    with_adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    if len(with_adapters) == len(layers) and len({layer.scale for layer in with_adapters}) == 1:
-        with_adapters[0].stack = Stack(with_adapters)
+def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every layer with an adapter a stack: together with those that have the same input, or alone."""
+    alone = set(adapted(model).values())
+    for module in model.modules():
+        for names in SAME_INPUT:
+            together = [getattr(module, name, None) for name in names]
+            if alone.issuperset(together):
+                together[0].stack = Stack(together, dtype)
+                alone.difference_update(together)
+    for layer in alone:
+        layer.stack = Stack([layer], dtype)
 
 
 # ---- merging

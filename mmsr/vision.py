@@ -204,12 +204,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def project(x: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
     """layer(x), (N, out), of each of some layers with the same input x (N, in).
 
-    A model that samples with adapters has a function that computes them together: `lora.Stack`.
+    A model that samples with adapters computes them together: `lora.Stack`.
     """
     stack = getattr(layers[0], "stack", None)
     if stack is None:
         return [layer(x) for layer in layers]
-    return stack(x, layers)
+    return stack(x)
 
 
 @fused
