@@ -212,7 +212,7 @@ class Stack:
     def __init__(self, layers: Sequence[LoRALinear], dtype: torch.dtype):
         self.weights = [layer.weight.T for layer in layers]  # (in, out) each
         self.widths = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]  # of all, or of none
         self.bias = torch.cat(biases) if biases else None  # (Σ out,)
         self.a = torch.cat([layer.lora_A.detach() for layer in layers]).to(dtype)  # (Σ r, in)
         self.b = torch.block_diag(*[layer.scale * layer.lora_B for layer in layers]).to(dtype)  # (Σ out, Σ r)
