@@ -11,14 +11,16 @@ what devices exchange are small. The KL term needs no second model: its referenc
 
 Three forms of (11) give the same numbers, up to rounding:
 
-    plain     `LoRALinear.forward`: W x, then A x, then B times that is added. Training uses it.
+    plain     `LoRALinear.forward`: A x, then B times that and the bias, and W x is added. Training uses it.
     stacked   `Stack`: several layers with the same input, such as the projections to queries, keys and values, take
               their A in one product, and their B in one. Sampling uses it, where every kernel counts.
     merged    `merge`: W + (α / r) B A as one matrix, for programs that know nothing of adapters.
 
-Sampling does not use merged weights: in bfloat16 a change smaller than half of the distance between two neighbours
-disappears in the sum, and the sampler's model would not be the one that is trained. A and B are kept in fp32 and
-rounded to the type of the computation where they are used, in training and sampling alike.
+What is small is computed first. A number of bfloat16 does not change if less than half of the distance to its
+neighbour is added. The first steps change layers by less than that, so added to a rounded W x they would be lost
+(docs/performance.md). Here W x is added to what the adapter gives, in the fp32 sums of the product, and the result is
+rounded once. In merged weights they are lost too, so sampling does not use them: the sampler's model is the one that is
+trained. A and B are kept in fp32 and rounded to the type of the computation where they are used.
 
 Shape letters: N packed tokens, r rank, n layers of a stack.
 """
@@ -63,13 +65,15 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        y = F.linear(x, self.weight, self.bias)  # (N, out)
         adapter = self.start if self.as_reference else (self.lora_A, self.lora_B)
         if adapter is None:
-            return y
+            return F.linear(x, self.weight, self.bias)
         a, b = adapter
+        if self.scale != 1:  # while sampling it is 1: `for_sampling` has multiplied B
+            b = self.scale * b
         low = F.linear(x, a.to(x.dtype))  # (N, r)
-        return torch.addmm(y, low, b.to(x.dtype).T, alpha=self.scale)
+        y = F.linear(low, b.to(x.dtype), self.bias)  # (N, out)
+        return y.addmm_(x, self.weight.T)
 
 
 def add_adapter(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
@@ -200,28 +204,34 @@ def as_reference(model: AnyModule) -> Iterator[AnyModule]:
 
 
 class Stack:
-    """The adapters of n layers with the same input and scale, as two products instead of 2 n.
+    """The adapters of n layers with the same input, as two products instead of 2 n.
 
     The A of all layers are stacked to one matrix (Σ r, in). Their B stand on the diagonal of one (Σ out, Σ r) that is 0
     elsewhere, so each layer's output sees its own r numbers alone. The layers' outputs are the columns of one tensor.
+    With `copy_weights` their W become one matrix too, and their products one, for the memory of a copy.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear]):
+    def __init__(self, layers: Sequence[LoRALinear], copy_weights: bool):
         self.widths = [layer.out_features for layer in layers]
-        self.scale = layers[0].scale
         self.a = torch.cat([layer.lora_A.detach() for layer in layers])  # (Σ r, in)
         self.b = torch.block_diag(*[layer.lora_B.detach() for layer in layers])  # (Σ out, Σ r)
+        self.bias: Tensor | None = None  # (Σ out,)
+        if layers[0].bias is not None:
+            self.bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.weight: Tensor | None = None  # (Σ out, in)
+        if copy_weights:
+            self.weight = torch.cat([layer.weight.detach() for layer in layers])
 
     def __call__(self, x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         """The outputs (N, out) of each layer for x (N, in)."""
-        out = x.new_empty(len(x), sum(self.widths))  # (N, Σ out)
+        low = F.linear(x, self.a)  # (N, Σ r)
+        out = F.linear(low, self.b, self.bias)  # (N, Σ out)
         parts = out.split(self.widths, 1)
+        if self.weight is not None:
+            out.addmm_(x, self.weight.T)
+            return parts
         for layer, part in zip(layers, parts):
-            if layer.bias is None:
-                torch.mm(x, layer.weight.T, out=part)
-            else:
-                torch.addmm(layer.bias, x, layer.weight.T, out=part)
-        out.addmm_(F.linear(x, self.a), self.b.T, alpha=self.scale)
+            part.addmm_(x, layer.weight.T)
         return parts
 
 
@@ -229,7 +239,8 @@ class Stack:
 def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> AnyModule:
     """A model that samples with the adapters of `trained`, rounded to `dtype` as training rounds them.
 
-    It shares the weights of `whole`, which may be `trained` itself. Without adapters it is `whole`.
+    It shares the weights of `whole`, which may be `trained` itself, but for copies of those that project to queries,
+    keys and values: 7 % of the decoder. Without adapters it is `whole`.
     """
     layers = adapted(trained)
     if not layers:
@@ -239,18 +250,20 @@ def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> An
     weights = {name: weight.detach() for name, weight in whole.named_parameters() if not is_adapter(name)}
     model.load_state_dict(weights, assign=True)
     for name, layer in layers.items():
-        add_adapter(model.get_submodule(name), layer.lora_A.to(dtype), layer.lora_B.to(dtype), layer.scale)
+        b = layer.scale * layer.lora_B
+        add_adapter(model.get_submodule(name), layer.lora_A.to(dtype), b.to(dtype), scale=1.0)
     for module in model.modules():
         for names in SAME_INPUT:
-            _stack([getattr(module, name, None) for name in names])
+            same_input = [getattr(module, name, None) for name in names]
+            _stack(same_input, copy_weights="q_proj" in names)  # those of an MLP are most of a model
     return model.requires_grad_(False)
 
 
-def _stack(layers: Sequence[nn.Module | None]) -> None:
-    """Compute these layers together, if all are there, have adapters and one scale."""
+def _stack(layers: Sequence[nn.Module | None], copy_weights: bool) -> None:
+    """Compute these layers together, if all are there and have adapters."""
     with_adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    if len(with_adapters) == len(layers) and len({layer.scale for layer in with_adapters}) == 1:
-        with_adapters[0].stack = Stack(with_adapters)
+    if len(with_adapters) == len(layers):
+        with_adapters[0].stack = Stack(with_adapters, copy_weights)
 
 
 # ---- merging
