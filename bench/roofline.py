@@ -728,12 +728,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pass", dest="kind", choices=KINDS, help="one kind of pass only")
     parser.add_argument("--lora", type=int, default=LORA, metavar="R", help=f"rank of the adapters ({LORA}); 0: none")
     parser.add_argument("--unfused", action="store_true", help="as without torch.compile")
+    parser.add_argument("--unstacked", action="store_true", help="decode as by `LoRALinear.forward`, layer by layer")
     parser.add_argument("--ops", action="store_true", help=f"the {OPS} kernels that take most of each pass")
     options = parser.parse_args(argv)
     shapes = {name: config for name, config in SHAPES.items() if options.shape in (None, name)}
     cards = {name: card for name, card in CARDS.items() if options.card in (None, name)}
     wanted = [kind for kind in KINDS if options.kind in (None, kind)]
-    with patch(f"{__name__}.FUSED", TORCHS if options.unfused else FUSED):
+    with ExitStack() as patches:
+        if options.unfused:
+            patches.enter_context(patch(f"{__name__}.FUSED", TORCHS))
+        if options.unstacked:
+            patches.enter_context(patch.object(lora, "SAME_INPUT", ()))
         print(report(shapes, cards, Sizes(), wanted, options.lora, options.ops))
 
 
