@@ -41,7 +41,7 @@ be shorter. Then there are two phases, in the same memory:
 
 When only parked sequences are left, `_resume_parked` divides the memory into fewer slots, each with room for the
 longest conversation. There they continue, as if their tokens so far had been forced. This is vLLM's preemption by
-recomputation, at most once a sequence. The room of the slots changes no token.
+recomputation, at most once a sequence. Like the number of slots, their room changes no token but by rounding.
 
 All that changes with every token is in tensors on the device. The host waits for the device once a decode step, to see
 whose turn is over, and does no work per token. On CUDA it launches the step as one graph (graphs.py).
@@ -212,7 +212,7 @@ class Cache:
     """Keys and values of every layer: `prefix` rows (R, P, K, D) and `suffix` slots (S, L, K, D); and which are free.
 
     It has its full size from the beginning: CUDA graphs know its addresses, and what does not fit should fail at once
-    and not hours into a run. `divide` makes its `places` slots, more or longer ones.
+    and not hours into a run. `divide` makes slots of its `places`, and may do so again.
     """
 
     def __init__(self, config: ModelConfig, rows: int, prompt_room: int, places: int, device, dtype):
@@ -548,7 +548,7 @@ class Engine:
         parked = self.parked
         self.parked = {}
         group_size = max(len(sequences) for sequences in parked.values())
-        self.graphs = Graphs(self.graphs.on)  # captured graphs know the old slots
+        self.graphs = Graphs(self.graphs.on)  # what was captured knows the old slots
         self._divide(*self.long_slots, group_size)
         for group, sequences in parked.items():
             for sequence in sequences:
