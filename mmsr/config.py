@@ -154,7 +154,7 @@ class Options:
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     adapter: str = ""
-    """Folder of a LoRA adapter of --model, in PEFT's form: it is used, and in training trained further."""
+    """LoRA adapter of --model in PEFT's form, a folder or a hub id: it is used, and in training trained further."""
     data: str = "toy"
     """toy, a .parquet, .jsonl, .json or .csv file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""

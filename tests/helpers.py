@@ -15,8 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmsr import lora
 from mmsr.attention import Packed
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.pretrained.adapter import base_digest, write_adapter
+from mmsr.pretrained.load import skeleton
 from mmsr.system.errors import UserError
 from mmsr.vision import PATCH, Image, VisionConfig, patchify
 
@@ -82,6 +85,23 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=0.2 if parameter.ndim == 1 else 0.1)
     return model
+
+
+def add_random_adapters(model: nn.Module, *targets: str, rank: int = 2, alpha: float = 8.0) -> nn.Module:
+    """Give the layers that --lora-targets names adapters that change what the model computes."""
+    layers = lora.linear_layers(model)
+    for name in lora.targeted(layers, targets):
+        a, _ = lora.initial(layers[name], name, rank, seed=0)
+        b = lora.initial(nn.Linear(rank, layers[name].out_features), name, layers[name].out_features, seed=1)[0]
+        lora.add_adapter(layers[name], a, b / 4, alpha / rank)
+    return model
+
+
+def random_adapter(folder: Path, base: Path, *targets: str, base_named: str = "") -> Path:
+    """`folder`, with an adapter for the model in the folder `base`."""
+    model = add_random_adapters(skeleton(base), *targets)
+    write_adapter(folder, lora.adapted(model), base_named or str(base), base_digest(base))
+    return folder
 
 
 def hf_twin(model: Qwen2_5_VL):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import documented, edit_json, picture_bytes
+from helpers import documented, edit_json, picture_bytes, random_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 import train
@@ -25,8 +25,11 @@ from mmsr.config import Config, parse
 from mmsr.disk import TOKENIZER, disk_needed
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
+from mmsr.lora import linear_layers
+from mmsr.pretrained.adapter import base_digest, read_adapter
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.load import load
+from mmsr.pretrained.load import load, skeleton
+from mmsr.pretrained.save import save
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
@@ -750,7 +753,51 @@ def test_model_with_weights_that_are_no_numbers(capsys, spoilt, tmp_path):
 def test_model_that_is_an_adapter(capsys, tmp_path):
     """As they are saved: with neither config.json nor tokenizer."""
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}')
-    refused(capsys, tmp_path, tmp_path / "out", "an adapter of Qwen/Qwen2.5-VL-7B-Instruct")
+    said = "an adapter of Qwen/Qwen2.5-VL-7B-Instruct, not a model: give it as --adapter DIR, with its base as --model"
+    refused(capsys, tmp_path, tmp_path / "out", said)
+
+
+def test_adapter_of_another_base_or_none(capsys, miniature, spoilt, tmp_path):
+    adapter = random_adapter(tmp_path / "run" / "adapter", miniature, "q_proj")
+    for given, said in (
+        (tmp_path / "run", f"no adapter's folder, but {adapter} is: give that"),
+        (miniature, "holds a whole model, no adapter: give it as --model, without --adapter"),
+        (tmp_path / "none", "--adapter {}: there is no such folder; give one, or a hub id".format(tmp_path / "none")),
+    ):
+        refused(capsys, miniature, tmp_path / "out", said, adapter=given)
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 1e-6
+    save_file(weights, spoilt / "model.safetensors")
+    said = f"its base is {miniature}, and {spoilt} has other weights: give {miniature} as --model"
+    refused(capsys, spoilt, tmp_path / "out", said, adapter=adapter)
+    save(tiny_model(), tmp_path / "tiny")
+    other = random_adapter(tmp_path / "other", tmp_path / "tiny")
+    said = f"it belongs to another model: give its base, {tmp_path / 'tiny'}"
+    refused(capsys, miniature, tmp_path / "out", said, adapter=other)
+    edit_json(adapter / "adapter_config.json", use_dora=True)
+    refused(capsys, miniature, tmp_path / "out", "use_dora makes it DoRA, and only plain LoRA", adapter=adapter)
+
+
+def test_run_with_adapter_loses_its_base_or_goes_on_with_another_adapter(capsys, miniature, tmp_path):
+    adapter = random_adapter(tmp_path / "first", miniature, "q_proj", "vision.qkv", base_named="someone/base")
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights)  # as PEFT writes it: without a digest of the base
+    edit_json(adapter / "adapter_config.json", lora_dropout=0.1)
+    small = dict(questions=2, mini_batch=2, steps=1, resume=True, adapter=adapter, save_every=1)
+    out = tmp_path / "out"
+    train.main(arguments(miniature, out, **small))
+    said = capsys.readouterr().out
+    assert f"it names someone/base as its base; whether {miniature} has the same weights cannot be checked.\n" in said
+    assert "has lora_dropout 0.1: nothing is dropped here.\n" in said
+    written = read_adapter(out / "adapter", linear_layers(skeleton(miniature)))
+    assert written.settings.base == str(miniature) and written.digest == base_digest(miniature)
+    assert len(written.layers) == len(tensors) / 2 and not (out / "model").exists()
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    said = ended_with(capsys, arguments(miniature, out, **small))
+    assert f"--adapter {adapter}/adapter_model.safetensors has changed since the run in it began" in said
+    train.open_setup(parse(arguments(miniature, tmp_path / "second", **small | {"adapter": out / "adapter"})))
+    assert "cannot be checked" not in capsys.readouterr().out, "its own adapter knows its base"
 
 
 def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tmp_path):
