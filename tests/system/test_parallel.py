@@ -16,11 +16,13 @@ import pytest
 import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
-from helpers import SGD, conversation, report, tiny_config, tiny_model
+from helpers import SGD, conversation, report, tiny_config, tiny_model, with_adapters
 from test_update import EXAMPLE, SUPPRESSED, made, relative
 from torch.distributed.fsdp import FSDPModule
 
+from mmsr import lora
 from mmsr.episode import Episode
+from mmsr.model import Qwen2_5_VL
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save, save_weights
 from mmsr.setup.policy import load_model
@@ -297,6 +299,101 @@ def test_shards_used_in_bf16_are_fp32_masters(pair):
     moved = sum((main[name] != before[name]).sum().item() for name in before)
     apart = max((main[name].float() - alone[name].float()).abs().max().item() for name in before)
     assert moved > 1000 and apart < 0.02
+
+
+# ---- adapters, whole on every rank or beside sharded weights
+
+FORMS = ("none", "node")  # of the frozen weights
+BOTH = ("decoder", "vision")
+
+
+def beside(ranks: Ranks, across: str, targets=(), dtype=torch.float32) -> Qwen2_5_VL:
+    """A model with adapters. Its frozen weights are whole on every rank, or sharded."""
+    model = tiny_model(1).to(dtype).requires_grad_(False)  # before it is sharded: FSDP looks once
+    if across != "none":
+        model = shard(model, ranks, dtype, across)
+    return with_adapters(model, targets)
+
+
+def adapter_trainer(ranks: Ranks, across: str, targets=(), **options) -> Trainer:
+    model = beside(ranks, across, targets)
+    options = {"max_grad_norm": 1e9, "micro_tokens": 60, "kl": 0.3, "reference": model} | options
+    options["features"] = None if lora.trains_tower(model) else {}
+    return Trainer(model, SGD(model), SUPPRESSED, ranks=ranks, **options)
+
+
+def adapter_gradient(ranks: Ranks, across: str, targets, assignment: str):
+    """Gradients of an update, and metrics."""
+    trainer = adapter_trainer(ranks, across, targets)
+    kept = {}
+    trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
+    metrics = trainer.step([local_episodes(ranks, assignment)], 0.1)
+    return kept, metrics
+
+
+DEALT = [("none", BOTH, "one rank has text only"), ("node", BOTH, "one rank has text only"), ("node", (), "even")]
+SLOW = [
+    pytest.param(across, targets, assignment, marks=pytest.mark.slow)
+    for across in FORMS
+    for targets in ((), ("vision",), BOTH)
+    for assignment in ASSIGNMENTS
+    if assignment != "four" and (across, targets, assignment) not in DEALT
+]
+
+
+@pytest.mark.parametrize("across, targets, assignment", [*DEALT, *SLOW], ids=str)
+def test_gradient_of_adapters_depends_on_how_episodes_are_dealt(pair, across, targets, assignment, record_property):
+    alone, metrics = on_one(adapter_gradient, across, targets, assignment)
+    assert alone and all(lora.is_adapter(name) for name in alone)
+    for found, other in pair(adapter_gradient, across, targets, assignment):
+        difference = relative(found, alone)
+        report(record_property, f"gradient of adapters {targets}, {assignment}, {across}", difference)
+        assert difference < 1e-5
+        for key in ("loss", "kl", "entropy", "logp_gap", "logp_gap_max", "grad_norm", "encoded", "trained_unique"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+
+
+def adapters_after_running_out(ranks: Ranks, across: str, place: str, failing: int, n: int, targets=(), tokens=120):
+    """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
+    trainer = adapter_trainer(ranks, across, targets, micro_tokens=tokens)
+    trainer.step([[]], 0.0)  # the dry run
+    fail_in(trainer, place, Once(n if ranks.rank == failing else 0, torch.OutOfMemoryError))
+    kept = []
+    trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
+    for _ in range(2):
+        trainer.step([local_episodes(ranks, "even")], 0.0)
+    return kept, trainer.micro_tokens
+
+
+@needs_restart
+@pytest.mark.parametrize(
+    "across, place, failing, n",
+    [
+        ("none", "forward", 1, 2),
+        ("none", "vision forward", 1, 1),
+        ("node", "backward", 0, 1),
+        ("node", "vision forward", 1, 1),
+    ],
+)
+def test_a_rank_with_adapters_that_runs_out_of_memory_leaves_the_other_waiting(pair, across, place, failing, n):
+    wanted, _ = on_one(adapter_gradient, across, (), "even")
+    if "vision" in place:
+        for message in pair(message_of_adapters_running_out, across):
+            assert "rank 1 ran out of memory in its vision pass" in message
+        return
+    for kept, tokens in pair(adapters_after_running_out, across, place, failing, n):
+        assert tokens < 120 and len(kept) == 2
+        assert max(relative(found, wanted) for found in kept) < 1e-5
+
+
+def message_of_adapters_running_out(ranks: Ranks, across: str) -> str:
+    """Features are not known, as where turns are imitated and nothing is sampled."""
+    trainer = adapter_trainer(ranks, across)
+    trainer.step([[e for e in local_episodes(ranks, "even") if e.group_id > 2]], 0.0)  # no picture on any rank
+    fail_in(trainer, "vision forward", Once(int(ranks.rank == 1), torch.OutOfMemoryError))
+    with pytest.raises(UserError) as error:
+        trainer.step([local_episodes(ranks, "even")], 0.0)
+    return str(error.value)
 
 
 # ---- generation and weights
