@@ -17,7 +17,7 @@ import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
 from helpers import SGD, conversation, report, tiny_config, tiny_model, with_adapters
-from test_update import EXAMPLE, SUPPRESSED, made, relative
+from test_update import EXAMPLE, SUPPRESSED, TowerPasses, frozen, made, relative
 from torch.distributed.fsdp import FSDPModule
 
 from mmsr import lora
@@ -394,6 +394,79 @@ def message_of_adapters_running_out(ranks: Ranks, across: str) -> str:
     with pytest.raises(UserError) as error:
         trainer.step([local_episodes(ranks, "even")], 0.0)
     return str(error.value)
+
+
+def adapters_after_updates(ranks: Ranks, across: str, assignment: str):
+    """Whole weights after two updates by the optimizer that train.py uses, and the step's metrics."""
+    model = beside(ranks, across)
+    options = dict(kl=0.3, reference=model, features={}, micro_tokens=60, max_grad_norm=0.5)
+    trainer = Trainer(model, MasterWeights(model, weight_decay=0.0), SUPPRESSED, ranks=ranks, **options)
+    episodes = local_episodes(ranks, assignment)
+    first = [e for e in episodes if e.group_id < 2]
+    second = [e for e in episodes if e.group_id >= 2]
+    metrics = trainer.step([first, second], 1e-3)
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return adapters, full_state_dict(model, ranks, torch.float32), metrics
+
+
+@pytest.mark.parametrize("across", FORMS)
+def test_adapters_part_from_rank_to_rank_or_from_one_process(pair, across, record_property):
+    alone, weights, metrics = on_one(adapters_after_updates, across, "one rank has text only")
+    (first, whole, told), (second, _, told_) = pair(adapters_after_updates, across, "one rank has text only")
+    assert all(torch.equal(first[name], second[name]) for name in alone), "to the bit, or they drift apart"
+    difference = max((first[name] - alone[name]).abs().max().item() for name in alone)
+    report(record_property, f"adapters after two updates of AdamW at rate 1e-3, {across}", difference)
+    assert difference < 5e-5 and first.keys() == second.keys() == alone.keys()
+    before = with_adapters(tiny_model(1)).state_dict()
+    for name, weight in whole.items():
+        assert torch.equal(weight, before[name]) != lora.is_adapter(name), name
+        assert torch.allclose(weight, weights[name], atol=5e-5)
+    assert told == told_ == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+
+
+def frozen_parts(ranks: Ranks, parts: list[str], assignment: str):
+    """Whole weights after two updates in which parts are not trained, metrics, and what the tower did."""
+    model = frozen(parts)
+    model = shard(model, ranks, torch.float32, "node")
+    features = None if lora.trains_tower(model) else {}
+    reference = sharded(ranks, 1).requires_grad_(False)
+    options = dict(kl=0.3, reference=reference, features=features, micro_tokens=60, max_grad_norm=1e9)
+    trainer = Trainer(model, SGD(model), SUPPRESSED, ranks=ranks, **options)
+    trainer.step([[]], 0.0)
+    passes = TowerPasses(model)
+    episodes = local_episodes(ranks, assignment)
+    first = [e for e in episodes if e.group_id in (0, 3)]
+    second = [e for e in episodes if e.group_id not in (0, 3)]
+    metrics = trainer.step([first, second], 0.05)
+    return full_state_dict(model, ranks, torch.float32), metrics, passes.backward, len(set(passes.seen))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["vision"],
+        pytest.param(["decoder"], marks=pytest.mark.slow),
+        pytest.param(["embedding", "model.layers.0"], marks=pytest.mark.slow),
+        pytest.param(["head", "merger"], marks=pytest.mark.slow),
+        pytest.param(["model", "head"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("assignment", ["one rank has text only"])
+def test_frozen_parts_move_or_differ_from_one_process(pair, parts, assignment, record_property):
+    alone, metrics, backward, _ = on_one(frozen_parts, parts, assignment)
+    (whole, told, backward_, encoded), (_, told_, _, encoded_) = pair(frozen_parts, parts, assignment)
+    before = tiny_model(1).state_dict()
+    names = lora.frozen(before, parts)
+    for name, weight in whole.items():
+        assert torch.equal(weight, before[name]) == (name in names), name
+    difference = max((whole[name] - alone[name]).abs().max().item() for name in whole)
+    report(record_property, f"weights after two updates, {parts} frozen", difference)
+    assert difference < 1e-5
+    assert told == told_ == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    if parts == ["vision"]:
+        assert not backward and not backward_, "a backward pass of the tower"
+        assert told["encoded"] == metrics["encoded"]
 
 
 # ---- generation and weights
