@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +18,18 @@ import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
 from helpers import SGD, conversation, report, tiny_config, tiny_model, with_adapters
+from safetensors.torch import load_file
 from test_update import EXAMPLE, SUPPRESSED, TowerPasses, frozen, made, relative
 from torch.distributed.fsdp import FSDPModule
 
-from mmsr import lora
+import train as train_program
+from mmsr import lora, reward
+from mmsr.config import Config, parse
 from mmsr.episode import Episode
 from mmsr.model import Qwen2_5_VL
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save, save_weights
-from mmsr.setup.policy import load_model
+from mmsr.setup.policy import load_model, open_model
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import OtherRankFailed, Ranks, balanced_partition, full_state_dict, shard, unsharded
@@ -239,6 +243,29 @@ def test_passes_are_always_the_same_row_of_collectives(pair):
     """What a rank that runs out of memory counts on: empty passes and full ones, after generation, text alone."""
     first, second = pair(rows_of_some_updates)
     assert first == second and len(first) == 5
+    assert {name: len(rows) for name, rows in first.items()} == dict.fromkeys(first, 1)
+
+
+def rows_of_updates_with_adapters(ranks: Ranks, targets) -> dict[str, set]:
+    trainer = adapter_trainer(ranks, "node", targets)
+    trainer.lockstep.recorded = Heard()
+    for assignment in ("even", "one rank has text only", "one rank has nothing"):
+        with unsharded(trainer.model) as whole:
+            sampler = lora.for_sampling(whole, trainer.model, torch.float32)
+            test_engine.run(sampler, test_engine.groups(1 + ranks.rank, 2))
+            del sampler, whole
+        episodes = local_episodes(ranks, assignment)
+        first = [e for e in episodes if e.group_id < 2]
+        second = [e for e in episodes if e.group_id >= 2]
+        trainer.step([first, second], 0.1)
+    return dict(trainer.lockstep.recorded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [(), ("vision",), ("vision", "model.layers.1")], ids=str)
+def test_passes_with_adapters_are_not_always_the_same_row_of_collectives(pair, targets):
+    first, second = pair(rows_of_updates_with_adapters, targets)
+    assert first == second and len(first) == (5 if targets else 4)
     assert {name: len(rows) for name, rows in first.items()} == dict.fromkeys(first, 1)
 
 
@@ -841,6 +868,66 @@ def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder,
     assert "Resumed after step" in said[0][0]
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert read(out) == read(whole)
+
+
+def adapter_run(ranks: Ranks, folder: str, out: str, *more: str) -> None:
+    """Two steps of train.py with adapters. The odd samples of a group are right."""
+    given = ["--recipe", "toy", "--toy", "basic", "--model", folder, "--out", out, "--steps", "2", "--eval-size", "2"]
+    given += ["--questions", "6", "--mini-batch", "3", "--group-size", "4", "--lora", "8", "--save-every", "1", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "answer_score", lambda episode, rule: float(episode.sample % 2))
+        train_program.train(parse(given), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", FORMS)
+def test_a_run_with_adapters_on_two_ranks_is_another_or_resumes_to_other_bits(pair, folder, tmp_path, across):
+    names = ("alone", "whole", "again")
+    alone, whole, again = (tmp_path / name for name in names)
+    on_one(adapter_run, str(folder), str(alone))
+    pair(adapter_run, str(folder), str(whole), "--shard", across)
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(alone), read(whole)
+    for one, two in zip(metrics, metrics_2, strict=True):
+        numbers = {key for key, value in one.items() if isinstance(value, float)}
+        assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
+        assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 48
+    adapters = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (alone, whole)]
+    assert max((adapters[0][name] - adapters[1][name]).abs().max().item() for name in adapters[0]) < 1e-4
+    assert any(tensor.any() for name, tensor in adapters[1].items() if "lora_B" in name)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-000002")
+    pair(adapter_run, str(folder), str(again), "--shard", across, "--resume")
+    assert read(again) == read(whole)
+    resumed = load_file(again / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], adapters[1][name]) for name in resumed)
+
+
+def opened_with_adapters(ranks: Ranks, folder: str, across: str):
+    """The types of what is frozen and trained, bytes of the frozen weights here, and the adapters' values."""
+    config = Config(model=folder, lora=4, shard=across, dtype="bfloat16")
+    model = open_model(config, Path(folder), torch.bfloat16, ranks)
+    kept = [p for p in model.parameters() if not p.requires_grad]
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    local = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in kept)
+    weights = {
+        name: p for name, p in full_state_dict(model, ranks, torch.bfloat16).items() if not lora.is_adapter(name)
+    }
+    return {p.dtype for p in kept}, {p.dtype for p in adapters.values()}, local, adapters, weights
+
+
+@pytest.mark.parametrize("across", FORMS)
+def test_frozen_weights_are_kept_in_fp32_or_adapters_begin_apart(pair, across, tmp_path):
+    model = tiny_model(3).bfloat16()
+    save(model, tmp_path)
+    whole = sum(p.nbytes for p in model.parameters())
+    alone = on_one(opened_with_adapters, str(tmp_path), across)
+    for kept_as, trained, local, adapters, weights in [alone, *pair(opened_with_adapters, str(tmp_path), across)]:
+        assert kept_as == {torch.bfloat16} and trained == {torch.float32}
+        assert adapters.keys() == alone[3].keys() and all(lora.is_adapter(name) for name in adapters)
+        assert all(torch.equal(adapters[name], alone[3][name]) for name in adapters)
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items() if weights)
+        assert local == whole or across == "node" and local < 0.6 * whole
 
 
 def test_without_proc_another_process_with_a_ranks_id_is_killed(monkeypatch):
