@@ -497,6 +497,8 @@ class Config(Options):
     def _check_adapters(self) -> None:
         if self.lora and self.adapter:
             raise UserError("--lora and --adapter: the adapter has its own rank; leave --lora out")
+        if self.adapter and self.freeze:
+            raise UserError("--adapter and --freeze: the adapter is trained, all of it; leave --freeze out")
         if self.shard == "none" and not self.trains_adapters:
             raise UserError("--shard none: weights that are trained are sharded; leave it out, or train --lora R")
         for name, usual in (("lora_alpha", 32.0), ("lora_targets", ()), ("merge", False)):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,19 +88,33 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
     return model
 
 
-def add_random_adapters(model: nn.Module, *targets: str, rank: int = 2, alpha: float = 8.0) -> nn.Module:
-    """Give the layers that --lora-targets names adapters that change what the model computes."""
+def with_adapters(
+    model: Qwen2_5_VL,
+    targets: Sequence[str] = (),
+    rank: int = 4,
+    alpha: float = 8.0,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Qwen2_5_VL:
+    """The model with adapters, their B not zero, and all else frozen. `ranks`, `alphas`: by the last part of a name."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
     layers = lora.linear_layers(model)
     for name in lora.targeted(layers, targets):
-        a, _ = lora.initial(layers[name], name, rank, seed=0)
-        b = lora.initial(nn.Linear(rank, layers[name].out_features), name, layers[name].out_features, seed=1)[0]
-        lora.add_adapter(layers[name], a, b / 4, alpha / rank)
+        last = name.rpartition(".")[2]
+        r = (ranks or {}).get(last, rank)
+        a, b = lora.initial(layers[name], name, r, seed)
+        b.normal_(0, 0.05, generator=generator)
+        place = layers[name].weight.device
+        place = torch.device("cpu") if place.type == "meta" else place
+        lora.add_adapter(layers[name], a.to(place), b.to(place), (alphas or {}).get(last, alpha) / r)
     return model
 
 
 def random_adapter(folder: Path, base: Path, *targets: str, base_named: str = "") -> Path:
     """`folder`, with an adapter for the model in the folder `base`."""
-    model = add_random_adapters(skeleton(base), *targets)
+    model = with_adapters(skeleton(base), targets)
     write_adapter(folder, lora.adapted(model), base_named or str(base), base_digest(base))
     return folder
 
@@ -111,6 +126,8 @@ def hf_twin(model: Qwen2_5_VL):
     twin = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.to_dict())).float().eval()
     weights = {}
     for name, value in model.state_dict().items():
+        if lora.is_adapter(name):
+            continue
         renamed = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
         weights["model." + name if name.startswith("visual.") else renamed] = value.clone()
     unset = twin.load_state_dict(weights, strict=False)

@@ -146,7 +146,7 @@ def open_adapters(
     if not (isinstance(config, Config) and config.lora):
         return {}
     fresh = {}
-    parts = lora.frozen([f"{name}.weight" for name in layers], config.freeze)
+    parts = lora.frozen([name for name, _ in model.named_parameters()], config.freeze)
     for name in lora.targeted(layers, config.lora_targets):
         if f"{name}.weight" not in parts:
             a, b = lora.initial(layers[name], name, config.lora, config.seed)

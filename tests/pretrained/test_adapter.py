@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    add_random_adapters,
     conversation,
     edit_json,
     hf_logits,
@@ -22,6 +21,7 @@ from helpers import (
     refused,
     report,
     tiny_model,
+    with_adapters,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,7 +76,7 @@ def test_peft_adapts_other_layers_than_ours_or_computes_something_else(which, tm
     peft = pytest.importorskip("peft")
     model = tiny_model()
     for i, targets in enumerate(TARGETS[which]):
-        add_random_adapters(model, *targets, rank=2 + i, alpha=(8.0, 5.5, 32.0)[i])
+        with_adapters(model, targets, rank=2 + i, alpha=(8.0, 5.5, 32.0)[i])
     write_adapter(tmp_path, lora.adapted(model), "Qwen/Qwen2.5-VL-7B-Instruct", "digest")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of keys that are missing, of patterns that match nothing
@@ -130,7 +130,7 @@ def test_an_adapter_of_peft_computes_something_else(which, names, tmp_path, reco
 
 
 def test_half_precision_tensors_are_cast_wrongly_or_stay_views_of_the_file(tmp_path):
-    model = add_random_adapters(tiny_model(), "q_proj")
+    model = with_adapters(tiny_model(), ("q_proj",))
     write_adapter(tmp_path, lora.adapted(model), "", "")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(tmp_path / WEIGHTS).items()}
@@ -150,7 +150,7 @@ def test_half_precision_tensors_are_cast_wrongly_or_stay_views_of_the_file(tmp_p
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """An adapter of all of the decoder."""
-    write_adapter(tmp_path / "adapter", lora.adapted(add_random_adapters(tiny_model())), "someone/base", "digest")
+    write_adapter(tmp_path / "adapter", lora.adapted(with_adapters(tiny_model())), "someone/base", "digest")
     return tmp_path / "adapter"
 
 
@@ -309,7 +309,7 @@ def test_what_is_not_used_of_an_adapter_is_not_said(folder):
 def test_a_killed_save_leaves_two_files_that_do_not_belong_together(same, dies, folder, monkeypatch):
     layers = lora.linear_layers(tiny_model())
     before = read_adapter(folder, layers)
-    model = add_random_adapters(tiny_model(), rank=2 if same else 3)
+    model = with_adapters(tiny_model(), rank=2 if same else 3)
     for layer in lora.adapted(model).values():
         layer.lora_B.data.fill_(7)
     writes = []
@@ -370,7 +370,7 @@ def test_another_base_has_the_same_digest(base, tmp_path):
     """Another seed, one with one adapter merged, with one norm changed by a step, and with a head of its own."""
     model = tiny_model(tie_word_embeddings=True)
     digests = [base_digest(base)]
-    adapted = add_random_adapters(tiny_model(tie_word_embeddings=True), "model.layers.1.mlp.up_proj", rank=1)
+    adapted = with_adapters(tiny_model(tie_word_embeddings=True), ("model.layers.1.mlp.up_proj",), rank=1)
     merged = lora.merge(adapted.state_dict(), adapted)
     stepped = model.state_dict() | {"model.norm.weight": model.model.norm.weight.detach() + 1e-6}
     other = tiny_model(1, tie_word_embeddings=True).state_dict()

@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SEARCHES, add_random_adapters, in_threads, picture_bytes, random_adapter, tiny_model
+from helpers import SEARCHES, in_threads, picture_bytes, random_adapter, tiny_model, with_adapters
 from picture_files import SECRET, private, turned
 from safetensors.torch import load_file, save_file
 
@@ -489,7 +489,7 @@ def test_an_adapter_of_the_tower_is_left_out_or_not_told_from_the_tower_alone(tm
     local = Local(tmp_path / "i")
     assert local.encoder.name == f"tower:{tmp_path / 'policy'} --adapter {adapter}" and not capsys.readouterr().err
     with torch.no_grad():
-        policy = add_random_adapters(tiny_model(), "q_proj", "vision")
+        policy = with_adapters(tiny_model(), ("q_proj", "vision"))
         mean = policy.visual([prepare(scene(3), "", MIN_PIXELS, 448 * 448)]).mean(0)
     (vector,) = local.encoder.encode([scene(3)])
     (without,) = open_encoder(f"tower:{tmp_path / 'policy'}").encode([scene(3)])
