@@ -53,6 +53,7 @@ _PAPER: dict[str, Any] = {
     # The machine.
     "micro_tokens": 16384,
     "slots": 64,
+    "slot_tokens": 2048,
     "recompute": True,
     "deterministic": False,
     "eval_every": 0,
@@ -85,6 +86,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "turn_tokens": 32,
         "micro_tokens": 32768,
         "slots": 256,
+        "slot_tokens": 0,
         "deterministic": True,
         "eval_every": 0,
     },
@@ -125,7 +127,7 @@ TOY: dict[str, dict[str, Any]] = {
 LORA_LR = 10
 
 # What a resumed run may change in addition where equal bits are not promised.
-RESUME_UNDETERMINED = {"device", "slots", "micro_tokens", "shard"}
+RESUME_UNDETERMINED = {"device", "slots", "slot_tokens", "micro_tokens", "shard"}
 
 # Those that say how a search engine is opened: search.py has them too.
 SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache", "budget")
@@ -217,6 +219,8 @@ class Options:
     # ---- machine
     slots: int = 256
     """Conversations decoded at once; what does not fit waits for a free slot."""
+    slot_tokens: int = 0
+    """Tokens after the prompt that a slot has room for, 0: the most of --max-tokens. Longer ones are finished last."""
     micro_tokens: int = 32768
     """Packed tokens per forward and backward pass; halved where memory runs out."""
     device: str = ""
@@ -244,6 +248,7 @@ class Options:
         "max_turns": (1, _MANY),
         "turn_tokens": (1, _MANY),
         "slots": (1, _MANY),
+        "slot_tokens": (0, _MANY),
         "micro_tokens": (1, _MANY),
         "timeout": (1, _MANY),
         "tool_timeout": (1, _MANY),

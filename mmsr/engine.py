@@ -183,6 +183,16 @@ def prefix_rows(prompts: int, slots: int, smallest_group: int) -> int:
     return min(prompts, slots, 2 * math.ceil(slots / smallest_group) + 1)
 
 
+def slot_layout(slots: int, slot_tokens: int, longest: int) -> tuple[int, int, int]:
+    """How `slots` conversations share the cache: (slots, room of a slot, long slots that the same memory makes later).
+
+    `longest`: the room that the longest conversation needs; a slot has that of `slot_tokens` if it is less and not 0.
+    All in tokens. There is at least one long slot, so the cache has max(slots * room, long slots * `longest`) places.
+    """
+    room = min(slot_tokens or longest, longest)
+    return slots, room, max(1, slots * room // longest)
+
+
 class Cache:
     """Keys and values of every layer: `prefix` rows (R, P, K, D) and `suffix` slots (S, L, K, D); and which are free.
 
