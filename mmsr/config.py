@@ -281,7 +281,7 @@ class Options:
 
     def _check_addresses(self) -> None:
         """Refuse passwords and keys: options are written to config.json, checkpoints, the report and trackers."""
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else [value]
             for text in texts:
                 if not isinstance(text, str):
@@ -497,6 +497,8 @@ class Config(Options):
     def _check_adapters(self) -> None:
         if self.lora and self.adapter:
             raise UserError("--lora and --adapter: the adapter has its own rank; leave --lora out")
+        if self.adapter and self.freeze:
+            raise UserError("--freeze and --adapter: all layers of an adapter are trained further; leave --freeze out")
         if self.shard == "none" and not self.trains_adapters:
             raise UserError("--shard none: weights that are trained are sharded; leave it out, or train --lora R")
         for name, usual in (("lora_alpha", 32.0), ("lora_targets", ()), ("merge", False)):
