@@ -122,13 +122,14 @@ class Parameters:
     mine: int  # of them, those stored on this device: of a shard, or of all
     stored: int  # bytes of each
     trained: int  # of those stored on this device
-    low_bits: int  # bf16 weights whose fp32 master has its lower 16 bits in the optimizer
-    block: int  # of a decoder block: 0 where nothing is sharded
-    root: int  # of FSDP's root unit, which has all that is in no block: 0 where nothing is sharded
-    trained_block: int  # of them, those that get a gradient
-    trained_root: int
     adapters: int  # of all adapters, which every device has
     stacked: int  # of what sampling makes of them
+    low_bits: int = 0  # bf16 weights whose fp32 master has its lower 16 bits in the optimizer
+    # Where weights are sharded, of FSDP's units: a decoder block, and the root with all that is in no block.
+    block: int = 0
+    root: int = 0
+    trained_block: int = 0  # of them, those that get a gradient
+    trained_root: int = 0
 
     @classmethod
     @lru_cache
@@ -137,27 +138,29 @@ class Parameters:
         size = sizes(model)
         whole = size.count()
         with_adapters = bool(run.adapters)
-        adapters = run.numbers()
-        stacked = run.stacked()
+        trained = size.count(among=run.weights)
+        beside = dict(adapters=run.numbers(), stacked=run.stacked())
         if ranks == 1 or with_adapters and shard in ("auto", "none"):
-            trained = size.count(among=run.weights)
             low_bits = trained if item < 4 else 0
-            return cls(whole, whole, item, trained, low_bits, 0, 0, 0, 0, adapters, stacked)
+            return cls(whole=whole, mine=whole, stored=item, trained=trained, low_bits=low_bits, **beside)
+
         node = min(node, ranks)
         parts = ranks if shard == "all" or node == 1 else node  # devices that hold one copy together
-        stored = item if with_adapters else 4  # shards that are trained are fp32
-        trained = size.count(parts, among=run.weights)
-
         blocks = [f"model.layers.{i}." for i in range(model.num_hidden_layers)]
         block = size.count(inside=blocks[0])
         trained_blocks = [size.count(inside=name, among=run.weights) for name in blocks]
-        root = whole - len(blocks) * block - size.count(inside="visual.blocks.")
         in_tower = size.count(inside="visual.blocks.", among=run.weights)
-        trained_root = size.count(among=run.weights) - sum(trained_blocks) - in_tower
-        mine = size.count(parts)
         return cls(
-            whole, mine, stored, trained, 0, block, root, max(trained_blocks), trained_root, adapters, stacked
-        )  # fmt: skip
+            whole=whole,
+            mine=size.count(parts),
+            stored=item if with_adapters else 4,  # shards that are trained are fp32
+            trained=size.count(parts, among=run.weights),
+            block=block,
+            root=whole - len(blocks) * block - size.count(inside="visual.blocks."),
+            trained_block=max(trained_blocks),
+            trained_root=trained - sum(trained_blocks) - in_tower,
+            **beside,
+        )
 
 
 def _of_parameters(parameters: Parameters, config: Config, sharded: bool, item: int) -> dict[str, Moments]:

@@ -80,9 +80,9 @@ def _say_trained(config: Config, model: ModelConfig) -> None:
     run, size = trained(model, config), sizes(model)
     numbers = run.numbers() + size.count(among=run.weights)
     if run.adapters:
-        print(f"Trained: {numbers / 1e6:.1f} million numbers of adapters, in {len(run.adapters)} layers.")
+        print(f"Trained: {numbers:,} numbers of adapters, in {len(run.adapters)} layers.")
     elif config.freeze:
-        print(f"Trained: {numbers / 1e6:.1f} of {size.count() / 1e6:.1f} million weights.")
+        print(f"Trained: {numbers:,} of {size.count():,} weights.")
         if model.tie_word_embeddings and "model.embed_tokens.weight" not in run.weights:
             print("--freeze: the head of this model is its embedding, and is frozen with it.")
 

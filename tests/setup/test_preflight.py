@@ -204,8 +204,8 @@ def test_a_run_says_that_it_trains_all_when_it_trains_a_part(card, capsys, tmp_p
     small = ["--model", "Qwen2.5-VL-3B", "--out", tmp_path]
     model = PUBLISHED["Qwen2.5-VL-3B"]
     for given, said in (
-        (["--lora", 64], "Trained: 119.7 million numbers of adapters, in 252 layers."),
-        (["--freeze", "vision", "decoder", "--mini-batch", 16], "Trained: 311.2 of 3754.6 million weights."),
+        (["--lora", 64], "Trained: 119,734,272 numbers of adapters, in 252 layers."),
+        (["--freeze", "vision", "decoder", "--mini-batch", 16], "of 3,754,622,976 weights."),
         (
             ["--freeze", "embedding", "--mini-batch", 16],
             "the head of this model is its embedding, and is frozen with it",
