@@ -38,6 +38,7 @@ from mmsr.system.files import write_whole  # noqa: E402
 SECONDS = 350.0  # of a part, of the 360 that it may take
 START = 25.0  # seconds that a child needs until it takes its first row
 START_LIMIT = 90.0  # after which it is killed
+LORA = 64  # rank of the adapters of rows by LoRA
 PACKAGES = ("torch", "transformers", "triton", "flash-attn", "numpy")
 FORMATS = {
     "tok/s": ",.0f", "TFLOP/s": ",.0f", "TB/s": ".2f", "s": ".1f", "GiB": ".1f", "B": ".2f", "%": ".0f", "nats": ".1e",
@@ -75,6 +76,9 @@ def rows_of(shape: str, slow: float) -> dict[str, Row]:
         "apart eager": row("decode, 128 × 1, not captured", "decode", 15, 45, sequences=1, capture=False),
         "step": row("whole step", "step", 35, 100),
         "gap": row("gap between sampler and trainer", "gap", 8, 40),
+        "lora step": row("whole step by LoRA, with KL", "step", 35, 100, rank=LORA),
+        "lora gap": row("gap between sampler and trainer, LoRA", "gap", 8, 40, rank=LORA),
+        "lora shared": row("decode, 16 × 8, LoRA", "decode", 10, 45, sequences=8, capture=True, rank=LORA),
         "recomputed": row("training, blocks recomputed", "train", 15, 60, recompute=True),
         "kept": row("training, blocks kept", "train", 15, 60, recompute=False),
         "bare": row("training, recomputed, no optimizer", "train", 12, 50, recompute=True, optimizer=False),
@@ -91,10 +95,24 @@ def chosen(shape: str, slow: float, names: Iterable[str]) -> tuple[Row, ...]:
 
 
 # What matters most comes first: the clock may stop before the last.
-ORDER_3B = ["shared", "shared eager", "step", "gap", "recomputed", "kept", "apart", "apart eager", "memory"]
+ORDER_3B = [
+    *("shared", "shared eager", "step", "gap", "lora step", "lora gap", "lora shared"),
+    *("recomputed", "kept", "apart", "apart eager", "memory"),
+]
 ORDER_7B = [
-    *("shared", "shared eager", "apart", "apart eager", "gap", "step", "recomputed", "kept", "bare", "memory"),
-    *("their decode", "their training", "compiled"),
+    *(
+        "shared",
+        "shared eager",
+        "apart",
+        "apart eager",
+        "gap",
+        "step",
+        "lora step",
+        "lora shared",
+        "recomputed",
+        "kept",
+    ),
+    *("bare", "memory", "their decode", "their training", "compiled"),
 ]
 PARTS = {1: LIMITS + chosen("3B", 1, ORDER_3B), 2: LIMITS + chosen("7B", 1.5, ORDER_7B)}
 

@@ -1,8 +1,8 @@
 """What `gpu_day.py` measures: the rows that need a GPU, on random weights of the real shapes.
 
 `gpu_day.py` starts this file as a child process, gives it the name of one row a line and gets that row's figures back.
-Speeds are medians of three runs, but for the whole step. No KL reference anywhere. Every row makes its own model, so
-that no row depends on what another left behind.
+Speeds are medians of three runs, but for the whole step. Rows by LoRA have a KL reference, the others none. Every row
+makes its own model, so that no row depends on what another left behind.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 from unittest.mock import patch
 
 import common
 import torch
 from torch import Tensor
 
-from mmsr import attention, model, plan
+from mmsr import attention, lora, model, plan
 from mmsr.config import Config
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import Episode, Example
@@ -41,6 +41,7 @@ GIB = 2**30
 MICRO_TOKENS = (16384, 8192, 4096, 2048)  # of a micro-batch: the first whose memory plan fits
 WARM = 140  # decode steps before the clock starts: kernels are loaded and graphs captured by then
 SHAPES = {name.removeprefix("Qwen2.5-VL-"): config for name, config in plan.PUBLISHED.items()}
+KL = 0.001  # β of rows by LoRA
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,23 @@ class Sizes:
     @classmethod
     def tiny(cls) -> Sizes:
         return cls(2, 2, 40, 4, 6, 20, 2, 4, decode_batch=8, decode_steps=16, matrix=256)
+
+
+def add_adapters(policy: Qwen2_5_VL, rank: int) -> Qwen2_5_VL:
+    """Give the decoder's linear layers adapters of random numbers, and freeze the weights. Rank 0: leave it alone.
+
+    B is as large as after some training. With the zeros that it begins with, adapters would do nothing.
+    """
+    if not rank:
+        return policy
+    policy.requires_grad_(False)
+    layers = lora.linear_layers(policy)
+    for name in lora.targeted(layers, []):
+        layer = layers[name]
+        a = torch.randn(rank, layer.in_features, device=layer.weight.device) / layer.in_features**0.5
+        b = torch.randn(layer.out_features, rank, device=layer.weight.device) * 0.02
+        lora.add_adapter(layer, a, b, Config.lora_alpha / rank)
+    return policy
 
 
 class LeftOut(Exception):
@@ -169,8 +187,12 @@ class Bench:
     def median(self, work: Callable[[], object], runs: int = 3) -> float:
         return statistics.median(common.timed(work, self.device)[0] for _ in range(runs))
 
-    def policy(self, shape: str) -> Qwen2_5_VL:
-        return model.random_model(self.shapes[shape], 0, self.dtype, self.device)
+    def policy(self, shape: str, rank: int = 0) -> Qwen2_5_VL:
+        """A model to train: all of its weights, or with a `rank` adapters beside them."""
+        return add_adapters(model.random_model(self.shapes[shape], 0, self.dtype, self.device), rank)
+
+    def sampler(self, policy: Qwen2_5_VL) -> Qwen2_5_VL:
+        return lora.for_sampling(policy, policy, self.dtype)
 
     # ---- what the machine can do
 
@@ -194,14 +216,14 @@ class Bench:
 
     # ---- what fits
 
-    def memory_plan(self, shape: str, questions: int, micro_tokens: int, recompute: bool) -> plan.Plan:
+    def memory_plan(self, shape: str, questions: int, micro_tokens: int, recompute: bool, rank: int = 0) -> plan.Plan:
         """Of a run that does what the rows do. What the plan has to assume is put as it is here."""
         s, merged = self.sizes, MERGE**2
         pixels = (s.picture * PATCH) ** 2
         c = Config(
-            questions=questions, mini_batch=questions, group_size=s.group, slots=questions * s.group, kl=0.0,
-            max_tokens=s.most, turn_tokens=s.turn, min_pixels=pixels, max_pixels=pixels, eval_size=1,
-            micro_tokens=micro_tokens, recompute=recompute,
+            questions=questions, mini_batch=questions, group_size=s.group, slots=questions * s.group,
+            kl=KL if rank else 0.0, lora=rank, max_tokens=s.most, turn_tokens=s.turn, min_pixels=pixels,
+            max_pixels=pixels, eval_size=1, micro_tokens=micro_tokens, recompute=recompute,
         )  # fmt: skip
         known = dict(PROMPT_TEXT=s.prompt - s.picture**2 // merged, RESPONSE=2 * s.turn + s.result)
         known |= dict(THUMBNAILS=s.thumbnails, THUMBNAIL_TOKENS=s.thumbnail**2 // merged)
@@ -219,10 +241,10 @@ class Bench:
         if need > self.usable:
             raise LeftOut(f"{what} takes {need / GIB:.0f} GiB, {self.usable / GIB:.0f} are usable here")
 
-    def micro_tokens(self, shape: str, questions: int, recompute: bool, optimizer: bool = True) -> int:
+    def micro_tokens(self, shape: str, questions: int, recompute: bool, optimizer: bool = True, rank: int = 0) -> int:
         """The longest micro-batch that fits by the memory plan. Raises LeftOut where none does."""
         for tokens in MICRO_TOKENS:
-            rows = self.memory_plan(shape, questions, tokens, recompute).rows
+            rows = self.memory_plan(shape, questions, tokens, recompute, rank).rows
             absent = () if optimizer else ("rest of the masters", "optimizer moments")
             need = plan.Plan({name: row for name, row in rows.items() if name not in absent}).peak
             if need <= self.usable:
@@ -268,34 +290,34 @@ class Bench:
             made.append(SequenceGroup(ids, images, generated))
         return made
 
-    def engine(self, policy: Qwen2_5_VL, slots: int, turn: int, most: int, capture: bool = True) -> Engine:
+    def engine(self, sampler: Qwen2_5_VL, slots: int, turn: int, most: int, **options: Any) -> Engine:
         limits = dict(slots=slots, max_tokens=most, turn_tokens=turn)
-        return Engine(policy, policy.config.eos_token_id, self.suppressed(policy.config), **limits, capture=capture)
+        return Engine(sampler, sampler.config.eos_token_id, self.suppressed(sampler.config), **limits, **options)
 
     # ---- generation
 
-    def decode(self, shape: str, sequences: int, capture: bool) -> list[Figure]:
+    def decode(self, shape: str, sequences: int, capture: bool, rank: int = 0) -> list[Figure]:
         """Decode steps alone, prompts prefilled, against the bytes that a step has to read."""
         n, runs, s = self.sizes.decode_steps, 3, self.sizes
-        policy, prompts = self.policy(shape), s.decode_batch // sequences
+        sampler, prompts = self.sampler(self.policy(shape, rank)), s.decode_batch // sequences
         turn = (WARM if self.cuda else 1) + runs * n + prompts + 2  # no turn ends before the clock stops
-        engine = self.engine(policy, prompts * sequences, turn, s.prompt + turn + 1, capture)
-        engine.submit(self.groups(policy.config, prompts, sequences))
+        engine = self.engine(sampler, prompts * sequences, turn, s.prompt + turn + 1, capture=capture)
+        engine.submit(self.groups(sampler.config, prompts, sequences))
         while engine.counts["prefilled"] < prompts * s.prompt:
             engine.step()
         for _ in range(WARM if self.cuda else 1):
             engine.step()
         before = self.graphs["replayed"]
         seconds = self.median(lambda: [engine.step() for _ in range(n)], runs)
-        share = self.share("bandwidth", self.decode_bytes(policy, prompts * s.prompt) * n, seconds)
+        share = self.share("bandwidth", self.decode_bytes(sampler, prompts * s.prompt) * n, seconds)
         replayed = (self.graphs["replayed"] - before) / runs / n
         remark = f"{1000 * seconds / n:.1f} ms a step, {replayed:.0%} of them replayed"
         return [Figure(prompts * sequences * n / seconds, "tok/s", share=share, remark=remark)]
 
-    def decode_bytes(self, policy: Qwen2_5_VL, tokens: float) -> float:
+    def decode_bytes(self, sampler: Qwen2_5_VL, tokens: float) -> float:
         """What a decode step has to read: the decoder's weights, and the keys and values of `tokens` tokens."""
-        config = policy.config
-        weights = sum(p.numel() for p in policy.model.layers.parameters()) + policy.head_weight.numel()
+        config = sampler.config
+        weights = sum(p.numel() for p in sampler.model.layers.parameters()) + sampler.head_weight.numel()
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return (weights + per_token * tokens) * self.dtype.itemsize
 
@@ -374,18 +396,23 @@ class Bench:
     def optimizer(self, policy: Qwen2_5_VL) -> MasterWeights:
         return MasterWeights(policy, weight_decay=0.0)
 
-    def operations(self, policy, batch: list[Episode], tokens: int) -> float:
+    def operations(self, policy: Qwen2_5_VL, batch: list[Episode], tokens: int) -> float:
         """Forward and backward, without what is computed again; the tower's attention is left out."""
-        config, s = policy.config, self.sizes
-        linear = sum(p.numel() for p in policy.model.layers.parameters())
-        suffix = 2 * s.turn + s.result
-        pairs = len(batch) * suffix * (s.prompt + suffix / 2) + len(batch) / s.group * s.prompt**2 / 2
-        attended = 2 * pairs * config.num_hidden_layers * config.hidden_size
-        head = len(batch) * 2 * s.turn * policy.head_weight.numel()
+        decoder = self.decoder_operations(policy, batch, tokens)
+        if not lora.trains_tower(policy):  # nor does it run: features are those of the rollouts
+            return decoder
         images = {image.key: image for e in batch for _, image in e.images}.values()
         patches = sum(image.grid[0] * image.grid[1] for image in images)
-        vision = patches * sum(p.numel() for p in policy.visual.blocks.parameters())
-        return 6 * (linear * tokens + attended + head + vision)
+        return decoder + patches * products(policy.visual.blocks.parameters())
+
+    def decoder_operations(self, policy: Qwen2_5_VL, batch: list[Episode], tokens: int) -> float:
+        """Those of decoder and head."""
+        config, s = policy.config, self.sizes
+        suffix = 2 * s.turn + s.result
+        pairs = len(batch) * suffix * (s.prompt + suffix / 2) + len(batch) / s.group * s.prompt**2 / 2
+        attended = 6 * 2 * pairs * config.num_hidden_layers * config.hidden_size
+        head = len(batch) * 2 * s.turn * products([policy.head_weight])
+        return products(policy.model.layers.parameters()) * tokens + attended + head
 
     def their_training(self, shape: str) -> list[Figure]:
         """transformers' model on padded text of the same lengths, a group at a time, with gradient checkpointing."""
@@ -424,17 +451,15 @@ class Bench:
 
     # ---- both
 
-    def step(self, shape: str) -> list[Figure]:
+    def step(self, shape: str, rank: int = 0) -> list[Figure]:
         """A whole step: rollout with one search an episode, then one update. Its memory beside that of the plan."""
-        s, config, cuda = self.sizes, self.shapes[shape], self.cuda
-        tokens = self.micro_tokens(shape, s.questions, True)
-        planned = self.memory_plan(shape, s.questions, tokens, True).moments
-        policy = self.policy(shape)
+        s, cuda = self.sizes, self.cuda
+        tokens = self.micro_tokens(shape, s.questions, True, rank=rank)
+        planned = self.memory_plan(shape, s.questions, tokens, True, rank).moments
+        policy = self.policy(shape, rank)
         policy.checkpoint_blocks = policy.visual.checkpoint_blocks = True
-        optimizer = self.optimizer(policy)
-        optimizer.make_state()
-        trainer = Trainer(policy, optimizer, self.suppressed(config), micro_tokens=tokens)
-        self.roll(policy, min(2, s.questions))  # loads kernels
+        trainer = self.trainer(policy, tokens)
+        self.roll(trainer, min(2, s.questions))  # loads kernels
         held = []
 
         def peak() -> None:
@@ -445,7 +470,7 @@ class Bench:
 
         peak()
         self.graphs.clear()
-        rollout, (episodes, steps) = common.timed(lambda: self.roll(policy, s.questions), self.device)
+        rollout, (episodes, steps) = common.timed(lambda: self.roll(trainer, s.questions), self.device)
         peak()
         update, told = common.timed(lambda: trainer.step([episodes], 0.0), self.device)
         peak()
@@ -463,12 +488,24 @@ class Bench:
             Figure(told["logp_gap"], "nats", "gap between sampler and trainer", remark=gap),
         ]
 
-    def roll(self, policy: Qwen2_5_VL, questions: int) -> tuple[list[Episode], int]:
+    def trainer(self, policy: Qwen2_5_VL, tokens: int) -> Trainer:
+        """Of a run; with adapters its reference is the policy without them, and features are those of the rollouts."""
+        optimizer = self.optimizer(policy)
+        optimizer.make_state()
+        more: dict[str, Any] = {}
+        if lora.adapted(policy):
+            more = dict(reference=policy, kl=KL, features={})
+        return Trainer(policy, optimizer, self.suppressed(policy.config), micro_tokens=tokens, **more)
+
+    def roll(self, trainer: Trainer, questions: int) -> tuple[list[Episode], int]:
         """Rollouts of a turn, a search and a turn, scored by the dice; and the number of decode steps."""
-        s, config = self.sizes, policy.config
+        s, config = self.sizes, trainer.model.config
         groups = self.groups(config, questions, s.group)
         results = {id(group): self.result(config, number) for number, group in enumerate(groups)}
-        engine = self.engine(policy, questions * s.group, s.turn, s.most)
+        if trainer.features is not None:
+            trainer.features.clear()
+        sampler = self.sampler(trainer.model)
+        engine = self.engine(sampler, questions * s.group, s.turn, s.most, features=trainer.features)
         engine.submit(groups)
         while engine.busy:
             for sequence in engine.step():
@@ -490,10 +527,10 @@ class Bench:
         episode.advantage = float((-1) ** sample)
         return episode
 
-    def gap(self, shape: str) -> list[Figure]:
+    def gap(self, shape: str, rank: int = 0) -> list[Figure]:
         """|log p while sampling − log p in training| of the tokens of one group."""
-        s, policy = self.sizes, self.policy(shape)
-        engine = self.engine(policy, s.group, s.turn, s.most)
+        s, policy = self.sizes, self.policy(shape, rank)
+        engine = self.engine(self.sampler(policy), s.group, s.turn, s.most)
         (group,) = groups = self.groups(policy.config, 1, s.group)
         engine.submit(groups)
         while engine.busy:
@@ -507,6 +544,14 @@ class Bench:
         gap = (logps - batch.sampled_logps).abs()
         remark = f"largest {gap.max():.1e}; {attention.backend(policy.head_weight)} kernels"
         return [Figure(float(gap.mean()), "nats", remark=remark)]
+
+
+def products(weights: Iterable[Tensor]) -> int:
+    """Operations for each row that is multiplied with these weights, forward and backward.
+
+    Two for a number of a weight in the forward pass, two for the gradient of the row, two for that of the weight.
+    """
+    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
 
 
 class NoOptimizer:

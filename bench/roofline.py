@@ -2,11 +2,13 @@
 
     python bench/roofline.py                                              # every card, shape and pass
     python bench/roofline.py --shape 7B --card H100 --pass decode --ops   # and which kernels take the time
+    python bench/roofline.py --lora 16                                    # adapters of another rank than 64
 
 The real code runs on meta tensors, which have shapes but no values. A dispatch mode sees every operator that would
 launch a kernel, and counts the bytes that it reads and writes and its floating-point operations. A kernel takes the
 longest of three times: bytes over bandwidth, operations over peak, and a launch. Views are free. The share of the limit
-is that of a decode step replayed from a graph, and of every other pass launched by the host.
+is that of a decode step replayed from a graph, and of every other pass launched by the host. Each pass is priced twice,
+with all weights trained and by LoRA: adapters on every linear layer of the decoder, beside frozen weights.
 
 So the prediction is what the code would take if every kernel ran at the rate of the card: a real kernel is slower. What
 else it leaves out: second kernels behind one operator (a sort, a sum over many rows), data that a cache still holds,
@@ -29,27 +31,30 @@ from unittest.mock import patch
 import common
 import torch
 import torch.nn.functional as F
-from gpu_rows import SHAPES, Bench, Sizes
+from gpu_day import LORA
+from gpu_rows import SHAPES, Bench, Sizes, add_adapters
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
-from mmsr import attention, engine, model, vision
+from mmsr import attention, engine, lora, model, vision
 from mmsr.engine import GeneratedSequence, SequenceGroup
+from mmsr.episode import Episode
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.pack import pack, split_into_micro_batches
+from mmsr.pack import Pack, pack, split_into_micro_batches
 from mmsr.plan import GIB
 from mmsr.system.chunked_log_probs import chunked_log_probs
-from mmsr.update import ImageFeatures
+from mmsr.system.parallel import SINGLE
+from mmsr.update import Features, ImageFeatures, KnownFeatures
 
 META = torch.device("meta")
 MEMBERS = 1, 4, 32  # of a prompt, in a decode batch
 MICRO_TOKENS = 16384
 HEADER = (
     "card", "shape", "pass", "kernels", "GB", "Tflop", "captured, ms", "eager, ms", "limit, ms", "of the limit",
-    "kept, GiB",
+    "kept, GiB", "to full",
 )  # fmt: skip
 OPS_HEADER = "kernel", "result", "number", "GB", "Tflop", "ms", "share"
 OPS = 25  # rows of `--ops` for a pass
@@ -134,6 +139,8 @@ class Count(TorchDispatchMode):
         if self.fusing:
             assert not product, f"{self.fusing} cannot be one kernel: it has a product, {call.op}"
             return
+        if call.name == "addmm" and _copies_first(call):
+            self.add("copy before addmm", call.tensors("self"), call.written)
         read, written = RULES.get(call.name, _everything)(call)
         operations = OPERATIONS[call.name](call) if product else 0
         wide = product and call.read[0].dtype == torch.float32
@@ -277,6 +284,15 @@ def _flash_operations(call: Call) -> int:
     return round(2 * products * pairs * query.shape[1] * query.shape[2])
 
 
+def _copies_first(call: Call) -> bool:
+    """Whether what is added to a product is copied to its place before: all but a vector, into a contiguous result.
+
+    As aten/src/ATen/native/cuda/Blas.cpp does it. An `addmm_` adds to what is in its place already.
+    """
+    (added,) = call.tensors("self")
+    return added.dim() > 1 or not call.written[0].is_contiguous()
+
+
 def _product_operations(call: Call) -> int:
     left = (call.tensors("mat1", "batch1") or call.tensors("self"))[0]
     return 2 * call.written[0].numel() * left.shape[-1]
@@ -300,7 +316,7 @@ RULES: dict[str, Callable[[Call], tuple[float, float]]] = {
     **dict.fromkeys(("_varlen_attn", "_flash_attention_forward"), _flash),
 }
 OPERATIONS: dict[str, Callable[[Call], int]] = {
-    **dict.fromkeys(("addmm", "baddbmm", "bmm", "mm"), _product_operations),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "bmm", "mm"), _product_operations),
     **dict.fromkeys(("_varlen_attn", "_flash_attention_forward", "_varlen_attn_backward"), _flash_operations),
 }
 
@@ -428,6 +444,7 @@ class Pass:
     needs_operations: float = 0
     kept: int | None = None
     captured: bool = field(default=False, kw_only=True)  # the product replays it from a graph
+    full: Pass | None = field(default=None, kw_only=True)  # of a pass by LoRA: the same with all weights trained
 
     def seconds(self, card: Card, launch: float) -> float:
         return sum(n * card.seconds(kernel, launch) for kernel, n in self.kernels.items())
@@ -443,9 +460,12 @@ class Pass:
         return sum(n * kernel.operations for kernel, n in self.kernels.items())
 
 
-def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = ("decode", "prefill", "training")) -> list[Pass]:
-    """Every pass of one shape. `sizes`: those of a step."""
-    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config)
+KINDS = "decode", "prefill", "training"
+
+
+def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = KINDS, rank: int = 0) -> list[Pass]:
+    """Every pass of one shape. `sizes`: those of a step. `rank`: of adapters; 0: all weights are trained."""
+    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config, rank)
     found: list[Pass] = []
     with as_on_cuda():
         if "decode" in wanted:
@@ -458,6 +478,16 @@ def passes(config: ModelConfig, sizes: Sizes, wanted: Sequence[str] = ("decode",
     return found
 
 
+def passes_by_lora(config: ModelConfig, sizes: Sizes, wanted: Sequence[str], rank: int, full: list[Pass]) -> list[Pass]:
+    """Every pass with adapters of this rank, beside those with all weights trained, `full`."""
+    by_name = {one.name: one for one in full}
+    found = passes(config, sizes, wanted, rank)
+    for one in found:
+        one.full = by_name.get(one.name)
+        one.name += f", LoRA {rank}"
+    return found
+
+
 def tokens_a_second(
     work: str, options: dict[str, Any], config: ModelConfig, sizes: Sizes, limits: dict[str, float]
 ) -> float:
@@ -465,25 +495,26 @@ def tokens_a_second(
 
     Of a decode batch, or of the tokens trained in an update of decoder, head and tower without the optimizer.
     """
-    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config)
+    bench, policy = Bench(META, sizes, torch.bfloat16, {}), meta_model(config, options.get("rank", 0))
     card = Card(limits["bandwidth"], limits["matrix"])
     with as_on_cuda():
         if work == "decode":
             found = decode(bench, policy, sizes.decode_batch // options["sequences"], options["sequences"])
             return sizes.decode_batch / found.seconds(card, card.replayed if options["capture"] else card.eager)
-        tokens, decoder, tower = update(bench, policy, policy.config.num_hidden_layers * options["recompute"])
-        return tokens / (decoder.seconds(card, card.eager) + tower.seconds(card, card.eager))
+        tokens, found = update(bench, policy, policy.config.num_hidden_layers * options["recompute"])
+        return tokens / sum(one.seconds(card, card.eager) for one in found)
 
 
-def meta_model(config: ModelConfig) -> Qwen2_5_VL:
+def meta_model(config: ModelConfig, rank: int = 0) -> Qwen2_5_VL:
     with META:
         policy = Qwen2_5_VL(config).to(torch.bfloat16)
     model.rotary(torch.zeros((3, 1), device=META), config)  # which keeps its frequencies from here on
-    return policy
+    return add_adapters(policy, rank)
 
 
 def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
+    policy = lora.for_sampling(policy, policy, bench.dtype)
     s, slots = bench.sizes, prompts * sequences
     groups = []
     for _ in range(prompts):
@@ -501,6 +532,7 @@ def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pa
 
 def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
     """One pass over new prompts and their pictures. Nothing in it is computed twice, so it needs what it has."""
+    policy = lora.for_sampling(policy, policy, bench.dtype)
     s = bench.sizes
     engine = bench.engine(policy, s.questions * s.group, s.turn, s.most, capture=False)
     prompts = min(s.questions, engine.prefill_tokens // s.prompt)
@@ -516,40 +548,76 @@ def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
 
 
 def training(bench: Bench, policy: Qwen2_5_VL) -> list[Pass]:
-    """A micro-batch's passes with no block, two thirds of the blocks, and every block recomputed; then the tower's."""
+    """A micro-batch's passes with no block, two thirds of the blocks, and every block recomputed.
+
+    Then the tower's, or with adapters that of the KL reference, which is the policy without them.
+    """
     blocks = policy.config.num_hidden_layers
     some = blocks - max(1, blocks // 3)
-    found = [update(bench, policy, recomputed)[1:] for recomputed in (0, some, blocks)]
-    return [decoder for decoder, _ in found] + [found[0][1], found[-1][1]]
+    (_, (kept, *tower)), (_, (mixed, *_)), (_, (again, *tower_again)) = (
+        update(bench, policy, recomputed) for recomputed in (0, some, blocks)
+    )
+    found = [kept, mixed, again, *tower, *tower_again]
+    return found if tower else [*found, reference(bench, policy)]
 
 
-def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, Pass, Pass]:
-    """Forward and backward pass of a micro-batch: its tokens, then decoder and head, then the tower.
+def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, list[Pass]]:
+    """Forward and backward pass of a micro-batch: its tokens, then decoder and head, then the tower if it is trained.
 
     `recomputed`: the first so many blocks of the decoder; the tower's where that is all of them.
     """
-    s, blocks = bench.sizes, policy.config.num_hidden_layers
-    questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
-    episodes = bench.episodes(policy.config, questions)
-    batch = pack(episodes, split_into_micro_batches(episodes, MICRO_TOKENS)[0], META)
-    distinct = {image.key: image for image in batch.images}
-    patches = sum(len(image.patches) for image in distinct.values())
-    tower = sum(p.numel() for p in policy.visual.blocks.parameters())
-    needs = bench.operations(policy, episodes, len(batch.input_ids)) - 6 * patches * tower
+    blocks = policy.config.num_hidden_layers
+    episodes, batch = micro_batch(bench, policy)
     policy.checkpoint_blocks, policy.kept_blocks = True, blocks - recomputed
     how = {0: "kept", blocks: "recomputed"}.get(recomputed, f"{recomputed} of {blocks} blocks recomputed")
-    policy.visual.checkpoint_blocks = False
-    plain, _, _ = tower_pass(policy, batch)
-    policy.visual.checkpoint_blocks = recomputed == blocks
-    kernels, kept, features = tower_pass(policy, batch)
-    last = Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept)
-    last.needs_operations = Pass("", plain).operations
+    features, tower = tower_passes(policy, batch, how, recompute=recomputed == blocks)
     kernels, kept = decoder_pass(bench, policy, batch, features)
     tokens = len(batch.input_ids)
-    return tokens, Pass(f"training, {tokens:,} tokens, {how}", kernels, needs_operations=needs, kept=kept), last
+    needs = bench.decoder_operations(policy, episodes, tokens)
+    name = f"training, {tokens:,} tokens, {how}"
+    return tokens, [Pass(name, kernels, needs_operations=needs, kept=kept), *tower]
 
 
-def tower_pass(policy: Qwen2_5_VL, batch) -> tuple[Counter[Kernel], int, ImageFeatures]:
+def micro_batch(bench: Bench, policy: Qwen2_5_VL) -> tuple[list[Episode], Pack]:
+    s = bench.sizes
+    questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
+    episodes = bench.episodes(policy.config, questions)
+    return episodes, pack(episodes, split_into_micro_batches(episodes, MICRO_TOKENS)[0], META)
+
+
+def reference(bench: Bench, policy: Qwen2_5_VL) -> Pass:
+    """A forward pass without adapters. Nothing in it is computed twice, so it needs what it has."""
+    _, batch = micro_batch(bench, policy)
+    features = known_features(policy, batch)
+    with torch.no_grad(), lora.as_reference(policy), Count() as count:
+        log_probs(bench, policy, batch, features)
+    done = Pass(f"KL reference, {len(batch.input_ids):,} tokens", count.kernels)
+    done.needs_operations = done.operations
+    return done
+
+
+def tower_passes(policy: Qwen2_5_VL, batch: Pack, how: str, recompute: bool) -> tuple[Features, list[Pass]]:
+    """The features of a batch, and the tower's pass, if it is trained: else the features are those of the rollouts."""
+    if not lora.trains_tower(policy):
+        return known_features(policy, batch), []
+    policy.visual.checkpoint_blocks = False
+    plain, _, _ = tower_pass(policy, batch)
+    policy.visual.checkpoint_blocks = recompute
+    kernels, kept, features = tower_pass(policy, batch)
+    distinct = {image.key: image for image in batch.images}
+    patches = sum(len(image.patches) for image in distinct.values())
+    last = Pass(f"training, tower, {patches:,} patches, {how}", kernels, kept=kept)
+    last.needs_operations = Pass("", plain).operations
+    return features, [last]
+
+
+def known_features(policy: Qwen2_5_VL, batch: Pack) -> KnownFeatures:
+    """Those that the rollouts have encoded: nobody counts them again."""
+    with Count():
+        return KnownFeatures(policy, batch.images, {}, SINGLE)
+
+
+def tower_pass(policy: Qwen2_5_VL, batch: Pack) -> tuple[Counter[Kernel], int, ImageFeatures]:
     """The pictures of a batch through the tower and back."""
     kept = Kept(policy.parameters())
     with Count() as count:
@@ -560,22 +628,28 @@ def tower_pass(policy: Qwen2_5_VL, batch) -> tuple[Counter[Kernel], int, ImageFe
     return count.kernels, kept.bytes, features
 
 
-def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch, features: ImageFeatures) -> tuple[Counter[Kernel], int]:
+def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch: Pack, features: Features) -> tuple[Counter[Kernel], int]:
     """Log-probabilities of a batch's trained tokens, and the gradient of their sum."""
-    suppressed, kept = bench.suppressed(policy.config), Kept(policy.parameters())
+    kept = Kept(policy.parameters())
+    with Count() as count:
+        with kept:
+            logps = log_probs(bench, policy, batch, features)
+        logps.sum().backward()
+    policy.zero_grad(set_to_none=True)
+    return count.kernels, kept.bytes
+
+
+def log_probs(bench: Bench, policy: Qwen2_5_VL, batch: Pack, features: Features) -> Tensor:
+    """As `Trainer.log_probs` has them (R,)."""
+    suppressed = bench.suppressed(policy.config)
 
     def read(hidden: Tensor, head: Tensor):
         rows = hidden[batch.logits_index]
         return chunked_log_probs(model.logits, rows, head, batch.targets, 1.0, suppressed)
 
-    with Count() as count:
-        with kept:
-            pictures = features.of(batch)
-            places = batch.input_ids, batch.position_ids, batch.attention_fn, pictures, batch.image_index
-            logps, _ = policy(*places, head_fn=read)
-        logps.sum().backward()
-    policy.zero_grad(set_to_none=True)
-    return count.kernels, kept.bytes
+    places = batch.input_ids, batch.position_ids, batch.attention_fn, features.of(batch), batch.image_index
+    logps, _ = policy(*places, head_fn=read)
+    return logps
 
 
 # ---- tables
@@ -594,7 +668,14 @@ def row(card: Card, one: Pass) -> tuple[str, ...]:
         f"{1e3 * limit:,.1f}",
         f"{limit / one.seconds(card, one.launch(card)):.0%}",
         "" if one.kept is None else f"{one.kept / GIB:.1f}",
+        "" if one.full is None else f"{to_full(card, one):+.1%}",
     )
+
+
+def to_full(card: Card, one: Pass) -> float:
+    """By how much of its time a pass by LoRA is longer than the one with all weights trained."""
+    launch = one.launch(card)
+    return one.seconds(card, launch) / one.full.seconds(card, launch) - 1
 
 
 def ops(card: Card, one: Pass) -> list[tuple[str, ...]]:
@@ -616,10 +697,21 @@ def ops(card: Card, one: Pass) -> list[tuple[str, ...]]:
 
 
 def report(
-    shapes: dict[str, ModelConfig], cards: dict[str, Card], sizes: Sizes, wanted: Sequence[str], with_ops: bool = False
+    shapes: dict[str, ModelConfig],
+    cards: dict[str, Card],
+    sizes: Sizes,
+    wanted: Sequence[str],
+    rank: int = LORA,
+    with_ops: bool = False,
 ) -> str:
-    """The table of all passes; `with_ops` a table of kernels for each of its rows behind it."""
+    """The table of all passes, without and with adapters of this rank; 0: without.
+
+    `with_ops`: a table of kernels for each of its rows behind it.
+    """
     counted = {shape: passes(config, sizes, wanted) for shape, config in shapes.items()}
+    for shape, config in shapes.items():
+        if rank:
+            counted[shape] += passes_by_lora(config, sizes, wanted, rank, full=counted[shape])
     every = [(card, shape, one) for card in cards for shape, found in counted.items() for one in found]
     parts = [common.table(HEADER, [(card, shape, one.name, *row(cards[card], one)) for card, shape, one in every])]
     if with_ops:
@@ -630,19 +722,24 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    kinds = "decode", "prefill", "training"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, help="one shape only")
     parser.add_argument("--card", choices=CARDS, help="one card only")
-    parser.add_argument("--pass", dest="kind", choices=kinds, help="one kind of pass only")
+    parser.add_argument("--pass", dest="kind", choices=KINDS, help="one kind of pass only")
+    parser.add_argument("--lora", type=int, default=LORA, metavar="R", help=f"rank of the adapters ({LORA}); 0: none")
     parser.add_argument("--unfused", action="store_true", help="as without torch.compile")
+    parser.add_argument("--unstacked", action="store_true", help="decode as by `LoRALinear.forward`, layer by layer")
     parser.add_argument("--ops", action="store_true", help=f"the {OPS} kernels that take most of each pass")
     options = parser.parse_args(argv)
     shapes = {name: config for name, config in SHAPES.items() if options.shape in (None, name)}
     cards = {name: card for name, card in CARDS.items() if options.card in (None, name)}
-    wanted = [kind for kind in kinds if options.kind in (None, kind)]
-    with patch(f"{__name__}.FUSED", TORCHS if options.unfused else FUSED):
-        print(report(shapes, cards, Sizes(), wanted, options.ops))
+    wanted = [kind for kind in KINDS if options.kind in (None, kind)]
+    with ExitStack() as patches:
+        if options.unfused:
+            patches.enter_context(patch(f"{__name__}.FUSED", TORCHS))
+        if options.unstacked:
+            patches.enter_context(patch.object(lora, "SAME_INPUT", ()))
+        print(report(shapes, cards, Sizes(), wanted, options.lora, options.ops))
 
 
 if __name__ == "__main__":

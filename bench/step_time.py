@@ -1,11 +1,13 @@
 """Seconds of a training step on real devices, computed from sizes and from the rates of a card.
 
     python bench/step_time.py                # the table of docs/scale.md
-    python bench/step_time.py --shares       # SHARES again, from bench/roofline.py: half a minute
+    python bench/step_time.py --lora         # the table of docs/performance.md: by LoRA beside full fine-tuning
+    python bench/step_time.py --shares       # SHARES and LORA_SHARES again, from bench/roofline.py: a minute
 
-The formulas are those of docs/scale.md, under "Time and traffic". The rates are assumptions: about nine tenths of a
-card's bandwidth and seven tenths of its peak on the data sheet. What the program's own passes reach of these rates is
-counted by bench/roofline.py, with every kernel at the rate of the card. So a real step takes longer.
+The formulas are those of docs/scale.md, under "Time and traffic", and of docs/performance.md for LoRA. The rates are
+assumptions: about nine tenths of a card's bandwidth and seven tenths of its peak on the data sheet. What the program's
+own passes reach of these rates is counted by bench/roofline.py, with every kernel at the rate of the card. So a real
+step takes longer.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
+
+import torch
+from gpu_day import LORA
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.config import RECIPES, Config  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, kept_as_fits, sizes  # noqa: E402
+from mmsr.lora import linear_layers, targeted  # noqa: E402
+from mmsr.model import Qwen2_5_VL  # noqa: E402
+from mmsr.plan import GIB, PUBLISHED, USABLE, kept_as_fits, plan, sizes  # noqa: E402
 
 NODE = 8  # devices of a machine
 PROMPT, GENERATED, OBSERVED = 1000, 250, 400  # tokens of a rollout: prompt with picture, sampled, found
@@ -75,8 +83,21 @@ SHARES = {
 }
 
 
-def recipe(name: str) -> Config:
-    return Config(**{**RECIPES[name], "recipe": name, "model": "x"})
+# With adapters of rank LORA on the decoder. Of what is needed: no gradient of a frozen weight is.
+LORA_SHARES = {
+    ("RTX 4090", "Qwen2.5-VL-3B"): Shares(0.73, 0.89, 0.77, 0.59),
+    ("L40S", "Qwen2.5-VL-3B"): Shares(0.73, 0.72, 0.55, 0.43),
+    ("H100", "Qwen2.5-VL-3B"): Shares(0.62, 0.79, 0.63, 0.48),
+    ("H200", "Qwen2.5-VL-3B"): Shares(0.57, 0.86, 0.70, 0.54),
+    ("RTX 4090", "Qwen2.5-VL-7B"): Shares(0.82, 0.93, 0.85, 0.64),
+    ("L40S", "Qwen2.5-VL-7B"): Shares(0.83, 0.81, 0.68, 0.52),
+    ("H100", "Qwen2.5-VL-7B"): Shares(0.78, 0.86, 0.74, 0.57),
+    ("H200", "Qwen2.5-VL-7B"): Shares(0.75, 0.91, 0.81, 0.61),
+}
+
+
+def recipe(name: str, **changes: Any) -> Config:
+    return Config(**{**RECIPES[name], "recipe": name, "model": "x", **changes})
 
 
 class Step(NamedTuple):
@@ -96,9 +117,23 @@ class Step(NamedTuple):
         return self.train + self.prefill + self.decode + self.traffic
 
 
+@lru_cache
+def adapter_numbers(name: str, rank: int, targets: tuple[str, ...]) -> int:
+    """How many numbers the adapters of model `name` have; 0 for rank 0."""
+    with torch.device("meta"):
+        layers = linear_layers(Qwen2_5_VL(PUBLISHED[name]))
+    chosen = [layers[layer] for layer in targeted(layers, targets)]
+    return rank * sum(layer.in_features + layer.out_features for layer in chosen)
+
+
 def step(name: str, config: Config, devices: int, device: Device = H100) -> Step:
-    """A step of model `name` by `config` on so many devices, NODE of them to a machine and to a copy of the weights."""
-    model, shares = PUBLISHED[name], SHARES[device.name, name]
+    """A step of model `name` by `config` on so many devices, NODE of them to a machine and to a copy of the weights.
+
+    With --lora it trains adapters, and each device holds all weights, unless --shard says otherwise.
+    """
+    lora = adapter_numbers(name, config.lora, config.lora_targets)
+    whole = lora and config.shard in ("auto", "none")  # on every device
+    model, shares = PUBLISHED[name], (LORA_SHARES if lora else SHARES)[device.name, name]
     weights = sizes(model).count()
     products = weights - sizes(model).count(inside="visual.") - model.vocab_size * model.hidden_size  # no embedding
     token = 4 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim  # bytes of cache
@@ -113,16 +148,19 @@ def step(name: str, config: Config, devices: int, device: Device = H100) -> Step
     tokens = mine * (PROMPT + group * (GENERATED + OBSERVED))
     micro_batches = updates * ceil(tokens / (updates * config.micro_tokens))
     references = (config.kl > 0) + (updates > 1)  # forward passes: of the reference, and of π_old
-    train = 6 * products * tokens / training + 2 * references * products * tokens / forward
-    prefill = 2 * products * mine * (PROMPT + group * OBSERVED) / forward
+    trained = 4 * products + 6 * lora if lora else 6 * products  # operations a token
+    train = trained * tokens / training + 2 * references * (products + lora) * tokens / forward
+    prefill = 2 * (products + lora) * mine * (PROMPT + group * OBSERVED) / forward
 
     width = min(config.slots, group * mine)
     cache = token * (width / group * PROMPT + width * (GENERATED + OBSERVED) / 2)
     decode_steps = (group * mine / width + EMPTYING) * GENERATED
-    decode = decode_steps * (2 * products + cache) / (shares.decode * device.bandwidth)
+    decode = decode_steps * (2 * (products + lora) + cache) / (shares.decode * device.bandwidth)
 
-    inside = (micro_batches * (8 + 2 * references) * weights + 2 * weights) * (n - 1) / n
-    between = micro_batches * 2 * (copies - 1) / copies * 4 * weights / n
+    gathers = 0 if whole else micro_batches * (4 + 2 * references) + 2  # bytes a weight: twice a pass, once to generate
+    summed = updates * 4 * lora if lora else micro_batches * 4 * weights  # bytes of gradients
+    inside = (gathers * weights + (2 if lora else 1) * summed) * (n - 1) / n
+    between = 2 * (copies - 1) / copies * summed / n
     traffic = inside / (ARRIVES * device.link) + between / (ARRIVES * INFINIBAND)
     return Step(mine, micro_batches, inside, between, train, prefill, decode, traffic)
 
@@ -148,17 +186,36 @@ def scale_table() -> str:
     return "\n".join(lines)
 
 
+def lora_table(name: str = "Qwen2.5-VL-7B") -> str:
+    """By the paper's recipe, by LoRA and with all weights trained; – where that does not fit."""
+    full, by_lora = recipe("paper"), recipe("paper", lora=LORA)
+    parts = [part for name in ("step", "training", "prefill", "decoding", "traffic") for part in (f"{name} s", "full")]
+    lines = [f"| {' | '.join(['devices', *parts, 'times as fast'])} |", "|---" * 12 + "|"]
+    for devices in (1, 8, 16, 32, 64):
+        it, other = step(name, by_lora, devices), step(name, full, devices)
+        fits = plan(PUBLISHED[name], full, devices).peak <= USABLE * H100.gib * GIB
+        cells = [str(devices)]
+        for part in ("seconds", "train", "prefill", "decode", "traffic"):
+            cells += [short(getattr(it, part)), short(getattr(other, part)) if fits else "–"]
+        faster = f"{other.seconds / it.seconds:.2f}" if fits else "–"
+        lines.append(f"| {' | '.join([*cells, faster])} |")
+    return "\n".join(lines)
+
+
 def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
-def roofline_shares() -> dict[tuple[str, str], Shares]:
-    """What SHARES has, counted by bench/roofline.py: a decode batch of 32 × 4, a prefill, a micro-batch trained."""
+def roofline_shares(rank: int = 0) -> dict[tuple[str, str], Shares]:
+    """What SHARES has, counted by bench/roofline.py: a decode batch of 32 × 4, a prefill, a micro-batch trained.
+
+    With the `rank` of adapters what LORA_SHARES has.
+    """
     import roofline
 
     found = {}
     for shape, config in roofline.SHAPES.items():
-        _, decode, _, forward, kept, _, recomputed, *_ = roofline.passes(config, roofline.Sizes())
+        _, decode, _, forward, kept, _, recomputed, *_ = roofline.passes(config, roofline.Sizes(), rank=rank)
         for device in DEVICES:
             card = replace(roofline.CARDS["H100"], bandwidth=device.bandwidth, peak=device.peak)
             reached = [
@@ -170,12 +227,16 @@ def roofline_shares() -> dict[tuple[str, str], Shares]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shares", action="store_true", help="the shares of each card's rates, from roofline.py")
-    if parser.parse_args(argv).shares:
-        for (device, model), shares in roofline_shares().items():
-            print(device, model, *shares)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--lora", action="store_true", help="a step by LoRA, beside full fine-tuning")
+    what.add_argument("--shares", action="store_true", help="the shares of each card's rates, from roofline.py")
+    options = parser.parse_args(argv)
+    if options.shares:
+        for rank in (0, LORA):
+            for (device, model), shares in roofline_shares(rank).items():
+                print(device, model, f"LoRA {rank}" if rank else "full", *shares)
         return
-    print(scale_table())
+    print(lora_table() if options.lora else scale_table())
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ Three forms of (11) give the same numbers, up to rounding:
               their A in one product, and their B in one. Sampling uses it, where every kernel counts.
     merged    `merge`: W + (α / r) B A as one matrix, for programs that know nothing of adapters.
 
-Sampling does not use merged weights: in bfloat16 a change smaller than half of the distance between two neighbours
-disappears in the sum, and the sampler's model would not be the one that is trained. A and B are kept in fp32 and
-rounded to the type of the computation where they are used, in training and sampling alike.
+What is small is computed first. A number of bfloat16 stays as it is if less than half of the distance to its neighbour
+is added, and the first steps change a layer's outputs by less than that: added to a rounded W x they would be lost
+(docs/performance.md). Here W x is added to what the adapter gives, within its own product, which sums in fp32 and is
+rounded once. In merged weights the first steps are lost too, so sampling does not use them: it draws from the model
+that is trained. A and B are kept in fp32 and rounded to the type of the computation where they are used.
 
 Shape letters: N packed tokens, r rank, n layers of a stack.
 """
@@ -70,9 +72,8 @@ class LoRALinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         a, b = adapter
         low = F.linear(x, a.to(x.dtype))  # (N, r)
-        # The larger term comes last: it is added in the product itself, so that the sum is rounded once.
-        change = F.linear(low, (self.scale * b).to(x.dtype), self.bias)  # (N, out)
-        return torch.addmm(change, x, self.weight.T)
+        y = F.linear(low, (self.scale * b).to(x.dtype), self.bias)  # (N, out)
+        return y.addmm_(x, self.weight.T)
 
 
 def add_adapter(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
@@ -223,10 +224,13 @@ class Stack:
 
     The A of all layers are stacked to one matrix (Σ r, in). Their B stand on the diagonal of one (Σ out, Σ r) that is 0
     elsewhere, so each layer's output sees its own r numbers alone. The layers' outputs are the columns of one tensor.
+    With `copy_weights` their W become one matrix too, and their products one, for the memory of a copy.
     """
 
-    def __init__(self, layers: Sequence[LoRALinear], dtype: torch.dtype):
-        self.weights = [layer.weight.T for layer in layers]  # (in, out) each
+    def __init__(self, layers: Sequence[LoRALinear], dtype: torch.dtype, copy_weights: bool = False):
+        self.weights = [layer.weight.detach() for layer in layers]  # (out, in) each
+        if copy_weights:
+            self.weights = [torch.cat(self.weights)]  # (Σ out, in)
         self.widths = [layer.out_features for layer in layers]
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]  # of all, or of none
         self.bias = torch.cat(biases) if biases else None  # (Σ out,)
@@ -237,17 +241,18 @@ class Stack:
         """Each layer's output (N, out) for x (N, in)."""
         low = F.linear(x, self.a)  # (N, Σ r)
         together = F.linear(low, self.b, self.bias)  # (N, Σ out)
-        outputs = together.split(self.widths, 1)
-        for output, weight in zip(outputs, self.weights):
-            output.addmm_(x, weight)
-        return outputs
+        parts = together.split([len(weight) for weight in self.weights], 1)
+        for part, weight in zip(parts, self.weights):
+            part.addmm_(x, weight.T)
+        return together.split(self.widths, 1)
 
 
 @torch.no_grad()
 def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> AnyModule:
     """A model that samples with the adapters of `trained`, rounded to `dtype` as training rounds them.
 
-    It shares the weights of `whole`, which may be `trained` itself. Without adapters it is `whole`.
+    It shares the weights of `whole`, which may be `trained` itself, but for copies of those that project to queries,
+    keys and values: 7 % of the decoder. Without adapters it is `whole`.
     """
     layers = adapted(trained)
     if not layers:
@@ -269,7 +274,7 @@ def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
         for names in SAME_INPUT:
             together = [getattr(module, name, None) for name in names]
             if alone.issuperset(together):
-                together[0].stack = Stack(together, dtype)
+                together[0].stack = Stack(together, dtype, copy_weights="q_proj" in names)  # an MLP's are most of all
                 alone.difference_update(together)
     for layer in alone:
         layer.stack = Stack([layer], dtype)

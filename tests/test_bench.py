@@ -24,6 +24,7 @@ import claims  # noqa: E402
 import gpu_day  # noqa: E402
 import gpu_rows  # noqa: E402
 import replay_released  # noqa: E402
+import step_time  # noqa: E402
 import toy_runs  # noqa: E402
 import what_breaks  # noqa: E402
 
@@ -245,6 +246,42 @@ def test_a_prediction_is_missing_or_costs_a_figure(work, options, monkeypatch):
     assert figure["value"] > 0 and figure["predicted"] is None
     (figure,) = bench.answer({"row": "", "work": "matrix", "options": {}, "limits": row["limits"]})["figures"]
     assert figure["predicted"] is None
+
+
+# ---- seconds of a step
+
+
+def test_a_step_by_lora_sends_gradients_of_frozen_weights():
+    """Whole on every device, weights do not travel at all; sharded, they are gathered, and have no gradients."""
+    full, by_lora = step_time.recipe("paper"), step_time.recipe("paper", lora=64)
+    weights, numbers = (step_time.sizes(step_time.PUBLISHED["Qwen2.5-VL-7B"]).count(), 161_480_704)
+    assert step_time.adapter_numbers("Qwen2.5-VL-7B", 64, ()) == numbers
+    updates = full.questions // full.mini_batch
+    summed = updates * 2 * 4 * numbers * 7 / 8  # bytes: an all-reduce of fp32 numbers for each update
+    whole = step_time.step("Qwen2.5-VL-7B", by_lora, 8)
+    assert (whole.inside, whole.between) == (pytest.approx(summed), 0)
+    sharded = step_time.step("Qwen2.5-VL-7B", replace(by_lora, shard="node"), 8)
+    gathers = sharded.micro_batches * (2 + 2) + 1  # forward and backward, reference, π_old, and once to generate
+    assert sharded.inside == pytest.approx(summed + gathers * 2 * weights * 7 / 8)
+    before = step_time.step("Qwen2.5-VL-7B", full, 8)
+    assert before.inside == pytest.approx((before.micro_batches * (2 + 2 + 2) + 1) * 2 * weights * 7 / 8)
+    assert step_time.step("Qwen2.5-VL-7B", by_lora, 1).traffic == 0
+
+
+@pytest.mark.parametrize("model", list(step_time.PUBLISHED))
+@pytest.mark.parametrize("name", ["blog", "paper"])  # steps of `released` are mostly decoding
+def test_lora_on_eight_devices_is_slower_than_full_training(model, name):
+    full, by_lora = (step_time.step(model, step_time.recipe(name, lora=rank), 8) for rank in (0, 64))
+    assert by_lora.seconds < full.seconds
+
+
+def test_the_table_of_lora_is_not_what_its_command_prints():
+    assert step_time.lora_table() in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_shares_of_lora_are_not_those_of_the_roofline():
+    assert step_time.roofline_shares(step_time.LORA) == step_time.LORA_SHARES
 
 
 # ---- claims

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import report
 
-from mmsr import attention
+from mmsr import attention, lora
 from mmsr.plan import PUBLISHED
 from mmsr.vision import VisionConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import gpu_rows  # noqa: E402
 import roofline  # noqa: E402
 from roofline import Card, Count, Kept, Kernel, Sizes, as_on_cuda, one_kernel  # noqa: E402
 
@@ -43,6 +45,25 @@ def test_fp32_result_of_half_precision_factors_counts_as_half():
     work = [("bmm", 2 * 3 * (8 * 16 + 16 * 32), 4 * 3 * 8 * 32, 2 * 3 * 8 * 16 * 32)]
     assert counted(lambda: torch.bmm(a, b, out_dtype=torch.float32)) == work
     assert counted(lambda: attention._product(a[None], b[None])) == work
+
+
+def test_product_into_a_place_counts_no_operations_or_reads_nothing_there():
+    x, weight, place = empty(8, 16), empty(32, 16), empty(8, 100)[:, :32]
+    work = ("addmm_", 2 * (8 * 16 + 32 * 16 + 8 * 32), 2 * 8 * 32, 2 * 8 * 16 * 32)
+    assert counted(lambda: place.addmm_(x, weight.T)) == [work]
+
+
+def test_copy_that_a_product_makes_first_is_forgotten():
+    """A vector is added by the product's own kernel, but not to columns of a wider tensor."""
+    x, weight, bias, whole = empty(8, 16), empty(32, 16), empty(32), empty(8, 32)
+
+    def names(work):
+        return [name for name, *_ in counted(work)]
+
+    assert names(lambda: torch.addmm(bias, x, weight.T)) == ["addmm"]
+    assert names(lambda: torch.addmm(whole, x, weight.T)) == ["copy before addmm", "addmm"]
+    columns = empty(8, 100)[:, :32]
+    assert names(lambda: torch.addmm(bias, x, weight.T, out=columns)) == ["copy before addmm", "addmm"]
 
 
 def test_gather_pays_for_its_whole_source():
@@ -186,12 +207,17 @@ def tiny():
 
 
 def test_a_pass_can_no_longer_be_priced():
-    kinds = "decode", "prefill", "training"
-    text = roofline.report({"tiny": tiny()}, {"H100": roofline.CARDS["H100"]}, Sizes.tiny(), kinds, with_ops=True)
+    cards = {"H100": roofline.CARDS["H100"]}
+    text = roofline.report({"tiny": tiny()}, cards, Sizes.tiny(), roofline.KINDS, rank=4, with_ops=True)
     table, *others = text.split("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert [row[2].split(",")[0] for row in rows] == ["decode"] * 2 + ["prefill"] + ["training"] * 5
+    kinds = [row[2].split(",")[0] for row in rows]
+    full = ["decode"] * 2 + ["prefill"] + ["training"] * 5
+    by_lora = ["decode"] * 2 + ["prefill"] + ["training"] * 3 + ["KL reference"]
+    assert kinds == full + by_lora
     assert all(len(row) == len(roofline.HEADER) and float(row[6]) <= float(row[7]) for row in rows)
+    beside_full = [bool(row[-1]) for row in rows]
+    assert beside_full == [False] * len(full) + [True] * (len(by_lora) - 1) + [False]
     assert len(others) == 2 * len(rows)
 
 
@@ -202,9 +228,79 @@ def test_recomputed_blocks_cost_no_more_operations_or_keep_as_much():
         assert less.needs_operations == more.needs_operations
 
 
+# ---- adapters
+
+
+def test_frozen_weight_gets_a_gradient_or_the_frozen_tower_a_pass():
+    kept, _, _, reference = roofline.passes(tiny(), Sizes.tiny(), ["training"], rank=1)
+    full, *_ = roofline.passes(tiny(), Sizes.tiny(), ["training"])
+    assert "training" in kept.name and "KL reference" in reference.name
+    assert 0.6 * full.operations < kept.operations < 0.75 * full.operations  # two thirds, and some attention
+    assert 0.6 * full.needs_operations < kept.needs_operations < 0.75 * full.needs_operations
+    assert 0.4 * kept.operations < reference.operations < 0.5 * kept.operations
+
+
+def test_adapters_cost_more_than_15_per_cent_of_a_decode_step():
+    """In the shortest step, where they cost most: 3B, four prompts with 32 members each. The slow test has the rest."""
+    bench = gpu_rows.Bench(roofline.META, Sizes(), torch.bfloat16, {})
+    with as_on_cuda():
+        full, by_lora = (
+            roofline.decode(bench, roofline.meta_model(roofline.SHAPES["3B"], rank), 4, 32) for rank in (0, 64)
+        )
+    by_lora.full = full
+    assert 0.1 < roofline.to_full(roofline.CARDS["H200"], by_lora) <= 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["3B", "7B"])
+def test_adapters_cost_more_than_15_per_cent_of_some_decode_step(shape):
+    config = roofline.SHAPES[shape]
+    full = roofline.passes(config, Sizes(), ["decode"])
+    by_lora = roofline.passes_by_lora(config, Sizes(), ["decode"], 64, full)
+    assert len(by_lora) == 3
+    for name, card in roofline.CARDS.items():
+        for one in by_lora:
+            assert 0.05 < roofline.to_full(card, one) <= 0.15, (name, one.name)
+
+
 @pytest.mark.slow
 def test_a_real_shape_or_a_card_is_left_out(capsys):
-    roofline.main(["--pass", "decode"])
+    roofline.main(["--pass", "decode", "--lora", "0"])
     rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows[::3]] == [["| H100", "3B"], ["| H100", "7B"], ["| H200", "3B"], ["| H200", "7B"]]
     assert [row[2] for row in rows[:3]] == ["decode, 128 × 1", "decode, 32 × 4", "decode, 4 × 32"]
+
+
+# ---- what bfloat16 loses
+
+
+def arrives(found, before, change):
+    """How much of a `change` of outputs is in their difference: 1, all of it; 0, nothing."""
+    return float(((found.float() - before.float()) * change).sum() / (change * change).sum())
+
+
+def test_first_step_of_adapters_is_lost_in_a_rounded_product(record_property):
+    """One step of Adam at the recipe's rate, on random numbers of 7B's width: every number of B moves by the rate."""
+    torch.manual_seed(0)
+    width, rank, rate, scale = 3584, 64, 2e-5, 0.5
+    x = torch.randn(64, width).bfloat16()
+    layer = torch.nn.Linear(width, width, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight.normal_(0, 0.02)
+    before = F.linear(x, layer.weight)
+    a = (2 * torch.rand(rank, width) - 1) / width**0.5
+    b = rate * torch.randn(width, rank).sign()
+    change = scale * (x.float() @ a.T) @ b.T
+    added_last = torch.addmm(before, F.linear(x, a.bfloat16()), b.bfloat16().T, alpha=scale)
+    merged = torch.addmm(layer.weight.float(), b, a, alpha=scale).bfloat16()
+    lora.add_adapter(layer, a, b, scale)
+    layer.requires_grad_(False)
+    shares = {
+        "added to a rounded product": arrives(added_last, before, change),
+        "merged into the weights": arrives(F.linear(x, merged), before, change),
+        "as here": arrives(layer(x), before, change),
+    }
+    for what, share in shares.items():
+        report(record_property, f"of one step, {what}", share)
+    same = (merged == layer.weight).float().mean().item()
+    report(record_property, "merged weights that are as before", same)
+    assert shares["as here"] > 0.9 and max(list(shares.values())[:2]) < 0.1 and same > 0.98
