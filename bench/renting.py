@@ -10,6 +10,7 @@ takes its rates from bench/roofline.py. PRICES and what a search costs are assum
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -123,26 +124,31 @@ def machine() -> str:
 
 
 def hours() -> str:
-    """Hours of a run that trains all weights, and dollars for its devices, wherever one of the recipes fits."""
+    """Hours of a run, and dollars for its devices, wherever one of the recipes fits."""
     places = [(devices, device) for device in DEVICES for devices in COUNTS]
     rows = []
     used = [place for place in places if any_fits(*place)]
     for model in PUBLISHED:
-        for name in RECIPES:
-            rows.append(row(short(model), name, *(hours_and_dollars(model, name, *place) for place in used)))
+        for trained, typed in TRAINED.items():
+            for name in RECIPES:
+                cells = [hours_and_dollars(model, name, typed, *place) for place in used]
+                rows.append(row(short(model), trained, name, *cells))
     head = [f"{devices} × {device.gigabytes} GB" for devices, device in used]
-    return table(["model", "recipe", *head], rows)
+    return table(["model", "trained", "recipe", *head], rows)
 
 
 def any_fits(devices: int, device: Device) -> bool:
-    return any(options(model, name, devices, device) is not None for model in PUBLISHED for name in RECIPES)
+    """Whether any recipe fits there, for any model, however it is trained."""
+    runs = itertools.product(PUBLISHED, RECIPES, TRAINED.values())
+    return any(options(model, name, devices, device, typed) is not None for model, name, typed in runs)
 
 
-def hours_and_dollars(model: str, name: str, devices: int, device: Device) -> str:
-    found = options(model, name, devices, device)
+def hours_and_dollars(model: str, name: str, trained: str, devices: int, device: Device) -> str:
+    """`trained`: a value of TRAINED."""
+    found = options(model, name, devices, device, trained)
     if found is None:
         return "–"
-    config = with_options(name, found)
+    config = with_options(name, f"{trained} {found}")
     spent = step_time.step(model, config, devices, device).seconds * config.steps / 3600
     return f"{spent:.1f} h, ${spent * devices * PRICES[device.gigabytes]:.0f}"
 

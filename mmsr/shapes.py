@@ -82,16 +82,21 @@ class Trained:
         return sum(adapter.rank for adapter in self.adapters if adapter.layer.startswith(inside))
 
     def stacked(self) -> int:
-        """Numbers of the stacks that sampling makes: `lora.Stack`, with the zeros beside the diagonal."""
+        """Numbers of the stacks that sampling makes: `lora.Stack`, with the zeros beside the diagonal.
+
+        The weights that project to queries, keys and values are copied too.
+        """
         alone = {adapter.layer: adapter for adapter in self.adapters}
         stacks = []
+        total = 0
         for block in {layer.rpartition(".")[0] for layer in alone}:
             for names in lora.SAME_INPUT:
                 layers = [f"{block}.{name}" for name in names]
                 if alone.keys() >= set(layers):
                     stacks.append([alone.pop(layer) for layer in layers])
+                    if "q_proj" in names:
+                        total += sum(adapter.rows * adapter.columns for adapter in stacks[-1])
         stacks += [[adapter] for adapter in alone.values()]
-        total = 0
         for stack in stacks:
             ranks = sum(adapter.rank for adapter in stack)
             rows = sum(adapter.rows for adapter in stack)
