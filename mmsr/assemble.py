@@ -101,6 +101,7 @@ class Setup(Generic[AnyOptions]):
             self.chat.stop_id,
             self.suppressed,
             slots=config.slots,
+            slot_tokens=config.slot_tokens,
             max_tokens=config.max_tokens,
             turn_tokens=config.turn_tokens,
             temperature=temperature,

@@ -15,19 +15,33 @@ holds those of one sequence's own tokens. Here two groups, A and B, share two sl
 The states of a sequence, and the methods of `Engine` that move it on:
 
     submit ─► waiting ── _admit ─► prefilling ── _prefill_sequences ─► running ── _decode ─► at a tool ── finish ─►
-                                       ▲                                                        │
-                                       └──────────────────────── extend ────────────────────────┘
+                 ▲                     ▲                                  │                      │
+                 │                     └──────────────────────────────────┼─────── extend ───────┤
+                 └────── _resume_parked ────── parked ◄───────────────────┴──────────────────────┘
 
     waiting       It has no slot. Its group has no row yet (`waiting_groups`), or it has one (`waiting`).
     prefilling    It has tokens that are not in the cache: a tool's result, or a beginning that was forced. Without
                   such a beginning it goes from waiting to running, as the prompt's scores give its first token.
     running       It samples a token in each decode step, until the stop token or the limit of the turn.
     at a tool     Its turn is over, and it keeps its slot until the caller extends or finishes it.
+    parked        Its slot was too short (below), so it has none. The host keeps its tokens.
 
 There is no barrier between turns: the other sequences decode meanwhile. There is none between groups either: a freed
 slot is taken at once by the next sequence. A row is freed by the last sequence of its group. So there are more rows
-than groups that fit into the slots: otherwise the slowest sequence of every group would keep slots empty. Unlike vLLM's
-cache, this one has no pages: a slot has room for the longest conversation, so no sequence is ever preempted.
+than groups that fit into the slots: otherwise the slowest sequence of every group would keep slots empty.
+
+Unlike vLLM's cache, this one has no pages: a slot is one piece of memory. In the plain form (`slot_tokens` 0) it has
+room for the longest conversation. Few are that long, so most of that memory would never be filled. Slots may therefore
+be shorter. Then there are two phases, in the same memory:
+
+    slot 0    A1 ━━━━━━━━━━|B1 ━━━━━━━━━━━━━━━▷         ┃    slot 0    A2 ▒▒▒▒▒▒━━━━━━━━━━|B1 ▒▒▒▒▒━━━━━━━━━━━━━━━━━
+    slot 1    A2 ━━━━━━━━━━━━━━━▷|B2 ━━━━━━━━━━━━━━|    ┃
+
+    ▷ its slot is full: it is parked    ▒ its prompt and its own tokens are prefilled again
+
+When only parked sequences are left, `_resume_parked` divides the memory into fewer slots, each with room for the
+longest conversation. There they continue, as if their tokens so far had been forced. This is vLLM's preemption by
+recomputation, at most once a sequence. Like the number of slots, their room changes no token but by rounding.
 
 All that changes with every token is in tensors on the device. The host waits for the device once a decode step, to see
 whose turn is over, and does no work per token. On CUDA it launches the step as one graph (graphs.py).
@@ -78,12 +92,13 @@ class GeneratedSequence:
     stopped: bool = False  # the last turn ended with the stop token, not out of room
 
     # Only the engine writes these.
-    start: int = 0  # where in `ids` the tokens of the last sampled turn begin
+    start: int = 0  # where in `ids` the tokens begin that it samples, or sampled last
+    limit: int | None = None  # its turn ends with so many `ids`; None between turns. A parked turn keeps its limit.
     cached: int = 0  # how many of `ids` are in the cache; while it is running, as of the beginning of the turn
     start_step: int | None = None  # the engine's count of decode steps when the turn began; None if it is not running
     position: int = 0  # rotary position of the first token that is not in the cache
     slot: int = -1
-    group: SequenceGroup | None = None  # None until it is waiting
+    group: SequenceGroup | None = None  # None until `submit` accepts it
 
     def force(self, ids: list[int], images: Sequence[tuple[int, Image]] = ()) -> None:
         """Append tokens that are given, not sampled. `images`: (offset within these tokens, picture)."""
@@ -104,7 +119,7 @@ class SequenceGroup:
 
     # Only the engine writes these.
     row: int = -1
-    unfinished: int = 0  # sequences
+    members: list[GeneratedSequence] = field(default_factory=list)  # that wait or have a slot: they need the row
     scores: Tensor | None = None  # (V,) after the prompt: every sequence's first token is drawn from them
 
 
@@ -197,28 +212,40 @@ class Cache:
     """Keys and values of every layer: `prefix` rows (R, P, K, D) and `suffix` slots (S, L, K, D); and which are free.
 
     It has its full size from the beginning: CUDA graphs know its addresses, and what does not fit should fail at once
-    and not hours into a run. Zeros, because attention multiplies what is beyond a sequence by 0, and 0 · NaN is NaN.
+    and not hours into a run. `divide` makes slots of its `places`, and may do so again.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, prompt_room: int, slots: int, room: int, device, dtype):
-        heads = config.num_key_value_heads
-        head_dim = config.head_dim
-        kernel = attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype))
+    def __init__(self, config: ModelConfig, rows: int, prompt_room: int, places: int, device, dtype):
+        shape = (config.num_key_value_heads, config.head_dim)
 
-        def zeros(count: int, length: int) -> Tensor:
-            if kernel:
-                return torch.zeros(count, length, heads, head_dim, device=device, dtype=dtype)
-            # The same shape, but the keys of a head are contiguous: plain products are faster with that.
-            return torch.zeros(count, heads, length, head_dim, device=device, dtype=dtype).transpose(1, 2)
+        def zeros(tokens: int) -> Tensor:
+            # Zeros, because attention multiplies what is beyond a sequence by 0, and 0 · NaN is NaN.
+            return torch.zeros(tokens, *shape, device=device, dtype=dtype)
 
+        self.kernel = attention.has_decode_kernel(torch.empty(0, device=device, dtype=dtype))
         self.prefix: list[tuple[Tensor, Tensor]] = []  # (keys, values) of each layer
-        self.suffix: list[tuple[Tensor, Tensor]] = []
+        self.places: list[tuple[Tensor, Tensor]] = []  # (places, K, D) each: the memory of the slots
         for _ in range(config.num_hidden_layers):
-            self.prefix.append((zeros(rows, prompt_room), zeros(rows, prompt_room)))
-            self.suffix.append((zeros(slots, room), zeros(slots, room)))
-        self.room = room  # tokens of a slot
+            keys, values = zeros(rows * prompt_room), zeros(rows * prompt_room)
+            self.prefix.append((self._view(keys, rows, prompt_room), self._view(values, rows, prompt_room)))
+            self.places.append((zeros(places), zeros(places)))
+        self.rows = rows
         self.free_rows = list(range(rows))  # a heap: the lowest is taken first
+
+    def divide(self, slots: int, room: int) -> None:
+        """Make the memory `slots` of `room` tokens each, all free. What the slots held before is lost."""
+        self.suffix = [(self._view(k, slots, room), self._view(v, slots, room)) for k, v in self.places]
+        self.room = room
         self.free_slots = list(range(slots))  # a heap
+
+    def _view(self, places: Tensor, count: int, length: int) -> Tensor:
+        """The first of `places` (n, K, D) as (count, length, K, D)."""
+        heads, head_dim = places.shape[1:]
+        used = places[: count * length]
+        if self.kernel:
+            return used.view(count, length, heads, head_dim)
+        # The same shape, but the keys of a head are contiguous: plain products are faster with that.
+        return used.view(count, heads, length, head_dim).transpose(1, 2)
 
 
 class SlotState:
@@ -232,7 +259,7 @@ class SlotState:
         self.length = zeros(torch.long, slots)  # (S,) tokens in the cache
         self.position = zeros(torch.long, slots)  # (S,) rotary position of `token`
         self.key = zeros(torch.long, slots)  # (S,) see `sampling_key`
-        self.limit = zeros(torch.long, slots)  # (S,) the turn ends with so many tokens after the prompt
+        self.limit = zeros(torch.long, slots)  # (S,) sampling ends with so many tokens after the prompt
         self.running = zeros(torch.bool, slots)  # (S,)
         self.ids = zeros(torch.long, slots, room)  # (S, L) what was sampled, by index after the prompt
         self.logps = zeros(torch.float32, slots, room)  # (S, L) of `ids`
@@ -294,10 +321,16 @@ class Engine:
     """Generates for `model`: `submit` groups once, then `step` while `busy`; finish or extend what it returns.
 
     `max_tokens` bounds a conversation with its prompt, `turn_tokens` what is sampled in one turn. `temperature` 0 is
-    greedy, with log-probabilities at 1. `prefill_tokens` bounds one pass over new prompts. `capture`: on CUDA, replay
-    decode steps from graphs. `features`: of encoded images, by content; what it lacks is added to it. The model's
-    weights may not change or move while the engine lives.
+    greedy, with log-probabilities at 1. `slot_tokens`: see `slot_layout`. `prefill_tokens` bounds one pass over new
+    prompts. `capture`: on CUDA, replay decode steps from graphs. `features`: of encoded images, by content; what it
+    lacks is added to it. The model's weights may not change or move while the engine lives.
     """
+
+    # Memory: `submit` makes it, because then its sizes are known.
+    cache: Cache
+    state: SlotState
+    layout: DecodeLayout
+    long_slots: tuple[int, int]  # for parked sequences: how many, and the room of each
 
     def __init__(
         self,
@@ -306,6 +339,7 @@ class Engine:
         suppressed: Tensor,  # (V,) bool: ids that may not be sampled
         *,
         slots: int,
+        slot_tokens: int = 0,
         max_tokens: int,
         turn_tokens: int,
         temperature: float = 1.0,
@@ -318,13 +352,14 @@ class Engine:
         self.suppressed = suppressed
         self.device = suppressed.device
         self.slots = slots
+        self.slot_tokens = slot_tokens
         self.max_tokens = max_tokens
         self.turn_tokens = turn_tokens
         self.greedy = temperature == 0
         self.temperature = temperature or 1.0
         self.prefill_tokens = prefill_tokens
         self.graphs = Graphs(capture and self.device.type == "cuda")
-        self.counts: Counter = Counter()  # prefilled, decode_steps, images_encoded
+        self.counts: Counter = Counter()  # prefilled, decode_steps, images_encoded, parked
         self.features = {} if features is None else features  # encoded images, by content
         # Sequences by their states, and all that have a slot: prefilling, running or at a tool.
         self.waiting_groups: deque[SequenceGroup] = deque()  # have no row yet
@@ -332,10 +367,7 @@ class Engine:
         self.prefilling: deque[GeneratedSequence] = deque()  # have tokens that are not in the cache
         self.num_running = 0  # sample a token in each decode step
         self.by_slot: dict[int, GeneratedSequence] = {}
-        # Memory: `submit` makes it, because then its sizes are known.
-        self.cache: Cache | None = None
-        self.state: SlotState | None = None
-        self.layout: DecodeLayout | None = None
+        self.parked: dict[SequenceGroup, list[GeneratedSequence]] = {}  # outgrew their slots
         self.batch_shape: tuple[int, int, int] | None = None  # of `layout`; None when sequences came or went
         self.longest = 0  # no running sequence has more tokens in its slot
 
@@ -344,27 +376,35 @@ class Engine:
     def submit(self, groups: Sequence[SequenceGroup]) -> list[GeneratedSequence]:
         """Queue groups and make room for them. Returns sequences without room to answer; their groups will not run."""
         assert not self.by_slot, "an engine takes its groups once"
+        accepted = []
         refused = []
         for group in groups:
             known = len(group.ids) + max(len(sequence.ids) for sequence in group.sequences)
             if known < self.max_tokens:
-                self.waiting_groups.append(group)
+                accepted.append(group)
             else:
                 refused += group.sequences
-        if self.waiting_groups:
-            self._allocate()
+        if accepted:
+            self._allocate(accepted)
+        for group in accepted:
+            self._queue(group, group.sequences)
         return refused
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do. Sequences at a tool give it nothing to do."""
-        return bool(self.prefilling or self.num_running or self._can_admit)
+        return bool(self.prefilling or self.num_running or self._can_admit or self._can_resume)
 
     @property
     def _can_admit(self) -> bool:
         """Whether there is a free slot and a sequence to take it: its prompt has a row, or there is a free row."""
         has_prompt = self.waiting or (self.waiting_groups and self.cache.free_rows)
         return bool(has_prompt and self.cache.free_slots)
+
+    @property
+    def _can_resume(self) -> bool:
+        """Whether only parked sequences are left. One at a tool still has its slot."""
+        return bool(self.parked and not (self.by_slot or self.waiting or self.waiting_groups))
 
     def extend(self, sequence: GeneratedSequence, ids: list[int], images: Sequence[tuple[int, Image]] = ()) -> None:
         """Append what a tool gave; the sequence samples its next turn after it. `images`: (offset in ids, picture).
@@ -375,15 +415,19 @@ class Engine:
         if known >= self.max_tokens:
             raise ValueError(f"{len(ids)} more tokens make {known}, which leaves no room under {self.max_tokens}")
         sequence.force(ids, images)
-        self.prefilling.append(sequence)
+        if self._fits(sequence):
+            self.prefilling.append(sequence)
+        else:
+            self.finish(sequence)  # frees its slot
+            self._park(sequence)
 
     def finish(self, sequence: GeneratedSequence) -> None:
-        """Free a sequence's slot, and with the last sequence of a group its row."""
+        """Free a sequence's slot, and with the last member of a group its row."""
         group = sequence.group
         del self.by_slot[sequence.slot]
         heappush(self.cache.free_slots, sequence.slot)
-        group.unfinished -= 1
-        if not group.unfinished:
+        group.members.remove(sequence)
+        if not group.members:
             heappush(self.cache.free_rows, group.row)
         self.batch_shape = None
 
@@ -391,6 +435,8 @@ class Engine:
     def step(self) -> list[GeneratedSequence]:
         """Admit what fits, prefill what is new, decode one token everywhere; returns sequences whose turn ended."""
         ended = []
+        if self._can_resume:
+            self._resume_parked()
         if self._can_admit:
             ended += self._admit()
         if self.prefilling:
@@ -401,18 +447,38 @@ class Engine:
 
     # ---- admission
 
-    def _allocate(self) -> None:
-        """Make cache and slot state for the waiting groups."""
+    def _allocate(self, groups: Sequence[SequenceGroup]) -> None:
+        """Make the cache for `groups`, with short slots."""
         config = self.model.config
         dtype = next(self.model.parameters()).dtype
-        prompt_lens = [len(group.ids) for group in self.waiting_groups]
-        group_sizes = [len(group.sequences) for group in self.waiting_groups]
+        prompt_lens = [len(group.ids) for group in groups]
+        group_sizes = [len(group.sequences) for group in groups]
+        longest = self.max_tokens - min(prompt_lens) + 1
         slots = min(self.slots, sum(group_sizes))
+        slots, room, long_slots = slot_layout(slots, self.slot_tokens, longest)
+        places = max(slots * room, long_slots * longest)
         rows = prefix_rows(len(prompt_lens), slots, min(group_sizes))
-        room = self.max_tokens - min(prompt_lens) + 1
-        self.cache = Cache(config, rows, max(prompt_lens), slots, room, self.device, dtype)
+        self.cache = Cache(config, rows, max(prompt_lens), places, self.device, dtype)
+        self.long_slots = (long_slots, longest)
+        self._divide(slots, room, max(group_sizes))
+
+    def _divide(self, slots: int, room: int, group_size: int) -> None:
+        """Divide the cache into slots, for groups of at most `group_size`."""
+        self.cache.divide(slots, room)
         self.state = SlotState(slots, room, self.device)
-        self.layout = DecodeLayout(rows, slots, max(group_sizes), self.device)
+        self.layout = DecodeLayout(self.cache.rows, slots, group_size, self.device)
+
+    def _queue(self, group: SequenceGroup, sequences: Sequence[GeneratedSequence]) -> None:
+        """Let `sequences` of a group wait for a row and slots; those that begin too long for a slot are parked."""
+        group.members = []
+        for sequence in sequences:
+            sequence.group = group
+            if self._fits(sequence):
+                group.members.append(sequence)
+            else:
+                self._park(sequence)
+        if group.members:
+            self.waiting_groups.append(group)
 
     def _admit(self) -> list[GeneratedSequence]:
         """Give free slots to waiting sequences. Returns those whose turn ended with its first token.
@@ -435,7 +501,7 @@ class Engine:
             else:
                 starting.append(sequence)
                 scores.append(group.scores)
-            if sequence is group.sequences[-1]:  # sequences are admitted in order
+            if sequence is group.members[-1]:  # members are admitted in order
                 group.scores = None  # a megabyte that no sequence will ask for
         self.batch_shape = None
         if not starting:
@@ -453,8 +519,7 @@ class Engine:
             if groups and tokens > self.prefill_tokens:
                 break
             group.row = heappop(self.cache.free_rows)
-            group.unfinished = len(group.sequences)
-            slots -= len(group.sequences)
+            slots -= len(group.members)
             groups.append(self.waiting_groups.popleft())
         return groups
 
@@ -463,10 +528,32 @@ class Engine:
         scores, positions = self._prefill_prompts(groups)  # (groups, V)
         for group, group_scores, position in zip(groups, scores, positions):
             group.scores = group_scores.clone()  # (V,) a view would keep the scores of the whole pass alive
-            for sequence in group.sequences:
-                sequence.group = group
+            for sequence in group.members:
                 sequence.position = position
                 self.waiting.append(sequence)
+
+    # ---- slots that become too short
+
+    def _fits(self, sequence: GeneratedSequence) -> bool:
+        """Whether its slot has room for one more token."""
+        return len(sequence.ids) < self.cache.room
+
+    def _park(self, sequence: GeneratedSequence) -> None:
+        """Keep a sequence that has no slot for a longer one."""
+        self.parked.setdefault(sequence.group, []).append(sequence)
+        self.counts["parked"] += 1
+
+    def _resume_parked(self) -> None:
+        """Divide the cache into slots for the longest conversation, and let all that is parked wait for them."""
+        parked = self.parked
+        self.parked = {}
+        group_size = max(len(sequences) for sequences in parked.values())
+        self.graphs = Graphs(self.graphs.on)  # what was captured knows the old slots
+        self._divide(*self.long_slots, group_size)
+        for group, sequences in parked.items():
+            for sequence in sequences:
+                sequence.cached = 0
+            self._queue(group, sequences)
 
     # ---- prefill
 
@@ -601,7 +688,7 @@ class Engine:
     # ---- decoding
 
     def _start_turns(self, scores: Tensor, sequences: Sequence[GeneratedSequence]) -> list[GeneratedSequence]:
-        """Make sequences running: sample the first token of a turn from `scores` (sequences, V).
+        """Make sequences running: sample the next token from `scores` (sequences, V), mostly the first of a turn.
 
         Returns those whose turn ended with it.
         """
@@ -609,12 +696,15 @@ class Engine:
         def to_device(values: list[int]) -> Tensor:
             return torch.tensor(values, device=self.device)
 
+        for sequence in sequences:
+            if sequence.limit is None:  # a turn begins; one that was parked continues
+                sequence.limit = self._turn_limit(sequence)
         state = self.state
         slots = to_device([sequence.slot for sequence in sequences])
         state.length[slots] = to_device([sequence.cached for sequence in sequences])
         state.position[slots] = to_device([sequence.position for sequence in sequences])
         state.key[slots] = to_device([sequence.key for sequence in sequences])
-        state.limit[slots] = to_device([self._turn_limit(sequence) for sequence in sequences])
+        state.limit[slots] = to_device([min(sequence.limit, self.cache.room) for sequence in sequences])
         state.running[slots] = True
         for sequence in sequences:
             sequence.start = len(sequence.ids)
@@ -703,8 +793,15 @@ class Engine:
         self.state.running[ended] = False
         self.num_running -= len(ended)
         numbers, logps = self._turns_of(ended)
-        turns = zip(numbers.cpu(), logps.cpu())
-        return [self._end_turn(turn_numbers, turn_logps) for turn_numbers, turn_logps in turns]
+        finished = []
+        for turn_numbers, turn_logps in zip(numbers.cpu(), logps.cpu()):
+            sequence = self._end_turn(turn_numbers, turn_logps)
+            if sequence.limit is None:
+                finished.append(sequence)
+            else:  # its slot is full, its turn is not over
+                self.finish(sequence)
+                self._park(sequence)
+        return finished
 
     def _turns_of(self, ended: Tensor) -> tuple[Tensor, Tensor]:
         """What the host wants to know of slots `ended` (E,), still on the device.
@@ -718,7 +815,10 @@ class Engine:
         return numbers, state.logps[ended]
 
     def _end_turn(self, numbers: Tensor, logps: Tensor) -> GeneratedSequence:
-        """Append a turn to its sequence, which is returned. `numbers` (3 + L,), `logps` (L,): see `_turns_of`."""
+        """Append what was sampled to its sequence, which is returned. If the turn is over, it has no `limit` any more.
+
+        `numbers` (3 + L,), `logps` (L,): see `_turns_of`.
+        """
         slot, length, position = numbers[:3].tolist()
         ids = numbers[3:]  # (L,)
         sequence = self.by_slot[slot]
@@ -731,6 +831,8 @@ class Engine:
         sequence.position = position
         sequence.start_step = None
         sequence.stopped = sequence.ids[-1] == self.stop_id
+        if sequence.stopped or end >= sequence.limit:
+            sequence.limit = None
         return sequence
 
     # ---- the shape of a batch

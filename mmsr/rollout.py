@@ -171,6 +171,7 @@ class Rollout:
         """Tokens and images of the batch, without conversations that the engine never ran.
 
         `prefilled_unique` counts each group's prompt once, and what is forced or comes back in each conversation.
+        `parked`: conversations that outgrew their slots, so that their tokens were prefilled again.
         """
         ran = []
         for conversation in self.conversations.values():
@@ -189,6 +190,7 @@ class Rollout:
             "prefilled": self.engine.counts["prefilled"],
             "prefilled_unique": unique,
             "sampled": sampled,
+            "parked": self.engine.counts["parked"],
             "images_encoded": self.engine.counts["images_encoded"],
             "images_distinct": len(images),
         }

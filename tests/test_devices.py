@@ -131,6 +131,15 @@ def test_tokens_are_the_same_on_every_device_when_greedy(device):
     assert texts(here) == texts(there)
 
 
+def test_slots_that_are_divided_again_change_tokens_on_a_device(device):
+    """With captured graphs of both divisions, where there are graphs."""
+    model, whole, short = tiny_model(4).to(device), groups(3, 2), groups(3, 2)
+    options = dict(turn_tokens=30, max_tokens=400, temperature=0)
+    run(model, whole, **options)
+    assert run(model, short, slot_tokens=40, **options).counts["parked"]
+    assert texts(whole) == texts(short)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from helpers import IMAGE, conversation, hf_twin, positions, random_image, repor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsr.attention import sum_in_fp64
-from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sample, sampling_key, uniform
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sample, sampling_key, slot_layout, uniform
 from mmsr.episode import Episode, Example
 from mmsr.pack import pack, split_into_micro_batches
 from mmsr.update import ImageFeatures, Trainer
@@ -80,6 +80,15 @@ def recomputed(model, made: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(ours), torch.cat(theirs)
 
 
+def begun(n: int = 5) -> list[SequenceGroup]:
+    """Groups, some of whose sequences begin forced: of one group all, each with one more result than the last."""
+    batch = groups(n, 4)
+    for i, sequence in enumerate([batch[1].sequences[2], *batch[2].sequences]):
+        for _ in range(i + 1):
+            sequence.force(RESULT[0].tolist(), RESULT[1])
+    return batch
+
+
 def texts(batch: list[SequenceGroup]) -> list[list[int]]:
     return [sequence.ids for group in batch for sequence in group.sequences]
 
@@ -125,6 +134,118 @@ def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
     run(model, wide, slots=64)
     assert moved
     assert texts(wide) == texts(narrow)
+
+
+@pytest.fixture(scope="module")
+def undivided(model):
+    """What slots of full room give, by temperature."""
+    sum_in_fp64(True)
+    made = {temperature: begun() for temperature in (0, 1)}
+    for temperature, batch in made.items():
+        run(model, batch, turns=3, temperature=temperature, max_tokens=200)
+    return made
+
+
+@pytest.mark.parametrize("slot_tokens, slots, temperature", [(1, 3, 1), (9, 8, 0), (9, 8, 1), (25, 64, 1)])
+def test_the_room_of_a_slot_changes_tokens(model, undivided, slot_tokens, slots, temperature, monkeypatch):
+    """Parked in a turn, at a result with its picture, at a forced beginning; by one, by groups, and all together."""
+    sum_in_fp64(True)
+    resumed, resume = [], Engine._resume_parked
+    monkeypatch.setattr(Engine, "_resume_parked", lambda self: resumed.append(self) or resume(self))
+    whole, short = undivided[temperature], begun()
+    options = dict(slots=slots, slot_tokens=slot_tokens, temperature=temperature, prefill_tokens=60, max_tokens=200)
+    engine = run(model, short, turns=3, **options)
+    parked = engine.counts["parked"]
+    assert parked == 20 if slot_tokens == 1 else 0 < parked <= 20, "at most once each"
+    assert resumed == [engine] and not engine.parked
+    assert texts(short) == texts(whole)
+    for group, twin_group in zip(short, whole):
+        for sequence, twin in zip(group.sequences, twin_group.sequences):
+            assert (sequence.loss_mask, sequence.images, sequence.stopped) == (
+                twin.loss_mask,
+                twin.images,
+                twin.stopped,
+            )
+            torch.testing.assert_close(torch.tensor(sequence.logps), torch.tensor(twin.logps), atol=1e-5, rtol=0)
+
+
+def test_a_parked_turn_gets_its_limit_once_more(model):
+    """Turns of 12 tokens that never stop, interrupted in the middle, before the first token and before the last."""
+    second = 12 + len(RESULT[0])  # where the second turn begins
+    for slot_tokens in (5, 11, second, second + 1):
+        batch = groups(2, 3)
+        engine = Engine(model, 299, SUPPRESSED, slots=4, slot_tokens=slot_tokens, max_tokens=120, turn_tokens=12)
+        engine.submit(batch)
+        turns = Counter()
+        while engine.busy:
+            for sequence in engine.step():
+                turns[sequence] += 1
+                if turns[sequence] == 1:
+                    engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
+                else:
+                    engine.finish(sequence)
+        assert engine.counts["parked"] == 6
+        for sequence in turns:
+            assert sequence.loss_mask == [1] * 12 + [0] * len(RESULT[0]) + [1] * 12
+            assert turns[sequence] == 2, "a turn is returned once, whole"
+
+
+def test_slots_are_divided_while_a_sequence_is_at_a_tool(model):
+    """The parked ones wait for it: its keys are in its slot."""
+    whole, short = groups(1, 2), groups(1, 2)
+    limits = dict(slots=2, max_tokens=120, turn_tokens=6)
+    made = []
+    for batch, slot_tokens in ((whole, 0), (short, 9)):
+        engine = Engine(model, 299, SUPPRESSED, slot_tokens=slot_tokens, **limits)
+        engine.submit(batch)
+        ended = []
+        while engine.busy:
+            ended += engine.step()
+        first, second = ended
+        engine.extend(first, RESULT[0].tolist(), RESULT[1])
+        if slot_tokens:
+            assert not engine.busy and not engine.step() and engine.cache.room == slot_tokens
+        engine.extend(second, [7])  # it fits: the second turn begins in the short slot
+        left = [first, second]
+        while left:
+            assert engine.busy
+            for sequence in engine.step():
+                left.remove(sequence)
+                engine.finish(sequence)
+        assert not engine.busy
+        made.append(engine)
+    assert texts(short) == texts(whole)
+    assert made[1].counts["parked"] == 2
+    # The prompt once more; what the first had sampled, without the last token; and all that the second had.
+    assert made[1].counts["prefilled"] - made[0].counts["prefilled"] == len(short[0].ids) + 5 + 9
+    assert made[1].counts["images_encoded"] == made[0].counts["images_encoded"]
+
+
+@pytest.mark.parametrize("slots, slot_tokens", [(6, 10), (3, 40), (2, 10), (4, 0)])
+def test_the_second_division_takes_more_memory(model, slots, slot_tokens):
+    """Parked sequences get the memory that there is, unless it is too little for a single long slot."""
+    batch = groups(2, 3)
+    engine = Engine(model, STOP, SUPPRESSED, slots=slots, slot_tokens=slot_tokens, max_tokens=70, turn_tokens=50)
+    engine.submit(batch)
+    before = [tensor.data_ptr() for pair in engine.cache.suffix for tensor in pair]
+    longest = 70 - min(len(group.ids) for group in batch) + 1
+    room = slot_tokens or longest
+    assert engine.cache.suffix[0][0].shape[:2] == (slots, room)
+    places = {tensor.shape[0] for pair in engine.cache.places for tensor in pair}
+    assert places == {max(slots * room, longest)}
+    while engine.busy:
+        for sequence in engine.step():
+            engine.finish(sequence)
+    if slot_tokens:
+        assert engine.counts["parked"]
+        assert engine.cache.suffix[0][0].shape[:2] == (max(1, slots * room // longest), longest)
+    assert before == [tensor.data_ptr() for pair in engine.cache.suffix for tensor in pair]
+
+
+def test_the_plan_divides_the_cache_in_another_way():
+    assert slot_layout(64, 2048, 7937) == (64, 2048, 16)
+    assert slot_layout(64, 0, 7937) == slot_layout(64, 9000, 7937) == (64, 7937, 64)
+    assert slot_layout(2, 2048, 7937) == (2, 2048, 1), "a slot that holds the longest conversation there must be"
 
 
 def test_fork_equals_separate_prompts(model):

@@ -78,13 +78,13 @@ class Blind(Engine):
 
 
 def test_a_rollout_mixes_host_and_device(apart):
-    """Prefill with pictures, openings, results of tools, decoding, sequences that wait for a slot, and compaction."""
+    """Prefill with pictures, openings, results of tools, decoding, slots: waited for, compacted, and divided again."""
     groups = []
     for number in range(5):
         ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
         groups.append(SequenceGroup(ids.tolist(), images, [GeneratedSequence(key) for key in range(3)]))
     groups[1].sequences[0].force(RESULT[0].tolist(), RESULT[1])
-    engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, max_tokens=120, turn_tokens=30)
+    engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, slot_tokens=20, max_tokens=120, turn_tokens=30)
     assert engine.submit(groups) == []
     compacted, compact = [], engine._compact
     engine._compact = lambda: compacted.append(True) or compact()
@@ -97,6 +97,7 @@ def test_a_rollout_mixes_host_and_device(apart):
                 extended.add(sequence)
                 engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
     assert len(extended) == 10 and compacted and not engine.by_slot
+    assert engine.counts["parked"] == 1
 
 
 def test_an_update_mixes_host_and_device(apart):

@@ -27,7 +27,7 @@ class Recorded(Engine):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.busy_slots, self.full_steps = 0, 0
+        self.busy_slots, self.full_steps, self.long_steps = 0.0, 0, 0
 
     def _turn_limit(self, sequence):
         return len(sequence.ids) + sequence.lengths.pop(0)
@@ -35,16 +35,17 @@ class Recorded(Engine):
     def _decode(self):
         if self.waiting_groups or self.waiting:
             self.full_steps += 1
-            self.busy_slots += self.num_running
+            self.busy_slots += self.num_running / len(self.state.token)
+        self.long_steps += self.cache.room > self.slot_tokens > 0
         return super()._decode()
 
     @property
     def occupancy(self) -> float:
         """Share of the slots that decode, while a sequence waits for one."""
-        return self.busy_slots / (self.full_steps * len(self.state.token))
+        return self.busy_slots / self.full_steps
 
 
-def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0) -> Recorded:
+def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0, found=RESULT, **options) -> Recorded:
     """Run `groups` groups of `size` sequences through 64 slots, every sequence with the lengths of some conversation.
 
     `tokens`: what every turn has instead.
@@ -56,12 +57,13 @@ def play(model, size: int, groups: int, tokens: int | None = None, seed: int = 0
         for sequence in sequences:
             sequence.lengths = list(TURNS[sequence.key % len(TURNS)]) if tokens is None else [tokens]
         batch.append(SequenceGroup(ids, [], sequences))
-    engine = Recorded(model, NEVER, SUPPRESSED, slots=SLOTS, max_tokens=500, turn_tokens=200)
+    options = dict(slots=SLOTS, max_tokens=500, turn_tokens=200) | options
+    engine = Recorded(model, NEVER, SUPPRESSED, **options)
     engine.submit(batch)
     while engine.busy:
         for sequence in engine.step():
             if sequence.lengths:
-                engine.extend(sequence, RESULT)
+                engine.extend(sequence, found)
             else:
                 engine.finish(sequence)
     for group in batch:
@@ -95,6 +97,21 @@ def test_decode_steps_are_seldom_replayed(model, size, groups, monkeypatch):
     assert engine.graphs.on, "a capture failed"
     assert cuda.replays == engine.graphs.replayed >= 0.95 * steps
     assert cuda.captures <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slot_tokens", [2048, 1100, 1024])
+def test_real_conversations_outgrow_their_slots(model, slot_tokens):
+    """With results of 400 tokens: none does in the recipes' slots. The cost where one in twenty, or in three, does."""
+    found = conversation(7, 400)[0].tolist()
+    engine = play(model, 8, 12, found=found, max_tokens=8192, slot_tokens=slot_tokens)
+    parked, steps, more = engine.counts["parked"], engine.counts["decode_steps"], engine.long_steps
+    prefilled = engine.counts["prefilled"]
+    print(
+        f"slots of {slot_tokens}: {parked} of 96 parked, {more} of {steps} decode steps for them, {prefilled} prefilled"
+    )
+    assert (parked == 0) == (slot_tokens == 2048)
+    assert more < (0.05 if parked < 10 else 0.5) * steps
 
 
 def test_the_plan_counts_fewer_rows_than_the_engine_makes(model):

@@ -107,7 +107,8 @@ def make(
     def words(sequence):
         conversation = rollout.conversations[sequence]
         text = say(conversation.episode, conversation.model_turns)
-        return None if text is None else chat.assistant(text)
+        said = sum(sequence.loss_mask[conversation.turn_start :])  # of a turn that outgrew its slot
+        return None if text is None else chat.assistant(text)[said:]
 
     if say:
         engine.say = words
@@ -450,6 +451,20 @@ def test_more_questions_than_slots_change_no_token(home):
     assert [e.input_ids for e in wide[1]] == [e.input_ids for e in narrow[1]]
     assert [e.status for e in wide[1]] == [e.status for e in narrow[1]]
     assert len(narrow[0].engine.state.token) == 4 and not narrow[0].engine.by_slot
+
+
+def test_a_slot_that_is_too_short_loses_a_conversation(home):
+    """One that outgrows its slot goes on later: same turns, searches, tokens and end, and the engine tells how many."""
+    whole, short = mixed(home, 4, slots=6), mixed(home, 4, slots=6, slot_tokens=20)
+    assert short[0].counts["parked"] > 5 and whole[0].counts["parked"] == 0
+    for episode, twin in zip(short[1], whole[1]):
+        consistent(episode, short[0].chat)
+        assert (episode.input_ids, episode.loss_mask, episode.status) == (twin.input_ids, twin.loss_mask, twin.status)
+        assert [turn.text for turn in episode.turns] == [turn.text for turn in twin.turns]
+        torch.testing.assert_close(torch.tensor(episode.logps), torch.tensor(twin.logps), atol=1e-5, rtol=0)
+    kept = ("sampled", "prefilled_unique", "images_distinct", "images_encoded")
+    assert [short[0].counts[key] for key in kept] == [whole[0].counts[key] for key in kept]
+    assert short[0].counts["prefilled"] > whole[0].counts["prefilled"], "what is computed again counts"
 
 
 def test_example_that_recurs_in_a_batch_makes_groups_of_its_own(home):

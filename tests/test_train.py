@@ -30,6 +30,7 @@ from mmsr.pretrained.load import load
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
+from mmsr.report.metrics import _extras
 from mmsr.setup import policy
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock
@@ -455,6 +456,11 @@ def test_rollout_lines_hold_tokens_and_name_pictures_that_are_there(first):
             assert "".join(text for text, _, _ in turn["pieces"]).removesuffix("<|im_end|>") == turn["text"]
             assert all(mask == 1 and 0 <= chance <= 1 for _, mask, chance in turn["pieces"])
     assert "<title>" in (first.out / "report.html").read_text()
+
+
+def test_conversations_outgrow_their_slots_and_nobody_is_told():
+    setup = SimpleNamespace(spending=None)
+    assert _extras(setup, {"parked": 3.0}) == {"parked": 3.0} and _extras(setup, {"parked": 0}) == {}
 
 
 def test_tokens_can_be_left_out_of_the_rollout_lines(miniature, tmp_path):

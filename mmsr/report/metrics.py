@@ -51,11 +51,20 @@ def step_metrics(
     tokens = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
     tokens |= {key: update[key] for key in ("trained", "trained_unique")}
     metrics["tokens"] = tokens
-    if setup.spending:
-        metrics["spent"] = setup.spending.spent
+    metrics |= _extras(setup, counts)
     encoded = counts["images_encoded"] + update["encoded"]
     metrics["images"] = {"distinct": counts["images_distinct"], "encoded": encoded}
     return metrics
+
+
+def _extras(setup: Setup[Config], counts: Mapping[str, float]) -> dict[str, Any]:
+    """What not every run has: conversations that outgrew their slots, and paid calls."""
+    extras: dict[str, Any] = {}
+    if counts["parked"]:
+        extras["parked"] = counts["parked"]
+    if setup.spending:
+        extras["spent"] = setup.spending.spent
+    return extras
 
 
 def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]:

@@ -125,6 +125,20 @@ def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeyp
             assert torch.allclose(torch.tensor(sequence.logps), torch.tensor(twin.logps), atol=1e-5)
 
 
+def test_a_graph_of_short_slots_outlives_them(model, cuda, monkeypatch):  # noqa: F811
+    """Parked sequences get other slots, and the old graphs, which know the old ones, are gone with their memory."""
+    options = dict(slots=6, turn_tokens=40, max_tokens=400)
+    short, plain = groups(2, 4), groups(2, 4)
+    engine = run(model, short, slot_tokens=45, **options)
+    pools = list(cuda.uses)
+    assert len(pools) == 2 and cuda.uses[pools[0]] == 0, "graphs of the first slots are left"
+    assert cuda.uses[pools[1]] == len(engine.graphs.captured) > 0
+    assert engine.counts["parked"] and engine.graphs.replayed > engine.graphs.seen.total(), "nothing is shown"
+    monkeypatch.undo()
+    run(model, plain, **options)
+    assert texts(short) == texts(plain)
+
+
 def test_a_shape_is_captured_before_it_has_come_back(cuda):
     graphs, total = Graphs(True), torch.zeros(())
     for _ in range(WARM_UPS + 3):
