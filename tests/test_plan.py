@@ -198,15 +198,16 @@ def test_hybrid_shards_are_other_bytes_than_planned():
     four.stop()
 
 
-@pytest.mark.parametrize("groups, slots", [(4, 16), (4, 9), (1, 16)])
-def test_the_cache_grows_beyond_the_plan(groups, slots):
-    config, model = replace(CONFIG, slots=slots), tiny_model()
-    engine = Engine(model, 299, SUPPRESSED, slots=slots, max_tokens=400, turn_tokens=400)
+@pytest.mark.parametrize("groups, slots, tokens", [(4, 16, 0), (4, 9, 0), (1, 16, 0), (4, 16, 100), (1, 2, 50)])
+def test_the_cache_grows_beyond_the_plan(groups, slots, tokens):
+    config, model = replace(CONFIG, slots=slots, slot_tokens=tokens), tiny_model()
+    sizes = dict(slots=slots, slot_tokens=tokens, max_tokens=400, turn_tokens=400)
+    engine = Engine(model, 299, SUPPRESSED, **sizes)
     ids, images = conversation(0, PICTURE)  # as short as a prompt can be
     engine.submit(
         [SequenceGroup(ids.tolist(), images, [GeneratedSequence(m) for m in range(4)]) for _ in range(groups)]
     )
-    prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.suffix))
+    prefix, suffix = (nbytes(t for pair in part for t in pair) for part in (engine.cache.prefix, engine.cache.places))
     rows, slots = len(engine.cache.prefix[0][0]), len(engine.cache.suffix[0][0])
     kept = Activations(tiny_config(), config, 4)
     longest = kept.longest
