@@ -42,7 +42,8 @@ def index(args: argparse.Namespace) -> int:
         raise UserError("--images and --titles go together: give the folder, and the file that names what lies in it")
     if not (args.titles or args.pages):
         raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
-    counts = build(args.out, args.encoder, args.images, args.titles, args.pages)
+    encoder = f"{args.encoder} --adapter {args.adapter}" if args.adapter else args.encoder
+    counts = build(args.out, encoder, args.images, args.titles, args.pages)
     new = f"new: {counts['pictures']} pictures, {counts['titles']} titles, {counts['pages']} pages"
     print(f"{args.out}: {new}; lines that were there already: {counts['known']}; pictures left out: {counts['broken']}")
     if counts["replaced"]:
@@ -347,6 +348,8 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
         "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (of a Qwen2.5-VL) (default: builtin)"
     )
     pictures.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
+    adapter = "LoRA adapter for tower:FOLDER, a folder or a hub id, with layers of the tower (default: none)"
+    pictures.add_argument("--adapter", default="", metavar="DIR", help=adapter)
     texts = parser.add_argument_group(
         "pages, by their addresses: an address that is given again replaces what was there"
     )

@@ -2,6 +2,7 @@
 
     python bench/faults.py --kills 50               # a miniature of the toy model, about five minutes
     python bench/faults.py --kills 50 --model DIR   # any toy base model
+    python bench/faults.py --kills 50 --options "--lora 4 --merge"    # options of train.py, given to every run
     python bench/faults.py --kills 20 --no-guard    # what happens without the temporary folder and the manifest
 
 A run is killed and resumed until it ends; then the next one starts, until there were `--kills` kills. Every run must
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -184,12 +186,14 @@ def kill_somewhere(pid: int, out: Path, rng: random.Random, mid_save: bool, long
 # ---- the bench
 
 
-def campaign(model: Path, scratch: Path, kills: int, seed: int, guard: bool = True) -> dict:
+def campaign(
+    model: Path, scratch: Path, kills: int, seed: int, guard: bool = True, options: Sequence[str] = ()
+) -> dict:
     """Kill and resume runs until there were `kills` kills and the last run is done. Returns what was counted."""
     rng = random.Random(seed)
     log = scratch / "log.txt"
     began = time.monotonic()
-    status = ended(start(arguments(model, scratch / "reference"), log, slow=False), wait=True)
+    status = ended(start(arguments(model, scratch / "reference", *options), log, slow=False), wait=True)
     if status:
         raise SystemExit(f"the reference run failed: see {log}")
     longest = time.monotonic() - began
@@ -201,7 +205,7 @@ def campaign(model: Path, scratch: Path, kills: int, seed: int, guard: bool = Tr
         status = -signal.SIGKILL
         while status == -signal.SIGKILL:
             mid_save = counts["mid_save"] <= counts["kills"] / 2 and counts["kills"] < kills
-            pid = start(arguments(model, out, "--resume"), log, slow=mid_save, guard=guard)
+            pid = start(arguments(model, out, "--resume", *options), log, slow=mid_save, guard=guard)
             if counts["kills"] < kills:
                 status, saving = kill_somewhere(pid, out, rng, mid_save, longest)
                 counts["kills"] += status == -signal.SIGKILL
@@ -223,6 +227,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path, help="a toy base model; default: a miniature that has learned nothing")
+    parser.add_argument("--options", type=str.split, default=[], help="more options of train.py, in one string")
     parser.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -235,7 +240,7 @@ def main() -> None:
             os._exit(0)
         ended(pid, wait=True)
         model = next((scratch / "base").glob("toy-base-*"))
-    result = campaign(model, scratch, args.kills, args.seed, args.guard)
+    result = campaign(model, scratch, args.kills, args.seed, args.guard, args.options)
     print(json.dumps(result))
     if result["equal"] != result["runs"]:
         raise SystemExit(f"not every run equals the reference: see {scratch}")

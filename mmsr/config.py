@@ -154,7 +154,7 @@ class Options:
     model: str = ""
     """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
     adapter: str = ""
-    """Folder of a LoRA adapter of --model, in PEFT's form: it is used, and in training trained further."""
+    """LoRA adapter of --model in PEFT's form, a folder or a hub id: it is used, and in training trained further."""
     data: str = "toy"
     """toy, a .parquet, .jsonl, .json or .csv file of questions about pictures, or OWNER/NAME[:FILE] on the hub."""
     format: str = ""
@@ -498,7 +498,7 @@ class Config(Options):
         if self.lora and self.adapter:
             raise UserError("--lora and --adapter: the adapter has its own rank; leave --lora out")
         if self.adapter and self.freeze:
-            raise UserError("--freeze and --adapter: all layers of an adapter are trained further; leave --freeze out")
+            raise UserError("--adapter and --freeze: the adapter is trained, all of it; leave --freeze out")
         if self.shard == "none" and not self.trains_adapters:
             raise UserError("--shard none: weights that are trained are sharded; leave it out, or train --lora R")
         for name, usual in (("lora_alpha", 32.0), ("lora_targets", ()), ("merge", False)):

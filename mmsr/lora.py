@@ -61,12 +61,14 @@ class LoRALinear(nn.Linear):
     scale: float  # α / r
     start: tuple[Tensor, Tensor] | None = None  # A and B of the KL reference; None: it has none
     as_reference = False  # whether the forward pass is that of the reference
-    stack: Stack | None = None  # of this layer and others, or of this one alone: for sampling
+    # In sampling one of these computes it:
+    stack: Stack | None = None  # this layer and others, for which `vision.project` asks the first of them
+    alone: Stack | None = None  # this layer alone
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        if self.stack is not None:
-            return self.stack(x)[0]
+        if self.alone is not None:
+            return self.alone(x)[0]
         adapter = self.start if self.as_reference else (self.lora_A, self.lora_B)
         if adapter is None:
             return F.linear(x, self.weight, self.bias)
@@ -277,7 +279,7 @@ def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
                 together[0].stack = Stack(together, dtype, copy_weights="q_proj" in names)  # an MLP's are most of all
                 alone.difference_update(together)
     for layer in alone:
-        layer.stack = Stack([layer], dtype)
+        layer.alone = Stack([layer], dtype)
 
 
 # ---- merging

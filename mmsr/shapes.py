@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,8 @@ import torch
 from mmsr import lora
 from mmsr.config import Config
 from mmsr.model import ModelConfig, Qwen2_5_VL
-from mmsr.pretrained.adapter import read_adapter
+from mmsr.pretrained.adapter import check_layers
+from mmsr.pretrained.hub import resolve_adapter
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,11 @@ def trained(model: ModelConfig, config: Config) -> Trained:
 
 @lru_cache
 def adapter_ranks(model: ModelConfig, folder: str) -> dict[str, int]:
-    """The rank of each layer's adapter in --adapter. Raises UserError for a folder that does not fit the model."""
+    """The rank of each layer's adapter in --adapter. Raises UserError for one that does not fit the model."""
     with torch.device("meta"):
         layers = lora.linear_layers(Qwen2_5_VL(model))
-    return {name: len(a) for name, (a, _, _) in read_adapter(Path(folder), layers).layers.items()}
+    _, pairs = check_layers(resolve_adapter(folder), layers)
+    return {name: pair.a.shape[0] for name, pair in pairs.items()}
 
 
 @lru_cache

@@ -143,9 +143,14 @@ class ImageFeatures:
             self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
     def of(self, packed: Pack) -> Tensor | None:
-        """The features of a pack's image tokens, in the order of `packed.image_index`."""
-        if not packed.images:
+        """The features of a pack's image tokens, in the order of `packed.image_index`.
+
+        None of them for a pack of text; that keeps every backward pass the same row of collectives, whatever is frozen.
+        """
+        if self.leaf is None:
             return None
+        if not packed.images:
+            return self.leaf[:0]
         rows = []
         for image in packed.images:
             first = self.first_row[image.key]
@@ -161,21 +166,12 @@ class ImageFeatures:
 
 
 class KnownFeatures:
-    """`ImageFeatures` of a tower that is not trained: what the rollouts have encoded serves the whole step.
+    """`ImageFeatures` of a tower that is not trained: what the rollouts have encoded serves the whole step."""
 
-    `known` are the features of images by their keys. What it lacks is encoded, and added to it.
-    """
-
-    def __init__(self, model: Qwen2_5_VL, images: Sequence[Image], known: dict[str, Tensor], ranks: Ranks):
-        distinct = {image.key: image for image in images}
-        new = [image for key, image in distinct.items() if key not in known]
-        self.encoded = len(new)
-        if ranks.max(len(new)):  # a sharded tower runs on all ranks or on none
-            with torch.no_grad():
-                features = model.encode_images(new or [EMPTY_PICTURE])  # (M, d)
-            for image, rows in zip(new, features.split([image.tokens for image in new or [EMPTY_PICTURE]])):
-                known[image.key] = rows
+    def __init__(self, known: dict[str, Tensor], encoded: int):
+        """`known`: features of images by their keys. `encoded` of them were not encoded before."""
         self.known = known
+        self.encoded = encoded
 
     def of(self, packed: Pack) -> Tensor | None:
         """The features of a pack's image tokens, in the order of `packed.image_index`."""
@@ -353,12 +349,7 @@ class Trainer:
         token_weights = grpo.episode_weights(lengths, self.loss_norm, batch.trained, batch.tokens)  # w of (4)
         weights = self._per_episode(token_weights)  # (E + 1,)
         advantages = self._per_episode([episode.advantage for episode in batch.episodes])  # (E + 1,)
-        ref_features = None
-        with self.lockstep.guard("vision pass"):
-            features = self._image_features(self.model, micro_batches, batch, train=True)
-            if self.reference is not None:
-                with as_reference(self.reference):
-                    ref_features = self._image_features(self.reference, micro_batches, batch, train=False)
+        features, ref_features = self._image_features(micro_batches, batch, train=True)
 
         stats = Stats()
         for micro_batch in micro_batches:
@@ -404,7 +395,8 @@ class Trainer:
                 logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
             )  # (1) to (3)
         loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
-        (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
+        if loss.requires_grad:  # not where the tower alone is trained, and the batch has no picture
+            (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
             self._record(stats, packed, loss, losses, entropy, old)
@@ -442,8 +434,7 @@ class Trainer:
         By episode, because the update may cut its micro-batches in another way. Raises RankOutOfMemory.
         """
         micro_batches = self._micro_batches(batch.episodes)
-        with self.lockstep.guard("first vision pass"):
-            features = self._image_features(self.model, micro_batches, batch, train=False)
+        features, _ = self._image_features(micro_batches, batch, train=False)
         stats.add(encoded=features.encoded)
         episodes = [*batch.episodes, self.dummy]
         old_logps = [torch.empty(0, device=self.device) for _ in batch.episodes]  # where nothing is trained
@@ -474,15 +465,34 @@ class Trainer:
         return micro_batches
 
     def _image_features(
-        self, model: Qwen2_5_VL, micro_batches: Sequence[MicroBatch], batch: LocalBatch, train: bool
-    ) -> Features:
-        """Of this rank's images. If any rank has a picture, the tower runs on all."""
+        self, micro_batches: Sequence[MicroBatch], batch: LocalBatch, train: bool
+    ) -> tuple[Features, Features | None]:
+        """Of this rank's images, the policy's and, to train, the reference's. If any rank has a picture, all encode."""
         images: list[Image] = []
         for micro_batch in micro_batches:
             images += micro_batch.pack.images
-        if self.features is not None:
-            return KnownFeatures(model, images, self.features, self.ranks)
-        return ImageFeatures(model, images, train, always_run=batch.pictures > 0)
+        if self.features is not None:  # the reference has the same tower
+            known = self._known_features(images, self.features)
+            return known, known
+        always_run = batch.pictures > 0
+        ref_features = None
+        with self.lockstep.guard("vision pass" if train else "first vision pass"):
+            features = ImageFeatures(self.model, images, train, always_run)
+            if train and self.reference is not None:
+                with as_reference(self.reference):
+                    ref_features = ImageFeatures(self.reference, images, False, always_run)
+        return features, ref_features
+
+    def _known_features(self, images: Sequence[Image], known: dict[str, Tensor]) -> KnownFeatures:
+        """What `known` lacks of some images is encoded, and added to it. If any rank lacks one, all encode."""
+        lacking = {image.key: image for image in images if image.key not in known}
+        if self.ranks.max(len(lacking)):
+            new = list(lacking.values()) or [EMPTY_PICTURE]
+            with self.lockstep.guard("vision pass"), torch.no_grad():
+                features = self.model.encode_images(new)  # (M, d)
+            for image, rows in zip(new, features.split([image.tokens for image in new])):
+                known[image.key] = rows
+        return KnownFeatures(known, len(lacking))
 
     def _per_episode(self, values: Sequence[float]) -> Tensor:
         """One number for each episode, and 0 for the dummy: (E + 1,)."""
@@ -524,6 +534,8 @@ class Trainer:
     def _dry_run(self) -> None:
         """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
         nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
+        if self.features is not None:
+            self._known_features([EMPTY_PICTURE], self.features)
         self.old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmsr import lora
 from mmsr.attention import Packed
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.pretrained.adapter import base_digest, write_adapter
+from mmsr.pretrained.load import skeleton
 from mmsr.system.errors import UserError
 from mmsr.vision import PATCH, Image, VisionConfig, patchify
 
@@ -84,6 +88,37 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
     return model
 
 
+def with_adapters(
+    model: Qwen2_5_VL,
+    targets: Sequence[str] = (),
+    rank: int = 4,
+    alpha: float = 8.0,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Qwen2_5_VL:
+    """The model with adapters, their B not zero, and all else frozen. `ranks`, `alphas`: by the last part of a name."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    layers = lora.linear_layers(model)
+    for name in lora.targeted(layers, targets):
+        last = name.rpartition(".")[2]
+        r = (ranks or {}).get(last, rank)
+        a, b = lora.initial(layers[name], name, r, seed)
+        b.normal_(0, 0.05, generator=generator)
+        place = layers[name].weight.device
+        place = torch.device("cpu") if place.type == "meta" else place
+        lora.add_adapter(layers[name], a.to(place), b.to(place), (alphas or {}).get(last, alpha) / r)
+    return model
+
+
+def random_adapter(folder: Path, base: Path, *targets: str, base_named: str = "") -> Path:
+    """`folder`, with an adapter for the model in the folder `base`."""
+    model = with_adapters(skeleton(base), targets)
+    write_adapter(folder, lora.adapted(model), base_named or str(base), base_digest(base))
+    return folder
+
+
 def hf_twin(model: Qwen2_5_VL):
     """transformers' model with copies of the same weights, fp32, in evaluation mode."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -91,6 +126,8 @@ def hf_twin(model: Qwen2_5_VL):
     twin = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.to_dict())).float().eval()
     weights = {}
     for name, value in model.state_dict().items():
+        if lora.is_adapter(name):
+            continue
         renamed = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
         weights["model." + name if name.startswith("visual.") else renamed] = value.clone()
     unset = twin.load_state_dict(weights, strict=False)

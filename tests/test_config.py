@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmsr.config import RECIPES, Config, EvalConfig, Options, check_command_line, in_use, parse
+from mmsr.config import LORA_LR, RECIPES, Config, EvalConfig, Options, check_command_line, in_use, parse
 from mmsr.system.errors import UserError
 from mmsr.system.options import field_docs, field_groups
 
@@ -383,3 +383,61 @@ def test_crash_while_a_run_begins_leaves_its_folder_free(tmp_path, monkeypatch):
 
 def test_one_rollout_a_question_is_enough_for_imitation():
     assert parse(["--algorithm", "sft", "--group-size", "1"]).group_size == 1
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("argv, said", [
+    ("--lora 8 --adapter runs/a/adapter", "leave --lora out"),
+    ("--adapter runs/a/adapter --freeze vision", "leave --freeze out"),
+    ("--shard none", "weights that are trained are sharded"),
+    ("--shard none --freeze vision", "weights that are trained are sharded"),
+    ("--lora-alpha 16", "--lora-alpha is an option of adapters"),
+    ("--lora-targets q_proj", "--lora-targets is an option of adapters"),
+    ("--adapter runs/a/adapter --lora-alpha 16", "--lora-alpha is an option of adapters"),
+    ("--merge", "--merge is an option of adapters"),
+    ("--lora -1", "--lora -1: give a number from 0 to 4096"),
+    ("--lora 4097", "--lora 4097"),
+    ("--lora 8 --lora-alpha 0", "--lora-alpha 0"),
+])  # fmt: skip
+def test_options_of_adapters_that_do_not_go_together(argv, said):
+    with pytest.raises(UserError) as told:
+        parse(argv.split())
+    assert said in str(told.value) and "\n" not in str(told.value)
+
+
+def test_options_of_adapters_that_go_together_are_refused():
+    for argv in (
+        "--lora 8 --lora-alpha 16 --lora-targets q_proj vision --merge --shard none",
+        "--lora 8 --freeze vision embedding --algorithm sft",
+        "--adapter runs/a/adapter --merge --shard none",
+        "--freeze vision model.layers.0",
+    ):
+        parse(argv.split())
+    config = parse("--lora 8 --lora-targets q_proj vision --freeze merger head".split())
+    assert config.lora_targets == ("q_proj", "vision") and config.freeze == ("merger", "head")
+    assert EvalConfig(adapter="runs/a/adapter").adapter == "runs/a/adapter"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_learning_rate_of_adapters_is_that_of_weights_or_overrules_the_command_line(recipe):
+    usual = RECIPES[recipe]["lr"]
+    assert parse(["--recipe", recipe]).lr == parse(["--recipe", recipe, "--lora", "0"]).lr == usual
+    for adapters in (["--lora", "4"], ["--adapter", "runs/a/adapter"]):
+        assert parse(["--recipe", recipe, *adapters]).lr == LORA_LR * usual
+        assert parse(["--recipe", recipe, *adapters, "--lr", str(usual)]).lr == usual
+    assert parse(["--recipe", recipe, "--freeze", "vision"]).lr == usual
+
+
+def test_help_has_no_group_of_adapters(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    (group,) = [text for text in capsys.readouterr().out.split("\n\n") if text.startswith("LoRA and frozen parts:")]
+    assert re.findall(r"^  --([a-z-]+)", group, re.MULTILINE) == [
+        "lora",
+        "lora-alpha",
+        "lora-targets",
+        "freeze",
+        "merge",
+    ]

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from helpers import documented, picture_bytes
+from helpers import documented, picture_bytes, random_adapter
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -282,6 +282,17 @@ def test_data_or_prompts_that_changed_under_their_names_do_not_go_on(miniature, 
     data.write_text(whole)
     (prompts / "direct.txt").write_text("{question} and why ?")
     refused(capsys, arguments(miniature, tmp_path / "out", **how), "direct.txt has changed")
+
+
+def test_adapter_is_not_used_or_changes_in_the_middle(miniature, first, tmp_path, capsys):
+    adapter = random_adapter(tmp_path / "adapter", miniature)
+    out = tmp_path / "out"
+    assert texts(run(miniature, out, temperature=1, adapter=adapter)) != texts(Run(first))
+    refused(capsys, arguments(miniature, tmp_path / "no", adapter=out), f"--adapter {out} has no adapter_config.json")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
+    argv = arguments(miniature, out, temperature=1, adapter=adapter)
+    refused(capsys, argv, f"--adapter {adapter}/adapter_model.safetensors has changed")
 
 
 def test_second_evaluation_in_a_folder_joins_the_first(miniature, first, tmp_path, capsys):

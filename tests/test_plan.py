@@ -43,7 +43,7 @@ from mmsr.pretrained.hub import SHORT_NAMES
 from mmsr.shapes import trained
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks, shard, unsharded
-from mmsr.update import ImageFeatures, KnownFeatures, MasterWeights, Trainer
+from mmsr.update import ImageFeatures, MasterWeights, Trainer
 
 PICTURE = random_image(20, 20)  # 100 merged tokens
 CONFIG = Config(
@@ -120,7 +120,8 @@ def held(ranks: Ranks, config: Config, compute: torch.dtype) -> dict[str, tuple]
     dist.all_reduce = reduce
     with unsharded(model) as whole:
         sampler = lora.for_sampling(whole, model, compute)
-        stacks = [layer.stack for layer in lora.adapted(sampler).values() if layer.stack]
+        layers = lora.adapted(sampler).values()
+        stacks = [stack for layer in layers for stack in (layer.stack, layer.alone) if stack]
         made = [tensor for stack in stacks for tensor in (stack.a, stack.b, stack.bias) if tensor is not None]
         made += [stack.weights[0] for stack in stacks if len(stack.weights) < len(stack.widths)]  # copies
         sampling = nbytes([*adapters, *made])
@@ -269,11 +270,11 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
     batch = pack(episodes := [e for n in range(2) for e in group(n, 4, 612, 200)], range(len(episodes)), "cpu")
     images = list({image.key: image for image in batch.images}.values())
     trainer = Trainer(model, MasterWeights(model), SUPPRESSED)
-    features = KnownFeatures(model, images, {}, Ranks()) if rank else ImageFeatures(model, images, True)
+    features = trainer._known_features(images, {}) if rank else ImageFeatures(model, images, True)
     passes = saved(lambda: trainer.log_probs(model, batch, features), model)
     found = {"micro-batch": (passes, kept.decoder(len(batch.input_ids)))}
     if rank:
-        assert saved(lambda: KnownFeatures(model, images, {}, Ranks()), model) == 0
+        assert saved(lambda: trainer._known_features(images, {}), model) == 0
         assert plan(model.config, config, item=item).rows["kept of the pictures"].update == 0
     else:
         found["pictures"] = (saved(lambda: model.encode_images(images), model), kept.tower(100))
@@ -295,7 +296,7 @@ def test_wider_adapters_keep_more_or_less_than_planned(dtype, item):
         model = opened(Ranks(), config, dtype)
         batch = pack(group(0, 2, 110, 90), range(2), "cpu")
         trainer = Trainer(model, MasterWeights(model), FREE)
-        features = KnownFeatures(model, batch.images, {}, Ranks())
+        features = trainer._known_features(batch.images, {})
         real.append(saved(lambda t=trainer, b=batch, f=features: t.log_probs(t.model, b, f), model))
         planned.append(Activations(model.config, config, item).decoder(len(batch.input_ids)))
         if item == 4:

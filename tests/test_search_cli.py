@@ -199,7 +199,7 @@ def test_a_wrong_option_prints_more_than_a_line(command, message, capsys):
 
 @pytest.mark.parametrize("command, words", [
     ([], ["index", "image", "text", "serve", "python search.py"]),
-    (["index"], ["--images", "--titles", "--pages", "--encoder", "hf:NAME", "tower:FOLDER"]),
+    (["index"], ["--images", "--titles", "--pages", "--encoder", "hf:NAME", "tower:FOLDER", "--adapter"]),
     (["image"], ["--search", "--json", "local:FILE"]), (["text"], ["QUERY", "--results"]),
     (["serve"], ["--host", "--port", "/retrieve"]), (["cache"], ["summary", "drop"]), (["cache", "drop"], ["--yes"]),
 ])  # fmt: skip

@@ -173,6 +173,28 @@ def test_only_right_demonstrations_of_known_questions_are_imitated(miniature, wo
     assert (found.out / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_imitation_by_adapters_learns_nothing_or_is_no_reference_later(miniature, world, tmp_path, monkeypatch):
+    """SFT by adapters, then GRPO from them: its reference is what was imitated, not the base."""
+    path = oracle(tmp_path / "oracle.jsonl", world, n=120)
+    given = dict(toy="basic", questions=16, mini_batch=8, eval_size=4, lr=1e-2)
+    shown = run(
+        miniature, tmp_path / "shown", algorithm="sft", demonstrations=path, group_size=1, steps=5, lora=16, **given
+    )
+    losses = [line["loss"] for line in shown.steps]
+    assert losses[-1] < 0.95 * losses[0], losses
+    assert all(line["images"]["encoded"] == 16 for line in shown.steps), "once for both mini-batches"
+    before, after = (
+        sum(row["search_ratio"] for row in line["eval_sampled"].values()) / 3 for line in shown.evaluations
+    )
+    assert after > before + 0.1, "it shows searches alone"
+    monkeypatch.setattr(reward, "answer_score", lambda episode, rule: float(episode.sample % 2))
+    given |= dict(steps=1, mini_batch=16, group_size=4, adapter=shown.out / "adapter")
+    followed = run(miniature, tmp_path / "followed", **given)
+    assert abs(followed.steps[0]["kl"]) < 1e-9, "it begins at its reference"
+    assert followed.evaluations[0]["eval"] == shown.evaluations[-1]["eval"]
+
+
 def said(record) -> list[str]:
     return [turn["text"] for turn in record["turns"] if turn["role"] == "assistant"]
 

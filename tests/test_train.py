@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,18 +16,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import documented, edit_json, picture_bytes
+from helpers import documented, edit_json, picture_bytes, random_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 import train
-from mmsr import reward
+from mmsr import lora, reward
+from mmsr.attention import Packed
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.disk import TOKENIZER, disk_needed
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
+from mmsr.lora import linear_layers
+from mmsr.model import logits, mrope_positions
+from mmsr.pretrained.adapter import base_digest, read_adapter
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.load import load
+from mmsr.pretrained.load import load, skeleton
+from mmsr.pretrained.save import save
 from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
@@ -446,6 +452,173 @@ def test_run_can_start_from_the_model_of_another(first, tmp_path):
     assert run(first.out / "model", tmp_path / "out", steps=1).steps[0]["step"] == 1
 
 
+# ---- adapters, and frozen parts -------------------------------------------------------------------------------------
+
+ADAPTERS = dict(lora=16, mini_batch=2, save_every=1, merge=True)
+
+
+@pytest.fixture(scope="module")
+def adapters(miniature, tmp_path_factory) -> Run:
+    """Two steps of two updates each, with adapters in the decoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "answer_score", lambda episode, rule: float(episode.sample % 2))
+        return run(miniature, tmp_path_factory.mktemp("runs") / "adapters", **ADAPTERS)
+
+
+def adapter_of(found: Run) -> dict[str, torch.Tensor]:
+    return load_file(found.out / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_with_adapters_writes_another_set_of_files_or_learns_nothing(adapters, miniature):
+    assert {"adapter", "model", "checkpoints", "report.html"} <= {file.name for file in adapters.out.iterdir()}
+    found = adapter_of(adapters)
+    assert found and all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(tensor.any() for name, tensor in found.items() if "lora_B" in name), "it begins with zeros"
+    assert adapters.steps[0]["kl"] > 0, "the second mini-batch of a step is some way from the reference"
+    assert all(METRICS <= line.keys() and line["logp_gap_max"] <= 1e-5 for line in adapters.steps)
+    base = load_file(miniature / "model.safetensors")
+    moved = {name for name, weight in adapters.weights.items() if not torch.equal(weight, base[name])}
+    assert moved and all(re.fullmatch(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight", name) for name in moved)
+    assert len(moved) == len(found) / 2
+
+
+def test_a_picture_is_encoded_again_though_its_tower_is_not_trained(adapters, miniature, tmp_path, every_other_right):
+    """By the rollouts alone: not for π_old of the second mini-batch, the KL reference, or the update."""
+    frozen = run(miniature, tmp_path / "frozen", freeze="vision", mini_batch=2)
+    for line in [*adapters.steps, *frozen.steps]:
+        assert line["images"]["encoded"] == line["images"]["distinct"] == 4
+    base = load_file(miniature / "model.safetensors")
+    for name, weight in frozen.weights.items():
+        assert torch.equal(weight, base[name]) == name.startswith("visual."), name
+
+
+@pytest.mark.slow
+def test_features_of_one_step_or_evaluation_are_kept_for_the_next(miniature, tmp_path, monkeypatch, every_other_right):
+    counted = []
+
+    def step(self, batches, lr):
+        counted.append((set(self.features), {image.key for b in batches for e in b for _, image in e.images}))
+        return whole(self, batches, lr)
+
+    whole = Trainer.step
+    monkeypatch.setattr(Trainer, "step", step)
+    run(miniature, tmp_path / "out", lora=2, eval_every=1)
+    assert len(counted) == 2
+    for known, used in counted:
+        assert known == used and len(used) == 4
+
+
+def test_adapters_load_a_second_model_for_the_reference(miniature, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(policy, "load", lambda *given: loaded.append(given) or load(*given))
+    setup = train.open_setup(parse(arguments(miniature, tmp_path / "out", lora=2, dtype="bfloat16")))
+    trainer = train.make_trainer(setup)
+    assert len(loaded) == 1 and trainer.reference is trainer.model is setup.model
+    for name, parameter in setup.model.named_parameters():
+        assert parameter.requires_grad == lora.is_adapter(name)
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    assert {"lora_A", "lora_B"} == {name.rpartition(".")[2] for name in trainer.optimizer.fp32_params}
+    assert not trainer.optimizer.bf16_params
+
+
+@pytest.mark.slow
+def test_merged_model_gives_other_logits_in_transformers_than_its_adapter_here(adapters, miniature, world):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    argv = ["--model", miniature, "--adapter", adapters.out / "adapter", "--data", "toy"]
+    model = policy.open_model(parse(list(map(str, argv))), miniature, torch.float32, SINGLE)
+    twin = Qwen2_5_VLForConditionalGeneration.from_pretrained(adapters.out / "model").eval()
+    example = world.questions("familiar", 1, "transformers")[0]
+    chat = Chat(adapters.out / "model", PROMPTS / "toy", search_tools(world.web, 1, 0))
+    prompt = chat.prompt(example.question, load_image(example.image, 56 * 56, 56 * 56))
+    ids = torch.tensor(prompt.ids)
+    where = mrope_positions(len(ids), [(at, image.grid) for at, image in prompt.images])[0]
+    ((_, image),) = prompt.images
+    index = (ids == model.config.image_token_id).nonzero()[:, 0]
+    with torch.no_grad():
+        features = model.encode_images([image])
+        ours = model(ids, where, Packed([len(ids)], "cpu"), features, index, head_fn=logits)
+        theirs = twin(
+            input_ids=ids[None], position_ids=where[:, None], pixel_values=image.patches,
+            image_grid_thw=torch.tensor([(1, *image.grid)]),
+        ).logits[0]  # fmt: skip
+        without = load(miniature)(ids, where, Packed([len(ids)], "cpu"), features, index, head_fn=logits)
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 2e-6
+    assert ((without - theirs).norm() / theirs.norm()).item() > 1e-4, "the adapter should do something"
+
+
+def test_an_adapter_answers_otherwise_in_an_evaluation_than_in_its_run(adapters, miniature, tmp_path):
+    import eval as evaluation
+
+    given = ["--recipe", "toy", "--toy", "basic", "--data", "toy", "--limit", "3"]
+    for name, model in (
+        ("adapter", ["--model", miniature, "--adapter", adapters.out / "adapter"]),
+        ("model", ["--model", adapters.out / "model"]),
+    ):
+        evaluation.main([*given, *map(str, model), "--out", str(tmp_path / name)])
+        results = json.loads((tmp_path / name / "results.json").read_text())["toy"]["by_category"]
+        for category, row in adapters.evaluations[-1]["eval"].items():
+            assert {key: results[category][key] for key in row} == row
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(lora=16),
+        pytest.param(dict(lora=4, lora_targets="vision"), marks=pytest.mark.slow),
+        pytest.param(dict(freeze="vision"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_with_frozen_weights_has_other_bits(miniature, tmp_path, every_other_right, changes):
+    given = dict(save_every=1, mini_batch=2, eval_size=1, **changes)
+    whole = run(miniature, tmp_path / "whole", **given)
+    out = tmp_path / "again"
+    shutil.copytree(whole.out, out)
+    last = "checkpoints/step-000002"
+    shutil.rmtree(out / last)
+    again = run(miniature, out, resume=True, **given)
+    assert again.untimed == whole.untimed
+    for file in sorted((whole.out / last).glob("*.safetensors")):
+        assert equal(load_file(file), load_file(out / last / file.name))
+    results = [adapter_of(each) if "lora" in changes else each.weights for each in (whole, again)]
+    assert equal(*results)
+
+
+def test_parts_that_hold_no_adapter_cannot_be_frozen_beside_adapters(miniature, tmp_path, capsys):
+    given = dict(lora=2, freeze="embedding", lora_targets="q_proj")
+    setup = train.open_setup(parse(arguments(miniature, tmp_path / "out", **given)))
+    assert lora.adapted(setup.model)
+    said = "--freeze leaves none of --lora-targets to train"
+    refused(capsys, miniature, tmp_path / "out", said, **(given | {"freeze": "decoder"}))
+    refused(capsys, miniature, tmp_path / "out", "--lora-targets wq", lora=2, lora_targets="wq")
+    refused(capsys, miniature, tmp_path / "out", "--freeze tower", freeze="tower")
+
+
+def test_a_checkpoint_of_adapters_holds_the_model(adapters):
+    (file,) = (adapters.out / "checkpoints" / "step-000002").glob("*.safetensors")
+    stored = load_file(file)
+    assert all(lora.is_adapter(name) or name.startswith("optimizer.step") for name in stored), list(stored)
+    trained = sum(tensor.nbytes for tensor in adapter_of(adapters).values())
+    assert 3 * trained <= file.stat().st_size < 3.3 * trained
+
+
+def test_a_resumed_run_takes_another_rank_or_scale(adapters, miniature, capsys):
+    for name, value, was in (("lora", 8, "16"), ("lora_alpha", 16.0, "32.0"), ("lora_targets", "q_proj", "[]")):
+        line = ended_with(capsys, arguments(miniature, adapters.out, resume=True, **(ADAPTERS | {name: value})))
+        assert f"--{name.replace('_', '-')} (was {was}, is " in line
+
+
+@pytest.mark.slow
+def test_a_trained_adapter_is_trained_further_towards_the_base(adapters, miniature, tmp_path, every_other_right):
+    """The reference is the policy that the run starts with: its first update is at no distance from it."""
+    found = run(miniature, tmp_path / "out", adapter=adapters.out / "adapter")
+    assert abs(found.steps[0]["kl"]) < 1e-9 < found.steps[1]["kl"]
+    assert adapter_of(found).keys() == adapter_of(adapters).keys()
+    assert not equal(adapter_of(found), adapter_of(adapters))
+    assert found.evaluations[0]["eval"] == adapters.evaluations[-1]["eval"]
+
+
 # ---- the report and the trackers ------------------------------------------------------------------------------------
 
 
@@ -750,7 +923,51 @@ def test_model_with_weights_that_are_no_numbers(capsys, spoilt, tmp_path):
 def test_model_that_is_an_adapter(capsys, tmp_path):
     """As they are saved: with neither config.json nor tokenizer."""
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}')
-    refused(capsys, tmp_path, tmp_path / "out", "an adapter of Qwen/Qwen2.5-VL-7B-Instruct")
+    said = "an adapter of Qwen/Qwen2.5-VL-7B-Instruct, not a model: give it as --adapter DIR, with its base as --model"
+    refused(capsys, tmp_path, tmp_path / "out", said)
+
+
+def test_adapter_of_another_base_or_none(capsys, miniature, spoilt, tmp_path):
+    adapter = random_adapter(tmp_path / "run" / "adapter", miniature, "q_proj")
+    for given, said in (
+        (tmp_path / "run", f"no adapter's folder, but {adapter} is: give that"),
+        (miniature, "holds a whole model, no adapter: give it as --model, without --adapter"),
+        (tmp_path / "none", "--adapter {}: there is no such folder; give one, or a hub id".format(tmp_path / "none")),
+    ):
+        refused(capsys, miniature, tmp_path / "out", said, adapter=given)
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 1e-6
+    save_file(weights, spoilt / "model.safetensors")
+    said = f"its base is {miniature}, and {spoilt} has other weights: give {miniature} as --model"
+    refused(capsys, spoilt, tmp_path / "out", said, adapter=adapter)
+    save(tiny_model(), tmp_path / "tiny")
+    other = random_adapter(tmp_path / "other", tmp_path / "tiny")
+    said = f"it belongs to another model: give its base, {tmp_path / 'tiny'}"
+    refused(capsys, miniature, tmp_path / "out", said, adapter=other)
+    edit_json(adapter / "adapter_config.json", use_dora=True)
+    refused(capsys, miniature, tmp_path / "out", "use_dora makes it DoRA, and only plain LoRA", adapter=adapter)
+
+
+def test_run_with_adapter_loses_its_base_or_goes_on_with_another_adapter(capsys, miniature, tmp_path):
+    adapter = random_adapter(tmp_path / "first", miniature, "q_proj", "vision.qkv", base_named="someone/base")
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights)  # as PEFT writes it: without a digest of the base
+    edit_json(adapter / "adapter_config.json", lora_dropout=0.1)
+    small = dict(questions=2, mini_batch=2, steps=1, resume=True, adapter=adapter, save_every=1)
+    out = tmp_path / "out"
+    train.main(arguments(miniature, out, **small))
+    said = capsys.readouterr().out
+    assert f"it names someone/base as its base; whether {miniature} has the same weights cannot be checked.\n" in said
+    assert "has lora_dropout 0.1: nothing is dropped here.\n" in said
+    written = read_adapter(out / "adapter", linear_layers(skeleton(miniature)))
+    assert written.settings.base == str(miniature) and written.digest == base_digest(miniature)
+    assert len(written.layers) == len(tensors) / 2 and not (out / "model").exists()
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    said = ended_with(capsys, arguments(miniature, out, **small))
+    assert f"--adapter {adapter}/adapter_model.safetensors has changed since the run in it began" in said
+    train.open_setup(parse(arguments(miniature, tmp_path / "second", **small | {"adapter": out / "adapter"})))
+    assert "cannot be checked" not in capsys.readouterr().out, "its own adapter knows its base"
 
 
 def test_head_that_is_not_the_embedding_is_dropped_for_a_flag(capsys, spoilt, tmp_path):

@@ -1,11 +1,13 @@
 """Packs and updates: one gradient, however the batch is cut and whether or not prompts are shared."""
 
 import copy
+import math
 
 import pytest
 import torch
-from helpers import IMAGE, SGD, conversation, random_image, report, tiny_model
+from helpers import IMAGE, SGD, conversation, random_image, report, tiny_model, with_adapters
 
+from mmsr import lora
 from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL
 from mmsr.pack import input_length, pack, split_into_micro_batches, unique_tokens
@@ -252,3 +254,110 @@ def test_pack_drops_what_no_trained_token_needs():
     episode.logps += [0.0] * 3
     batch = pack([episode], [0], "cpu")
     assert len(batch.input_ids) == input_length(episode) == len(episode.input_ids) - 4
+
+
+# ---- parts that are not trained
+
+
+class TowerPasses:
+    """Counts what goes through a model's vision tower: pictures forward, and backward passes."""
+
+    def __init__(self, model):
+        self.seen = []
+        self.backward = 0
+        model.visual.register_forward_pre_hook(lambda tower, given: self.seen.extend(image.key for image in given[0]))
+        model.visual.blocks[0].mlp.down_proj.register_full_backward_hook(self.note)
+
+    def note(self, *given) -> None:
+        self.backward += 1
+
+
+def frozen(parts: list[str], model=None):
+    """A model of which these parts are not trained."""
+    model = model or tiny_model(1)
+    names = lora.frozen([name for name, _ in model.named_parameters()], parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names)
+    return model
+
+
+def pictures(episodes) -> set[str]:
+    return {image.key for episode in episodes for _, image in episode.images}
+
+
+@pytest.mark.parametrize("what", ["weights", "adapters"])
+def test_a_frozen_tower_encodes_a_picture_for_every_mini_batch_or_runs_backward(what):
+    """Once a step: not again for π_old, the reference, or a micro-batch of another update."""
+    episodes = made(4)
+    for episode in episodes:  # the thumbnails of one group are those of the next mini-batch too
+        episode.images = [(at, image if at < 10 else random_image(4, 4, 0)) for at, image in episode.images]
+    model = frozen(["vision"]) if what == "weights" else with_adapters(tiny_model(1))
+    reference = tiny_model(1) if what == "weights" else model
+    passes = TowerPasses(model)
+    other = TowerPasses(reference) if what == "weights" else passes
+    features: dict = {}
+    subject = trainer(model, reference=reference, kl=0.3, features=features, micro_tokens=60)
+    metrics = subject.step(split(episodes, 4, 4), 0.05)
+    assert sorted(passes.seen) == sorted(pictures(episodes)) and metrics["encoded"] == len(passes.seen)
+    assert not passes.backward and not any(rows.requires_grad for rows in features.values())
+    assert other.seen == (passes.seen if other is passes else [])
+    again = subject.step(split(episodes, 4, 4), 0.05)
+    assert again["encoded"] == 0 and len(passes.seen) == metrics["encoded"], (
+        "a step's features, known from its rollouts"
+    )
+
+
+def test_a_trained_tower_takes_features_from_before_the_update():
+    """Counted by the same hooks, so that they are seen to count."""
+    model = tiny_model(1)
+    passes = TowerPasses(model)
+    trainer(model, micro_tokens=60).step(split(made(4), 2, 4), 0.05)
+    assert passes.backward == 2 and len(passes.seen) > len(set(passes.seen))
+
+
+PARTS = {
+    "vision": ("visual.",),
+    "merger": ("visual.merger.",),
+    "decoder": ("model.layers.",),
+    "embedding": ("model.embed_tokens.",),
+    "head": ("lm_head.",),
+    "model.layers.0": ("model.layers.0.",),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_frozen_part_gets_a_gradient_or_changes_that_of_the_rest(part):
+    episodes = made()
+    whole = gradient(episodes, kl=0.3, reference=tiny_model(1))
+    model = frozen([part])
+    features = None if lora.trains_tower(model) else {}
+    subject = Trainer(
+        model, MasterWeights(model), SUPPRESSED, kl=0.3, reference=tiny_model(1), features=features, max_grad_norm=1e9
+    )
+    kept = {}
+    step = subject.optimizer.step
+
+    def note(lr):
+        kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        step(lr)
+
+    subject.optimizer.step = note
+    subject.step([episodes], 0.1)
+    begins = PARTS[part]
+    assert kept.keys() == {name for name in whole if not name.startswith(begins)} and len(kept) < len(whole)
+    assert relative(kept, {name: whole[name] for name in kept}) < 1e-6
+    for (name, after), before in zip(model.named_parameters(), tiny_model(1).parameters()):
+        assert torch.equal(after, before) == name.startswith(begins), name
+
+
+def test_adapters_in_the_tower_alone_cannot_be_trained_on_text():
+    """Nothing that is trained is in such a micro-batch: it adds nothing."""
+    episodes = made(2)
+    texts = [copy.copy(episode) for episode in made(1)]
+    for episode in texts:
+        episode.group_id, episode.images = 2, []
+    for batch in ([*episodes, *texts], texts):
+        model = with_adapters(tiny_model(1), ("vision",))
+        metrics = trainer(model, reference=model, kl=0.1, micro_tokens=50).step([batch], 0.1)
+        assert metrics["skipped_updates"] == 0 and math.isfinite(metrics["loss"])
+        assert (metrics["grad_norm"] > 0) == (batch is not texts)

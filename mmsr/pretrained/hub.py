@@ -27,6 +27,8 @@ from mmsr.system.progress import MinuteLines, on_terminal
 SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
 SMALL = ("*.json", "*.txt", "*.jinja")  # of a model: all but its weights
 WEIGHTS = "*.safetensors"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 OFFLINE = "HF_HUB_OFFLINE is set"
 SECONDS = 3.0  # that the hub has to answer, unless HF_HUB_ETAG_TIMEOUT is set
 
@@ -58,7 +60,7 @@ def repository(name: str) -> str:
     """The hub id that `--model NAME` means; empty for a folder. UserError for a name that can be neither."""
     if Path(name).is_dir():
         return ""
-    if name not in SHORT_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if name not in SHORT_NAMES and not re.fullmatch(HUB_ID, name):
         known = ", ".join(SHORT_NAMES)
         raise UserError(f"--model {name}: there is no such folder; give one, a hub id (OWNER/NAME) or {known}")
     return SHORT_NAMES.get(name, name)
@@ -89,6 +91,28 @@ def _model_folder(name: str, patterns: list[str]) -> Path:
         return Path(name)
     what = f"--model {name}: no such folder is here, and {found!r}"
     return fetched("snapshot_download", what, "or give a folder", repo_id=found, allow_patterns=patterns)
+
+
+def wanted_adapter(name: str) -> Wanted | None:
+    """What `--adapter NAME` needs of the hub; None for a folder."""
+    return None if Path(name).is_dir() else Wanted(_adapter_id(name), ADAPTER, "model", "--adapter FOLDER")
+
+
+def resolve_adapter(name: str) -> Path:
+    """The folder that `--adapter NAME` means: a folder, or a hub id, whose adapter is downloaded unless it is cached.
+
+    Raises UserError where it cannot be.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    what = f"--adapter {name}: no such folder is here, and {name!r}"
+    return fetched("snapshot_download", what, "or give a folder", repo_id=_adapter_id(name), allow_patterns=ADAPTER)
+
+
+def _adapter_id(name: str) -> str:
+    if not re.fullmatch(HUB_ID, name):
+        raise UserError(f"--adapter {name}: there is no such folder; give one, or a hub id (OWNER/NAME)")
+    return name
 
 
 # ---- the hub
@@ -201,7 +225,7 @@ def hub_cache() -> Path:
 def cached(wanted: Wanted) -> bool:
     """Whether all that is wanted is in the hub's cache. What an interrupted download left is not."""
     find = _finder(wanted)
-    if wanted.kind != "model":
+    if WEIGHTS not in wanted.files:  # files by their names
         return all(find(file) for file in wanted.files)
     config = find("config.json")
     try:
@@ -238,7 +262,7 @@ def _bytes_to_fetch(wanted: Wanted) -> int:
     except Exception:  # the download itself will tell what is wrong
         return 0
     names = [file.rfilename for file in files]
-    if wanted.kind == "dataset" and names:
+    if WEIGHTS not in wanted.files and names:
         for file in set(wanted.files) - set(names):
             some = ", ".join(names[:5])
             raise UserError(f"{wanted.repository} on the Hugging Face hub has no {file}, but {some}; name one of them")

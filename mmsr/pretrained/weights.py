@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -61,10 +61,10 @@ def headers(folder: Path) -> dict[str, Header]:
     """
     found: dict[str, Header] = {}
     for file in weight_files(folder):
-        for header in _headers_of(file):
-            name = _disk_name(header.name)
+        for header in headers_of(file):
+            name = disk_name(header.name)
             if name in found:
-                raise UserError(f"{file}: {_listed([name])} is in {found[name].file.name} too: fetch them again")
+                raise UserError(f"{file}: {listed([name])} is in {found[name].file.name} too: fetch them again")
             found[name] = header
     _refuse_quantised(found)
     return found
@@ -83,10 +83,10 @@ def fitting(folder: Path, found: Mapping[str, Header], shapes: Shapes) -> dict[s
             _refuse_shape(name, header, shapes[name])
     missing = [name for name in shapes if name not in found]
     if missing:
-        some = f"{len(missing)} of {len(shapes)} weights are missing ({_listed(missing)})"
+        some = f"{len(missing)} of {len(shapes)} weights are missing ({listed(missing)})"
         others = [name for name in found if name not in shapes and name != HEAD]
         if others:  # a wrapper's names, or another program's
-            some += f", and there is no place for others ({_listed(others)})"
+            some += f", and there is no place for others ({listed(others)})"
         raise UserError(f"{folder}: {some}: fetch it again, or take config.json and weights of one checkpoint")
     return {name: header for name, header in found.items() if name in shapes}
 
@@ -102,7 +102,7 @@ def refuse_others(folder: Path, found: Mapping[str, Header], shapes: Shapes) -> 
     """UserError for weights that the model of config.json does not have. `own_head` has checked a tied head before."""
     others = [name for name in found if name not in shapes and name != HEAD and not BUFFERS.search(name)]
     if others:
-        some = f"{len(others)} weights have no place in the model of config.json ({_listed(others)})"
+        some = f"{len(others)} weights have no place in the model of config.json ({listed(others)})"
         raise UserError(f"{folder}: {some}: take config.json and weights of one checkpoint")
 
 
@@ -120,10 +120,10 @@ def own_head(found: Mapping[str, Header]) -> bool:
 def _refuse_quantised(found: Mapping[str, Header]) -> None:
     for name, header in found.items():
         if ADAPTERS.search(name):
-            advice = "merge it into its base model and give that folder"
-            raise UserError(f"{header.file}: {_listed([name])} is an adapter's: {advice}")
+            advice = "save it with PEFT's save_pretrained and give it as --adapter DIR, with its base as --model"
+            raise UserError(f"{header.file}: {listed([name])} is an adapter's: {advice}")
         if header.dtype not in FLOATS or QUANTISED.search(name):
-            what = f"{_listed([name])} holds {header.dtype}"
+            what = f"{listed([name])} holds {header.dtype}"
             raise UserError(f"{header.file}: the weights are quantised ({what}): {FULL}")
 
 
@@ -136,7 +136,7 @@ def tensors(found: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
     Raises UserError for NaN, infinite numbers, and zeros where a trained model has none.
     """
     for file, group in groupby(found.items(), lambda item: item[1].file):
-        with _opened(file) as stored:
+        with opened(file) as stored:
             for name, header in group:
                 tensor = stored.get_tensor(header.name)
                 _check_values(file, name, tensor)
@@ -156,7 +156,7 @@ def _check_values(file: Path, name: str, tensor: Tensor) -> None:
 
 
 def _tensor(header: Header) -> Tensor:
-    with _opened(header.file) as stored:
+    with opened(header.file) as stored:
         return stored.get_tensor(header.name)
 
 
@@ -198,16 +198,17 @@ def _explain_absence(folder: Path) -> None:
             raise UserError(f"model folder {folder} holds pickled weights, which are not opened here: {advice}")
 
 
-def _headers_of(file: Path) -> list[Header]:
+def headers_of(file: Path) -> list[Header]:
+    """What one file holds. UserError for a damaged file."""
     found = []
-    with _opened(file) as stored:
+    with opened(file) as stored:
         for name in stored.keys():
             part = stored.get_slice(name)
             found.append(Header(file, name, part.get_dtype(), tuple(part.get_shape())))
     return found
 
 
-def _disk_name(name: str) -> str:
+def disk_name(name: str) -> str:
     """Some files have transformers 5's in-memory names, `model.visual.*` and `model.language_model.*`."""
     for memory, disk in (("model.visual.", "visual."), ("model.language_model.", "model.")):
         if name.startswith(memory):
@@ -215,7 +216,7 @@ def _disk_name(name: str) -> str:
     return name
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first three, in one line even if a name of a downloaded file holds line breaks."""
     shown = [" ".join(name.split())[:120] for name in names[:3]]
     if len(names) > 3:
@@ -224,7 +225,7 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     """safe_open. UserError for a damaged file, whether that shows at once or while it is read."""
     try:
         with safe_open(file, framework="pt") as stored:
@@ -266,11 +267,9 @@ def refuse_adapter(folder: Path) -> None:
     if not config.is_file() and not any(folder.glob("adapter_model.*")):
         return
     base = read_object(config).get("base_model_name_or_path") if config.is_file() else None
-    named = _listed([str(base or "another model")])
-    raise UserError(
-        f"model folder {folder} holds an adapter of {named}, not a model: merge the two "
-        "(PEFT's merge_and_unload and save_pretrained) and give the folder of the whole model"
-    )
+    named = listed([str(base or "another model")])
+    advice = "give it as --adapter DIR, with its base as --model"
+    raise UserError(f"model folder {folder} holds an adapter of {named}, not a model: {advice}")
 
 
 def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -281,7 +280,7 @@ def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
         found = part.get("quantization_config") or part.get("compression_config")
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else None
-            said = _listed([method if isinstance(method, str) else "quantization_config"])
+            said = listed([method if isinstance(method, str) else "quantization_config"])
             raise UserError(f"{folder / 'config.json'}: the weights are quantised ({said}): {FULL}")
     for name in QUANTISERS_FILES:
         if (folder / name).is_file():

@@ -25,6 +25,7 @@ from mmsr.assemble import Setup
 from mmsr.chat import PROMPTS
 from mmsr.config import CONFIG, AnyOptions, Config, in_use
 from mmsr.episode import Example
+from mmsr.pretrained.hub import resolve_adapter
 from mmsr.setup.policy import prompts_folder
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock, check_out, code_digest, file_digest, json_file, make_out, write_whole
@@ -170,7 +171,7 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
         for file in setup.folder.glob(pattern):
             files[f"{model}/{file.name}"] = file
     if config.adapter:
-        for file in sorted(Path(config.adapter).glob("adapter_*")):
+        for file in sorted(resolve_adapter(config.adapter).glob("adapter_*")):
             files[f"--adapter {config.adapter}/{file.name}"] = file
     for folder in (PROMPTS / "real", prompts_folder(config.prompts)):  # a prompt that a folder lacks is the real set's
         for file in folder.glob("*.txt"):

@@ -16,7 +16,7 @@ from mmsr import evaluate, lora
 from mmsr.assemble import Setup
 from mmsr.config import CONFIG, Config, Options
 from mmsr.episode import Episode
-from mmsr.pretrained.adapter import base_digest, write_adapter
+from mmsr.pretrained.adapter import base_digest, base_name, write_adapter
 from mmsr.pretrained.save import save_weights
 from mmsr.report import alarms
 from mmsr.report.album import Album
@@ -53,6 +53,7 @@ class Output(RunFolder[Config]):
         self.console: Console | None = None  # from `check` on
         self.report_due = 0.0  # by time.perf_counter
         self.report_failed = False
+        self.base_digest = ""  # of the weights beside which adapters are trained; from `check` on, on the main rank
 
     def check_options(self, used: bool) -> None:
         if used and not self.config.resume:
@@ -67,6 +68,8 @@ class Output(RunFolder[Config]):
         if self.config.eval_data not in ("", "toy"):
             files[f"--eval-data {self.config.eval_data}"] = setup.eval_questions
         self.check_inputs(setup, files, program)
+        if self.config.trains_adapters and self.ranks.main:
+            self.base_digest = base_digest(setup.folder)  # now: the folder may be gone when the run ends
         self.console = Console(setup)
 
     def begin(self, done: int) -> None:
@@ -181,8 +184,8 @@ class Output(RunFolder[Config]):
         """The adapter as it is now, in PEFT's form."""
         if self.ranks.main:
             self.check_there()
-            base = self.config.model or str(setup.folder)
-            write_adapter(self.folder / "adapter", lora.adapted(setup.model), base, base_digest(setup.folder))
+            base = base_name(self.config.model, setup.folder)
+            write_adapter(self.folder / "adapter", lora.adapted(setup.model), base, self.base_digest)
 
     def _summary(self, setup: Setup) -> str:
         """The table of the first evaluation and the last."""

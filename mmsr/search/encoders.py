@@ -2,13 +2,15 @@
 
 An encoder takes n RGB pictures and returns (n, d) float32 rows of length 1. There are three. `builtin` has no weights:
 it finds the same photograph after cropping, rotation, scaling, recolouring and compression, but does not know what is
-in it. `hf:NAME` is a Hugging Face vision model, `tower:FOLDER` the policy's vision tower; only these import torch.
+in it. `hf:NAME` is a Hugging Face vision model, `tower:FOLDER` the policy's vision tower, `tower:FOLDER --adapter DIR`
+the tower with a LoRA adapter; only these import torch.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -16,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 from mmsr.system.errors import UserError, first_line
-from mmsr.system.progress import on_terminal
+from mmsr.system.progress import on_terminal, say
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,28 @@ class Encoder:
 
 
 def open_encoder(name: str) -> Encoder:
-    """The encoder of a name: builtin, hf:NAME_OR_FOLDER or tower:FOLDER. Raises UserError for any other."""
+    """The encoder of a name: builtin, hf:NAME_OR_FOLDER, tower:FOLDER or "tower:FOLDER --adapter FOLDER".
+
+    Raises UserError for any other.
+    """
+    name, option, adapter = name.partition(" --adapter ")
+    kind, _, where = name.partition(":")
+    where, adapter = _absolute(where), _absolute(adapter)
+    if option and kind != "tower":
+        raise UserError(f"--adapter {adapter} with --encoder {name}: only tower:FOLDER can have one; leave it out")
     if name == "builtin":
         return Encoder(name, lambda pictures: np.stack([_describe(picture) for picture in pictures]))
-    kind, _, where = name.partition(":")
-    if kind in ("hf", "tower") and where:
-        folder = Path(where).expanduser()
-        where = str(folder.resolve()) if folder.is_dir() else where
-        return Encoder(f"{kind}:{where}", {"hf": _hugging_face, "tower": _tower}[kind](where))
+    if kind == "hf" and where:
+        return Encoder(f"hf:{where}", _hugging_face(where))
+    if kind == "tower" and where:
+        return Encoder(f"tower:{where}{option}{adapter}", _tower(where, adapter))
     raise UserError(f"--encoder {name}: unknown; give builtin, hf:NAME (a Hugging Face vision model) or tower:FOLDER")
+
+
+def _absolute(where: str) -> str:
+    """The path of a folder, wherever the next process works; a name as it is."""
+    folder = Path(where).expanduser()
+    return str(folder.resolve()) if where and folder.is_dir() else where
 
 
 # ---- without weights
@@ -148,8 +163,8 @@ def _hugging_face(name: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     return encode
 
 
-def _tower(folder: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
-    """The mean of a picture's tokens from the policy's vision tower."""
+def _tower(folder: str, adapter: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
+    """The mean of a picture's tokens from the policy's vision tower, with an adapter unless it is ""."""
     import torch
 
     from mmsr import vision
@@ -161,6 +176,8 @@ def _tower(folder: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
     device = _device()
     weights = stored_weights(folder, tower)  # uses the names and shapes in `tower`
     tower.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights}, assign=True)
+    if adapter:
+        _add_adapter(tower, Path(folder), adapter)
 
     @torch.inference_mode()
     def encode(pictures: list[PIL.Image.Image]) -> np.ndarray:
@@ -169,6 +186,24 @@ def _tower(folder: str) -> Callable[[list[PIL.Image.Image]], np.ndarray]:
         return _unit(torch.stack([rows.mean(0) for rows in tokens]).cpu().numpy())
 
     return encode
+
+
+def _add_adapter(tower, folder: Path, name: str) -> None:
+    """Give the tower of the model in `folder` its part of an adapter. UserError where the adapter has no such part."""
+    from mmsr import lora
+    from mmsr.pretrained.adapter import check_base, read_adapter
+    from mmsr.pretrained.hub import resolve_adapter
+    from mmsr.pretrained.load import skeleton
+
+    adapter = read_adapter(resolve_adapter(name), lora.linear_layers(skeleton(folder)))
+    check_base(adapter, folder, str(folder), partial(say, file=sys.stderr), option="--encoder tower:FOLDER")
+    layers = {name: numbers for name, numbers in adapter.layers.items() if name.startswith("visual.")}
+    if not layers:
+        advice = "pictures are encoded as without it; leave it out"
+        raise UserError(f"--adapter {name} has no layers of the vision tower, of {len(adapter.layers)}: {advice}")
+    device = _device()
+    for layer, (a, b, scale) in layers.items():
+        lora.add_adapter(tower.get_submodule(layer), a.to(device), b.to(device), scale)
 
 
 def _device():

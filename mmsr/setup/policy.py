@@ -14,9 +14,9 @@ from mmsr import attention, lora
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
-from mmsr.pretrained.adapter import check_base, read_adapter
+from mmsr.pretrained.adapter import base_name, check_base, check_layers, read_adapter
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.hub import resolve, without_weights
+from mmsr.pretrained.hub import resolve, resolve_adapter, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_prompts, check_tokens
 from mmsr.setup.questions import Questions
@@ -55,6 +55,7 @@ def open_policy(
         check_tokens(folder, chat, read_config(folder))
     for option, asked in questions.by_option.items():
         check_prompts(option, asked, chat, config, ranks)
+    find_adapter(config, folder, ranks)
     if config.model:
         if not Path(config.model).is_dir():
             ranks.print(
@@ -79,6 +80,20 @@ def open_policy(
         model.visual.checkpoint_blocks = config.recompute
         model.kept_blocks = kept_blocks
     return Policy(folder, chat, dtype, model)
+
+
+def find_adapter(config: Options, folder: Path, ranks: Ranks) -> None:
+    """Fetch what --adapter names, where it is not here. Raises UserError for one that does not fit the model.
+
+    `folder`: of the model, before its weights are fetched.
+    """
+    if not config.adapter:
+        return
+    adapter = ranks.main_process_first("adapter", partial(resolve_adapter, config.adapter))
+    with ranks.sync_errors():
+        with torch.device("meta"):
+            model = modeling.Qwen2_5_VL(read_config(folder))
+        check_layers(adapter, lora.linear_layers(model))
 
 
 def prompts_folder(name: str) -> Path:
@@ -122,8 +137,12 @@ def open_adapters(
     """
     layers = lora.linear_layers(model)
     if config.adapter:
-        found = read_adapter(Path(config.adapter), layers)
-        check_base(found, folder, ranks)
+        found = read_adapter(resolve_adapter(config.adapter), layers)
+        if ranks.main:
+            option = "--model" if config.model else "--model, or the --toy and --seed of its run"
+            check_base(found, folder, base_name(config.model, folder), ranks.print, option)
+            for note in found.notes(training=isinstance(config, Config)):
+                ranks.print(note)
         return found.layers
     if not (isinstance(config, Config) and config.lora):
         return {}

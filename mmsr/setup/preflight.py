@@ -6,6 +6,7 @@ hub for what its cache lacks; the small files of a model that is not known here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mmsr.config import FVQA_SEARCH, Config, EvalConfig, Options
@@ -13,11 +14,13 @@ from mmsr.data import fvqa
 from mmsr.data.formats import read_examples
 from mmsr.plan import known_sizes
 from mmsr.pretrained import hub
+from mmsr.pretrained.adapter import read_settings
 from mmsr.pretrained.config_json import read_config
 from mmsr.setup.policy import prompts_folder
 from mmsr.setup.search import check_search
 from mmsr.setup.sizes import check_memory, check_sizes
 from mmsr.shapes import adapter_ranks
+from mmsr.system.errors import UserError
 from mmsr.system.files import missing
 from mmsr.system.parallel import Ranks
 
@@ -48,6 +51,8 @@ def _check_names(config: Options) -> None:
     for name in _data(config):
         if name not in ("", "toy") and not fvqa.hub_file(name) and not Path(name).exists():
             read_examples(name, config.format)  # raises what is wrong with it
+    if config.adapter and not hub.wanted_adapter(config.adapter):
+        _check_adapter(config)
     check_search(config)
     if isinstance(config, EvalConfig):
         _check_server(config.judge, config.judge_model)
@@ -56,6 +61,13 @@ def _check_names(config: Options) -> None:
         for file in config.demonstrations:
             if not Path(file).exists():
                 raise missing(Path(file))
+
+
+def _check_adapter(config: Options) -> None:
+    """Raises UserError for a folder that is no adapter's, and for an adapter of a hub's model beside the toy base."""
+    base = read_settings(Path(config.adapter)).base
+    if not config.model and re.fullmatch(hub.HUB_ID, base):
+        raise UserError(f"--adapter {config.adapter} belongs to {base}, not to the toy base model: give --model {base}")
 
 
 def _data(config: Options) -> list[str]:
@@ -72,10 +84,12 @@ def _check_server(address: str, model: str) -> None:
 
 
 def wanted(config: Options) -> list[hub.Wanted]:
-    """What a run reads from the hub: the model, the data, the searches recorded for FVQA."""
+    """What a run reads from the hub: the model, an adapter, the data, the searches recorded for FVQA."""
     found = []
     if config.model and (model := hub.wanted_model(config.model)):
         found.append(model)
+    if config.adapter and (adapter := hub.wanted_adapter(config.adapter)):
+        found.append(adapter)
     files = [place for name in _data(config) if (place := fvqa.hub_file(name))]
     if config.search == FVQA_SEARCH:
         files.append((fvqa.FVQA, fvqa.RESULTS))

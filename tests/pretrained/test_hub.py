@@ -12,7 +12,15 @@ from helpers import refused
 
 from mmsr.data import fvqa
 from mmsr.pretrained import hub
-from mmsr.pretrained.hub import Wanted, refuse_absent, resolve, wanted_model, without_weights
+from mmsr.pretrained.hub import (
+    Wanted,
+    refuse_absent,
+    resolve,
+    resolve_adapter,
+    wanted_adapter,
+    wanted_model,
+    without_weights,
+)
 from mmsr.system.errors import UserError
 
 MODEL, DATA = "models/someone/tuned", "datasets/someone/asked"
@@ -93,6 +101,29 @@ def test_a_name_that_the_hub_does_not_have_is_told_by_its_client(files, tmp_path
         refused(lambda: refuse_absent([other]), "someone/asked", "has no train.parquet, but test.parquet")
         refused(lambda: fvqa.fetched_file("someone/asked", "train.parquet"), "it has no such file", "--data FILE")
         refused(lambda: resolve("someone/else"), "it is not there, or only for some")
+
+
+def test_an_adapter_of_the_hub_is_not_found_or_all_of_its_repository_is_fetched(files, tmp_path, monkeypatch):
+    folder, pickled = tmp_path / "adapter", tmp_path / "pickled"
+    for made, name in ((folder, "adapter_model.safetensors"), (pickled, "adapter_model.bin")):
+        made.mkdir()
+        (made / "adapter_config.json").write_text("{}")
+        (made / name).write_bytes(b"x" * 900)
+        (made / "README.md").write_bytes(b"x" * 100_000)
+    assert wanted_adapter(str(folder)) is None and resolve_adapter(str(folder)) == folder
+    refused(lambda: wanted_adapter("/no/where"), "--adapter /no/where: there is no such folder", "OWNER/NAME")
+    wanted = wanted_adapter("someone/adapter")
+    with fake_hub({"models/someone/adapter": folder, "models/someone/old": pickled}, tmp_path / "cache"):
+        assert refuse_absent([wanted]) == 902
+        found = resolve_adapter("someone/adapter")
+        assert {file.name for file in found.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert refuse_absent([wanted]) == 0
+        said = "someone/old on the Hugging Face hub has no adapter_model.safetensors, but README.md"
+        refused(lambda: refuse_absent([wanted_adapter("someone/old")]), said)
+        refused(lambda: refuse_absent([wanted_adapter("someone/else")]), "no model 'someone/else'", "--adapter FOLDER")
+    at_address(monkeypatch, "http://127.0.0.1:1", tmp_path / "cache")
+    assert refuse_absent([wanted]) == 0 and resolve_adapter("someone/adapter") == found
+    refused(lambda: refuse_absent([wanted_adapter("someone/else")]), "hf download someone/else", "--adapter FOLDER")
 
 
 def test_a_hub_that_does_not_answer_takes_half_a_minute_or_many_lines(files, silent, tmp_path, monkeypatch, caplog):

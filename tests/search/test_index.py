@@ -19,8 +19,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SEARCHES, in_threads, picture_bytes, tiny_model
+from helpers import SEARCHES, in_threads, picture_bytes, random_adapter, tiny_model, with_adapters
 from picture_files import SECRET, private, turned
+from safetensors.torch import load_file, save_file
 
 from mmsr.pretrained.save import save
 from mmsr.search import index
@@ -29,6 +30,7 @@ from mmsr.search.encoders import Encoder, open_encoder
 from mmsr.search.index import Local, build, passage
 from mmsr.system.errors import UserError
 from mmsr.tools import ToolFailure
+from mmsr.vision import MIN_PIXELS, prepare
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
@@ -475,6 +477,50 @@ def test_the_tower_is_not_the_policys(tmp_path):
         mean = policy.visual([load_image(file.getvalue(), max_pixels=448 * 448)]).mean(0)
     assert vectors.shape == (2, policy.config.hidden_size)
     assert np.allclose(vectors[1], (mean / mean.norm()).numpy(), atol=1e-5)
+
+
+def test_an_adapter_of_the_tower_is_left_out_or_not_told_from_the_tower_alone(tmp_path, monkeypatch, capsys):
+    save(tiny_model(), tmp_path / "policy")
+    adapter = random_adapter(tmp_path / "adapter", tmp_path / "policy", "q_proj", "vision")
+    titles = corpus(tmp_path / "photos", 6)
+    monkeypatch.chdir(tmp_path)
+    build("i", "tower:policy --adapter adapter", "photos", titles, None)
+    monkeypatch.chdir("photos")  # an index is opened from anywhere
+    local = Local(tmp_path / "i")
+    assert local.encoder.name == f"tower:{tmp_path / 'policy'} --adapter {adapter}" and not capsys.readouterr().err
+    with torch.no_grad():
+        policy = with_adapters(tiny_model(), ("q_proj", "vision"))
+        mean = policy.visual([prepare(scene(3), "", MIN_PIXELS, 448 * 448)]).mean(0)
+    (vector,) = local.encoder.encode([scene(3)])
+    (without,) = open_encoder(f"tower:{tmp_path / 'policy'}").encode([scene(3)])
+    assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5) and abs(vector - without).max() > 1e-3
+    assert local.image_search((tmp_path / "photos" / "4.jpg").read_bytes()).hits[0].title == "scene 4"
+    with pytest.raises(UserError, match=f"made with --encoder tower:{tmp_path / 'policy'} --adapter {adapter}: give"):
+        build(tmp_path / "i", f"tower:{tmp_path / 'policy'}", tmp_path / "photos", titles, None)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    changed = {name: weight * (-1 if "lora_B" in name else 1) for name, weight in weights.items()}
+    save_file(changed, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="has changed since the index was made"):
+        Local(tmp_path / "i")
+    assert "whether" in capsys.readouterr().err  # the file has no digest of its base any more
+
+
+def test_an_adapter_that_changes_no_picture_is_taken(tmp_path):
+    save(tiny_model(), tmp_path / "policy")
+    save(tiny_model(1), tmp_path / "other")
+    adapter = random_adapter(tmp_path / "adapter", tmp_path / "policy", "q_proj")
+    for name, said in (
+        (
+            f"tower:{tmp_path / 'policy'} --adapter {adapter}",
+            "has no layers of the vision tower, of 2: .* leave it out",
+        ),
+        (f"tower:{tmp_path / 'other'} --adapter {adapter}", "other weights: give .*policy as --encoder tower:FOLDER"),
+        (f"tower:{tmp_path / 'policy'} --adapter {tmp_path / 'policy'}", "holds a whole model, no adapter"),
+        (f"builtin --adapter {adapter}", "with --encoder builtin: only tower:FOLDER can have one"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            open_encoder(name)
+        assert "\n" not in str(caught.value)
 
 
 # ---- texts

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import at_address, fake_hub
-from helpers import edit_json, picture_bytes, refused, tiny_config
+from helpers import edit_json, picture_bytes, random_adapter, refused, tiny_config, tiny_model
 
 import eval as evaluation
 import train
 from mmsr import plan
 from mmsr.config import EvalConfig, parse
+from mmsr.lora import adapted
 from mmsr.plan import GIB, PUBLISHED
+from mmsr.pretrained.save import save
 from mmsr.setup import sizes
 from mmsr.setup.preflight import preflight
 from mmsr.setup.sizes import check_disk, check_memory, check_sizes
@@ -81,6 +83,23 @@ def test_weights_are_fetched_for_a_run_that_is_refused(served, tmp_path, monkeyp
         assert asked[-1].endswith("model.safetensors") and setup.model.head_weight.isfinite().all()
 
 
+def test_weights_are_fetched_for_an_adapter_of_another_model(served, tmp_path):
+    folders, argv = served
+    (tmp_path / "data" / "0.png").write_bytes(picture_bytes(56, 56))
+    save(tiny_model(), tmp_path / "tiny")
+    for name, base in (("fits", folders[f"models/{HUB_ID}"]), ("other", tmp_path / "tiny")):
+        folders[f"models/someone/{name}"] = random_adapter(tmp_path / name, base, "q_proj", base_named=HUB_ID)
+    with fake_hub(folders, tmp_path / "cache") as asked:
+        said = f"it belongs to another model: give its base, {HUB_ID}"
+        refused(lambda: train.open_setup(parse([*argv, "--adapter", "someone/other"])), said)
+        refused(lambda: train.open_setup(parse([*argv, "--adapter", str(tmp_path / "other")])), said)
+        assert "adapter_model.safetensors" in fetched(asked) and "model.safetensors" not in fetched(asked)
+        setup = train.open_setup(parse([*argv, "--adapter", "someone/fits"]))
+        assert len(adapted(setup.model)) == 2 and "model.safetensors" in fetched(asked)
+        at_once = f"--adapter {tmp_path / 'fits'} belongs to {HUB_ID}, not to the toy base model: give --model {HUB_ID}"
+        refused(lambda: preflight(options("--adapter", str(tmp_path / "fits")), SINGLE), at_once)
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -90,6 +109,8 @@ def test_weights_are_fetched_for_a_run_that_is_refused(served, tmp_path, monkeyp
         ("--search replay:/no/where.jsonl", "no such file"),
         ("--search goggle", "unknown back-end"),
         ("--search toy", "toy world's pictures only"),
+        ("--adapter /no/where", "--adapter /no/where: there is no such folder"),
+        ("--adapter tests", "--adapter tests has no adapter_config.json"),
         ("--prompts /no/where", "--prompts /no/where"),
         ("--algorithm sft --demonstrations /no/where.jsonl", "/no/where.jsonl: no such file"),
         ("--data ./own.jsonl --search none", "own.jsonl: no such file"),

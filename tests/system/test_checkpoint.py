@@ -10,18 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import tiny_model
+from crew import Crew
+from helpers import tiny_model, with_adapters
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
 from bench import faults
-from mmsr import assemble
+from mmsr import assemble, lora
 from mmsr.report.output import Output
 from mmsr.system import checkpoint
 from mmsr.system.errors import UserError
@@ -109,6 +111,43 @@ def test_checkpoint_of_another_model_or_precision_is_refused(tmp_path):
     for other in (tiny_model(1, hidden_size=32), tiny_model(1).bfloat16(), tiny_model(1, num_hidden_layers=1)):
         with pytest.raises(UserError, match="step-000001: .* is .* there and .* in this run"):
             checkpoint.resume(tmp_path, other, adam(other))
+
+
+def test_checkpoint_of_adapters_holds_more_than_adapters_or_changes_the_rest(tmp_path):
+    model = with_adapters(tiny_model(1).bfloat16(), rank=4)
+    optimizer = adam(model)
+    walk(model, optimizer, 2, seed=1)
+    checkpoint.save(tmp_path, 2, model, optimizer, {"step": 2}, keep=2)
+    saved = contents(model, optimizer)
+    assert all(lora.is_adapter(name) and saved[name].dtype == torch.float32 for name in saved)
+    assert len(saved) == 4 * 2 * len(lora.adapted(model))  # weight, two moments, step
+    bytes_of_all = sum(file.stat().st_size for file in (tmp_path / "step-000002").glob("*.safetensors"))
+    assert bytes_of_all < 4 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    fresh = with_adapters(tiny_model(2).bfloat16(), rank=4, seed=5)
+    frozen = {name: p.clone() for name, p in fresh.named_parameters() if not lora.is_adapter(name)}
+    resumed = adam(fresh)
+    assert checkpoint.resume(tmp_path, fresh, resumed) == {"step": 2}
+    assert_equal(contents(fresh, resumed), saved)
+    weights = dict(fresh.named_parameters())
+    assert all(torch.equal(weights[name], before) for name, before in frozen.items())
+
+
+def test_checkpoint_of_another_rank_or_of_a_full_run_is_taken_for_one_of_adapters(tmp_path):
+    def saved(model, step):
+        checkpoint.save(tmp_path / str(step), step, model, adam(model), {}, keep=2)
+
+    makers = {1: lambda: with_adapters(tiny_model(1), rank=4), 2: lambda: tiny_model(1)}
+    makers |= {3: lambda: with_adapters(tiny_model(1), ("q_proj",)), 4: lambda: with_adapters(tiny_model(1), rank=8)}
+    for step, make in makers.items():
+        saved(make(), step)
+    for there in makers:
+        for here, make in makers.items():
+            if here == there:
+                continue
+            with pytest.raises(UserError, match="is .* there and .* in this run: resume with equal options") as told:
+                model = make()
+                checkpoint.resume(tmp_path / str(there), model, adam(model))
+            assert "\n" not in str(told.value)
 
 
 # ---- which are kept, which is taken
@@ -416,6 +455,46 @@ def take_over(ranks: Ranks, root: Path, dtype: torch.dtype) -> None:
             checkpoint.save(root / "two", 7, model, optimizer, {"step": 7}, 2, ranks)
 
 
+def adapters_on_ranks(ranks: Ranks, root: str, across: str) -> str:
+    """Saved by one process, taken over by two, and by one again; what is frozen is whole or sharded."""
+    from test_parallel import beside
+
+    root = Path(root)
+    model = beside(ranks, across)
+    optimizer = adam(model)
+    assert checkpoint.resume(root / "one", model, optimizer, ranks) == {"step": 3}
+    for step in range(2):  # not `walk`, whose gradients are of shards
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{step} {name}".encode()))
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step(1e-3)
+    checkpoint.save(root / across, 5, model, optimizer, {"step": 5}, 2, ranks)
+    again = beside(ranks, across)
+    resumed = adam(again)
+    assert checkpoint.resume(root / across, again, resumed, ranks) == {"step": 5}
+    assert_equal(contents(again, resumed), contents(model, optimizer))
+    digest = hashlib.sha256()
+    for _, tensor in sorted(contents(model, optimizer).items()):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.slow
+def test_ranks_with_adapters_take_over_other_bits_than_were_saved(tmp_path):
+    model = with_adapters(tiny_model(1))
+    optimizer = adam(model)
+    walk(model, optimizer, 3, seed=1)
+    checkpoint.save(tmp_path / "one", 3, model, optimizer, {"step": 3}, keep=2)
+    crew = Crew(2)
+    try:
+        found = [digest for across in ("none", "node") for digest in crew(adapters_on_ranks, str(tmp_path), across)]
+    finally:
+        crew.stop()
+    alone = adapters_on_ranks(Ranks(), str(tmp_path), "none")
+    assert found == [alone] * 4
+
+
 def full(file: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -590,9 +669,10 @@ def test_signal_before_the_first_step_leaves_nothing_that_is_in_the_way(base, tm
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_weights_of_the_uninterrupted_one(base):
+@pytest.mark.parametrize("options", ["", "--lora 4 --merge"])
+def test_killed_runs_end_with_the_weights_of_the_uninterrupted_one(base, options):
     """kill -9 at random moments, half of them mid-save; bench/faults.py does it at length."""
-    command = [sys.executable, "bench/faults.py", "--kills", "4", "--model", str(base)]
+    command = [sys.executable, "bench/faults.py", "--kills", "4", "--model", str(base), "--options", options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

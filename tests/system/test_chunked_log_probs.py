@@ -94,6 +94,42 @@ def test_head_gradient_of_half_precision_is_added_up_in_half_precision(monkeypat
     assert error < 5e-3
 
 
+@pytest.mark.parametrize("rows", [4, 11])
+def test_a_frozen_head_costs_a_gradient_or_changes_the_others(rows, monkeypatch):
+    """Its gradient is a matrix as large as the head, in fp32, for every micro-batch."""
+    monkeypatch.setattr(CHUNK, rows * 30)
+    gradients = {}
+    for trained in (True, False):
+        hidden, head, targets, suppressed = scored()
+        head.requires_grad_(trained)
+        with Shapes() as made:
+            chunked(hidden, head, targets, 0.7, suppressed)[0].square().sum().backward()
+        gradients[trained] = hidden.grad
+        assert (tuple(head.shape) in made.shapes) == trained and (head.grad is None) != trained
+    assert torch.equal(gradients[True], gradients[False])
+
+
+def test_a_head_alone_cannot_be_trained():
+    hidden, head, targets, suppressed = scored()
+    (wanted,) = torch.autograd.grad(chunked(hidden, head, targets, 0.7, suppressed)[0].sum(), head)
+    (alone,) = torch.autograd.grad(chunked(hidden.detach(), head, targets, 0.7, suppressed)[0].sum(), head)
+    assert torch.equal(wanted, alone)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: set[tuple] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::zeros_like", "aten::mm"):
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
 def peak_memory(work) -> int:
     """Most bytes that torch's CPU allocator held at a time during `work`, beyond what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

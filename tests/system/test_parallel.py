@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,19 @@ import pytest
 import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
-from helpers import SGD, conversation, report, tiny_config, tiny_model
-from test_update import EXAMPLE, SUPPRESSED, made, relative
+from helpers import SGD, conversation, report, tiny_config, tiny_model, with_adapters
+from safetensors.torch import load_file
+from test_update import EXAMPLE, SUPPRESSED, TowerPasses, frozen, made, relative
 from torch.distributed.fsdp import FSDPModule
 
+import train as train_program
+from mmsr import lora, reward
+from mmsr.config import Config, parse
 from mmsr.episode import Episode
+from mmsr.model import Qwen2_5_VL
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save, save_weights
-from mmsr.setup.policy import load_model
+from mmsr.setup.policy import load_model, open_model
 from mmsr.system import parallel
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import OtherRankFailed, Ranks, balanced_partition, full_state_dict, shard, unsharded
@@ -240,6 +246,29 @@ def test_passes_are_always_the_same_row_of_collectives(pair):
     assert {name: len(rows) for name, rows in first.items()} == dict.fromkeys(first, 1)
 
 
+def rows_of_updates_with_adapters(ranks: Ranks, targets) -> dict[str, set]:
+    trainer = adapter_trainer(ranks, "node", targets)
+    trainer.lockstep.recorded = Heard()
+    for assignment in ("even", "one rank has text only", "one rank has nothing"):
+        with unsharded(trainer.model) as whole:
+            sampler = lora.for_sampling(whole, trainer.model, torch.float32)
+            test_engine.run(sampler, test_engine.groups(1 + ranks.rank, 2))
+            del sampler, whole
+        episodes = local_episodes(ranks, assignment)
+        first = [e for e in episodes if e.group_id < 2]
+        second = [e for e in episodes if e.group_id >= 2]
+        trainer.step([first, second], 0.1)
+    return dict(trainer.lockstep.recorded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [(), ("vision",), ("vision", "model.layers.1")], ids=str)
+def test_passes_with_adapters_are_not_always_the_same_row_of_collectives(pair, targets):
+    first, second = pair(rows_of_updates_with_adapters, targets)
+    assert first == second and len(first) == (5 if targets else 4)
+    assert {name: len(rows) for name, rows in first.items()} == dict.fromkeys(first, 1)
+
+
 def skipped(ranks: Ranks, what: str):
     trainer = build(ranks, {"max_skipped": 2}, {})
     before = full_state_dict(trainer.model, ranks, torch.float32)
@@ -297,6 +326,174 @@ def test_shards_used_in_bf16_are_fp32_masters(pair):
     moved = sum((main[name] != before[name]).sum().item() for name in before)
     apart = max((main[name].float() - alone[name].float()).abs().max().item() for name in before)
     assert moved > 1000 and apart < 0.02
+
+
+# ---- adapters, whole on every rank or beside sharded weights
+
+FORMS = ("none", "node")  # of the frozen weights
+BOTH = ("decoder", "vision")
+
+
+def beside(ranks: Ranks, across: str, targets=(), dtype=torch.float32) -> Qwen2_5_VL:
+    """A model with adapters. Its frozen weights are whole on every rank, or sharded."""
+    model = tiny_model(1).to(dtype).requires_grad_(False)  # before it is sharded: FSDP looks once
+    if across != "none":
+        model = shard(model, ranks, dtype, across)
+    return with_adapters(model, targets)
+
+
+def adapter_trainer(ranks: Ranks, across: str, targets=(), **options) -> Trainer:
+    model = beside(ranks, across, targets)
+    options = {"max_grad_norm": 1e9, "micro_tokens": 60, "kl": 0.3, "reference": model} | options
+    options["features"] = None if lora.trains_tower(model) else {}
+    return Trainer(model, SGD(model), SUPPRESSED, ranks=ranks, **options)
+
+
+def adapter_gradient(ranks: Ranks, across: str, targets, assignment: str):
+    """Gradients of an update, and metrics."""
+    trainer = adapter_trainer(ranks, across, targets)
+    kept = {}
+    trainer.optimizer.step = lambda lr: kept.update(whole_gradient(trainer))
+    metrics = trainer.step([local_episodes(ranks, assignment)], 0.1)
+    return kept, metrics
+
+
+DEALT = [("none", BOTH, "one rank has text only"), ("node", BOTH, "one rank has text only")]
+SLOW = [
+    pytest.param(across, targets, assignment, marks=pytest.mark.slow)
+    for across in FORMS
+    for targets in ((), ("vision",), BOTH)
+    for assignment in ASSIGNMENTS
+    if assignment != "four" and (across, targets, assignment) not in DEALT
+]
+
+
+@pytest.mark.parametrize("across, targets, assignment", [*DEALT, *SLOW], ids=str)
+def test_gradient_of_adapters_depends_on_how_episodes_are_dealt(pair, across, targets, assignment, record_property):
+    alone, metrics = on_one(adapter_gradient, across, targets, assignment)
+    assert alone and all(lora.is_adapter(name) for name in alone)
+    for found, other in pair(adapter_gradient, across, targets, assignment):
+        difference = relative(found, alone)
+        report(record_property, f"gradient of adapters {targets}, {assignment}, {across}", difference)
+        assert difference < 1e-5
+        for key in ("loss", "kl", "entropy", "logp_gap", "logp_gap_max", "grad_norm", "encoded", "trained_unique"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
+
+
+def adapters_after_running_out(ranks: Ranks, across: str, place: str, failing: int, n: int, targets=(), tokens=120):
+    """The gradients of an update in which one rank once runs out of memory, and of the next; the micro-batch size."""
+    trainer = adapter_trainer(ranks, across, targets, micro_tokens=tokens)
+    trainer.step([[]], 0.0)  # the dry run
+    fail_in(trainer, place, Once(n if ranks.rank == failing else 0, torch.OutOfMemoryError))
+    kept = []
+    trainer.optimizer.step = lambda lr: kept.append(whole_gradient(trainer))
+    for _ in range(2):
+        trainer.step([local_episodes(ranks, "even")], 0.0)
+    return kept, trainer.micro_tokens
+
+
+@needs_restart
+@pytest.mark.parametrize(
+    "across, place, failing, n",
+    [
+        pytest.param("none", "forward", 1, 2, marks=pytest.mark.slow),
+        ("none", "vision forward", 1, 1),
+        ("node", "backward", 0, 1),
+        pytest.param("node", "vision forward", 1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_with_adapters_that_runs_out_of_memory_leaves_the_other_waiting(pair, across, place, failing, n):
+    wanted, _ = on_one(adapter_gradient, across, (), "even")
+    if "vision" in place:
+        for message in pair(message_of_adapters_running_out, across):
+            assert "rank 1 ran out of memory in its vision pass" in message
+        return
+    for kept, tokens in pair(adapters_after_running_out, across, place, failing, n):
+        assert tokens < 120 and len(kept) == 2
+        assert max(relative(found, wanted) for found in kept) < 1e-5
+
+
+def message_of_adapters_running_out(ranks: Ranks, across: str) -> str:
+    """Features are not known, as where turns are imitated and nothing is sampled."""
+    trainer = adapter_trainer(ranks, across)
+    trainer.step([[e for e in local_episodes(ranks, "even") if e.group_id > 2]], 0.0)  # no picture on any rank
+    fail_in(trainer, "vision forward", Once(int(ranks.rank == 1), torch.OutOfMemoryError))
+    with pytest.raises(UserError) as error:
+        trainer.step([local_episodes(ranks, "even")], 0.0)
+    return str(error.value)
+
+
+def adapters_after_updates(ranks: Ranks, across: str, assignment: str):
+    """Whole weights after two updates by the optimizer that train.py uses, and the step's metrics."""
+    model = beside(ranks, across)
+    options = dict(kl=0.3, reference=model, features={}, micro_tokens=60, max_grad_norm=0.5)
+    trainer = Trainer(model, MasterWeights(model, weight_decay=0.0), SUPPRESSED, ranks=ranks, **options)
+    episodes = local_episodes(ranks, assignment)
+    first = [e for e in episodes if e.group_id < 2]
+    second = [e for e in episodes if e.group_id >= 2]
+    metrics = trainer.step([first, second], 1e-3)
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return adapters, full_state_dict(model, ranks, torch.float32), metrics
+
+
+@pytest.mark.parametrize("across", FORMS)
+def test_adapters_part_from_rank_to_rank_or_from_one_process(pair, across, record_property):
+    alone, weights, metrics = on_one(adapters_after_updates, across, "one rank has text only")
+    (first, whole, told), (second, _, told_) = pair(adapters_after_updates, across, "one rank has text only")
+    assert all(torch.equal(first[name], second[name]) for name in alone), "to the bit, or they drift apart"
+    difference = max((first[name] - alone[name]).abs().max().item() for name in alone)
+    report(record_property, f"adapters after two updates of AdamW at rate 1e-3, {across}", difference)
+    assert difference < 5e-5 and first.keys() == second.keys() == alone.keys()
+    before = with_adapters(tiny_model(1)).state_dict()
+    for name, weight in whole.items():
+        assert torch.equal(weight, before[name]) != lora.is_adapter(name), name
+        assert torch.allclose(weight, weights[name], atol=5e-5)
+    assert told == told_ == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+
+
+def frozen_parts(ranks: Ranks, parts: list[str], assignment: str):
+    """Whole weights after two updates in which parts are not trained, metrics, and what the tower did."""
+    model = frozen(parts)
+    model = shard(model, ranks, torch.float32, "node")
+    features = None if lora.trains_tower(model) else {}
+    reference = sharded(ranks, 1).requires_grad_(False)
+    options = dict(kl=0.3, reference=reference, features=features, micro_tokens=60, max_grad_norm=1e9)
+    trainer = Trainer(model, SGD(model), SUPPRESSED, ranks=ranks, **options)
+    trainer.step([[]], 0.0)
+    passes = TowerPasses(model)
+    episodes = local_episodes(ranks, assignment)
+    first = [e for e in episodes if e.group_id in (0, 3)]
+    second = [e for e in episodes if e.group_id not in (0, 3)]
+    metrics = trainer.step([first, second], 0.05)
+    return full_state_dict(model, ranks, torch.float32), metrics, passes.backward, len(set(passes.seen))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["vision"],
+        pytest.param(["decoder"], marks=pytest.mark.slow),
+        pytest.param(["embedding", "model.layers.0"], marks=pytest.mark.slow),
+        pytest.param(["head", "merger"], marks=pytest.mark.slow),
+        pytest.param(["model", "head"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("assignment", ["one rank has text only"])
+def test_frozen_parts_move_or_differ_from_one_process(pair, parts, assignment, record_property):
+    alone, metrics, backward, _ = on_one(frozen_parts, parts, assignment)
+    (whole, told, backward_, encoded), (_, told_, _, encoded_) = pair(frozen_parts, parts, assignment)
+    before = tiny_model(1).state_dict()
+    names = lora.frozen(before, parts)
+    for name, weight in whole.items():
+        assert torch.equal(weight, before[name]) == (name in names), name
+    difference = max((whole[name] - alone[name]).abs().max().item() for name in whole)
+    report(record_property, f"weights after two updates, {parts} frozen", difference)
+    assert difference < 1e-5
+    assert told == told_ == pytest.approx(metrics, rel=1e-3, abs=1e-5)
+    if parts == ["vision"]:
+        assert not backward and not backward_, "a backward pass of the tower"
+        assert told["encoded"] == metrics["encoded"]
 
 
 # ---- generation and weights
@@ -671,6 +868,66 @@ def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder,
     assert "Resumed after step" in said[0][0]
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert read(out) == read(whole)
+
+
+def adapter_run(ranks: Ranks, folder: str, out: str, *more: str) -> None:
+    """Two steps of train.py with adapters. The odd samples of a group are right."""
+    given = ["--recipe", "toy", "--toy", "basic", "--model", folder, "--out", out, "--steps", "2", "--eval-size", "2"]
+    given += ["--questions", "6", "--mini-batch", "3", "--group-size", "4", "--lora", "8", "--save-every", "1", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "answer_score", lambda episode, rule: float(episode.sample % 2))
+        train_program.train(parse(given), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", FORMS)
+def test_a_run_with_adapters_on_two_ranks_is_another_or_resumes_to_other_bits(pair, folder, tmp_path, across):
+    names = ("alone", "whole", "again")
+    alone, whole, again = (tmp_path / name for name in names)
+    on_one(adapter_run, str(folder), str(alone))
+    pair(adapter_run, str(folder), str(whole), "--shard", across)
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(alone), read(whole)
+    for one, two in zip(metrics, metrics_2, strict=True):
+        numbers = {key for key, value in one.items() if isinstance(value, float)}
+        assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
+        assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts] and len(rollouts) == 48
+    adapters = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (alone, whole)]
+    assert max((adapters[0][name] - adapters[1][name]).abs().max().item() for name in adapters[0]) < 1e-4
+    assert any(tensor.any() for name, tensor in adapters[1].items() if "lora_B" in name)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-000002")
+    pair(adapter_run, str(folder), str(again), "--shard", across, "--resume")
+    assert read(again) == read(whole)
+    resumed = load_file(again / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], adapters[1][name]) for name in resumed)
+
+
+def opened_with_adapters(ranks: Ranks, folder: str, across: str):
+    """The types of what is frozen and trained, bytes of the frozen weights here, and the adapters' values."""
+    config = Config(model=folder, lora=4, shard=across, dtype="bfloat16")
+    model = open_model(config, Path(folder), torch.bfloat16, ranks)
+    kept = [p for p in model.parameters() if not p.requires_grad]
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    local = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in kept)
+    weights = {
+        name: p for name, p in full_state_dict(model, ranks, torch.bfloat16).items() if not lora.is_adapter(name)
+    }
+    return {p.dtype for p in kept}, {p.dtype for p in adapters.values()}, local, adapters, weights
+
+
+@pytest.mark.parametrize("across", FORMS)
+def test_frozen_weights_are_kept_in_fp32_or_adapters_begin_apart(pair, across, tmp_path):
+    model = tiny_model(3).bfloat16()
+    save(model, tmp_path)
+    whole = sum(p.nbytes for p in model.parameters())
+    alone = on_one(opened_with_adapters, str(tmp_path), across)
+    for kept_as, trained, local, adapters, weights in [alone, *pair(opened_with_adapters, str(tmp_path), across)]:
+        assert kept_as == {torch.bfloat16} and trained == {torch.float32}
+        assert adapters.keys() == alone[3].keys() and all(lora.is_adapter(name) for name in adapters)
+        assert all(torch.equal(adapters[name], alone[3][name]) for name in adapters)
+        assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items() if weights)
+        assert local == whole or across == "node" and local < 0.6 * whole
 
 
 def test_without_proc_another_process_with_a_ranks_id_is_killed(monkeypatch):
