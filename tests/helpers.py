@@ -91,7 +91,7 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
 def with_adapters(
     model: Qwen2_5_VL,
     targets: Sequence[str] = (),
-    rank: int = 4,
+    rank: int = 2,
     alpha: float = 8.0,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,

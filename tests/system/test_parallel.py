@@ -910,9 +910,9 @@ def opened_with_adapters(ranks: Ranks, folder: str, across: str):
     kept = [p for p in model.parameters() if not p.requires_grad]
     adapters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     local = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in kept)
-    weights = {
-        name: p for name, p in full_state_dict(model, ranks, torch.bfloat16).items() if not lora.is_adapter(name)
-    }
+    weights = full_state_dict(model, ranks, torch.bfloat16)  # of the main rank
+    if across == "none":
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return {p.dtype for p in kept}, {p.dtype for p in adapters.values()}, local, adapters, weights
 
 
