@@ -10,6 +10,7 @@ takes its rates from bench/roofline.py. PRICES and what a search costs are assum
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.config import Config, parse  # noqa: E402
 from mmsr.disk import disk_needed, downloads, save_bytes  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, USABLE, advise, host_memory, plan  # noqa: E402
+from mmsr.plan import GIB, PUBLISHED, USABLE, advise, decided, host_memory, plan  # noqa: E402
 
 COUNTS = (1, 4, 8)
 RECIPES = ("blog", "paper", "released")
+LORA = "--lora 64"
+TRAINED = {"all weights": "", "LoRA 64": LORA}  # the options that say so
 MOST_OPTIONS = 3  # a run that needs more of them is another run
 PRICES = {24: 0.50, 48: 1.00, 80: 2.50, 141: 3.50}  # dollars an hour of a device
 
@@ -38,13 +41,19 @@ TRAINING_PICTURES, TEST_QUESTIONS = 5000, 1800  # of FVQA
 
 
 @lru_cache
-def options(model: str, name: str, devices: int, device: Device) -> str | None:
-    """What makes a recipe fit: "" where it fits as it is, None where it does not."""
-    config, room = recipe(name), device.gib * GIB
-    if plan(PUBLISHED[model], config, devices).peak <= USABLE * room:
+def options(model: str, name: str, devices: int, device: Device, trained: str = "") -> str | None:
+    """What makes a recipe fit: "" where it fits as it is, None where it does not. `trained`: a value of TRAINED."""
+    config, room = with_options(name, trained), device.gib * GIB
+    if least(model, name, devices, device, trained) <= USABLE * room:
         return ""
     found = advise(PUBLISHED[model], config, room, devices).options
     return found if found and found.count("--") <= MOST_OPTIONS else None
+
+
+def least(model: str, name: str, devices: int, device: Device, trained: str = "") -> float:
+    """Bytes on each device, with every block recomputed."""
+    config = decided(PUBLISHED[model], with_options(name, trained), device.gib * GIB, devices)
+    return plan(PUBLISHED[model], config, devices).peak
 
 
 @lru_cache
@@ -72,17 +81,21 @@ def fits() -> str:
     """Which recipes fit on which devices, by which options."""
     rows = []
     for model in PUBLISHED:
-        for devices in COUNTS:
-            cells = [fit(model, devices, device) for device in DEVICES]
-            rows.append(row(short(model), devices, *cells))
-    return table(["model", "devices", *(f"{device.gigabytes} GB" for device in DEVICES)], rows)
+        for trained, typed in TRAINED.items():
+            for devices in COUNTS:
+                cells = [fit(model, devices, device, typed) for device in DEVICES]
+                rows.append(row(short(model), trained, devices, *cells))
+    return table(["model", "trained", "devices", *(f"{device.gigabytes} GB" for device in DEVICES)], rows)
 
 
-def fit(model: str, devices: int, device: Device) -> str:
-    """A cell: recipes that need the same stand together."""
+def fit(model: str, devices: int, device: Device, trained: str) -> str:
+    """A cell: GiB of the largest recipe where all fit; else recipes that need the same options stand together."""
     together: dict[str | None, list[str]] = {}
     for name in RECIPES:
-        together.setdefault(options(model, name, devices, device), []).append(name)
+        together.setdefault(options(model, name, devices, device, trained), []).append(name)
+    if list(together) == [""]:
+        largest = max(least(model, name, devices, device, trained) for name in RECIPES)
+        return f"**{largest / GIB:.1f}**"
     if len(together) == 1:
         return said(next(iter(together)))
     return "; ".join(f"{', '.join(names)}: {said(found)}" for found, names in together.items())
@@ -91,22 +104,23 @@ def fit(model: str, devices: int, device: Device) -> str:
 def said(found: str | None) -> str:
     if found is None:
         return "no"
-    return f"`{found}`" if found else "**yes**"
+    return f"`{found}`" if found else "yes"
 
 
 def machine() -> str:
     """Host memory, downloads and disk by model and recipe."""
-    head = ["model", "recipe", "download, GB", "a save, GB", "disk, GB", "host GiB: 1 device", "4 devices", "8 devices"]
+    numbers = ["download, GB", "a save, GB", "disk, GB", "host GiB: 1 device", "4 devices", "8 devices"]
     rows = []
     for model, sizes in PUBLISHED.items():
-        for name in RECIPES:
-            config = recipe(name)
-            fetched = sum(downloads(config, sizes).values())
-            bytes_ = [fetched, save_bytes(sizes, 8), sum(disk_needed(config, sizes, 8).values())]
-            hosts = [sum(host_memory(sizes, config, devices).values()) for devices in COUNTS]
-            numbers = [f"{size / 1e9:.0f}" for size in bytes_] + [f"{size / GIB:.0f}" for size in hosts]
-            rows.append(row(short(model), name, *numbers))
-    return table(head, rows)
+        for trained, typed in TRAINED.items():
+            for name in RECIPES:
+                config = with_options(name, typed)
+                fetched = sum(downloads(config, sizes).values())
+                bytes_ = [fetched, save_bytes(config, sizes, 8), sum(disk_needed(config, sizes, 8).values())]
+                hosts = [sum(host_memory(sizes, config, devices).values()) for devices in COUNTS]
+                cells = [f"{size / 1e9:.0f}" for size in bytes_] + [f"{size / GIB:.0f}" for size in hosts]
+                rows.append(row(short(model), trained, name, *cells))
+    return table(["model", "trained", "recipe", *numbers], rows)
 
 
 def hours() -> str:
@@ -115,21 +129,26 @@ def hours() -> str:
     rows = []
     used = [place for place in places if any_fits(*place)]
     for model in PUBLISHED:
-        for name in RECIPES:
-            rows.append(row(short(model), name, *(hours_and_dollars(model, name, *place) for place in used)))
+        for trained, typed in TRAINED.items():
+            for name in RECIPES:
+                cells = [hours_and_dollars(model, name, typed, *place) for place in used]
+                rows.append(row(short(model), trained, name, *cells))
     head = [f"{devices} × {device.gigabytes} GB" for devices, device in used]
-    return table(["model", "recipe", *head], rows)
+    return table(["model", "trained", "recipe", *head], rows)
 
 
 def any_fits(devices: int, device: Device) -> bool:
-    return any(options(model, name, devices, device) is not None for model in PUBLISHED for name in RECIPES)
+    """Whether any recipe fits there, for any model, however it is trained."""
+    runs = itertools.product(PUBLISHED, RECIPES, TRAINED.values())
+    return any(options(model, name, devices, device, typed) is not None for model, name, typed in runs)
 
 
-def hours_and_dollars(model: str, name: str, devices: int, device: Device) -> str:
-    found = options(model, name, devices, device)
+def hours_and_dollars(model: str, name: str, trained: str, devices: int, device: Device) -> str:
+    """`trained`: a value of TRAINED."""
+    found = options(model, name, devices, device, trained)
     if found is None:
         return "–"
-    config = with_options(name, found)
+    config = with_options(name, f"{trained} {found}")
     spent = step_time.step(model, config, devices, device).seconds * config.steps / 3600
     return f"{spent:.1f} h, ${spent * devices * PRICES[device.gigabytes]:.0f}"
 

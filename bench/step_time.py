@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
-import torch
 from gpu_day import LORA
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.config import RECIPES, Config  # noqa: E402
-from mmsr.lora import linear_layers, targeted  # noqa: E402
-from mmsr.model import Qwen2_5_VL  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, USABLE, kept_as_fits, plan, sizes  # noqa: E402
+from mmsr.plan import GIB, PUBLISHED, USABLE, kept_as_fits, plan  # noqa: E402
+from mmsr.shapes import sizes, trained  # noqa: E402
 
 NODE = 8  # devices of a machine
 PROMPT, GENERATED, OBSERVED = 1000, 250, 400  # tokens of a rollout: prompt with picture, sampled, found
@@ -117,21 +114,12 @@ class Step(NamedTuple):
         return self.train + self.prefill + self.decode + self.traffic
 
 
-@lru_cache
-def adapter_numbers(name: str, rank: int, targets: tuple[str, ...]) -> int:
-    """How many numbers the adapters of model `name` have; 0 for rank 0."""
-    with torch.device("meta"):
-        layers = linear_layers(Qwen2_5_VL(PUBLISHED[name]))
-    chosen = [layers[layer] for layer in targeted(layers, targets)]
-    return rank * sum(layer.in_features + layer.out_features for layer in chosen)
-
-
 def step(name: str, config: Config, devices: int, device: Device = H100) -> Step:
     """A step of model `name` by `config` on so many devices, NODE of them to a machine and to a copy of the weights.
 
     With --lora it trains adapters, and each device holds all weights, unless --shard says otherwise.
     """
-    lora = adapter_numbers(name, config.lora, config.lora_targets)
+    lora = trained(PUBLISHED[name], config).numbers()
     whole = lora and config.shard in ("auto", "none")  # on every device
     model, shares = PUBLISHED[name], (LORA_SHARES if lora else SHARES)[device.name, name]
     weights = sizes(model).count()
@@ -148,8 +136,8 @@ def step(name: str, config: Config, devices: int, device: Device = H100) -> Step
     tokens = mine * (PROMPT + group * (GENERATED + OBSERVED))
     micro_batches = updates * ceil(tokens / (updates * config.micro_tokens))
     references = (config.kl > 0) + (updates > 1)  # forward passes: of the reference, and of π_old
-    trained = 4 * products + 6 * lora if lora else 6 * products  # operations a token
-    train = trained * tokens / training + 2 * references * (products + lora) * tokens / forward
+    operations = 4 * products + 6 * lora if lora else 6 * products  # of a token
+    train = operations * tokens / training + 2 * references * (products + lora) * tokens / forward
     prefill = 2 * (products + lora) * mine * (PROMPT + group * OBSERVED) / forward
 
     width = min(config.slots, group * mine)

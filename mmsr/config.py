@@ -281,7 +281,7 @@ class Options:
 
     def _check_addresses(self) -> None:
         """Refuse passwords and keys: options are written to config.json, checkpoints, the report and trackers."""
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else [value]
             for text in texts:
                 if not isinstance(text, str):

@@ -10,13 +10,11 @@ computation.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from mmsr.config import FVQA_SEARCH, Config
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig
+from mmsr.shapes import sizes, trained
 
 HEADER = 512  # bytes of a safetensors file's header that tell of one tensor, at most
 TOKENIZER = 16 * 2**20  # of the files beside the weights
@@ -36,23 +34,17 @@ PICTURES = 128 * 2**20  # of OUT/images, which is full then
 REPORT = 32 * 2**20  # of report.html
 
 
-@lru_cache
-def parameters(model: ModelConfig) -> tuple[int, int]:
-    """(numbers, tensors) of a model's weights."""
-    with torch.device("meta"):
-        weights = list(Qwen2_5_VL(model).parameters())
-    return sum(weight.numel() for weight in weights), len(weights)
-
-
 def disk_needed(config: Config, model: ModelConfig, ranks: int = 1, item: int = 2) -> dict[str, int]:
     """Bytes that a run puts under --out, by part, when it is at its fullest: a save is written beside those kept.
 
     `ranks`: processes, whatever machines they are on: a save holds one copy. A resumed run has some of it already.
     """
-    numbers, tensors = parameters(model)
+    run = trained(model, config)
+    whole = config.merge or not config.trains_adapters
     return {
-        "checkpoints": saves_at_once(config) * save_bytes(model, ranks, item),
-        "model": item * numbers + HEADER * tensors + TOKENIZER,
+        "checkpoints": saves_at_once(config) * save_bytes(config, model, ranks, item),
+        "adapter": 4 * run.numbers() + 2 * HEADER * len(run.adapters),
+        "model": model_bytes(model, item) if whole else 0,
         "rollouts": rollout_bytes(config),
         "pictures": PICTURES,
         "report": REPORT,
@@ -61,10 +53,9 @@ def disk_needed(config: Config, model: ModelConfig, ranks: int = 1, item: int = 
 
 def downloads(config: Config, model: ModelConfig) -> dict[str, int]:
     """Bytes that a run fetches from the hub, by part, unless they are in its cache: weights are published in bf16."""
-    numbers, tensors = parameters(model)
     found = {"weights": 0, "questions": 0, "recorded searches": 0}
     if not Path(config.model).is_dir():
-        found["weights"] = 2 * numbers + HEADER * tensors + TOKENIZER
+        found["weights"] = model_bytes(model, 2)
     if config.data.startswith("lmms-lab/FVQA"):
         found["questions"] = FVQA["questions"]
     if config.search == FVQA_SEARCH:
@@ -72,14 +63,23 @@ def downloads(config: Config, model: ModelConfig) -> dict[str, int]:
     return found
 
 
-def save_bytes(model: ModelConfig, ranks: int = 1, item: int = 2) -> int:
-    """Bytes of one checkpoint: weights, masters and moments.
+def model_bytes(model: ModelConfig, item: int) -> int:
+    """Bytes of a whole model's folder."""
+    size = sizes(model)
+    return item * size.count() + HEADER * len(size.shapes) + TOKENIZER
 
-    One process in bf16: weights 2 P, rest of the masters 2 P, bf16 moments 4 P. Else fp32, weights 4 P, moments 8 P.
+
+def save_bytes(config: Config, model: ModelConfig, ranks: int = 1, item: int = 2) -> int:
+    """Bytes of one checkpoint: what is trained, its masters and moments. P counts what is trained alone.
+
+    Weights of one process in bf16: weights 2 P, rest of the masters 2 P, bf16 moments 4 P. Else fp32, as adapters are:
+    weights 4 P, moments 8 P.
     """
-    numbers, tensors = parameters(model)
+    run = trained(model, config)
     each = 8 if ranks == 1 and item < 4 else 12
-    return each * numbers + 5 * HEADER * tensors * ranks  # weight, rest, two moments, count of steps
+    numbers = each * sizes(model).count(among=run.weights) + 12 * run.numbers()
+    tensors = len(run.weights) + 2 * len(run.adapters)
+    return numbers + 5 * HEADER * tensors * ranks  # weight, rest, two moments, count of steps
 
 
 def saves_at_once(config: Config) -> int:

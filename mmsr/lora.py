@@ -158,6 +158,8 @@ def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for part in parts:
         chosen = {weight for weight in weights if _begins(weight, PARTS.get(part, part))}
+        if part == "head" and not chosen:
+            raise UserError("--freeze head: the head of this model is its embedding; give embedding")
         if not chosen:
             advice = f"give {', '.join(PARTS)}, or the beginning of weights' names, such as model.layers.0"
             raise UserError(f"--freeze {part}: the model has no such weights; {advice}")
@@ -165,6 +167,20 @@ def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
     if len(found) == len(weights):
         raise UserError(f"--freeze {' '.join(parts)}: nothing is left to train; freeze less")
     return found
+
+
+def with_adapter(
+    weights: Iterable[str], layers: Iterable[str], targets: Sequence[str], parts: Sequence[str]
+) -> list[str]:
+    """The layers that get an adapter: those that --lora-targets names, without those that --freeze names.
+
+    `weights`: all of the model's. Raises UserError, also where no layer is left.
+    """
+    kept = frozen(weights, parts)
+    chosen = [layer for layer in targeted(layers, targets) if f"{layer}.weight" not in kept]
+    if not chosen:
+        raise UserError(f"--freeze {' '.join(parts)} leaves none of --lora-targets to train; freeze less")
+    return chosen
 
 
 def _begins(name: str, part: str) -> bool:

@@ -22,15 +22,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
-import torch
-
 from mmsr.config import FVQA_SEARCH, Config, parse
 from mmsr.disk import disk_needed, downloads, save_bytes
-from mmsr.engine import prefix_rows
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.engine import prefix_rows, slot_layout
+from mmsr.model import ModelConfig
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import SHORT_NAMES, fetched, repository
 from mmsr.pretrained.save import SHARD_BYTES
+from mmsr.shapes import Trained, sizes, trained
 from mmsr.system.checkpoint import FILE_BYTES
 from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
@@ -51,10 +50,16 @@ STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
 PROCESS = 4 * GIB  # of host memory: a process with Python, torch and the libraries of CUDA
 RECORDED = 3 * GIB  # of host memory: FVQA's published searches in a process
 # Advice does not go below: fewer slots read all weights for little, and shorter or smaller leaves no room to work.
-LEAST = {"slots": 16, "max_tokens": 4096, "max_pixels": 448 * 448}
+LEAST = {"slots": 16, "slot_tokens": 1024, "max_tokens": 4096, "max_pixels": 448 * 448}
 
 # Options that change memory and time, but neither what is sampled nor what is learned.
-SAME_RESULT = ("--recompute", "--keep-blocks", "--shard", "--slots", "--micro-tokens")
+SAME_RESULT = ("--recompute", "--keep-blocks", "--shard", "--slots", "--slot-tokens", "--micro-tokens")
+SHARDED = {
+    "none": "each device holds all weights",
+    "node": "the devices of a machine share one copy of the weights",
+    "all": "all devices share one copy of the weights",
+}
+RANK = 64  # of the adapters that are advised where all weights do not fit
 
 _small = VisionConfig(out_hidden_size=2048)
 PUBLISHED = {
@@ -110,67 +115,78 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The shapes of a model's parameters, by name."""
-
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-
-    def count(self, parts: int = 1, inside: str = "") -> int:
-        """Parameters whose name begins with `inside`, on the rank with most of `parts`: cut along the first axis."""
-        total = 0
-        for name, shape in self.shapes:
-            if name.startswith(inside):
-                total += math.ceil(shape[0] / parts) * math.prod(shape[1:])
-        return total
-
-
-@lru_cache
-def sizes(model: ModelConfig) -> Sizes:
-    with torch.device("meta"):
-        parameters = Qwen2_5_VL(model).named_parameters()
-        return Sizes(tuple((name, tuple(parameter.shape)) for name, parameter in parameters))
-
-
-@dataclass(frozen=True)
 class Parameters:
     """Numbers of parameters, as one device has them."""
 
-    whole: int  # of the model
-    mine: int  # stored on this device: of a shard, or of all
+    whole: int  # of the model, without adapters
+    mine: int  # of them, those stored on this device: of a shard, or of all
     stored: int  # bytes of each
-    low_bits: int  # bf16 weights whose fp32 master has its lower 16 bits in the optimizer
-    block: int  # of a decoder block: 0 where nothing is sharded
-    root: int  # of FSDP's root unit, which has all that is in no block: 0 where nothing is sharded
+    trained: int  # of those stored on this device
+    adapters: int  # of all adapters, which every device has
+    stacked: int  # of what sampling makes of them
+    low_bits: int = 0  # bf16 weights whose fp32 master has its lower 16 bits in the optimizer
+    # Where weights are sharded, of FSDP's units: a decoder block, and the root with all that is in no block.
+    block: int = 0
+    root: int = 0
+    trained_block: int = 0  # of them, those that get a gradient
+    trained_root: int = 0
 
     @classmethod
     @lru_cache
-    def of(cls, model: ModelConfig, shard: str, ranks: int, node: int, item: int) -> Parameters:
-        """`shard`: as --shard has it."""
+    def of(cls, model: ModelConfig, run: Trained, shard: str, ranks: int, node: int, item: int) -> Parameters:
+        """`shard`: as --shard has it; "auto" is "none" with adapters, otherwise "node"."""
         size = sizes(model)
         whole = size.count()
-        if ranks == 1:
-            return cls(whole, whole, stored=item, low_bits=whole if item < 4 else 0, block=0, root=0)
+        with_adapters = bool(run.adapters)
+        trained = size.count(among=run.weights)
+        beside = dict(adapters=run.numbers(), stacked=run.stacked())
+        if ranks == 1 or with_adapters and shard in ("auto", "none"):
+            low_bits = trained if item < 4 else 0
+            return cls(whole=whole, mine=whole, stored=item, trained=trained, low_bits=low_bits, **beside)
+
         node = min(node, ranks)
         parts = ranks if shard == "all" or node == 1 else node  # devices that hold one copy together
-        block = size.count(inside="model.layers.0.")
-        root = whole - model.num_hidden_layers * block - size.count(inside="visual.blocks.")
-        return cls(whole, size.count(parts), stored=4, low_bits=0, block=block, root=root)  # shards are fp32
+        blocks = [f"model.layers.{i}." for i in range(model.num_hidden_layers)]
+        block = size.count(inside=blocks[0])
+        trained_blocks = [size.count(inside=name, among=run.weights) for name in blocks]
+        in_tower = size.count(inside="visual.blocks.", among=run.weights)
+        return cls(
+            whole=whole,
+            mine=size.count(parts),
+            stored=item if with_adapters else 4,  # shards that are trained are fp32
+            trained=size.count(parts, among=run.weights),
+            block=block,
+            root=whole - len(blocks) * block - size.count(inside="visual.blocks."),
+            trained_block=max(trained_blocks),
+            trained_root=trained - sum(trained_blocks) - in_tower,
+            **beside,
+        )
 
 
-def _of_parameters(parameters: Parameters, has_reference: bool, ranks: int, item: int) -> dict[str, Moments]:
+def _of_parameters(parameters: Parameters, config: Config, sharded: bool, item: int) -> dict[str, Moments]:
     """Rows of what grows with the number of parameters."""
     weights = parameters.stored * parameters.mine
     rest = 2 * parameters.low_bits  # the lower 16 bits of each master
-    adam = 8 * parameters.mine - 4 * parameters.low_bits  # two moments: fp32, or bf16 where the weights are
-    reference = item * parameters.mine if has_reference else 0
-    gradients = 4 * parameters.mine  # fp32
+    # Adapters are fp32, and rounded where they are used: by sampling once, by training in every pass.
+    adapters = 4 * parameters.adapters
+    rounded = item * parameters.stacked
+    # Two moments: fp32, or bf16 where the weights are.
+    adam = 8 * (parameters.trained + parameters.adapters) - 4 * parameters.low_bits
+    reference = 0
+    if has_reference(config):
+        if not config.trains_adapters:
+            reference = item * parameters.mine
+        elif config.adapter:
+            reference = 4 * parameters.adapters  # as they were at the start
+    gradients = 4 * (parameters.trained + parameters.adapters)  # fp32
     # Sharded weights are gathered before they are used: all of them to generate. In an update two root units and three
     # blocks at most are there at once, with the fp32 gradients of a block.
-    gathered = item * parameters.whole if ranks > 1 else 0
-    gathered_in_update = 2 * item * parameters.root + (3 * item + 4) * parameters.block
+    gathered = item * parameters.whole if sharded else 0
+    gathered_in_update = 2 * item * parameters.root + 3 * item * parameters.block + 4 * parameters.trained_block
     return {
         "weights": Moments(weights, weights, weights),
         "rest of the masters": Moments(rest, rest, rest),
+        "adapters": Moments(adapters + rounded, adapters, adapters),
         "optimizer moments": Moments(adam, adam, adam),
         "KL reference": Moments(reference, reference, reference),
         "gradients": Moments(0, gradients, gradients),
@@ -178,14 +194,21 @@ def _of_parameters(parameters: Parameters, has_reference: bool, ranks: int, item
     }
 
 
+def has_reference(config: Config) -> bool:
+    """Whether the loss has a KL term. With adapters its reference is the model itself, with its adapters off."""
+    return config.kl > 0 and config.algorithm == "grpo"
+
+
 # ---- the plan
 
 
 def plan(model: ModelConfig, config: Config, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
-    """What `config` takes on each of `ranks` devices, `node` on a machine, computing in numbers of `item` bytes."""
-    parameters = Parameters.of(model, config.shard, ranks, node, item)
-    has_reference = config.kl > 0 and config.algorithm == "grpo"
-    rows = _of_parameters(parameters, has_reference, ranks, item)
+    """What `config` takes on each of `ranks` devices, `node` on a machine, computing in numbers of `item` bytes.
+
+    A --shard that is not decided (`decided`) counts as "none" with adapters, otherwise as "node".
+    """
+    parameters = Parameters.of(model, trained(model, config), config.shard, ranks, node, item)
+    rows = _of_parameters(parameters, config, parameters.block > 0, item)
     rows |= _of_activations(parameters, model, config, ranks, item)
     return Plan(rows)
 
@@ -198,23 +221,29 @@ def _of_activations(
     groups = math.ceil(config.questions / ranks)  # of a step, on this device
     update = math.ceil(config.mini_batch / ranks)  # groups of an update
     tests = math.ceil(config.eval_size / ranks)  # questions of an evaluation
-
     cache = max(kept.cache(groups, config.group_size), kept.cache(tests, 1))
+
     features = item * model.hidden_size  # bytes of a merged token: (d,)
     features_of_rollouts = features * kept.pictures(max(groups, tests))
-    pictures = kept.pictures(update)
-    features_of_update = 3 * features * pictures  # in bf16, and their fp32 gradients
+    if kept.trained.tower:
+        pictures = kept.pictures(update)
+        features_of_update = 3 * features * pictures  # in bf16, and their fp32 gradients
+        if has_reference(config):
+            features_of_update += features * pictures  # those that the reference sees
+        features_of_step = 0
+    else:  # those of the rollouts serve the whole step
+        pictures = 0
+        features_of_update = features_of_step = features * kept.pictures(groups)
 
     tokens = max(min(config.micro_tokens, update * config.group_size * config.max_tokens), config.max_tokens)
-    head_weights = (4 + item) * model.vocab_size * model.hidden_size  # twice (V, d), once in fp32
-    head = kept.head(tokens) + head_weights
-    root_gradient = 4 * parameters.root
-    backward = max(kept.block(tokens), kept.vision_block(pictures), head, root_gradient)  # one of them at a time
+    root_gradient = 4 * parameters.trained_root
+    backward = max(kept.block(tokens), kept.vision_block(pictures), kept.head(tokens), root_gradient)  # one at a time
     generate = max(kept.prefill(), item * parameters.root) + kept.sampling()
-    step = STEP_BYTES * min(PIECE, parameters.low_bits)
+    averaged = 4 * parameters.adapters if ranks > 1 else 0  # the adapters' gradients as one tensor
+    step = max(averaged, STEP_BYTES * min(PIECE, parameters.low_bits))
     return {
         "KV cache": Moments(cache, 0, 0),
-        "features of pictures": Moments(features_of_rollouts, features_of_update, 0),
+        "features of pictures": Moments(features_of_rollouts, features_of_update, features_of_step),
         "kept of the pictures": Moments(0, kept.tower(pictures), 0),
         "kept of a micro-batch": Moments(0, kept.decoder(tokens), 0),
         "passes and scores": Moments(generate, backward, step),
@@ -230,6 +259,10 @@ class Activations:
     item: int
 
     @property
+    def trained(self) -> Trained:
+        return trained(self.model, self.config)
+
+    @property
     def longest(self) -> int:
         """Tokens of a prompt at most."""
         return min(self.config.max_pixels // SIDE**2 + PROMPT_TEXT, self.config.max_tokens)
@@ -238,8 +271,11 @@ class Activations:
         """Prefix rows and suffix slots of `groups` as `Engine._allocate` sizes them."""
         slots = min(self.config.slots, groups * group_size)
         rows = prefix_rows(groups, slots, group_size)
-        room = self.config.max_tokens - self.config.min_pixels // SIDE**2 + 1
-        return cache_bytes(self.model, rows, self.longest, slots, room, self.item)
+        longest = self.config.max_tokens - self.config.min_pixels // SIDE**2 + 1  # behind the shortest prompt
+        slots, room, long_slots = slot_layout(slots, self.config.slot_tokens, longest)
+        tokens = rows * self.longest + max(slots * room, long_slots * longest)
+        model = self.model
+        return tokens * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * self.item
 
     def pictures(self, questions: int) -> int:
         """Merged tokens of all distinct pictures of `questions`, with what their image searches bring."""
@@ -264,7 +300,11 @@ class Activations:
         repeated = 1 + members * prompt / (prompt + members * response)  # keys of attention for a key of the pack
         heads = 3 * model.num_attention_heads + (2 + 2 * repeated) * model.num_key_value_heads
         widths = 4 * model.hidden_size + model.head_dim * heads + 3 * model.intermediate_size
-        return int(tokens * self.item * widths)
+        return int(tokens * self.item * widths) + self._kept_by_adapters("model.layers.0.", tokens)
+
+    def _kept_by_adapters(self, block: str, rows: int) -> int:
+        """Of a block's adapters: A x, as wide as their ranks, and A and B as they are used."""
+        return self.item * (rows * self.trained.ranks(block) + self.trained.numbers(block))
 
     def decoder(self, tokens: int) -> int:
         """All blocks, and three rows (T, d) at the two ends."""
@@ -276,24 +316,33 @@ class Activations:
         return (blocks - kept) * row + kept * self._kept_by_block(tokens) + 3 * row
 
     def head(self, tokens: int) -> int:
-        """A tile of logits (T, V) in the backward pass of the head."""
-        return min(CHUNK_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
+        """The backward pass of the head: a tile of logits (T, V), and its gradient where it has one."""
+        tile = min(CHUNK_BYTES, LOGIT_BYTES * tokens * self.model.vocab_size)
+        name = "model.embed_tokens.weight" if self.model.tie_word_embeddings else "lm_head.weight"
+        if name not in self.trained.weights:
+            return tile
+        return tile + (4 + self.item) * self.model.vocab_size * self.model.hidden_size  # twice (V, d), once in fp32
 
     # The vision tower: MERGE² patches make a merged token.
 
     def vision_block(self, merged: int) -> int:
         """A block of the tower in its backward pass."""
+        if not merged:
+            return 0
         vision = self.model.vision
         gradients = 3 * vision.intermediate_size + 2 * vision.hidden_size  # a patch
         return self._kept_by_vision_block(merged) + merged * MERGE**2 * self.item * gradients
 
     def _kept_by_vision_block(self, merged: int) -> int:
         vision = self.model.vision
+        patches = merged * MERGE**2
         widths = 9 * vision.hidden_size + 3 * vision.intermediate_size  # a patch
-        return merged * MERGE**2 * self.item * widths
+        return patches * self.item * widths + self._kept_by_adapters("visual.blocks.0.", patches)
 
     def tower(self, merged: int) -> int:
-        """All blocks, the patches, and the merger."""
+        """All blocks, the patches, and the merger. Nothing without pictures: the tower is not trained."""
+        if not merged:
+            return 0
         vision = self.model.vision
         patches = merged * MERGE**2
         if self.config.recompute:
@@ -319,12 +368,6 @@ class Activations:
         return 2 * SCORE_BYTES * self.config.slots * self.model.vocab_size
 
 
-def cache_bytes(model: ModelConfig, rows: int, prompt: int, slots: int, room: int, item: int) -> int:
-    """Of an engine.Cache: `rows` prefixes of `prompt` tokens, `slots` suffixes of `room`."""
-    token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * item  # its keys and values
-    return token * (rows * prompt + slots * room)
-
-
 # ---- what fits
 
 
@@ -336,6 +379,8 @@ class Advice(NamedTuple):
     with_options: float  # bytes then
     processes: int  # so many make it fit without other options; 0 where none do
     with_processes: float  # bytes then
+    lora: str  # options with which adapters instead of all weights fit; empty where none do, or adapters are trained
+    with_lora: float  # bytes then
 
 
 def check(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2) -> Plan:
@@ -344,25 +389,49 @@ def check(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, n
     As many blocks are kept as there is room for; whether it fits depends on the least.
     """
     room = USABLE * capacity
-    now = plan(model, config, ranks, node, item).peak
-    if now <= room:
-        return plan(model, kept_as_fits(model, config, capacity, ranks, node, item), ranks, node, item)
+    chosen = kept_as_fits(model, config, capacity, ranks, node, item)
+    found = plan(model, chosen, ranks, node, item)
+    if found.peak <= room:
+        return found
     advice = advise(model, config, capacity, ranks, node, item)
     said = [f"{option} saves {saved / GIB:.1f}" for option, saved in advice.savings.items()]
     if advice.options:
         said.append(f"{advice.options} would do ({advice.with_options / GIB:.1f})")
     if advice.processes:
         said.append(f"{advice.processes} processes would do ({advice.with_processes / GIB:.1f} each)")
+    if advice.lora:
+        said.append(f"LoRA would do: {advice.lora} needs {advice.with_lora / GIB:.1f}")
     raise UserError(
-        f"the run needs {now / GIB:.1f} GiB on each device, where {room / GIB:.1f} of {capacity / GIB:.1f} are "
+        f"the run needs {found.peak / GIB:.1f} GiB on each device, where {room / GIB:.1f} of {capacity / GIB:.1f} are "
         f"usable: {', '.join(said) or 'take a smaller model'}; python -m mmsr.plan shows more"
     )
+
+
+def decided(
+    model: ModelConfig, config: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2
+) -> Config:
+    """`config` with --shard decided, where it is "auto". Equal arguments give equal decisions on all ranks.
+
+    Weights that are trained are sharded over a machine. Beside adapters each device has its own, where that fits;
+    otherwise they are sharded over a machine, or over all devices if only that fits.
+    """
+    if config.shard != "auto":
+        return config
+    if not config.trains_adapters:
+        return replace(config, shard="node")
+    choices = [replace(config, shard=shard) for shard in ("none", "node", "all")]
+    peaks = [plan(model, choice, ranks, node, item).peak for choice in choices]
+    for choice, peak in zip(choices, peaks):
+        if peak <= USABLE * capacity:
+            return choice
+    return choices[peaks.index(min(peaks))]
 
 
 def kept_as_fits(
     model: ModelConfig, config: Config, capacity: float, ranks: int = 1, node: int = 8, item: int = 2
 ) -> Config:
-    """`config` with a number for `keep_blocks`: its own, or as many as stay below FILLED of `capacity`."""
+    """`config` with --shard decided, and with a number for `keep_blocks`: its own, or as many as stay below FILLED."""
+    config = decided(model, config, capacity, ranks, node, item)
     if config.keep_blocks >= 0:
         return config
     for n in range(model.num_hidden_layers, 0, -1):
@@ -376,25 +445,45 @@ def advise(model: ModelConfig, config: Config, capacity: float, ranks: int = 1, 
     """For a run that does not fit into `capacity` bytes on each device."""
 
     def peak(changed: Config, ranks: int = ranks) -> float:
-        return plan(model, changed, ranks, node, item).peak
+        return plan(model, decided(model, changed, capacity, ranks, node, item), ranks, node, item).peak
 
     room = USABLE * capacity
     now = peak(config)
     savings = {option: now - peak(changed) for option, changed in _smaller(config)}
+    if not (config.trains_adapters or config.freeze):
+        savings["--freeze vision"] = now - peak(replace(config, freeze=("vision",)))
     worthwhile = {option: saved for option, saved in savings.items() if saved > 0.005 * now}
+    options, with_options = _that_fit(room, config, peak)
+    processes, with_processes = 0, 0.0
+    for count in [ranks * 2**k for k in range(1, 11)]:
+        if count > config.mini_batch:  # groups stay whole: more have nothing to do
+            break
+        if peak(config, count) <= room:
+            processes, with_processes = count, peak(config, count)
+            break
+    lora, with_lora = _lora_that_fits(room, config, peak)
+    return Advice(worthwhile, options or "", with_options, processes, with_processes, lora, with_lora)
 
+
+def _lora_that_fits(room: float, config: Config, peak: Callable[[Config], float]) -> tuple[str, float]:
+    """Options that train adapters within `room`, and bytes then. "" where none do, or adapters are trained anyway."""
+    if config.trains_adapters:
+        return "", 0
+    others, least = _that_fit(room, replace(config, lora=RANK), peak)
+    if others is None:
+        return "", 0
+    return f"--lora {RANK} {others}".strip(), least
+
+
+def _that_fit(room: float, config: Config, peak: Callable[[Config], float]) -> tuple[str | None, float]:
+    """Options that make `config` fit, "" where it does as it is, None where none do; and bytes with them.
+
+    Options that change what is learned are taken only where the others do not suffice.
+    """
     chosen, least = _until(room, config, peak, SAME_RESULT)
     if least > room:
         chosen, least = _until(room, config, peak)
-    options = " ".join(chosen.values()) if least <= room else ""
-
-    for processes in [ranks * 2**k for k in range(1, 11)]:
-        if processes > config.mini_batch:  # groups stay whole: more have nothing to do
-            break
-        each = peak(config, processes)
-        if each <= room:
-            return Advice(worthwhile, options, least, processes, each)
-    return Advice(worthwhile, options, least, 0, 0)
+    return (" ".join(chosen.values()) if least <= room else None), least
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
@@ -405,8 +494,10 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
         ("--kl 0", {"kl": 0.0}),
         ("--shard all", {"shard": "all"}),
     ]
-    for name in ("mini_batch", "slots", "micro_tokens", "max_tokens", "max_pixels"):
+    for name in ("mini_batch", "slots", "slot_tokens", "micro_tokens", "max_tokens", "max_pixels"):
         half = getattr(config, name) // 2
+        if name == "slot_tokens" and not half:
+            half = config.max_tokens // 2  # as long as the longest
         if half < LEAST.get(name, 1):
             continue
         changes = {name: half}
@@ -477,9 +568,14 @@ def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 
     kept = Activations(model, config, item)
     questions = math.ceil(max(config.questions, config.eval_size) * processes / ranks)
     recorded = RECORDED if config.search == FVQA_SEARCH else 0
-    save = processes * min(2 * FILE_BYTES, 2 * save_bytes(model, ranks, item) / ranks)
+    save = processes * min(2 * FILE_BYTES, 2 * save_bytes(config, model, ranks, item) / ranks)
     whole = item * sizes(model).count()
-    at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)
+    if config.merge:
+        at_the_end = whole  # merged here, whatever the device has
+    elif config.trains_adapters:
+        at_the_end = 4 * trained(model, config).numbers()
+    else:
+        at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)
     return {
         "programs": processes * PROCESS,
         "pictures": kept.pictures(questions) * MERGE**2 * PATCH_VALUES * 4,  # of a step, fp32 patches
@@ -508,11 +604,15 @@ def main(argv: Sequence[str]) -> None:
         config = parse(rest, program=parser.prog)
         _check_machines(given.gpus, given.node_gpus)
         model = model_sizes(config.model)
+        trained(model, config)
     except UserError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     place = (given.gpus, given.node_gpus, 4 if config.dtype == "float32" else 2)
-    print(plan(model, kept_as_fits(model, config, given.gpu_gb * GIB, *place), *place).table())
+    chosen = kept_as_fits(model, config, given.gpu_gb * GIB, *place)
+    print(plan(model, chosen, *place).table())
+    if config.trains_adapters and given.gpus > 1:
+        print(f"\n{SHARDED[chosen.shard]} (--shard {chosen.shard})")
     print(f"\n{_other_needs(model, config, *place)}")
     fits, said = verdict(model, config, given.gpu_gb * GIB, rest, *place)
     print(f"\nVERDICT: {said}")
@@ -546,13 +646,16 @@ def verdict(
     if need <= USABLE * capacity:
         return True, f"fits ({size}): {launch(ranks, node)} {shlex.join(options)}"
     advice = advise(model, config, capacity, ranks, node, item)
+    line = f"{launch(ranks, node)} {shlex.join(options)}"
     ways = []
     if advice.options:
         changing = [word for word in advice.options.split() if word.startswith("--") and word not in SAME_RESULT]
         note = f" ({', '.join(changing)}: changes what is learned)" if changing else ""
-        ways.append(f"{launch(ranks, node)} {shlex.join(options)} {advice.options}{note}")
+        ways.append(f"{line} {advice.options}{note}")
     if advice.processes:
         ways.append(f"{launch(advice.processes, node)} {shlex.join(options)}")
+    if advice.lora:
+        ways.append(f"{line} {advice.lora} (adapters instead of all weights: {advice.with_lora / GIB:.1f} GiB)")
     if not ways:
         return False, f"does not fit ({size}); take a smaller model or larger devices"
     return False, f"does not fit ({size}); this would: {', or '.join(ways)}"

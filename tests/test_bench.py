@@ -255,7 +255,7 @@ def test_a_step_by_lora_sends_gradients_of_frozen_weights():
     """Whole on every device, weights do not travel at all; sharded, they are gathered, and have no gradients."""
     full, by_lora = step_time.recipe("paper"), step_time.recipe("paper", lora=64)
     weights, numbers = (step_time.sizes(step_time.PUBLISHED["Qwen2.5-VL-7B"]).count(), 161_480_704)
-    assert step_time.adapter_numbers("Qwen2.5-VL-7B", 64, ()) == numbers
+    assert step_time.trained(step_time.PUBLISHED["Qwen2.5-VL-7B"], by_lora).numbers() == numbers
     updates = full.questions // full.mini_batch
     summed = updates * 2 * 4 * numbers * 7 / 8  # bytes: an all-reduce of fp32 numbers for each update
     whole = step_time.step("Qwen2.5-VL-7B", by_lora, 8)

@@ -69,7 +69,8 @@ def open_policy(
     if read_config(folder).tie_word_embeddings != sizes.tie_word_embeddings:
         ranks.print(f"{folder}: config.json ties the head to the embedding, but another head is stored: that is used.")
     if isinstance(config, Config):
-        kept_blocks = check_memory(config, sizes, ranks)
+        with ranks.sync_errors():
+            kept_blocks = check_memory(config, sizes, ranks)
     ranks.print(f"Opening the model in {folder}.")
     model = open_model(config, folder, dtype, ranks)
     attention.sum_in_fp64(config.deterministic)
@@ -146,13 +147,10 @@ def open_adapters(
     if not (isinstance(config, Config) and config.lora):
         return {}
     fresh = {}
-    parts = lora.frozen([name for name, _ in model.named_parameters()], config.freeze)
-    for name in lora.targeted(layers, config.lora_targets):
-        if f"{name}.weight" not in parts:
-            a, b = lora.initial(layers[name], name, config.lora, config.seed)
-            fresh[name] = (a, b, config.lora_alpha / config.lora)
-    if not fresh:
-        raise UserError("--freeze leaves none of --lora-targets to train; freeze less")
+    weights = [name for name, _ in model.named_parameters()]
+    for name in lora.with_adapter(weights, layers, config.lora_targets, config.freeze):
+        a, b = lora.initial(layers[name], name, config.lora, config.seed)
+        fresh[name] = (a, b, config.lora_alpha / config.lora)
     return fresh
 
 

@@ -19,6 +19,7 @@ from mmsr.pretrained.config_json import read_config
 from mmsr.setup.policy import prompts_folder
 from mmsr.setup.search import check_search
 from mmsr.setup.sizes import check_memory, check_sizes
+from mmsr.shapes import adapter_ranks
 from mmsr.system.errors import UserError
 from mmsr.system.files import missing
 from mmsr.system.parallel import Ranks
@@ -34,8 +35,11 @@ def preflight(config: Options, ranks: Ranks) -> None:
 def _check(config: Options, ranks: Ranks) -> None:
     _check_names(config)
     model = known_sizes(config.model) if config.model else None
-    if model and isinstance(config, Config):
-        check_memory(config, model, ranks)
+    if model and (not config.adapter or Path(config.adapter).is_dir()):
+        if config.adapter:
+            adapter_ranks(model, config.adapter)  # raises what does not fit
+        if isinstance(config, Config):
+            check_memory(config, model, ranks)
     download = hub.refuse_absent(wanted(config))
     if config.model:  # the toy base model is made, if need be, and then checked
         check_sizes(config, model or read_config(hub.without_weights(config.model)), ranks, download)

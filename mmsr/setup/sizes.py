@@ -15,6 +15,7 @@ from mmsr import disk, plan
 from mmsr.config import Config, Options
 from mmsr.model import ModelConfig
 from mmsr.pretrained.hub import hub_cache
+from mmsr.shapes import sizes, trained
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 
@@ -27,6 +28,7 @@ def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int
     `download`: bytes that the hub's cache will take. For the main rank.
     """
     if isinstance(config, Config):
+        _say_trained(config, model)
         _say_memory(config, model, check_memory(config, model, ranks), ranks)
         if ranks.size > config.mini_batch:  # groups stay whole
             few = f"an update has {config.mini_batch} questions for {ranks.size} processes, so some do nothing"
@@ -60,16 +62,36 @@ def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:
 
 
 def sharding(config: Options, model: ModelConfig, ranks: Ranks) -> str:
-    """How the weights lie on the devices: --shard, where "auto" is decided."""
+    """How the weights lie on the devices: --shard, where "auto" is decided, by the smallest device. Collective."""
     if config.shard != "auto":
         return config.shard
-    return "none" if isinstance(config, Config) and config.trains_adapters else "node"
+    if not isinstance(config, Config) or not config.trains_adapters:
+        return "node"
+    capacity, *place = _this_machine(ranks, compute_dtype(config, ranks))
+    smallest = -ranks.max(-capacity)
+    chosen = plan.decided(model, config, smallest, *place).shard
+    if chosen != "none":
+        ranks.print(f"A device is too small for all weights: {plan.SHARDED[chosen]} (--shard {chosen}).")
+    return chosen
+
+
+def _say_trained(config: Config, model: ModelConfig) -> None:
+    """What is trained, where that is not all of the model."""
+    run, size = trained(model, config), sizes(model)
+    numbers = run.numbers() + size.count(among=run.weights)
+    if run.adapters:
+        print(f"Trained: {numbers:,} numbers of adapters, in {len(run.adapters)} layers.")
+    elif config.freeze:
+        print(f"Trained: {numbers:,} of {size.count():,} weights.")
+        if model.tie_word_embeddings and "model.embed_tokens.weight" not in run.weights:
+            print("--freeze: the head of this model is its embedding, and is frozen with it.")
 
 
 def _say_memory(config: Config, model: ModelConfig, kept: int, ranks: Ranks) -> None:
     """`kept`: as `check_memory` gives it."""
     capacity, size, node, item = _this_machine(ranks, compute_dtype(config, ranks))
-    found = plan.plan(model, replace(config, keep_blocks=kept), size, node, item)
+    chosen = plan.decided(model, config, capacity, size, node, item)
+    found = plan.plan(model, replace(chosen, keep_blocks=kept), size, node, item)
     if ranks.device.type == "cuda":
         ranks.print(found.table())
     ranks.print(f"Memory plan: at most {found.peak / plan.GIB:.1f} of {capacity / plan.GIB:.1f} GiB on each device")
@@ -108,13 +130,26 @@ def _all_devices(
     """What to say of a run that does not fit the devices that it has, where others are idle."""
     capacity, size, node, item = machine
     line = line_for_all(here, ranks)
-    need = plan.plan(model, config, size, node, item).peak / plan.GIB
-    shared = plan.plan(model, config, size // node * here, here, item).peak / plan.GIB
+    all_here = (size // node * here, here, item)
+    need = _peak(model, config, machine)
+    shared = _peak(model, config, (capacity, *all_here))
     room = capacity / plan.GIB
     if shared > plan.USABLE * room:
-        return f"{refusal}; {line} would use all {here} devices of this machine, but needs {shared:.1f} GiB on each"
+        said = f"{refusal}; {line} would use all {here} devices of this machine, but needs {shared:.1f} GiB on each"
+        advice = plan.advise(model, config, capacity, *all_here)
+        return f"{said}, and {advice.with_lora / plan.GIB:.1f} with {advice.lora}" if advice.lora else said
     few = f"the run needs {need:.1f} GiB on a device of {room:.1f}, and uses {node} of this machine's {here}"
-    return f"{few}: on all {here} it needs {shared:.1f} each; type {line}"
+    said = f"{few}: on all {here} it needs {shared:.1f} each; type {line}"
+    advice = plan.advise(model, config, capacity, size, node, item)
+    if not advice.lora:
+        return said
+    start = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {node}"
+    return f"{said}; or, by LoRA, {start} {shlex.join(sys.argv)} {advice.lora} needs {advice.with_lora / plan.GIB:.1f}"
+
+
+def _peak(model: ModelConfig, config: Config, machine: tuple[float, int, int, int]) -> float:
+    """GiB on each device at least."""
+    return plan.plan(model, plan.decided(model, config, *machine), *machine[1:]).peak / plan.GIB
 
 
 def check_disk(config: Options, model: ModelConfig, ranks: Ranks, download: int = 0) -> None:
@@ -130,7 +165,7 @@ def check_disk(config: Options, model: ModelConfig, ranks: Ranks, download: int 
     free = free_disk(out) - (download if same_disk(out, cache) else 0)
     item = compute_dtype(config, ranks).itemsize
     parts = disk.disk_needed(config, model, ranks.size, item)
-    save = disk.save_bytes(model, ranks.size, item)
+    save = disk.save_bytes(config, model, ranks.size, item)
     saves = disk.saves_at_once(config)
     need = max(0, sum(parts.values()) - used_disk(out))  # a resumed run has a part of it already
     others = ", ".join(f"{part} {_gb(parts[part])}" for part in ("model", "rollouts"))

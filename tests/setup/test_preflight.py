@@ -12,6 +12,7 @@ from helpers import edit_json, picture_bytes, random_adapter, refused, tiny_conf
 
 import eval as evaluation
 import train
+from mmsr import plan
 from mmsr.config import EvalConfig, parse
 from mmsr.lora import adapted
 from mmsr.plan import GIB, PUBLISHED
@@ -156,15 +157,18 @@ def test_a_run_beside_idle_devices_is_refused_for_its_memory_alone(card):
     card(8)
     check = lambda *given, ranks=GPU: check_memory(options(*BIG, *given), model, ranks)  # noqa: E731
     refused(
-        check, "needs 233.7 GiB on a device of 80.0, and uses 1 of this machine's 8", "on all 8 it needs 61.0", line
-    )
+        check, "needs 234.9 GiB on a device of 80.0, and uses 1 of this machine's 8", "on all 8 it needs 44.9", line,
+        "by LoRA, python train.py --model Qwen2.5-VL-7B --lora 64 needs 40.4",
+    )  # fmt: skip
     refused(lambda: check("--device", "cuda:3"), "--mini-batch 64 saves")
-    refused(lambda: check("--max-pixels", 4 * 10**6), "--max-pixels 2000000", "would use all 8", "needs 84.3")
+    larger = "needs 84.9 GiB on each, and 35.2 with --lora 64"
+    refused(lambda: check("--max-pixels", 4 * 10**6), "--max-pixels 2000000", "would use all 8", larger)
     two_machines = Ranks(size=2, node_size=1, device=torch.device("cuda"))
     refused(lambda: check(ranks=two_machines), "type torchrun --nproc-per-node 8 on each machine")
     check(ranks=Ranks(size=8, node_size=8, device=torch.device("cuda")))
     card(2)
     refused(check, "--nproc-per-node 2", "--mini-batch 64 saves")
+    check("--lora", 64)
     card(1)
     with pytest.raises(Exception) as told:
         check()
@@ -187,6 +191,51 @@ def test_idle_devices_are_not_told_of_or_end_a_run_that_fits(card, capsys, monke
         assert (
             said.count("uses 1 of this machine's 8 devices; to use all: torchrun --nproc-per-node 8 train.py") == told
         )
+
+
+class Smallest(Ranks):
+    """Two processes, the other of which has a device of 20 GiB."""
+
+    def max(self, value: float) -> float:
+        return max(value, -20 * GIB)
+
+
+def test_a_rank_shards_the_weights_that_another_does_not(card, capsys):
+    card(1)
+    two = Smallest(size=2, node_size=2, device=torch.device("cuda"))
+    model, whole = PUBLISHED["Qwen2.5-VL-3B"], options(*BIG, "--lora", 64, "--slots", 16, "--micro-tokens", 8192)
+    assert sizes.sharding(whole, model, two) == "none" and not capsys.readouterr().out
+    longer = options(*BIG, "--lora", 64, "--micro-tokens", 65536, "--slots", 16)
+    assert plan.decided(model, longer, 80 * GIB, 2, 2).shard == "none"
+    assert sizes.sharding(longer, model, two) == "node"
+    assert "share one copy of the weights (--shard node)" in capsys.readouterr().out
+    assert sizes.sharding(options(*BIG), model, two) == "node" and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["--freeze towr", "--lora 64 --lora-targets quaver", "--lora 4 --freeze decoder"])
+def test_a_part_that_the_model_lacks_is_refused_after_a_download(wrong, tmp_path, card):
+    card(8)
+    with fake_hub({}, tmp_path / "cache") as asked:
+        refused(lambda: preflight(options(*BIG, *wrong.split()), GPU), *wrong.split()[-2:])
+    assert not asked
+
+
+def test_a_run_says_that_it_trains_all_when_it_trains_a_part(card, capsys, tmp_path):
+    card(1)
+    small = ["--model", "Qwen2.5-VL-3B", "--out", tmp_path]
+    model = PUBLISHED["Qwen2.5-VL-3B"]
+    for given, said in (
+        (["--lora", 64], "Trained: 119,734,272 numbers of adapters, in 252 layers."),
+        (["--freeze", "vision", "decoder", "--mini-batch", 16], "of 3,754,622,976 weights."),
+        (
+            ["--freeze", "embedding", "--mini-batch", 16],
+            "the head of this model is its embedding, and is frozen with it",
+        ),
+        (["--mini-batch", 16], ""),
+    ):
+        check_sizes(options(*small, *given), model, GPU)
+        told = capsys.readouterr().out
+        assert said in told and ("Trained" in told) == bool(said)
 
 
 # ---- disk
