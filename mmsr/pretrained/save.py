@@ -111,4 +111,7 @@ def _replacing(file: Path) -> Iterator[Path]:
     """
     temporary = file.with_name(f".{file.name}.tmp")
     yield temporary
+    umask = os.umask(0)  # it can only be read by setting it
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # safetensors lets only its owner read a file
     os.replace(temporary, file)

@@ -117,3 +117,10 @@ def test_a_load_holds_every_weight_twice(tmp_path, monkeypatch):
     opened = load(tmp_path)
     monkeypatch.undo()
     assert {p.data_ptr() for p in opened.parameters()} == {tensor.data_ptr() for tensor in read}
+
+
+def test_only_its_owner_can_read_a_saved_model(tmp_path):
+    save(tiny_model(), tmp_path / "model")
+    (tmp_path / "usual").touch()
+    modes = {file.stat().st_mode for file in [*(tmp_path / "model").iterdir(), tmp_path / "usual"]}
+    assert len(modes) == 1
