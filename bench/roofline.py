@@ -46,7 +46,6 @@ from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pack import Pack, pack, split_into_micro_batches
 from mmsr.plan import GIB
 from mmsr.system.chunked_log_probs import chunked_log_probs
-from mmsr.system.parallel import SINGLE
 from mmsr.update import Features, ImageFeatures, KnownFeatures
 
 META = torch.device("meta")
@@ -613,8 +612,11 @@ def tower_passes(policy: Qwen2_5_VL, batch: Pack, how: str, recompute: bool) -> 
 
 def known_features(policy: Qwen2_5_VL, batch: Pack) -> KnownFeatures:
     """Those that the rollouts have encoded: nobody counts them again."""
-    with Count():
-        return KnownFeatures(policy, batch.images, {}, SINGLE)
+    distinct = {image.key: image for image in batch.images}
+    with Count(), torch.no_grad():
+        features = policy.encode_images(list(distinct.values()))  # (M, d)
+    known = dict(zip(distinct, features.split([image.tokens for image in distinct.values()])))
+    return KnownFeatures(known, encoded=0)
 
 
 def tower_pass(policy: Qwen2_5_VL, batch: Pack) -> tuple[Counter[Kernel], int, ImageFeatures]:

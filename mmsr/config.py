@@ -380,7 +380,7 @@ class Config(Options):
 
     # ---- optimizer
     lr: float = 3e-4
-    """Peak learning rate; ten times a recipe's with --lora."""
+    """Peak learning rate; ten times a recipe's with --lora or --adapter."""
     lr_schedule: Literal["constant", "half-decay", "sigmoid"] = "constant"
     """half-decay: linear to a tenth over the second half. sigmoid: smooth decay to a tenth."""
     warmup: int = 0
@@ -472,6 +472,7 @@ class Config(Options):
         "track",
         "teacher",
         "keep_blocks",
+        "merge",
     }
 
     def __post_init__(self) -> None:
@@ -504,7 +505,8 @@ class Config(Options):
         for name, usual in (("lora_alpha", 32.0), ("lora_targets", ()), ("merge", False)):
             needs = self.trains_adapters if name == "merge" else self.lora
             if getattr(self, name) != usual and not needs:
-                raise UserError(f"--{kebab(name)} is an option of adapters: give --lora R with it, or leave it out")
+                advice = "leave it out" if self.adapter else "give --lora R too, or leave it out"
+                raise UserError(f"--{kebab(name)} is an option of adapters: {advice}")
 
     @property
     def imitates(self) -> bool:

@@ -198,14 +198,14 @@ def prefix_rows(prompts: int, slots: int, smallest_group: int) -> int:
     return min(prompts, slots, 2 * math.ceil(slots / smallest_group) + 1)
 
 
-def slot_layout(slots: int, slot_tokens: int, longest: int) -> tuple[int, int, int]:
-    """How `slots` conversations share the cache: (slots, room of a slot, long slots that the same memory makes later).
+def slot_layout(slots: int, slot_tokens: int, longest: int) -> tuple[int, int]:
+    """How `slots` conversations share the cache: (room of a slot, long slots that the same memory makes later).
 
     `longest`: the room that the longest conversation needs; a slot has that of `slot_tokens` if it is less and not 0.
     All in tokens. There is at least one long slot, so the cache has max(slots * room, long slots * `longest`) places.
     """
     room = min(slot_tokens or longest, longest)
-    return slots, room, max(1, slots * room // longest)
+    return room, max(1, slots * room // longest)
 
 
 class Cache:
@@ -330,7 +330,7 @@ class Engine:
     cache: Cache
     state: SlotState
     layout: DecodeLayout
-    long_slots: tuple[int, int]  # for parked sequences: how many, and the room of each
+    long_layout: tuple[int, int]  # of slots for parked sequences: how many, and the room of each
 
     def __init__(
         self,
@@ -455,11 +455,11 @@ class Engine:
         group_sizes = [len(group.sequences) for group in groups]
         longest = self.max_tokens - min(prompt_lens) + 1
         slots = min(self.slots, sum(group_sizes))
-        slots, room, long_slots = slot_layout(slots, self.slot_tokens, longest)
+        room, long_slots = slot_layout(slots, self.slot_tokens, longest)
         places = max(slots * room, long_slots * longest)
         rows = prefix_rows(len(prompt_lens), slots, min(group_sizes))
         self.cache = Cache(config, rows, max(prompt_lens), places, self.device, dtype)
-        self.long_slots = (long_slots, longest)
+        self.long_layout = (long_slots, longest)
         self._divide(slots, room, max(group_sizes))
 
     def _divide(self, slots: int, room: int, group_size: int) -> None:
@@ -549,7 +549,9 @@ class Engine:
         self.parked = {}
         group_size = max(len(sequences) for sequences in parked.values())
         self.graphs = Graphs(self.graphs.on)  # what was captured knows the old slots
-        self._divide(*self.long_slots, group_size)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the old graphs: a capture does not free what it lacks
+        self._divide(*self.long_layout, group_size)
         for group, sequences in parked.items():
             for sequence in sequences:
                 sequence.cached = 0
@@ -793,15 +795,15 @@ class Engine:
         self.state.running[ended] = False
         self.num_running -= len(ended)
         numbers, logps = self._turns_of(ended)
-        finished = []
-        for turn_numbers, turn_logps in zip(numbers.cpu(), logps.cpu()):
-            sequence = self._end_turn(turn_numbers, turn_logps)
+        with_turn_over = []
+        for its_numbers, its_logps in zip(numbers.cpu(), logps.cpu()):
+            sequence = self._take_sampled(its_numbers, its_logps)
             if sequence.limit is None:
-                finished.append(sequence)
-            else:  # its slot is full, its turn is not over
+                with_turn_over.append(sequence)
+            else:  # only its slot is full
                 self.finish(sequence)
                 self._park(sequence)
-        return finished
+        return with_turn_over
 
     def _turns_of(self, ended: Tensor) -> tuple[Tensor, Tensor]:
         """What the host wants to know of slots `ended` (E,), still on the device.
@@ -814,7 +816,7 @@ class Engine:
         numbers = torch.cat([header, state.ids[ended]], 1)  # (E, 3 + L)
         return numbers, state.logps[ended]
 
-    def _end_turn(self, numbers: Tensor, logps: Tensor) -> GeneratedSequence:
+    def _take_sampled(self, numbers: Tensor, logps: Tensor) -> GeneratedSequence:
         """Append what was sampled to its sequence, which is returned. If the turn is over, it has no `limit` any more.
 
         `numbers` (3 + L,), `logps` (L,): see `_turns_of`.
@@ -854,7 +856,7 @@ class Engine:
 
     def _keys_to_read(self) -> int:
         """How many places of each slot a step reads: all if the kernel knows every length, else up to the longest."""
-        if attention.has_decode_kernel(self.cache.suffix[0][0]):
+        if self.cache.kernel:
             return self.cache.room
         return self.graphs.bucket(self.longest, self.cache.room, least=64)
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import zlib
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Mapping, Sequence, TypeVar
+from typing import Any, Iterable, Iterator, Sequence, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,9 @@ PARTS = {
     "embedding": "model.embed_tokens",
     "head": "lm_head",
 }
-# Layers with the same input, in the order in which the model asks for them.
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Layers with the same input, in the order in which the model asks for them; and whether sampling copies their weights
+# to one matrix. Those of an MLP would be most of the model.
+SAME_INPUT = {("q_proj", "k_proj", "v_proj"): True, ("gate_proj", "up_proj"): False}
 
 
 class LoRALinear(nn.Linear):
@@ -59,7 +60,7 @@ class LoRALinear(nn.Linear):
     lora_A: nn.Parameter  # (r, in)
     lora_B: nn.Parameter  # (out, r)
     scale: float  # α / r
-    start: tuple[Tensor, Tensor] | None = None  # A and B of the KL reference; None: it has none
+    start: tuple[Tensor, Tensor] | None = None  # A and B of the KL reference, those at the start; None: it has none
     as_reference = False  # whether the forward pass is that of the reference
     # In sampling one of these computes it:
     stack: Stack | None = None  # this layer and others, for which `vision.project` asks the first of them
@@ -169,15 +170,15 @@ def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
     return found
 
 
-def with_adapter(
+def layers_to_adapt(
     weights: Iterable[str], layers: Iterable[str], targets: Sequence[str], parts: Sequence[str]
 ) -> list[str]:
     """The layers that get an adapter: those that --lora-targets names, without those that --freeze names.
 
     `weights`: all of the model's. Raises UserError, also where no layer is left.
     """
-    kept = frozen(weights, parts)
-    chosen = [layer for layer in targeted(layers, targets) if f"{layer}.weight" not in kept]
+    are_frozen = frozen(weights, parts)
+    chosen = [layer for layer in targeted(layers, targets) if f"{layer}.weight" not in are_frozen]
     if not chosen:
         raise UserError(f"--freeze {' '.join(parts)} leaves none of --lora-targets to train; freeze less")
     return chosen
@@ -191,6 +192,12 @@ def _begins(name: str, part: str) -> bool:
 def trains_tower(model: Any) -> bool:
     """Whether any weight or adapter of the vision tower is trained. If not, a picture's features never change."""
     return any(parameter.requires_grad for parameter in model.visual.parameters())
+
+
+def trains_only_tower(model: nn.Module) -> bool:
+    """Whether all that is trained is in the vision tower: a text without pictures has no gradient then."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return all(_begins(name, PARTS["vision"]) for name in names)
 
 
 # ---- the KL reference
@@ -273,10 +280,10 @@ def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every layer with an adapter a stack: together with those that have the same input, or alone."""
     alone = set(adapted(model).values())
     for module in model.modules():
-        for names in SAME_INPUT:
+        for names, copy_weights in SAME_INPUT.items():
             together = [getattr(module, name, None) for name in names]
             if alone.issuperset(together):
-                together[0].stack = Stack(together, dtype, copy_weights="q_proj" in names)  # an MLP's are most of all
+                together[0].stack = Stack(together, dtype, copy_weights)
                 alone.difference_update(together)
     for layer in alone:
         layer.alone = Stack([layer], dtype)
@@ -286,16 +293,26 @@ def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Whole weights by name as they are with the adapters of `model` merged in: W + (α / r) B A, summed in fp32.
+def merge(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name with the adapters of `model` merged in: W + (α / r) B A, summed in fp32.
 
-    `weights` are those of `model`, without its adapters or with them, which are left out.
+    `weights` are those of `model`, with its adapters or without. They are taken out one by one, so that no weight is
+    there twice.
     """
-    merged = {name: weight for name, weight in weights.items() if not is_adapter(name)}
-    for name, layer in adapted(model).items():
-        weight = merged[f"{name}.weight"]  # (out, in)
-        a = layer.lora_A.to(weight.device)
-        b = layer.lora_B.to(weight.device)
-        total = torch.addmm(weight.float(), b, a, alpha=layer.scale)
-        merged[f"{name}.weight"] = total.to("cpu", weight.dtype)
+    layers = adapted(model)
+    merged = {}
+    for whole_name in list(weights):
+        weight = weights.pop(whole_name)  # (out, in)
+        if is_adapter(whole_name):
+            continue
+        layer = layers.get(whole_name.removesuffix(".weight"))
+        merged[whole_name] = weight if layer is None else _merged(weight, layer)
     return merged
+
+
+def _merged(weight: Tensor, layer: LoRALinear) -> Tensor:
+    """The weight (out, in) of a layer with its adapter, on the CPU."""
+    a = layer.lora_A.to(weight.device)
+    b = layer.lora_B.to(weight.device)
+    total = torch.addmm(weight.float(), b, a, alpha=layer.scale)
+    return total.to("cpu", weight.dtype)

@@ -272,7 +272,7 @@ class Activations:
         slots = min(self.config.slots, groups * group_size)
         rows = prefix_rows(groups, slots, group_size)
         longest = self.config.max_tokens - self.config.min_pixels // SIDE**2 + 1  # behind the shortest prompt
-        slots, room, long_slots = slot_layout(slots, self.config.slot_tokens, longest)
+        room, long_slots = slot_layout(slots, self.config.slot_tokens, longest)
         tokens = rows * self.longest + max(slots * room, long_slots * longest)
         model = self.model
         return tokens * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * self.item
@@ -358,6 +358,8 @@ class Activations:
         """One pass over new prompts and their pictures, without gradient."""
         model, vision = self.model, self.model.vision
         tokens = max(self.config.micro_tokens, self.longest)
+        if self.config.slot_tokens:  # a conversation that outgrew its slot is prefilled again, all of it at once
+            tokens = max(tokens, self.config.max_tokens)
         decoder = 4 * model.hidden_size + 3 * model.intermediate_size  # a token
         tower = MERGE**2 * (5 * vision.hidden_size + 3 * vision.intermediate_size)  # a merged token
         patches = tokens * MERGE**2 * PATCH_VALUES * 4  # fp32

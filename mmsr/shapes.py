@@ -90,11 +90,11 @@ class Trained:
         stacks = []
         total = 0
         for block in {layer.rpartition(".")[0] for layer in alone}:
-            for names in lora.SAME_INPUT:
+            for names, copy_weights in lora.SAME_INPUT.items():
                 layers = [f"{block}.{name}" for name in names]
                 if alone.keys() >= set(layers):
                     stacks.append([alone.pop(layer) for layer in layers])
-                    if "q_proj" in names:
+                    if copy_weights:
                         total += sum(adapter.rows * adapter.columns for adapter in stacks[-1])
         stacks += [[adapter] for adapter in alone.values()]
         for stack in stacks:
@@ -125,7 +125,7 @@ def _trained(model: ModelConfig, rank: int, targets: tuple[str, ...], freeze: tu
     if folder:
         found = adapter_ranks(model, folder)
     elif rank:
-        found = dict.fromkeys(lora.with_adapter(shapes, size.layers, targets, freeze), rank)
+        found = dict.fromkeys(lora.layers_to_adapt(shapes, size.layers, targets, freeze), rank)
     else:
         return Trained(frozenset(shapes) - lora.frozen(shapes, freeze), ())
     adapters = []

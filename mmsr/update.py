@@ -9,7 +9,8 @@
 
 The equations are those of grpo.py. The gradient of an update is a sum over its trained tokens, so it does not depend on
 how they are cut into micro-batches, nor on which rank has which episodes. Each distinct image of a rank goes through
-the vision tower once per update (`ImageFeatures`).
+the vision tower once per update (`ImageFeatures`), or once per step, in the rollouts, if the tower is frozen
+(`KnownFeatures`).
 
 With several ranks each holds some of the episodes. Weights (4) come from counts over all ranks, and every rank runs the
 same passes, because FSDP's collectives need them all: a rank with fewer micro-batches adds empty ones, and a rank
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from mmsr import grpo
 from mmsr.episode import Episode, Example
-from mmsr.lora import as_reference, trains_tower
+from mmsr.lora import as_reference, trains_only_tower, trains_tower
 from mmsr.model import Qwen2_5_VL, logits
 from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
 from mmsr.system.chunked_log_probs import chunked_log_probs
@@ -143,9 +144,10 @@ class ImageFeatures:
             self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
     def of(self, packed: Pack) -> Tensor | None:
-        """The features of a pack's image tokens, in the order of `packed.image_index`.
+        """The features (n, d) of a pack's n image tokens, in the order of `packed.image_index`.
 
-        None of them for a pack of text; that keeps every backward pass the same row of collectives, whatever is frozen.
+        A pack of text gets (0, d) where there are features at all: so it is part of their graph, and every backward
+        pass is the same row of collectives, whatever is frozen.
         """
         if self.leaf is None:
             return None
@@ -169,7 +171,7 @@ class KnownFeatures:
     """`ImageFeatures` of a tower that is not trained: what the rollouts have encoded serves the whole step."""
 
     def __init__(self, known: dict[str, Tensor], encoded: int):
-        """`known`: features of images by their keys. `encoded` of them were not encoded before."""
+        """`known`: features (tokens of the image, d) by the images' keys. `encoded` of them were not encoded before."""
         self.known = known
         self.encoded = encoded
 
@@ -395,8 +397,7 @@ class Trainer:
                 logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
             )  # (1) to (3)
         loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
-        if loss.requires_grad:  # not where the tower alone is trained, and the batch has no picture
-            (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
+        (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
             self._record(stats, packed, loss, losses, entropy, old)
@@ -474,7 +475,7 @@ class Trainer:
         if self.features is not None:  # the reference has the same tower
             known = self._known_features(images, self.features)
             return known, known
-        always_run = batch.pictures > 0
+        always_run = batch.pictures > 0 or trains_only_tower(self.model)
         ref_features = None
         with self.lockstep.guard("vision pass" if train else "first vision pass"):
             features = ImageFeatures(self.model, images, train, always_run)

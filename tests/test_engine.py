@@ -243,9 +243,9 @@ def test_the_second_division_takes_more_memory(model, slots, slot_tokens):
 
 
 def test_the_plan_divides_the_cache_in_another_way():
-    assert slot_layout(64, 2048, 7937) == (64, 2048, 16)
-    assert slot_layout(64, 0, 7937) == slot_layout(64, 9000, 7937) == (64, 7937, 64)
-    assert slot_layout(2, 2048, 7937) == (2, 2048, 1), "a slot that holds the longest conversation there must be"
+    assert slot_layout(64, 2048, 7937) == (2048, 16)
+    assert slot_layout(64, 0, 7937) == slot_layout(64, 9000, 7937) == (7937, 64)
+    assert slot_layout(2, 2048, 7937) == (2048, 1), "a slot that holds the longest conversation there must be"
 
 
 def test_fork_equals_separate_prompts(model):

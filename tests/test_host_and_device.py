@@ -73,7 +73,7 @@ class Blind(Engine):
             numbers[0] = sequence.slot
             numbers[1] = len(sequence.ids) + 2
             numbers[2] = sequence.position + 3
-            self._end_turn(numbers, torch.zeros(room))
+            self._take_sampled(numbers, torch.zeros(room))
         return ended
 
 

@@ -80,7 +80,7 @@ def adapted(model: Qwen2_5_VL, config: Config) -> tuple[Qwen2_5_VL, dict]:
     """`model` with the adapters of `config`, or with its frozen parts, as policy.py opens it."""
     weights = dict(model.named_parameters())
     layers = lora.linear_layers(model)
-    names = lora.with_adapter(weights, layers, config.lora_targets, config.freeze) if config.lora else []
+    names = lora.layers_to_adapt(weights, layers, config.lora_targets, config.freeze) if config.lora else []
     for name in weights if names else lora.frozen(weights, config.freeze):
         weights[name].requires_grad_(False)
     return model, {name: lora.initial(layers[name], name, config.lora, 0) for name in names}

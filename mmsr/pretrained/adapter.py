@@ -42,7 +42,7 @@ from mmsr.pretrained.weights import (
     read_object,
 )
 from mmsr.system.errors import UserError
-from mmsr.system.files import write_whole
+from mmsr.system.files import make_out, write_whole
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +50,7 @@ DIGEST = "base_digest"  # in the metadata of WEIGHTS
 # A stored tensor's name. PEFT leaves the adapter's own name ("default") out when it saves; other programs may not.
 STORED = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 WITHOUT = ("lm_head", "embed_tokens", "patch_embed.proj")  # parts of the model that get no adapter here
-MERGE = "merge it into its base (PEFT's merge_and_unload and save_pretrained) and give that folder as the model"
+MERGE_IT = "merge it into its base (PEFT's merge_and_unload and save_pretrained) and give that folder as the model"
 # Fields of adapter_config.json that make of it something else than equation (11).
 OTHER_KINDS = {
     "use_dora": "DoRA",
@@ -179,6 +179,9 @@ def read_settings(folder: Path) -> Settings:
         raise UserError(f"{folder} has {CONFIG} and no {WEIGHTS}: write or fetch it again")
     base = values.get("base_model_name_or_path")
     unknown = [name for name, value in values.items() if value and name not in UNUSED | USED | OTHER_KINDS.keys()]
+    variants = [name for name in unknown if name.startswith("use_")]
+    if variants:
+        raise UserError(f"{file}: {listed(variants)} is not known here, and may compute something else: {MERGE_IT}")
     return Settings(
         file,
         base=listed([base]) if isinstance(base, str) else "",
@@ -209,17 +212,17 @@ def _refuse_other_kinds(file: Path, values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         said = listed([str(kind)])
-        raise UserError(f"{file}: peft_type is {said}, and only LORA is read here: {MERGE}")
+        raise UserError(f"{file}: peft_type is {said}, and only LORA is read here: {MERGE_IT}")
     for name, what in OTHER_KINDS.items():
         if values.get(name):
-            raise UserError(f"{file}: {name} makes it {what}, and only plain LoRA is read here: {MERGE}")
+            raise UserError(f"{file}: {name} makes it {what}, and only plain LoRA is read here: {MERGE_IT}")
     if values.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias is {listed([str(values['bias'])])}, so it changes the base's biases: {MERGE}")
+        raise UserError(f"{file}: bias is {listed([str(values['bias'])])}, so it changes the base's biases: {MERGE_IT}")
     beginning = values.get("init_lora_weights", True)
     if beginning not in BEGINNINGS:
         said = f"init_lora_weights is {listed([str(beginning)])}, which changes the base's weights"
         advice = "save it with PEFT as plain LoRA (save_pretrained's path_initial_model_for_weight_conversion)"
-        raise UserError(f"{file}: {said}: {advice}, or {MERGE}")
+        raise UserError(f"{file}: {said}: {advice}, or {MERGE_IT}")
 
 
 def _number(file: Path, values: Mapping[str, Any], name: str, least: float = -math.inf) -> float:
@@ -259,7 +262,7 @@ def _pairs(file: Path) -> dict[str, Pair]:
     for header in headers_of(file):
         match = STORED.fullmatch(header.name)
         if not match or header.dtype not in FLOATS:
-            raise UserError(f"{file}: {listed([header.name])} ({header.dtype}) is not of plain LoRA: {MERGE}")
+            raise UserError(f"{file}: {listed([header.name])} ({header.dtype}) is not of plain LoRA: {MERGE_IT}")
         name = disk_name(match[1])
         names[name] = match[1]
         if match[2] in found.setdefault(name, {}):
@@ -279,7 +282,7 @@ def _refuse_layers(settings: Settings, lacking: list[str], total: int) -> None:
     """UserError for layers that have no adapter here, or that the model does not have."""
     for name in lacking:
         if name.endswith(WITHOUT):
-            raise UserError(f"{settings.file.parent}: {listed([name])} has no adapter here: {MERGE}")
+            raise UserError(f"{settings.file.parent}: {listed([name])} has no adapter here: {MERGE_IT}")
     some = f"{len(lacking)} of its {total} layers are not in the model ({listed(lacking)})"
     raise UserError(f"--adapter {settings.file.parent}: {some}: {_other_model(settings)}")
 
@@ -323,7 +326,7 @@ def write_adapter(folder: Path, layers: Mapping[str, LoRALinear], base: str, dig
         for letter, tensor in (("A", layer.lora_A), ("B", layer.lora_B)):
             tensors[f"base_model.model.{_their_name(name)}.lora_{letter}.weight"] = _to_write(tensor)
     config = json.dumps(_config(layers, base), indent=2).encode() + b"\n"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_out(folder)
     file = folder / CONFIG
     if file.is_file() and file.read_bytes() != config:
         file.unlink()  # it would describe the new tensors if this ended before the last line
@@ -408,9 +411,11 @@ def check_base(adapter: Adapter, folder: Path, name: str, say: Callable[[str], A
 
 
 def base_digest(folder: Path) -> str:
-    """SHA-256 of a sample of the weights in a model's folder: tells apart any two models that were trained otherwise.
+    """SHA-256 of a sample of the weights in a model's folder: tells one base from another.
 
     Of each weight the first, the middle and the last row count, with its name and shape; norms and biases count whole.
+    Training changes every row of a layer's weight. Of an embedding it changes only rows of tokens that occurred, so a
+    model whose embedding alone was trained may have the digest of the one that it began as.
     How the weights are shared out over files does not count, nor whether bf16 numbers are stored as fp32. Raises
     UserError.
     """

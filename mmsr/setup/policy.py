@@ -14,7 +14,7 @@ from mmsr import attention, lora
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
-from mmsr.pretrained.adapter import base_name, check_base, check_layers, read_adapter
+from mmsr.pretrained.adapter import WEIGHTS, base_name, check_base, check_layers, read_adapter
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import resolve, resolve_adapter, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
@@ -24,6 +24,7 @@ from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype, sharding
 from mmsr.system import parallel
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
+from mmsr.system.files import file_digest
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool
 from mmsr.toy import base as toy_base
@@ -90,6 +91,9 @@ def find_adapter(config: Options, folder: Path, ranks: Ranks) -> None:
     if not config.adapter:
         return
     adapter = ranks.main_process_first("adapter", partial(resolve_adapter, config.adapter))
+    digests = ranks.all_gather(file_digest(adapter / WEIGHTS) if ranks.size > 1 else "")
+    if len(set(digests)) > 1:  # on several machines each reads its own
+        raise UserError(f"--adapter {config.adapter}: it is not the same on all machines; copy one of them to all")
     with ranks.sync_errors():
         with torch.device("meta"):
             model = modeling.Qwen2_5_VL(read_config(folder))
@@ -113,9 +117,10 @@ def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) 
         frozen = set(weights)
         if isinstance(config, Config) and not adapters:
             frozen = lora.frozen(weights, config.freeze)
+    across = sharding(config, model.config, ranks)
     # Weights that are trained are kept in fp32 where they are sharded: there they are their own masters.
-    stored = torch.float32 if ranks.size > 1 and not adapters else dtype
-    model = load_model(folder, dtype, stored, ranks, sharding(config, model.config, ranks), frozen)
+    stored = torch.float32 if ranks.size > 1 and across != "none" and not adapters else dtype
+    model = load_model(folder, dtype, stored, ranks, across, frozen)
     for name, (a, b, scale) in adapters.items():
         lora.add_adapter(model.get_submodule(name), a.to(ranks.device), b.to(ranks.device), scale)
     return model
@@ -148,7 +153,7 @@ def open_adapters(
         return {}
     fresh = {}
     weights = [name for name, _ in model.named_parameters()]
-    for name in lora.with_adapter(weights, layers, config.lora_targets, config.freeze):
+    for name in lora.layers_to_adapt(weights, layers, config.lora_targets, config.freeze):
         a, b = lora.initial(layers[name], name, config.lora, config.seed)
         fresh[name] = (a, b, config.lora_alpha / config.lora)
     return fresh
