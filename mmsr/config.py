@@ -478,7 +478,7 @@ class Config(Options):
     def __post_init__(self) -> None:
         self.out = self.out or f"runs/{self.recipe}"
         self.demonstrations = tuple(self.demonstrations)
-        self.lora_targets = tuple(self.lora_targets)
+        self.lora_targets = () if [*self.lora_targets] == ["decoder"] else tuple(self.lora_targets)
         self.freeze = tuple(self.freeze)
         super().__post_init__()
         self._check_imitation()
@@ -596,7 +596,7 @@ def parse(
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
     if "lr" in values and (given.get("lora") or given.get("adapter")):
-        values["lr"] *= LORA_LR
+        values["lr"] = float(f"{values['lr'] * LORA_LR:g}")  # not 0.0029999999999999996
     if "search" not in given:
         values["search"] = usual_search(values | given)
     return kind(**{**values, **given, "recipe": recipe})

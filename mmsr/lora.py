@@ -48,6 +48,7 @@ PARTS = {
     "decoder": "model.layers",
     "embedding": "model.embed_tokens",
     "head": "lm_head",
+    "norm": "model.norm",
 }
 # Layers with the same input, in the order in which the model asks for them; and whether sampling copies their weights
 # to one matrix. Those of an MLP would be most of the model.
@@ -136,11 +137,20 @@ def targeted(layers: Iterable[str], targets: Sequence[str]) -> list[str]:
     for target in targets or ["decoder"]:
         chosen = {layer for layer in layers if _is_target(layer, target)}
         if not chosen:
-            last = sorted({layer.rpartition(".")[2] for layer in layers if _begins(layer, PARTS["decoder"])})
-            advice = f"give decoder, vision, {', '.join(last)}, vision.LAYER, or the beginning of layers' names"
-            raise UserError(f"--lora-targets {target}: the model has no such linear layer; {advice}")
+            raise UserError(f"--lora-targets {target}: the model has no such linear layer; {_possible(layers)}")
         found |= chosen
     return [layer for layer in layers if layer in found]
+
+
+def _possible(layers: Iterable[str]) -> str:
+    """What --lora-targets may name."""
+    names = {}
+    for part in ("decoder", "vision"):
+        last = {layer.rpartition(".")[2] for layer in layers if _begins(layer, PARTS[part])}
+        names[part] = sorted(name for name in last if not name.isdigit())
+    of_tower = [f"vision.{name}" for name in names["vision"]]
+    listed = ["decoder", *names["decoder"], "vision", "merger", *of_tower]
+    return f"give, with blanks between them, {', '.join(listed)}, or beginnings of names such as model.layers.0"
 
 
 def _is_target(layer: str, target: str) -> bool:
@@ -162,8 +172,10 @@ def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
         if part == "head" and not chosen:
             raise UserError("--freeze head: the head of this model is its embedding; give embedding")
         if not chosen:
-            advice = f"give {', '.join(PARTS)}, or the beginning of weights' names, such as model.layers.0"
-            raise UserError(f"--freeze {part}: the model has no such weights; {advice}")
+            possible = f"{', '.join(PARTS)}, or beginnings of names such as model.layers.0"
+            raise UserError(
+                f"--freeze {part}: the model has no such weights; give, with blanks between them, {possible}"
+            )
         found |= chosen
     if len(found) == len(weights):
         raise UserError(f"--freeze {' '.join(parts)}: nothing is left to train; freeze less")
@@ -192,12 +204,6 @@ def _begins(name: str, part: str) -> bool:
 def trains_tower(model: Any) -> bool:
     """Whether any weight or adapter of the vision tower is trained. If not, a picture's features never change."""
     return any(parameter.requires_grad for parameter in model.visual.parameters())
-
-
-def trains_only_tower(model: nn.Module) -> bool:
-    """Whether all that is trained is in the vision tower: a text without pictures has no gradient then."""
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return all(_begins(name, PARTS["vision"]) for name in names)
 
 
 # ---- the KL reference

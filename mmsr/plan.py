@@ -657,7 +657,8 @@ def verdict(
     if advice.processes:
         ways.append(f"{launch(advice.processes, node)} {shlex.join(options)}")
     if advice.lora:
-        ways.append(f"{line} {advice.lora} (adapters instead of all weights: {advice.with_lora / GIB:.1f} GiB)")
+        least = f"{advice.with_lora / GIB:.1f} GiB at least"
+        ways.append(f"{line} {advice.lora} (adapters instead of all weights: {least})")
     if not ways:
         return False, f"does not fit ({size}); take a smaller model or larger devices"
     return False, f"does not fit ({size}); this would: {', or '.join(ways)}"

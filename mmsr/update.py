@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mmsr import grpo
 from mmsr.episode import Episode, Example
-from mmsr.lora import as_reference, trains_only_tower, trains_tower
+from mmsr.lora import as_reference, trains_tower
 from mmsr.model import Qwen2_5_VL, logits
 from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
 from mmsr.system.chunked_log_probs import chunked_log_probs
@@ -475,7 +475,9 @@ class Trainer:
         if self.features is not None:  # the reference has the same tower
             known = self._known_features(images, self.features)
             return known, known
-        always_run = batch.pictures > 0 or trains_only_tower(self.model)
+        # With a frozen embedding only features bring a gradient into the first blocks. There must be some then: whether
+        # a block has a backward pass, and so FSDP's collectives, may not depend on the batch.
+        always_run = batch.pictures > 0 or not self.model.model.embed_tokens.weight.requires_grad
         ref_features = None
         with self.lockstep.guard("vision pass" if train else "first vision pass"):
             features = ImageFeatures(self.model, images, train, always_run)

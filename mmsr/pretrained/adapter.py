@@ -330,8 +330,18 @@ def write_adapter(folder: Path, layers: Mapping[str, LoRALinear], base: str, dig
     file = folder / CONFIG
     if file.is_file() and file.read_bytes() != config:
         file.unlink()  # it would describe the new tensors if this ended before the last line
-    write_whole(folder / WEIGHTS, [safetensors_bytes(tensors, {"format": "pt", DIGEST: digest})])
+    write_whole(folder / WEIGHTS, [_in_order(safetensors_bytes(tensors, {"format": "pt", DIGEST: digest}))])
     write_whole(file, [config])
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file whose header has its keys in order: equal adapters are equal files.
+
+    A file is the header's length in 8 bytes, the header in JSON with blanks behind it, and the numbers.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    return data[:8] + header.encode().ljust(length) + data[8 + length :]
 
 
 def _to_write(tensor: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ def read_config(folder: Path | str) -> ModelConfig:
     values = read_object(file)
     if "model_type" not in values and (folder / "model").is_dir():
         raise UserError(f"{folder} is the folder of a run: give the model in it, {folder / 'model'}")
+    if "model_type" not in values and (folder / "adapter").is_dir():
+        advice = f"give that as --adapter {folder / 'adapter'}, with its base as --model"
+        raise UserError(f"{folder} is the folder of a run that trained an adapter: {advice}")
     refuse_quantised_config(folder, values)
     try:
         config = model_config(values)

@@ -62,6 +62,9 @@ def repository(name: str) -> str:
         return ""
     if name not in SHORT_NAMES and not re.fullmatch(HUB_ID, name):
         known = ", ".join(SHORT_NAMES)
+        adapter = Path(name).with_name("adapter")
+        if adapter.is_dir():
+            raise UserError(f"--model {name}: there is no such folder; the run wrote {adapter}: give it as --adapter")
         raise UserError(f"--model {name}: there is no such folder; give one, a hub id (OWNER/NAME) or {known}")
     return SHORT_NAMES.get(name, name)
 
@@ -111,6 +114,8 @@ def resolve_adapter(name: str) -> Path:
 
 def _adapter_id(name: str) -> str:
     if not re.fullmatch(HUB_ID, name):
+        if Path(name).is_file():
+            raise UserError(f"--adapter {name} is a file; give the folder that it is in")
         raise UserError(f"--adapter {name}: there is no such folder; give one, or a hub id (OWNER/NAME)")
     return name
 

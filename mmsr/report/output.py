@@ -248,6 +248,7 @@ def evaluation_command(config: Config) -> str:
         value = getattr(config, name)
         if value != usual[name]:
             line += [f"--{kebab(name)}", str(value)]
+    line += ["--out", f"{Path(config.out)}-eval"]  # of its own: evaluations of several runs come one after another
     return shlex.join(line)
 
 

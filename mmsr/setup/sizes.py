@@ -54,6 +54,8 @@ def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:
     try:
         plan.check(model, config, *machine)
     except UserError as error:
+        if ranks.device.type == "cpu" and not config.device:
+            raise UserError(f"torch sees no GPU, so this is the memory of the host: {error}") from None
         here = visible_devices(config, ranks)
         if here <= ranks.node_size:
             raise

@@ -86,13 +86,21 @@ def test_a_tool_of_ones_own_has_no_column():
 @pytest.mark.parametrize(
     "given, command",
     [
-        ("", "--model runs/toy/model --data toy"),
-        ("--toy basic --seed 3 --out 'my runs'", "--model 'my runs/model' --data toy --toy basic --seed 3"),
-        ("--penalty 0.9 --max-pixels 6272", "--model runs/toy/model --data toy --penalty 0.9 --max-pixels 6272"),
-        ("--model m --data d.jsonl --search none --out o", "--model o/model --data FILE --search SEARCH"),
+        ("", "--model runs/toy/model --data toy --out runs/toy-eval"),
+        ("--toy basic --seed 3 --out 'my runs'",
+         "--model 'my runs/model' --data toy --toy basic --seed 3 --out 'my runs-eval'"),
+        ("--penalty 0.9 --max-pixels 6272",
+         "--model runs/toy/model --data toy --penalty 0.9 --max-pixels 6272 --out runs/toy-eval"),
+        ("--model m --data d.jsonl --search none --out o",
+         "--model o/model --data FILE --search SEARCH --out o-eval"),
         ("--model m --recipe paper --max-texts 1 --out o",
-         "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1"),
-        ("--model m --max-pixels 451584 --out o", "--model o/model --data FILE --search SEARCH --max-pixels 451584"),
+         "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1 --out o-eval"),
+        ("--model m --max-pixels 451584 --out o",
+         "--model o/model --data FILE --search SEARCH --max-pixels 451584 --out o-eval"),
+        ("--lora 16", "--adapter runs/toy/adapter --data toy --out runs/toy-eval"),
+        ("--model m --lora 16 --merge --out o", "--model o/model --data FILE --search SEARCH --out o-eval"),
+        ("--model m --adapter a --out o",
+         "--model m --adapter o/adapter --data FILE --search SEARCH --out o-eval"),
     ],
 )  # fmt: skip
 def test_the_next_command_evaluates_another_way(given, command):

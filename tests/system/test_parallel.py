@@ -258,6 +258,8 @@ def rows_of_updates_with_adapters(ranks: Ranks, targets) -> dict[str, set]:
         first = [e for e in episodes if e.group_id < 2]
         second = [e for e in episodes if e.group_id >= 2]
         trainer.step([first, second], 0.1)
+    without_pictures = [e for e in local_episodes(ranks, "even") if not e.images]
+    trainer.step([without_pictures], 0.1)
     return dict(trainer.lockstep.recorded)
 
 
