@@ -217,6 +217,7 @@ def test_graphs_are_miscounted(monkeypatch):
     assert seen == {"begun": 2, "captured": 1, "replayed": 1}
 
 
+@pytest.mark.slow
 def test_a_card_that_is_too_small_is_tried(monkeypatch):
     bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes(), torch.bfloat16, gpu_rows.SHAPES)
     monkeypatch.setattr(gpu_rows.Bench, "usable", 72 * gpu_rows.GIB)
@@ -394,6 +395,7 @@ def test_the_teachers_demonstrations_are_no_conversations():
     assert of_known == {(), ("text",), ("image", "text")}  # not the model's boundary
 
 
+@pytest.mark.slow
 def test_sft_samples_a_rollout_of_its_own_or_leaves_out_a_teachers_turn(folder, tmp_path, monkeypatch):
     for name in ("open_setup", "assign_advantages"):
         monkeypatch.setattr(train, name, getattr(train, name))

@@ -43,6 +43,7 @@ def test_a_run_on_a_failing_web_leaks_a_key_or_ends(miniature, tmp_path, web, ev
             assert key.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_paying_and_not_training(miniature, tmp_path, web, every_other_right):  # noqa: F811
     found = run(
         miniature, tmp_path / "out", steps=2, search="live", budget=3, no_deterministic=True,

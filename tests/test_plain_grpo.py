@@ -219,6 +219,7 @@ def test_reward_of_the_toy_recipe_is_another_than_that_of_the_plain_form(policy,
 # ---- the program
 
 
+@pytest.mark.slow
 def test_a_step_of_the_program_prints_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr(plain_grpo, "GROUP_SIZE", 2)
     plain_grpo.main(["--steps", "1", "--model", str(folder)])

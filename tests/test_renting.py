@@ -21,6 +21,7 @@ from mmsr.plan import GIB, PUBLISHED, kept_as_fits, plan  # noqa: E402
 PAGE = read("docs/renting.md")
 
 
+@pytest.mark.slow
 def test_the_renting_page_has_other_tables_than_its_program():
     assert renting.with_tables(PAGE) == PAGE, "python bench/renting.py --write docs/renting.md"
     assert all(f"<!-- {name} -->" in PAGE for name in renting.TABLES)

@@ -453,6 +453,7 @@ def test_more_questions_than_slots_change_no_token(home):
     assert len(narrow[0].engine.state.token) == 4 and not narrow[0].engine.by_slot
 
 
+@pytest.mark.slow
 def test_a_slot_that_is_too_short_loses_a_conversation(home):
     """One that outgrows its slot goes on later: same turns, searches, tokens and end, and the engine tells how many."""
     whole, short = mixed(home, 4, slots=6), mixed(home, 4, slots=6, slot_tokens=20)

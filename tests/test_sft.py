@@ -266,6 +266,7 @@ def test_lines_of_another_form_are_refused(tmp_path, line):
         demonstrations([path])
 
 
+@pytest.mark.slow
 def test_a_file_that_shows_nothing_is_refused(capsys, miniature, tmp_path):
     def shows(said, *lines):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -598,6 +598,7 @@ def test_a_data_set_is_built_and_the_same_command_pays_nothing_more(tmp_path, mo
     recorded.close()
 
 
+@pytest.mark.slow
 def test_more_concepts_cost_only_what_is_new(tmp_path, model):
     titles, counts = corpus(tmp_path / "corpus", 60)
     run(command(tmp_path / "out", titles, counts, 40), model.url)

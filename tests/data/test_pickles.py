@@ -161,6 +161,7 @@ def test_a_huge_place_in_the_memo_takes_memory(tmp_path):
     assert read_plain(written(tmp_path, b"\x80\x02]r\xfe\xff\xff\xff.")) == []
 
 
+@pytest.mark.slow
 def test_depth_ends_the_process(tmp_path):
     """Tuples in tuples for a key: hashing them recurses in C. Lists in lists: they are freed without recursion."""
     deep = b"\x80\x02)" + b"\x85" * 200_000

@@ -525,6 +525,7 @@ def dom(tmp_path, page, fragment="") -> str:
     return done.stdout.split('<script type="application/json"')[0]  # what is shown, without the data
 
 
+@pytest.mark.slow
 def test_browser_draws_filters_and_opens_what_the_address_says(tmp_path):
     wrong = rollout(1, 0, answer="Douro", reward=0.1, reward_parts={"accuracy": 0.0}, category="old")
     folder = a_run(tmp_path / "run", {1: [rollout(), wrong], 2: [rollout(0, s) for s in range(60)]})

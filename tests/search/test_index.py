@@ -591,6 +591,7 @@ def test_a_passage_misses_the_match_or_cuts_words(tmp_path):
         assert f" {shown} " in text and 600 < len(shown) <= index.PASSAGE
 
 
+@pytest.mark.slow
 def test_a_passage_is_longer_than_its_bound_or_empty():
     draw = random.Random(0)
     for _ in range(300):

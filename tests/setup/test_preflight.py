@@ -83,6 +83,7 @@ def test_weights_are_fetched_for_a_run_that_is_refused(served, tmp_path, monkeyp
         assert asked[-1].endswith("model.safetensors") and setup.model.head_weight.isfinite().all()
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_for_an_adapter_of_another_model(served, tmp_path):
     folders, argv = served
     (tmp_path / "data" / "0.png").write_bytes(picture_bytes(56, 56))

@@ -658,6 +658,7 @@ def test_signal_saves_the_last_finished_step_and_leaves(base, whole, tmp_path, m
     assert {name: now[name] for name in (*weights, last)} == {name: then[name] for name in (*weights, last)}
 
 
+@pytest.mark.slow
 def test_signal_before_the_first_step_leaves_nothing_that_is_in_the_way(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         raise_at_call(patch, train, "roll_out", 1, signal.SIGTERM)

@@ -125,6 +125,7 @@ def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeyp
             assert torch.allclose(torch.tensor(sequence.logps), torch.tensor(twin.logps), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_graph_of_short_slots_outlives_them(model, cuda, monkeypatch):  # noqa: F811
     """Parked sequences get other slots, and the old graphs, which know the old ones, are gone with their memory."""
     options = dict(slots=6, turn_tokens=40, max_tokens=400)

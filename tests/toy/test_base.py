@@ -210,6 +210,7 @@ def test_full_traces_tell_what_is_to_be_known_and_make_up_the_rest_each_time(ful
     assert len(towns["named"]) > 1.4 * len({name for name, _ in towns["named"]})
 
 
+@pytest.mark.slow
 def test_traces_show_concepts_in_proportion_to_their_exposure(chat):
     world = toy.World(0, toy.graded(toy.FULL, (2400, 150, 0)))
     batch = toy_base.Traces(world, chat, 1).batch(1200)
