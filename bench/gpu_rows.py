@@ -148,11 +148,11 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             reason = f"failed: {type(error).__name__}: {first_line(error)}"
-        told = [asdict(figure) for figure in figures]
-        for figure in told:
+        listed = [asdict(figure) for figure in figures]
+        for figure in listed:
             if figure["predicted"] is None:
                 figure["predicted"] = self._predicted(row, figure["unit"])
-        return {"figures": told, "reason": reason, "over": self._spoilt()}
+        return {"figures": listed, "reason": reason, "over": self._spoilt()}
 
     def _predicted(self, row: dict[str, Any], unit: str) -> float | None:
         """What bench/roofline.py says of a row's speed, at the rates measured here; None of any other number."""
@@ -472,11 +472,11 @@ class Bench:
         self.graphs.clear()
         rollout, (episodes, steps) = common.timed(lambda: self.roll(trainer, s.questions), self.device)
         peak()
-        update, told = common.timed(lambda: trainer.step([episodes], 0.0), self.device)
+        update, metrics = common.timed(lambda: trainer.step([episodes], 0.0), self.device)
         peak()
         halved = f"; out of memory: micro-batches now {trainer.micro_tokens}" if trainer.micro_tokens < tokens else ""
         remark = f"{s.questions} × {s.group}: rollout {rollout:.1f} s, update {update:.1f} s{halved}"
-        gap = f"largest {told['logp_gap_max']:.1e}"
+        gap = f"largest {metrics['logp_gap_max']:.1e}"
         return [
             Figure(rollout + update, "s", remark=remark),
             Figure(held[1], "GiB", "memory of the rollout", predicted=planned[0] / GIB, remark="predicted: mmsr.plan"),
@@ -485,7 +485,7 @@ class Bench:
             ),
             Figure(self.graphs["captured"], "graphs", "captured", remark=f"of {self.graphs['begun']} tried"),
             Figure(100 * self.graphs["replayed"] / max(steps, 1), "%", "decode steps replayed", remark=f"of {steps}"),
-            Figure(told["logp_gap"], "nats", "gap between sampler and trainer", remark=gap),
+            Figure(metrics["logp_gap"], "nats", "gap between sampler and trainer", remark=gap),
         ]
 
     def trainer(self, policy: Qwen2_5_VL, tokens: int) -> Trainer:

@@ -278,21 +278,33 @@ def for_sampling(whole: AnyModule, trained: nn.Module, dtype: torch.dtype) -> An
     model.load_state_dict(weights, assign=True)
     for name, layer in layers.items():
         add_adapter(model.get_submodule(name), layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
-    _stack_layers(model, dtype)
+    sampled = adapted(model)
+    for names, copy_weights in stacks(sampled):
+        first = sampled[names[0]]
+        stack = Stack([sampled[name] for name in names], dtype, copy_weights)
+        if len(names) > 1:
+            first.stack = stack
+        else:
+            first.alone = stack
     return model.requires_grad_(False)
 
 
-def _stack_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every layer with an adapter a stack: together with those that have the same input, or alone."""
-    alone = set(adapted(model).values())
-    for module in model.modules():
+def stacks(layers: Iterable[str]) -> list[tuple[list[str], bool]]:
+    """How sampling groups layers with adapters, by their names: those with the same input together, others alone.
+
+    Of each group also whether the weights are copied to one matrix.
+    """
+    alone = dict.fromkeys(layers)  # a set that keeps the order
+    found = []
+    for block in dict.fromkeys(layer.rpartition(".")[0] for layer in alone):
         for names, copy_weights in SAME_INPUT.items():
-            together = [getattr(module, name, None) for name in names]
-            if alone.issuperset(together):
-                together[0].stack = Stack(together, dtype, copy_weights)
-                alone.difference_update(together)
-    for layer in alone:
-        layer.alone = Stack([layer], dtype)
+            together = [f"{block}.{name}" for name in names]
+            if alone.keys() >= set(together):
+                found.append((together, copy_weights))
+    for together, _ in found:
+        for layer in together:
+            del alone[layer]
+    return found + [([layer], False) for layer in alone]
 
 
 # ---- merging

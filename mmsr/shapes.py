@@ -86,21 +86,15 @@ class Trained:
 
         The weights that project to queries, keys and values are copied too.
         """
-        alone = {adapter.layer: adapter for adapter in self.adapters}
-        stacks = []
+        by_layer = {adapter.layer: adapter for adapter in self.adapters}
         total = 0
-        for block in {layer.rpartition(".")[0] for layer in alone}:
-            for names, copy_weights in lora.SAME_INPUT.items():
-                layers = [f"{block}.{name}" for name in names]
-                if alone.keys() >= set(layers):
-                    stacks.append([alone.pop(layer) for layer in layers])
-                    if copy_weights:
-                        total += sum(adapter.rows * adapter.columns for adapter in stacks[-1])
-        stacks += [[adapter] for adapter in alone.values()]
-        for stack in stacks:
+        for names, copy_weights in lora.stacks(by_layer):
+            stack = [by_layer[name] for name in names]
             ranks = sum(adapter.rank for adapter in stack)
             rows = sum(adapter.rows for adapter in stack)
             total += ranks * (stack[0].columns + rows) + sum(adapter.biases for adapter in stack)
+            if copy_weights:
+                total += rows * stack[0].columns
         return total
 
 

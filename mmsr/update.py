@@ -473,7 +473,7 @@ class Trainer:
         for micro_batch in micro_batches:
             images += micro_batch.pack.images
         if self.features is not None:  # the reference has the same tower
-            known = self._known_features(images, self.features)
+            known = self._known_features(images)
             return known, known
         # With a frozen embedding only features bring a gradient into the first blocks. There must be some then: whether
         # a block has a backward pass, and so FSDP's collectives, may not depend on the batch.
@@ -486,8 +486,9 @@ class Trainer:
                     ref_features = ImageFeatures(self.reference, images, False, always_run)
         return features, ref_features
 
-    def _known_features(self, images: Sequence[Image], known: dict[str, Tensor]) -> KnownFeatures:
-        """What `known` lacks of some images is encoded, and added to it. If any rank lacks one, all encode."""
+    def _known_features(self, images: Sequence[Image]) -> KnownFeatures:
+        """What `features` lacks of some images is encoded, and added to it. If any rank lacks one, all encode."""
+        known = self.features
         lacking = {image.key: image for image in images if image.key not in known}
         if self.ranks.max(len(lacking)):
             new = list(lacking.values()) or [EMPTY_PICTURE]
@@ -538,7 +539,7 @@ class Trainer:
         """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
         nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
         if self.features is not None:
-            self._known_features([EMPTY_PICTURE], self.features)
+            self._known_features([EMPTY_PICTURE])
         self.old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)

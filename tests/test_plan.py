@@ -269,12 +269,13 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
     assert kept.longest == 612
     batch = pack(episodes := [e for n in range(2) for e in group(n, 4, 612, 200)], range(len(episodes)), "cpu")
     images = list({image.key: image for image in batch.images}.values())
-    trainer = Trainer(model, MasterWeights(model), SUPPRESSED)
-    features = trainer._known_features(images, {}) if rank else ImageFeatures(model, images, True)
+    trainer = Trainer(model, MasterWeights(model), SUPPRESSED, features={})
+    features = trainer._known_features(images) if rank else ImageFeatures(model, images, True)
     passes = saved(lambda: trainer.log_probs(model, batch, features), model)
     found = {"micro-batch": (passes, kept.decoder(len(batch.input_ids)))}
     if rank:
-        assert saved(lambda: trainer._known_features(images, {}), model) == 0
+        trainer.features.clear()
+        assert saved(lambda: trainer._known_features(images), model) == 0
         assert plan(model.config, config, item=item).rows["kept of the pictures"].update == 0
     else:
         found["pictures"] = (saved(lambda: model.encode_images(images), model), kept.tower(100))
@@ -295,8 +296,8 @@ def test_wider_adapters_keep_more_or_less_than_planned(dtype, item):
         config = replace(CONFIG, lora=rank)
         model = opened(Ranks(), config, dtype)
         batch = pack(group(0, 2, 110, 90), range(2), "cpu")
-        trainer = Trainer(model, MasterWeights(model), FREE)
-        features = trainer._known_features(batch.images, {})
+        trainer = Trainer(model, MasterWeights(model), FREE, features={})
+        features = trainer._known_features(batch.images)
         real.append(saved(lambda t=trainer, b=batch, f=features: t.log_probs(t.model, b, f), model))
         planned.append(Activations(model.config, config, item).decoder(len(batch.input_ids)))
         if item == 4:

@@ -14,13 +14,14 @@ from mmsr import attention, lora
 from mmsr import model as modeling
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, Options
-from mmsr.pretrained.adapter import WEIGHTS, base_name, check_base, check_layers, read_adapter
+from mmsr.pretrained.adapter import WEIGHTS, base_name, check_base, read_adapter
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import resolve, resolve_adapter, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_prompts, check_tokens
 from mmsr.setup.questions import Questions
 from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype, sharding
+from mmsr.shapes import adapter_ranks
 from mmsr.system import parallel
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
@@ -95,9 +96,7 @@ def find_adapter(config: Options, folder: Path, ranks: Ranks) -> None:
     if len(set(digests)) > 1:  # on several machines each reads its own
         raise UserError(f"--adapter {config.adapter}: it is not the same on all machines; copy one of them to all")
     with ranks.sync_errors():
-        with torch.device("meta"):
-            model = modeling.Qwen2_5_VL(read_config(folder))
-        check_layers(adapter, lora.linear_layers(model))
+        adapter_ranks(read_config(folder), config.adapter)
 
 
 def prompts_folder(name: str) -> Path:
