@@ -22,6 +22,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "bench/README.md",
+    "examples/flags/README.md",
     *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
 ]
 OURS, OTHERS = ("python", "torchrun", "pytest", "pip"), ("ruff", "mypy", "hf", "export", "srun")

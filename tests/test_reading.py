@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = [ROOT / "train.py", *sorted((ROOT / "mmsr").glob("*.py"))]
-CODE = [*CORE, *ROOT.glob("*.py"), *(ROOT / "mmsr").glob("*/*.py"), *(ROOT / "examples").glob("*.py")]
+CODE = [*CORE, *ROOT.glob("*.py"), *(ROOT / "mmsr").glob("*/*.py"), *(ROOT / "examples").rglob("*.py")]
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 SCREEN = 40  # lines of a function, with its docstring
 DENSITY = 9.5  # tokens a line on average; nanochat and nano-vllm have 8, this project had 11.4

@@ -1,0 +1,101 @@
+"""What a language model knows before any training: asked in words, with the country's name in place of its flag.
+
+The prompt is the one of training without the picture, and the turn begins as it does there: "<reason>This is the flag
+of Peru. The capital of Peru is". What follows, up to the full stop, is the model's answer. `sampled` is the share of
+right ones among 16 at T = 1. `prompted` is the probability of the right answer after three examples, the usual measure.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+
+from examples.flags.countries import FACTS, QUESTIONS, Country, countries, flag_seen, recall_of, statement
+from mmsr.attention import Packed
+from mmsr.chat import Chat
+from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
+from mmsr.model import Qwen2_5_VL, log_probs, mrope_positions
+from mmsr.reward import exact_match
+
+BATCH = 32  # countries
+EXAMPLES = ("France", "Kenya", "Japan")  # whose facts stand before the question of `prompted`
+ANSWER_TOKENS = 8
+END = re.compile(r"<|\n|(?<!\bSt)\.\s")  # of an answer
+
+
+@dataclass
+class Known:
+    """What is known of one fact of one country."""
+
+    country: str
+    kind: str
+    said: list[str]  # the answers that were sampled
+    sampled: float  # the share of right ones
+    prompted: float  # the probability of the usual answer after three examples
+
+
+@torch.inference_mode()
+def measure(
+    model: Qwen2_5_VL,
+    chat: Chat,
+    everything: Sequence[Country],
+    samples: int,
+    seed: int,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Known]:
+    """`Known` of every fact of every country."""
+    found = []
+    for kind in FACTS:
+        for start in range(0, len(everything), BATCH):
+            batch = everything[start : start + BATCH]
+            for country, said in zip(batch, _samples(model, chat, batch, kind, samples, seed)):
+                right = [exact_match(answer, country.answers(kind), False) for answer in said]
+                prompted = _prompted(model, chat, country, kind)
+                found.append(Known(country.name, kind, said, sum(right) / len(said), prompted))
+                on_done()
+    return found
+
+
+def _samples(
+    model: Qwen2_5_VL, chat: Chat, batch: Sequence[Country], kind: str, samples: int, seed: int
+) -> list[list[str]]:
+    """Answers about each country of a batch, at T = 1."""
+    suppressed = chat.suppressed_tokens(model.config.vocab_size).to(model.head_weight.device)
+    engine = Engine(model, chat.stop_id, suppressed, slots=BATCH * samples, max_tokens=160, turn_tokens=ANSWER_TOKENS)
+    groups = []
+    for country in batch:
+        prompt = chat.prompt(QUESTIONS[kind], None)
+        opening = chat.opening(f"<reason>{flag_seen(country.name)} {recall_of(country.name, kind)}")
+        keys = [sampling_key(seed, kind, country.name, sample) for sample in range(samples)]
+        groups.append(SequenceGroup(prompt.ids + opening, [], [GeneratedSequence(key) for key in keys]))
+    engine.submit(groups)
+    while engine.busy:
+        for sequence in engine.step():
+            engine.finish(sequence)
+    answers = []
+    for group in groups:
+        answers.append([first_words(chat.decode(sequence.ids)) for sequence in group.sequences])
+    return answers
+
+
+def first_words(text: str) -> str:
+    """What is said before the sentence ends: of " Lima.</reason>" it is Lima."""
+    return END.split(text)[0].strip().removesuffix(".")
+
+
+def _prompted(model: Qwen2_5_VL, chat: Chat, country: Country, kind: str) -> float:
+    """The probability of the usual answer after three examples, the full stop included."""
+    examples = [each for each in countries() if each.name in EXAMPLES]
+    lines = [statement(each.name, kind, each.facts[kind][0]) for each in examples]
+    ids = chat.opening("\n".join([*lines, recall_of(country.name, kind)]))
+    answer = chat.opening(f" {country.facts[kind][0]}.")
+    device = model.head_weight.device
+    tokens = torch.tensor(ids + answer, device=device)  # (N,)
+    positions, _ = mrope_positions(len(tokens), [])
+    hidden = model(tokens, positions.to(device), Packed([len(tokens)], device))  # (N, d)
+    before = hidden[len(ids) - 1 : -1]  # (answer's tokens, d): each predicts the next
+    logps, _ = log_probs(before, model.head_weight, tokens[len(ids) :])
+    return float(logps.sum().exp())
