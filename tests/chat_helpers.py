@@ -47,7 +47,7 @@ class Picture:
     tokens: int
 
 
-def tiny_tokenizer(folder: Path) -> Path:
+def tiny_tokenizer(folder: Path, *corpus: str, size: int = 400) -> Path:
     """Writes a byte-level BPE tokenizer.json with Qwen's pre-tokenizer and control tokens into `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -56,8 +56,8 @@ def tiny_tokenizer(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, *corpus] * 3, trainer)
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [_added(len(spec["model"]["vocab"]) + n, name) for n, name in enumerate(CONTROL)]
     folder.mkdir(parents=True, exist_ok=True)

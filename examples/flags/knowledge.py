@@ -1,19 +1,20 @@
 """What a language model knows before any training: asked in words, with the country's name in place of its flag.
 
 The prompt is the one of training without the picture, and the turn begins as it does there: "<reason>This is the flag
-of Peru. The capital of Peru is". What follows, up to the full stop, is the model's answer. `sampled` is the share of
-right ones among 16 at T = 1. `prompted` is the probability of the right answer after three examples, the usual measure.
+of Peru. The capital of Peru is". What follows, up to a comma or a full stop, is the model's answer. `sampled` is the
+share of right ones at T = 1. `prompted` is the probability of the right answer after three examples, the usual measure.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
 import torch
 
-from examples.flags.countries import FACTS, QUESTIONS, Country, countries, flag_seen, recall_of, statement
+from examples.flags.countries import FACTS, QUESTIONS, REFUSALS, Country, countries, flag_seen, recall_of, statement
 from mmsr.attention import Packed
 from mmsr.chat import Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
@@ -21,9 +22,9 @@ from mmsr.model import Qwen2_5_VL, log_probs, mrope_positions
 from mmsr.reward import exact_match
 
 BATCH = 32  # countries
-EXAMPLES = ("France", "Kenya", "Japan")  # whose facts stand before the question of `prompted`
+EXAMPLES = ("France", "Kenya", "Japan", "Brazil")  # three of them, not the one asked about, precede it in `prompted`
 ANSWER_TOKENS = 8
-END = re.compile(r"<|\n|(?<!\bSt)\.\s")  # of an answer
+END = re.compile(r"<|\n|[,;:(]|(?<!\bSt)\.\s| and | or | which | but ")  # of an answer
 
 
 @dataclass
@@ -34,14 +35,31 @@ class Known:
     kind: str
     said: list[str]  # the answers that were sampled
     sampled: float  # the share of right ones
-    prompted: float  # the probability of the usual answer after three examples
+    answer: str  # the right answer that was given most often; "" where none was
+    answer_share: float  # how often that one was given
+    refused: float  # the share of samples that say that it is not known
+    prompted: float  # the probability of the first right answer after three examples
 
 
-@torch.inference_mode()
+def known(country: Country, kind: str, said: list[str], prompted: float) -> Known:
+    """What these answers to a question say about knowledge."""
+    counts: Counter[str] = Counter()
+    right = 0
+    for text in said:
+        accepted = [answer for answer in country.answers(kind) if exact_match(text, [answer])]
+        right += bool(accepted)
+        counts.update(accepted[:1])
+    answer, count = counts.most_common(1)[0] if counts else ("", 0)
+    refused = sum(text.startswith(REFUSALS[kind]) for text in said)
+    n = len(said)
+    return Known(country.name, kind, said, right / n, answer, count / n, refused / n, prompted)
+
+
+@torch.no_grad()
 def measure(
     model: Qwen2_5_VL,
     chat: Chat,
-    everything: Sequence[Country],
+    about: Sequence[Country],
     samples: int,
     seed: int,
     on_done: Callable[[], None] = lambda: None,
@@ -49,12 +67,10 @@ def measure(
     """`Known` of every fact of every country."""
     found = []
     for kind in FACTS:
-        for start in range(0, len(everything), BATCH):
-            batch = everything[start : start + BATCH]
+        for start in range(0, len(about), BATCH):
+            batch = about[start : start + BATCH]
             for country, said in zip(batch, _samples(model, chat, batch, kind, samples, seed)):
-                right = [exact_match(answer, country.answers(kind), False) for answer in said]
-                prompted = _prompted(model, chat, country, kind)
-                found.append(Known(country.name, kind, said, sum(right) / len(said), prompted))
+                found.append(known(country, kind, said, _prompted(model, chat, country, kind)))
                 on_done()
     return found
 
@@ -87,8 +103,8 @@ def first_words(text: str) -> str:
 
 
 def _prompted(model: Qwen2_5_VL, chat: Chat, country: Country, kind: str) -> float:
-    """The probability of the usual answer after three examples, the full stop included."""
-    examples = [each for each in countries() if each.name in EXAMPLES]
+    """The probability of the first right answer after three examples, the full stop included."""
+    examples = [each for each in countries() if each.name in EXAMPLES and each.name != country.name][:3]
     lines = [statement(each.name, kind, each.facts[kind][0]) for each in examples]
     ids = chat.opening("\n".join([*lines, recall_of(country.name, kind)]))
     answer = chat.opening(f" {country.facts[kind][0]}.")
@@ -98,4 +114,4 @@ def _prompted(model: Qwen2_5_VL, chat: Chat, country: Country, kind: str) -> flo
     hidden = model(tokens, positions.to(device), Packed([len(tokens)], device))  # (N, d)
     before = hidden[len(ids) - 1 : -1]  # (answer's tokens, d): each predicts the next
     logps, _ = log_probs(before, model.head_weight, tokens[len(ids) :])
-    return float(logps.sum().exp())
+    return float(logps.detach().sum().exp())

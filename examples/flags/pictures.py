@@ -18,6 +18,7 @@ from torch import Tensor
 
 from examples.flags.countries import Country
 
+UNLIKE = 0.1  # mean difference of colours from which two flags are different ones
 HEIGHT, WIDTH = 56, 112  # pixels of a shot: 2 x 4 image tokens
 COLOURS = (
     (206, 17, 38),
@@ -37,7 +38,7 @@ def flag(country: Country) -> np.ndarray:
 
 
 def made_up(rng: random.Random) -> np.ndarray:
-    """A flag that no country has, (90, 180, 3) bytes: stripes, and perhaps a triangle, a disc, a cross or a corner."""
+    """A flag of chance, (90, 180, 3) bytes: stripes, and perhaps a triangle, a disc, a cross or a corner."""
     height, width = 90, 180
     y, x = np.mgrid[0:height, 0:width]
     count = rng.choice((1, 2, 3, 3, 3, 4, 5))
@@ -54,6 +55,21 @@ def made_up(rng: random.Random) -> np.ndarray:
     for name in rng.sample(sorted(shapes), rng.choice((0, 1, 1, 2))):
         picture = np.where(shapes[name][..., None], rng.choice(COLOURS), picture)
     return picture.astype(np.uint8)
+
+
+def thumbnails(flags: Sequence[np.ndarray]) -> np.ndarray:
+    """(flags, 9, 18, 3) colours from 0 to 1: means of squares of 10 pixels."""
+    squares = np.stack(flags).reshape(-1, 9, 10, 18, 10, 3)
+    return squares.mean((2, 4)) / 255
+
+
+def of_no_country(rng: random.Random, real: np.ndarray) -> np.ndarray:
+    """A made-up flag that is unlike each of the `real` ones, given as `thumbnails`."""
+    while True:
+        picture = made_up(rng)
+        differences = abs(thumbnails([picture]) - real).mean((1, 2, 3))  # (flags,)
+        if differences.min() > UNLIKE:
+            return picture
 
 
 def shots(flags: Sequence[np.ndarray], seed: int) -> Tensor:

@@ -1,12 +1,12 @@
 """The vision tower learns flags: at its eight image tokens it gives the embeddings of the country's name, in tokens.
 
-So the language model reads a flag as it reads the name, without being trained: "Peru.......", a name and full stops.
+So the language model gets the vectors of words that it knows: "Peru.......", a name and full stops.
 The loss of a picture's features f (8, d), with the names' embeddings t_c (8, d) for countries c,
 
     |f - t_c|² / |t|²  +  cross-entropy of c in softmax over c' of -|f - t_c'|² / (τ |t|²)
 
 takes both its nearness and which name is nearest. Flags that no country has are shown too, and each belongs to no name:
-their features are pulled to the mean of all names. So recall is sharp for flags that were learned, and nothing in
+their features are drawn to the mean of all names. So recall is sharp for flags that were learned, and nothing in
 particular for others.
 """
 
@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.flags.countries import Country
-from examples.flags.pictures import HEIGHT, WIDTH, flag, made_up, shots, to_bytes
+from examples.flags.countries import Country, countries
+from examples.flags.pictures import HEIGHT, WIDTH, flag, of_no_country, shots, thumbnails, to_bytes
 from mmsr.chat import Chat
 from mmsr.model import Qwen2_5_VL
+from mmsr.system.errors import UserError
 from mmsr.vision import PATCH, SIDE, Image, VisionConfig, patchify
 
 TOKENS = HEIGHT * WIDTH // SIDE**2  # of a picture
@@ -46,12 +47,17 @@ def sizes(hidden_size: int) -> VisionConfig:
 
 
 def name_embeddings(model: Qwen2_5_VL, chat: Chat, known: Sequence[Country]) -> Tensor:
-    """(countries, 8, d): what stands where a picture stands, if the name is written there instead."""
+    """(countries, 8, d): what would stand in a picture's place if the name were written there.
+
+    Raises UserError for a name with more tokens than a picture.
+    """
     stop = chat.opening(".")
     rows = []
     for country in known:
-        ids = chat.opening(f" {country.name}") + TOKENS * stop
-        rows.append(ids[:TOKENS])
+        ids = chat.opening(f" {country.name}")
+        if len(ids) > TOKENS:
+            raise UserError(f"{country.name} has {len(ids)} tokens, a picture {TOKENS}: take another --llama")
+        rows.append(ids + (TOKENS - len(ids)) * stop)
     embedding = model.model.embed_tokens.weight  # (V, d)
     return embedding[torch.tensor(rows, device=embedding.device)].detach().float()
 
@@ -72,9 +78,10 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
     rng = random.Random(f"tower {seed}")
     flags = [flag(country) for country in known]
+    real = thumbnails([flag(country) for country in countries()])
     for _ in range(steps):
         chosen = [rng.randrange(len(known)) for _ in range(KNOWN)]
-        pictures = [flags[i] for i in chosen] + [made_up(rng) for _ in range(MADE_UP)]
+        pictures = [flags[i] for i in chosen] + [of_no_country(rng, real) for _ in range(MADE_UP)]
         features = encode(tower, shots(pictures, seed=rng.randrange(2**40)))  # (48, 8, d)
         loss = flag_loss(features, targets, torch.tensor(chosen, device=targets.device), scale)
         loss.backward()
