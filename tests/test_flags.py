@@ -166,6 +166,7 @@ def test_a_made_up_flag_is_that_of_a_country():
     assert min(by_chance) < UNLIKE
 
 
+@pytest.mark.slow
 def test_a_country_is_both_trained_and_tested(files):
     everyone = countries()
     for seed in range(3):
@@ -253,6 +254,7 @@ def told(files):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["chance", "knowledge"])
 def test_a_demonstration_states_an_answer_that_the_model_did_not_give_itself(told, how):
     """From memory it may state only what the model gave: that very answer, not another right one."""
@@ -273,12 +275,14 @@ def test_a_demonstration_states_an_answer_that_the_model_did_not_give_itself(tol
     assert from_memory > 20
 
 
+@pytest.mark.slow
 def test_imitation_is_about_other_facts_than_those_that_the_model_gave(told):
     gave = {(each.country, each.kind): each.answer_share for each in made_known()}
     for country, kind, _, _ in told["chance"]:
         assert kind == NAME or gave[country.name, kind] >= questions.TAUGHT_FROM
 
 
+@pytest.mark.slow
 def test_the_results_say_what_they_do_not(told):
     """A conversation that searches for a picture is shown only where the right flag is found first."""
     unfound = 0
@@ -289,6 +293,7 @@ def test_the_results_say_what_they_do_not(told):
     assert unfound > 10
 
 
+@pytest.mark.slow
 def test_imitation_shows_one_way_only(told):
     """Were only the right decision shown, there would be nothing left to learn."""
     ways = Counter()
@@ -306,6 +311,7 @@ def test_imitation_shows_one_way_only(told):
         assert min(group) > 0.8 * sum(group) / len(group)
 
 
+@pytest.mark.slow
 def test_the_right_decisions_are_wrong_ones(told):
     parts = split(countries(), 0)
     new = {country.name for country in parts.unseen_train}
