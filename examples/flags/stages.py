@@ -63,16 +63,16 @@ QUICK = Scale(tower_steps=4, samples=2, imitation_steps=2, grpo_steps=2, limit=8
 MINUTES = {
     "base": 0.5,
     "tower": 2,
-    "knowledge": 4,
+    "knowledge": 3.6,
     "files": 0.3,
-    "imitation": 10,
-    "retained": 2,
-    "grpo": 35,
-    "evaluation": 12,
+    "imitation": 9.3,
+    "retained": 1.3,
+    "grpo": 45,
+    "evaluation": 11.5,
     "exported": 0.5,
     "report": 0.2,
 }
-COMPARED: dict[str, float] = {"unpenalised": 37, "informed": 10}
+COMPARED: dict[str, float] = {"unpenalised": 47, "informed": 11}
 
 
 class Experiment:
