@@ -542,6 +542,7 @@ def test_a_program_that_fails_goes_unnoticed(ending, code, word, tmp_path, monke
     assert stopped.value.code == code and word in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_program_is_left_before_it_has_saved(tmp_path):
     """Ctrl-C reaches program and child; the child's answer to it takes a second."""
     (tmp_path / "saves.py").write_text(
@@ -555,7 +556,12 @@ def test_a_program_is_left_before_it_has_saved(tmp_path):
         f"stages.Experiment(stages.ROOT, 0, '', stages.QUICK).command('saves.py')\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=stages.ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        cwd=stages.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as program:
         while "ready" not in program.stdout.readline():
             pass
