@@ -148,6 +148,7 @@ def test_the_data_lack_a_fact_or_a_picture():
     assert sum(file.stat().st_size for file in (stages.HERE / "data").rglob("*")) < 500_000
 
 
+@pytest.mark.slow
 def test_two_countries_have_the_same_flag():
     """One of them would be seen by the tower and the other a new one, and no search could tell them apart."""
     small = thumbnails([flag(country) for country in countries()])
@@ -156,6 +157,7 @@ def test_two_countries_have_the_same_flag():
     assert differences.min() > 0.008  # the Netherlands' and Luxembourg's, which have another blue
 
 
+@pytest.mark.slow
 def test_a_made_up_flag_is_that_of_a_country():
     real = thumbnails([flag(country) for country in countries()])
     rng = random.Random(0)
@@ -429,6 +431,7 @@ def test_an_example_before_the_question_answers_it(model, chat, monkeypatch):
     assert shown == ["Brazil", "France", "Kenya", "Brazil", "France", "Japan"]
 
 
+@pytest.mark.slow
 def test_the_tower_does_not_learn_the_flags(model, chat):
     some = countries()[:6]
     before = {name: weight.clone() for name, weight in model.state_dict().items() if not name.startswith("visual.")}

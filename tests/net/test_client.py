@@ -988,6 +988,7 @@ def test_address_that_cannot_be_asked_does_not_tell_the_key(caplog, canary, url)
     assert leaks(everything_about(caught.value) + caplog.text) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [CANARY + "\nX: y", CANARY + "\u2026"])
 def test_key_that_no_header_can_hold_is_not_told(web, canary, value):
     with pytest.raises(ToolFailure) as caught:
