@@ -31,6 +31,11 @@ QUESTIONS = {
     "continent": "On which continent is this country?",
 }
 NOUNS = {"capital": "capital", "language": "official language", "continent": "continent"}
+REFUSALS = {
+    "capital": "not known to me",
+    "language": "not known to me",
+    "continent": "which I do not know the name",
+}
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,11 @@ def split(everyone: list[Country], seed: int) -> Split:
 # ---- English
 
 
-def noun(kind: str) -> str:
-    return NOUNS[kind]
-
-
 def recall_of(country: str, kind: str) -> str:
     """The words before a fact."""
     if kind == "continent":
         return f"{country[0].upper()}{country[1:]} lies on the continent of"
-    return f"The {noun(kind)} of {country} is"
+    return f"The {NOUNS[kind]} of {country} is"
 
 
 def statement(country: str, kind: str, answer: str) -> str:
@@ -130,13 +131,6 @@ def refusal(country: str, kind: str) -> str:
     return statement(country, kind, REFUSALS[kind])
 
 
-REFUSALS = {
-    "capital": "not known to me",
-    "language": "not known to me",
-    "continent": "which I do not know the name",
-}
-
-
 def page(country: Country, kind: str) -> str:
     """The text of the page about a fact: all of its right answers."""
     *others, last = country.facts[kind]
@@ -146,7 +140,7 @@ def page(country: Country, kind: str) -> str:
 
 def query(country: str, kind: str) -> str:
     """The words of a text search, and the title of the page that it should find."""
-    return f"{noun(kind)} of {country}"
+    return f"{NOUNS[kind]} of {country}"
 
 
 # The turns of a conversation, one function a step.
