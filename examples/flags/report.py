@@ -54,7 +54,7 @@ def write(folder: Path, known: Sequence[Known], known_after: Sequence[Known]) ->
 
 def table(answered: dict[str, list[Row]]) -> str:
     """Accuracy, reward and searches a question; accuracy, image and text searches by category."""
-    heads = ["T = 1", "accuracy", "reward", "searches"]
+    heads = ["sampled as in training", "accuracy", "reward", "searches"]
     heads += [f"{name}: acc · img · text" for name in CATEGORIES]
     rows = [heads, ["---"] * len(heads)]
     for way, lines in answered.items():

@@ -30,17 +30,19 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SENTENCES = ("The capital of France is Paris.", "<reason>This is the flag of Peru.</reason> <answer>Peru</answer>")
 
-# What training and evaluation have in common: the limits of a rollout, and a small machine.
+# What training and evaluation have in common: the price of a search, the limits of a rollout, and a small machine.
 ROLLOUT = f"""
-    --recipe paper --results 2 --max-turns 3 --max-images 1 --max-texts 1
+    --recipe paper --penalty 0.2 --penalty-per-call
+    --results 2 --max-turns 3 --max-images 1 --max-texts 1
     --min-pixels {HEIGHT * WIDTH} --max-pixels {HEIGHT * WIDTH} --max-tokens 256 --turn-tokens 48
     --dtype bfloat16 --slots 96 --slot-tokens 0 --micro-tokens 8192
 """
 TRAINING = "--kl 0 --lr-schedule half-decay --no-recompute --eval-size 24 --save-every 10 --merge --resume"
+TEMPERATURE = 0.5  # of rollouts; below 1, what memory is sure of wins against "not known to me", and a guess loses
 IMITATED, ASKED, GROUP = 20, 12, 8  # conversations of a step of imitation; questions and rollouts each of one of GRPO
 IMITATION = f"--algorithm sft --lr 1e-3 --questions {IMITATED} --mini-batch {IMITATED} --group-size 1"
 GRPO = f"""
-    --lr 3e-4 --warmup 2 --adam-beta2 0.99 --group-eps 0.05 --zero-std drop
+    --lr 1.5e-4 --warmup 2 --adam-beta2 0.99 --group-eps 1 --zero-std drop --temperature {TEMPERATURE}
     --questions {ASKED} --mini-batch {ASKED} --group-size {GROUP}
 """
 
@@ -52,7 +54,7 @@ class Scale:
     tower_steps: int = 900
     samples: int = 16  # of each fact, where knowledge is measured
     imitation_steps: int = 60
-    grpo_steps: int = 48
+    grpo_steps: int = 64
     limit: int = 0  # questions of an evaluation; 0: all
 
 
@@ -67,12 +69,12 @@ MINUTES = {
     "files": 0.3,
     "imitation": 9.3,
     "retained": 1.3,
-    "grpo": 45,
+    "grpo": 48,
     "evaluation": 11.5,
     "exported": 0.5,
     "report": 0.2,
 }
-COMPARED: dict[str, float] = {"unpenalised": 47, "informed": 11}
+COMPARED: dict[str, float] = {"unpenalised": 50, "informed": 14}
 
 
 class Experiment:
@@ -236,7 +238,7 @@ class Experiment:
             self.evaluate(f"always-{name}-names", trained, *always, "--max-texts", 0, data="test-names")
         self.evaluate("greedy", "grpo", temperature=0)
 
-    def evaluate(self, name: str, trained: str, *options, data: str = "test", temperature: int = 1) -> None:
+    def evaluate(self, name: str, trained: str, *options, data: str = "test", temperature: float = TEMPERATURE) -> None:
         given = ["--adapter", self.adapter(trained), "--data", self.data / f"{data}.jsonl"]
         given += ["--temperature", temperature, "--limit", self.scale.limit]
         self.command("eval.py", *self.rollouts(f"eval-{name}"), *given, *options)
