@@ -194,7 +194,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
-def roofline_shares(rank: int = 0) -> dict[tuple[str, str], Shares]:
+def roofline_shares(rank: int = 0, shapes: Sequence[str] = ("3B", "7B")) -> dict[tuple[str, str], Shares]:
     """What SHARES has, counted by bench/roofline.py: a decode batch of 32 × 4, a prefill, a micro-batch trained.
 
     With the `rank` of adapters what LORA_SHARES has.
@@ -202,7 +202,8 @@ def roofline_shares(rank: int = 0) -> dict[tuple[str, str], Shares]:
     import roofline
 
     found = {}
-    for shape, config in roofline.SHAPES.items():
+    for shape in shapes:
+        config = roofline.SHAPES[shape]
         _, decode, _, forward, kept, _, recomputed, *_ = roofline.passes(config, roofline.Sizes(), rank=rank)
         for device in DEVICES:
             card = replace(roofline.CARDS["H100"], bandwidth=device.bandwidth, peak=device.peak)

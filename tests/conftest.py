@@ -70,8 +70,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_cache_but_our_own(request, monkeypatch, tmp_path):
-    """No fast test may find or leave anything in the user's cache."""
-    if request.node.get_closest_marker("slow") is None:
+    """No test but of the base model may find or leave anything in the user's cache."""
+    if request.node.get_closest_marker("slow") is None or request.node.get_closest_marker("first_is_quick"):
         monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
 
 
@@ -84,9 +84,17 @@ def _nothing_switched_on_in_one_test_stays_on_in_the_next():
     LEGAL_SHAPES.intersection_update(shapes)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items):
-    """Long tests first, so that of several processes none ends with one while the others have nothing left to do.
+    """All cases but the first of a test that is marked `first_is_quick` are slow.
 
+    Long tests come first, so that of several processes none ends with one while the others have nothing left to do.
     Those that want the base model stand together, where one process runs them: two would make it twice.
     """
+    begun = set()
+    for item in items:
+        test = item.nodeid.split("[")[0]
+        if item.get_closest_marker("first_is_quick") and test in begun:
+            item.add_marker("slow")
+        begun.add(test)
     items.sort(key=lambda item: ("basic_base" not in item.fixturenames, item.get_closest_marker("slow") is None))

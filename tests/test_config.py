@@ -258,6 +258,7 @@ def test_evaluation_refuses_what_makes_no_sense(argv, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("address", ["localhost:8000", "127.0.0.1", "ftp://h", "http://", "http://h:x", "http://a b/",
                                      "http://h/\nx", "file:///etc/x", "//h", "h/v1", "http://h,"])  # fmt: skip
 def test_address_that_is_none_is_refused_before_the_work_and_not_after_it(address):
@@ -315,6 +316,7 @@ WITHOUT_SCHEME = [f"user:{CANARY}@model.example/v1", f"//user:{CANARY}@model.exa
 ODD = [f"https://user:pa {CANARY}@model.example", f"https://model.example/?api%5Fkey={CANARY}"]
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("address", WITHOUT_SCHEME + WITH_A_KEY + ODD)
 def test_password_or_key_in_an_address_stands_in_the_files_of_a_run(address):
     given = {
@@ -350,6 +352,7 @@ def test_address_or_file_without_a_key_is_refused(argv):
     parse([*argv, *(["--algorithm", "sft", "--teacher-model", "x"] if argv[0] == "--teacher" else [])])
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("address", WITH_A_KEY)
 def test_mistyped_option_or_an_older_run_tells_a_key(capsys, tmp_path, address):
     assert CANARY not in refused(capsys, "--teachr", address)

@@ -22,6 +22,7 @@ def used(place: Path) -> int:
     return sum(used(inside) for inside in place.iterdir())
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("given", ["", "--lora 8", "--freeze vision embedding"])
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_saves_take_more_or_much_less_than_planned_at_their_fullest(tmp_path, monkeypatch, dtype, item, given):

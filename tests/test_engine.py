@@ -120,7 +120,8 @@ def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
     assert texts(alone) == texts(crowd[4:5])
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4, 7, 36])
+@pytest.mark.first_is_quick
+@pytest.mark.parametrize("slots", [3, 1, 4, 7, 36])
 def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
     """Queueing, reuse of slots and rows, and moving the tail of a batch to the front change nothing.
 
@@ -146,6 +147,7 @@ def undivided(model):
     return made
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("slot_tokens, slots, temperature", [(1, 3, 1), (9, 8, 0), (9, 8, 1), (25, 64, 1)])
 def test_the_room_of_a_slot_changes_tokens(model, undivided, slot_tokens, slots, temperature, monkeypatch):
     """Parked in a turn, at a result with its picture, at a forced beginning; by one, by groups, and all together."""

@@ -77,6 +77,7 @@ class Blind(Engine):
         return ended
 
 
+@pytest.mark.first_is_quick
 def test_a_rollout_mixes_host_and_device(apart):
     """Prefill with pictures, openings, results of tools, decoding, slots: waited for, compacted, and divided again."""
     groups = []
@@ -100,6 +101,7 @@ def test_a_rollout_mixes_host_and_device(apart):
     assert engine.counts["parked"] == 1
 
 
+@pytest.mark.first_is_quick
 def test_an_update_mixes_host_and_device(apart):
     """Tower, micro-batches, π_old, reference, loss, statistics, clipping, and fp32 weights' optimizer step."""
     fp32 = apart.head_weight.dtype == torch.float32

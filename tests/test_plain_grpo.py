@@ -135,6 +135,7 @@ def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return max(float((ours[name] - theirs[name]).abs().max() / largest) for name in theirs)
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("kl", [0.0, 0.3])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_trainer_has_another_gradient_than_the_plain_form(policy, batch, kl, updates, monkeypatch, record_property):
@@ -169,6 +170,7 @@ def test_advantages_are_others_than_those_of_the_plain_form(batch):
 # ---- the tokens
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_engine_samples_other_tokens_than_the_plain_form(policy, world, temperature, monkeypatch):
     """Token for token, over conversations with searches in the middle. Attention is summed in fp64 in both, so that

@@ -239,6 +239,7 @@ def saved(work, model) -> int:
     return total
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("rank", [0, 32])
 @pytest.mark.parametrize("recompute, keep", [(False, 0), (True, 0), (True, 2)])
 @pytest.mark.parametrize("dtype, item, factor", [(torch.float32, 4, 1.1), (torch.bfloat16, 2, 1.4)])

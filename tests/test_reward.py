@@ -581,10 +581,10 @@ FORGERIES = [  # what a page or a model may try, around an answer A that the mod
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_cases_raise_nothing_and_strict_pays_no_exploit():
+def test_twenty_thousand_cases_raise_nothing_and_strict_pays_no_exploit():
     dice = random.Random(20)
     paid = {"strict": 0, "paper": 0}
-    for case in range(100_000):
+    for case in range(20_000):
         gold = babble(dice, 4)
         while "<" in gold or not strict_match(gold, [gold]):  # a tag, or nothing after normalisation: no gold answer
             gold = dice.choice(["Paris", "a river", "東京", "C+", "42", "The Who"]) + babble(dice, 3).replace("<", "")
@@ -610,7 +610,7 @@ def test_a_hundred_thousand_cases_raise_nothing_and_strict_pays_no_exploit():
             if rule in paid:
                 paid[rule] += subject.reward_parts["accuracy"] > 0
     assert paid["strict"] == 0, "an exploit was paid"
-    assert paid["paper"] > 20_000, "these are no exploits, if the official scorer pays none of them"
+    assert paid["paper"] > 4_000, "these are no exploits, if the official scorer pays none of them"
 
 
 @pytest.mark.parametrize("penalty, reward", [(0.0, 1.0), (0.1, 0.91), (0.5, 0.55)])

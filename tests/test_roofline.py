@@ -16,7 +16,6 @@ from mmsr.vision import VisionConfig
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import gpu_rows  # noqa: E402
 import roofline  # noqa: E402
 from roofline import Card, Count, Kept, Kernel, Sizes, as_on_cuda, one_kernel  # noqa: E402
 
@@ -238,17 +237,6 @@ def test_frozen_weight_gets_a_gradient_or_the_frozen_tower_a_pass():
     assert 0.6 * full.operations < kept.operations < 0.75 * full.operations  # two thirds, and some attention
     assert 0.6 * full.needs_operations < kept.needs_operations < 0.75 * full.needs_operations
     assert 0.4 * kept.operations < reference.operations < 0.5 * kept.operations
-
-
-def test_adapters_cost_more_than_15_per_cent_of_a_decode_step():
-    """In the shortest step, where they cost most: 3B, four prompts with 32 members each. The slow test has the rest."""
-    bench = gpu_rows.Bench(roofline.META, Sizes(), torch.bfloat16, {})
-    with as_on_cuda():
-        full, by_lora = (
-            roofline.decode(bench, roofline.meta_model(roofline.SHAPES["3B"], rank), 4, 32) for rank in (0, 64)
-        )
-    by_lora.full = full
-    assert 0.1 < roofline.to_full(roofline.CARDS["H200"], by_lora) <= 0.15
 
 
 @pytest.mark.slow

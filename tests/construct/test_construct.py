@@ -607,6 +607,7 @@ def test_more_concepts_cost_only_what_is_new(tmp_path, model):
     assert all(model.asked[key] == n for key, n in asked.items()) and len(model.asked) > len(asked) + 50
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize(
     "environ, more, complaint",
     [

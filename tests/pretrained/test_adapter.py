@@ -71,6 +71,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("which", TARGETS)
 def test_peft_adapts_other_layers_than_ours_or_computes_something_else(which, tmp_path, record_property):
     peft = pytest.importorskip("peft")

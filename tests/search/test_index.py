@@ -119,6 +119,7 @@ def test_an_index_keeps_a_pictures_private_words_or_ends_at_them(tmp_path):
     assert SECRET not in (tmp_path / "my.index").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the 400 photographs are not here")
 def test_the_builtin_encoder_finds_fewer_than_95_of_100_distorted_photographs():
     sys.path.insert(0, str(ROOT / "bench"))

@@ -383,6 +383,7 @@ print("ended", flush=True)
 """
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_server_drops_what_it_is_doing(number):
     child = subprocess.Popen([sys.executable, "-c", SLOW_SERVER], cwd=ROOT, stdout=subprocess.PIPE, text=True)

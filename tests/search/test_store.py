@@ -235,6 +235,7 @@ def ask_often(path: Path, calls: Path, answers: Path, threads: int, together) ->
     store.close()
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("guarded", [True, False])
 def test_64_equal_searches_in_two_processes_make_one_call(tmp_path, monkeypatch, guarded):
     if not guarded:
@@ -657,6 +658,7 @@ def replay_only(path: Path) -> None:
         assert len(list(store.records())) == 3
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("folder_mode, file_mode", [(0o555, 0o444), (0o755, 0o444), (0o555, 0o666)])
 def test_a_file_or_folder_that_cannot_be_written_lets_the_run_go_on(open_folder, folder_mode, file_mode):
     path = filled(open_folder / "s.sqlite", 3)

@@ -407,6 +407,7 @@ def test_every_fault_of_every_service_is_a_failure_of_its_kind(web, service):
 ODD = [None, 7, 10**400, 1.5, True, [], {}, "x", [[]], {"a": {"b": []}}, "\ud800", "9" * 5000, -1]
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("service", SERVICES)
 def test_field_of_any_type_is_no_attribute_error(web, service):
     """Each field of each real answer by turns replaced by each odd value: a result or a ToolFailure, nothing else."""

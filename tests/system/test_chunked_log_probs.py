@@ -143,6 +143,7 @@ def peak_memory(work) -> int:
     return most
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_logits_are_in_memory_at_once(dtype, monkeypatch, record_property):
     """A pack of 16,384 trained tokens with a 64th of the real vocabulary, and of the chunk: forward and backward."""

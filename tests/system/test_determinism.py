@@ -62,7 +62,7 @@ def test_a_gradient_depends_on_which_thread_comes_first():
 def test_a_busy_machine_changes_the_bits_of_a_run(basic_base, tmp_path):
     """`train.py` as a user starts it, with four threads whatever the cores: alone, and beside two programs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
-    options = "--recipe toy --toy full --data toy --steps 4 --eval-size 2".split()
+    options = "--recipe toy --toy full --data toy --steps 2 --eval-size 2".split()
 
     def run(name: str) -> tuple[list[dict], bytes]:
         """The metrics and the weights."""

@@ -60,6 +60,7 @@ def compiled_and_plain(backend: str, function, arguments) -> float:
     return worst
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("function, arguments", FUNCTIONS)
 def test_a_fused_function_cannot_be_traced_whole(function, arguments):
     assert compiled_and_plain("aot_eager", function, arguments) < 1e-6

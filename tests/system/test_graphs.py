@@ -110,6 +110,7 @@ def cuda(monkeypatch):
     return FakeCuda(monkeypatch)
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("sequences, slots", [(4, 12), (3, 4)])
 def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeypatch):  # noqa: F811
     """Slots that come and go, sequences at a tool, and rows that move to the front."""

@@ -112,6 +112,7 @@ def test_question_pictures_are_guarded_too(name):
     assert said and seconds < 1 and mebibytes < 200
 
 
+@pytest.mark.slow
 @measurable
 def test_without_the_guard_the_bomb_goes_off():
     bomb = ATTACKS["bomb of 100 megapixels"]

@@ -131,6 +131,7 @@ def check_gradient(crew, record_property, what: str, *args) -> None:
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("assignment", [d for d in ASSIGNMENTS if d != "four"])
 def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, assignment, record_property):
     check_gradient(pair, record_property, assignment, assignment, {"kl": 0.3})
@@ -183,6 +184,7 @@ def gradient_after_running_out(ranks: Ranks, place: str, failing: int, n: int, t
     return kept, trainer.micro_tokens
 
 
+@pytest.mark.first_is_quick
 @needs_restart
 @pytest.mark.parametrize("place, failing, n", [("forward", 1, 2), ("backward", 0, 1), ("backward", 1, 2)])
 def test_out_of_memory_on_one_rank_leads_to_the_same_gradient(pair, place, failing, n, record_property):
