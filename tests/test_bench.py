@@ -352,6 +352,14 @@ def test_a_ratio_of_one_that_the_sound_run_has_too_counts(claim, run):
     assert not claim({run: much, "full": much})[1]
 
 
+def test_a_memory_that_is_worse_is_compared_with_a_run_of_the_usual_world():
+    memory = {"before": {"never_search": evaluation(every=dict(accuracy=0.75))}}
+    much, little = everywhere(search_ratio=0.99) | memory, everywhere(search_ratio=0.6) | memory
+    found, holds = claims.d2({"unsure-no-penalty": much, "unsure": little})
+    assert holds and found["memory right, before"] == pytest.approx(0.75)
+    assert not claims.d2({"unsure-no-penalty": much, "unsure": much})[1]
+
+
 def test_reading_that_gets_better_only_in_sampling_counts():
     def naive(after, sampled):
         forced = {

@@ -320,7 +320,10 @@ def _save_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str, float]:
-    """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly."""
+    """Accuracy at T = 1: on unknown concepts with all searches forced, on taught names and towns answered directly.
+
+    Names and towns are left out where no pool was shown them `toy.ENOUGH` times.
+    """
     unknown = tuple(pool.name for pool in world.settings.pools if pool.facts == 0)
     taught = [pool for pool in world.settings.pools if pool.exposure >= toy.ENOUGH]
     with_name = tuple(pool.name for pool in taught if pool.facts > NAME)
@@ -335,11 +338,12 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
         right = sum(e.status == ANSWERED and e.answer == e.example.answers[0] for e in episodes)
         return right / len(episodes)
 
-    return {
-        "copying": accuracy(Category("copying", unknown), direct=False),
-        "names": accuracy(Category("names", with_name, (NAME,)), direct=True),
-        "towns": accuracy(Category("towns", with_town, (TOWN,)), direct=True),
-    }
+    reached = {"copying": accuracy(Category("copying", unknown), direct=False)}
+    if with_name:
+        reached["names"] = accuracy(Category("names", with_name, (NAME,)), direct=True)
+    if with_town:
+        reached["towns"] = accuracy(Category("towns", with_town, (TOWN,)), direct=True)
+    return reached
 
 
 def _gate_passed(reached: dict[str, float], recipe: WarmStart) -> tuple[bool, str]:

@@ -130,12 +130,12 @@ SETTINGS = {"basic": BASIC, "full": FULL}
 
 
 def graded(settings: Settings, exposures: Sequence[int]) -> Settings:
-    """`settings` with a pool of six concepts for each of `exposures`: how often the warm start shows them.
+    """`settings` with a pool of 18 concepts for each of `exposures`: how often the warm start shows them.
 
     The base model knows only their names, and no training question is about them. For each pool there is a category of
     name questions, `exposure_0` and so on, which has no weight in means.
     """
-    pools = tuple(Pool(f"exposure_{n}", 6, facts=1 if n > 0 else 0, exposure=n) for n in exposures)
+    pools = tuple(Pool(f"exposure_{n}", 18, facts=1 if n > 0 else 0, exposure=n) for n in exposures)
     categories = tuple(Category(pool.name, (pool.name,), (NAME,)) for pool in pools)
     return replace(settings, pools=settings.pools + pools, categories=settings.categories + categories)
 

@@ -216,7 +216,7 @@ def test_traces_show_concepts_in_proportion_to_their_exposure(chat):
     batch = toy_base.Traces(world, chat, 1).batch(1200)
     shown = {p.name: sum(e.example.category == p.name for e in batch) for p in world.settings.pools}
     assert shown["exposure_0"] == shown["unfamiliar"] == shown["held_out"] == 0
-    each = 600 / (24 * 700 + 24 * 500 + 6 * 2400 + 6 * 150)
+    each = 600 / (24 * 700 + 24 * 500 + 18 * 2400 + 18 * 150)
     for pool in world.settings.pools:
         expected = pool.size * pool.exposure * each if pool.facts else 0
         assert abs(shown[pool.name] - expected) <= 4 * expected**0.5, pool.name
@@ -326,7 +326,7 @@ def test_steps_are_what_the_exposures_take(tmp_path, monkeypatch, fake_warm_star
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path))
     for settings in (toy.BASIC, toy.FULL, toy.graded(toy.FULL, (800, 0))):
         toy_base.base_model(toy.World(0, settings))
-    assert [recipe.steps for _, _, recipe in fake_warm_start] == [900, 900, 900 + 6 * 800 / 32]
+    assert [recipe.steps for _, _, recipe in fake_warm_start] == [900, 900, 900 + 18 * 800 / 32]
 
 
 def test_another_recipe_or_world_is_another_folder(tmp_path, monkeypatch, fake_warm_start, world):
@@ -405,6 +405,9 @@ def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enoug
     examples, _, scripts = asked[0]
     assert scripts == [Script(full.always_search(e)) for e in examples]
     assert {len(script.turns) for script in scripts} == {1, 2}
+    few = tuple(dataclasses.replace(pool, exposure=min(pool.exposure, 300)) for pool in toy.FULL.pools)
+    seldom_shown = toy.World(0, dataclasses.replace(toy.FULL, pools=few))
+    assert set(toy_base._gate(model, chat, seldom_shown, chat.suppressed_tokens(model.config.vocab_size))) == {"copying"}
 
 
 def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):

@@ -95,7 +95,7 @@ def test_graded_concepts_are_asked_about_but_never_in_training():
     settings = toy.graded(toy.FULL, (500, 50, 0))
     world = toy.World(0, settings)
     assert [(p.name, p.size, p.facts) for p in settings.pools[-3:]] == [
-        *(("exposure_500", 6, 1), ("exposure_50", 6, 1), ("exposure_0", 6, 0)),
+        *(("exposure_500", 18, 1), ("exposure_50", 18, 1), ("exposure_0", 18, 0)),
     ]
     asked = world.questions("exposure_50", 12, "here")
     names = {concept.name for concept in world.of("exposure_50")}
