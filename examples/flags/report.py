@@ -16,7 +16,7 @@ import numpy as np
 
 from examples.flags.countries import FACTS
 from examples.flags.knowledge import Known
-from examples.flags.questions import Row, read_rows
+from examples.flags.questions import KNOWN_FROM, Row, read_rows
 
 CATEGORIES = ("familiar", "known_new_fact", "unfamiliar", "unfamiliar_fact")
 WAYS = {  # by the names of the evaluations
@@ -45,7 +45,7 @@ def write(folder: Path, known: Sequence[Known], known_after: Sequence[Known]) ->
                 lines += read_rows(file)
         if lines:  # the comparisons are not always there
             answered[way] = [{**line, **asked[line["id"]]} for line in lines]
-    pieces = [table(answered), familiarity(answered, known), kept(known, known_after)]
+    pieces = [table(answered), familiarity(answered, known), by_kind(answered, known), kept(known, known_after)]
     text = "\n\n".join(pieces) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     draw(answered, known, folder / "curve.png")
@@ -104,22 +104,37 @@ def interval(lines: Sequence[Row], measure: Callable[[Sequence[Row]], float]) ->
 
 
 def familiarity(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
-    """Text searches by prior knowledge, and their rank correlation, before and after.
+    """Text searches by prior knowledge, and their rank correlation, before and after: over all facts, and within kinds.
 
-    The correlation is the mean over the kinds of facts of that within a kind: a model that searches for capitals and
-    never for continents would have one over all of them.
+    A model that searches for capitals and never for continents has a correlation over all facts and none within kinds.
     """
     names = ["0", "to 1/4", "to 1/2", "to 3/4", "to 1"]
-    heads = ["text searches, by prior knowledge", *names, "rank correlation", "with `prompted`"]
+    heads = ["text searches, by prior knowledge", *names, "rank correlation", "within kinds", "with `prompted`"]
     rows = [heads, ["---"] * len(heads)]
     for way in ("before", "after"):
         lines = with_prior(answered[way], known)
         row = [WAYS[way]]
         for share, count in by_bin(lines):
             row.append(f"{number(share)} of {count}")
-        low, high = interval(lines, within_kinds)
-        row.append(f"{number(within_kinds(lines))} ({number(low)} to {number(high)})")
-        row.append(number(within_kinds(lines, "prompted")))
+        for correlation in (over_all, within_kinds):
+            low, high = interval(lines, correlation)
+            row.append(f"{number(correlation(lines))} ({number(low)} to {number(high)})")
+        row.append(number(over_all(lines, "prompted")))
+        rows.append(row)
+    return markdown(rows)
+
+
+def by_kind(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
+    """Text searches for each kind of fact, where the untrained model knew it and where not."""
+    rows = [["text searches, known · not known", *FACTS], ["---"] * (1 + len(FACTS))]
+    for way in ("before", "after"):
+        lines = with_prior(answered[way], known)
+        row = [WAYS[way]]
+        for kind in FACTS:
+            some = [line for line in lines if line["kind"] == kind]
+            is_known = [line for line in some if line["sampled"] >= KNOWN_FROM]
+            is_not = [line for line in some if line["sampled"] < KNOWN_FROM]
+            row.append(" · ".join(number(mean(part, "search_ratio_text")) for part in (is_known, is_not)))
         rows.append(row)
     return markdown(rows)
 
@@ -144,13 +159,17 @@ def by_bin(lines: Sequence[Row]) -> list[tuple[float, int]]:
     return found
 
 
-def within_kinds(lines: Sequence[Row], prior: str = "sampled") -> float:
-    """The mean over kinds of facts of the rank correlation between prior knowledge and text searches."""
+def over_all(lines: Sequence[Row], prior: str = "sampled") -> float:
+    """The rank correlation between prior knowledge and text searches."""
+    searched = [line["measures"]["search_ratio_text"] for line in lines]
+    return rank_correlation([line[prior] for line in lines], searched)
+
+
+def within_kinds(lines: Sequence[Row]) -> float:
+    """The mean of `over_all` over the kinds of facts."""
     found = []
     for kind in FACTS:
-        some = [line for line in lines if line["kind"] == kind]
-        searched = [line["measures"]["search_ratio_text"] for line in some]
-        found.append(rank_correlation([line[prior] for line in some], searched))
+        found.append(over_all([line for line in lines if line["kind"] == kind]))
     defined = [value for value in found if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else math.nan
 

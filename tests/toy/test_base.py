@@ -391,11 +391,8 @@ def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enoug
     monkeypatch.setattr(toy_base, "Rollout", Still)
     monkeypatch.setattr(toy_base, "len", lambda episodes: 1, raising=False)
     model = load(miniature)
-    assert set(toy_base._gate(model, chat, full, chat.suppressed_tokens(model.config.vocab_size))) == {
-        "copying",
-        "names",
-        "towns",
-    }
+    suppressed = chat.suppressed_tokens(model.config.vocab_size)
+    assert set(toy_base._gate(model, chat, full, suppressed)) == {"copying", "names", "towns"}
     pool = {word: c.pool for c in full.concepts for word in (c.name, c.town)}
     pools = [{pool[e.answers[0]] for e in examples} for examples, _, _ in asked]
     assert pools == [{"unfamiliar", "held_out"}, {"known", "named", "exposure_1000"}, {"known"}]
@@ -407,7 +404,7 @@ def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enoug
     assert {len(script.turns) for script in scripts} == {1, 2}
     few = tuple(dataclasses.replace(pool, exposure=min(pool.exposure, 300)) for pool in toy.FULL.pools)
     seldom_shown = toy.World(0, dataclasses.replace(toy.FULL, pools=few))
-    assert set(toy_base._gate(model, chat, seldom_shown, chat.suppressed_tokens(model.config.vocab_size))) == {"copying"}
+    assert set(toy_base._gate(model, chat, seldom_shown, suppressed)) == {"copying"}
 
 
 def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):
