@@ -70,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_cache_but_our_own(request, monkeypatch, tmp_path):
-    """No test but of the base model may find or leave anything in the user's cache."""
+    """No fast test, and no case of one that is slow, may find or leave anything in the user's cache."""
     if request.node.get_closest_marker("slow") is None or request.node.get_closest_marker("first_is_quick"):
         monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
 

@@ -54,7 +54,7 @@ def write(folder: Path, known: Sequence[Known], known_after: Sequence[Known]) ->
 
 def table(answered: dict[str, list[Row]]) -> str:
     """Accuracy, reward and searches a question; accuracy, image and text searches by category."""
-    heads = ["sampled as in training", "accuracy", "reward", "searches"]
+    heads = ["", "accuracy", "reward", "searches"]
     heads += [f"{name}: acc · img · text" for name in CATEGORIES]
     rows = [heads, ["---"] * len(heads)]
     for way, lines in answered.items():
@@ -108,8 +108,8 @@ def familiarity(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
 
     A model that searches for capitals and never for continents has a correlation over all facts and none within kinds.
     """
-    names = ["0", "to 1/4", "to 1/2", "to 3/4", "to 1"]
-    heads = ["text searches, by prior knowledge", *names, "rank correlation", "within kinds", "with `prompted`"]
+    names = ["0", "below 1/4", "below 1/2", "below 3/4", "to 1"]
+    heads = ["text searches, by prior knowledge", *names, "rank correlation", "within kinds", "of all, by `prompted`"]
     rows = [heads, ["---"] * len(heads)]
     for way in ("before", "after"):
         lines = with_prior(answered[way], known)
@@ -126,7 +126,7 @@ def familiarity(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
 
 def by_kind(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
     """Text searches for each kind of fact, where the untrained model knew it and where not."""
-    rows = [["text searches, known · not known", *FACTS], ["---"] * (1 + len(FACTS))]
+    rows = [["text searches, not known · known", *FACTS], ["---"] * (1 + len(FACTS))]
     for way in ("before", "after"):
         lines = with_prior(answered[way], known)
         row = [WAYS[way]]
@@ -134,7 +134,7 @@ def by_kind(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
             some = [line for line in lines if line["kind"] == kind]
             is_known = [line for line in some if line["sampled"] >= KNOWN_FROM]
             is_not = [line for line in some if line["sampled"] < KNOWN_FROM]
-            row.append(" · ".join(number(mean(part, "search_ratio_text")) for part in (is_known, is_not)))
+            row.append(" · ".join(number(mean(part, "search_ratio_text")) for part in (is_not, is_known)))
         rows.append(row)
     return markdown(rows)
 
