@@ -321,6 +321,7 @@ def outline(chat, question, hits, thumbnails):
     return control, OUR_TAGS.findall(chat.decode(ids)), [len(slot) for slot in slots]
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("prompts", ["real", "toy"])
 def test_hostile_text_forges_no_turn_no_image_slot_and_no_tag(tiny, prompts):
     chat, rng = Chat(tiny, PROMPTS / prompts, TOOLS), random.Random(1)

@@ -423,6 +423,7 @@ def test_options_of_adapters_that_go_together_are_refused():
     assert EvalConfig(adapter="runs/a/adapter").adapter == "runs/a/adapter"
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_learning_rate_of_adapters_is_that_of_weights_or_overrules_the_command_line(recipe):
     usual = RECIPES[recipe]["lr"]

@@ -813,6 +813,7 @@ def test_resumed_run_goes_on_with_other_data_base_model_or_prompts(miniature, tm
     train.main(arguments(base, out, **how, steps=1))
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("gone", ["", "rollouts"])
 def test_folder_removed_under_a_run_ends_in_a_traceback(miniature, tmp_path, monkeypatch, capsys, gone):
     out, roll_out = tmp_path / "out", train.roll_out

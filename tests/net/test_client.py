@@ -956,6 +956,7 @@ SENDINGS = [
 ]
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("content", SENDINGS, ids=["address", "header", "form", "json"])
 def test_no_error_path_tells_the_key(web, caplog, canary, content):
     assert leaked(web, caplog, **content) == {}

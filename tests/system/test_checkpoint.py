@@ -66,6 +66,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
 
 
+@pytest.mark.first_is_quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"fused": True}, {"betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.0}], ids=str

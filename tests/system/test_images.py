@@ -97,6 +97,7 @@ def measured(act: str, data: bytes) -> tuple[str, float, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.first_is_quick
 @measurable
 @pytest.mark.parametrize("name", ATTACKS)
 def test_hostile_picture_is_refused_at_once_and_in_little_memory(name):
