@@ -358,6 +358,8 @@ def test_a_memory_that_is_worse_is_compared_with_a_run_of_the_usual_world():
     found, holds = claims.d2({"unsure-no-penalty": much, "unsure": little})
     assert holds and found["memory right, before"] == pytest.approx(0.75)
     assert not claims.d2({"unsure-no-penalty": much, "unsure": much})[1]
+    sure = {"before": {"never_search": evaluation(every=dict(accuracy=0.95))}}
+    assert not claims.d2({"unsure-no-penalty": much, "unsure": little | sure})[1]
 
 
 def test_reading_that_gets_better_only_in_sampling_counts():
