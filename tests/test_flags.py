@@ -479,7 +479,7 @@ def test_the_rank_correlation_forgets_ties():
 
 def line(country: str, kind: str, sampled: float, searched: float) -> dict:
     measures = {"search_ratio_text": searched, "accuracy": searched}
-    return {"country": country, "kind": kind, "sampled": sampled, "prompted": sampled, "measures": measures}
+    return {"country": country, "kind": kind, "sampled": sampled, "measures": measures}
 
 
 def test_a_habit_of_a_kind_counts_as_knowledge():
@@ -502,6 +502,42 @@ def test_questions_about_one_country_count_as_independent():
 
 def test_nothing_counts_as_zero():
     assert report.number(report.mean([], "accuracy")) == "–"
+
+
+def test_seeds_are_mixed_up():
+    """Two seeds, of one and of three questions: a number for each in the first table, all four together below."""
+    seeds = []
+    for name, found in (("a", [0.0]), ("b", [1.0, 1.0, 0.0])):
+        lines = []
+        for right in found:
+            measures = {"accuracy": right, "reward": right, "search_ratio_image": 1 - right, "search_ratio_text": right}
+            episode = {"country": "Peru", "kind": "capital", "category": "unfamiliar"}
+            lines.append({**episode, "sampled": 0.8, "measures": measures})
+        fact = Known("Peru", "capital", ["Lima"], 0.5, "Lima", 0.5, 0.5, 0.1)
+        seeds.append(report.Seed(name, {"before": lines, "after": lines}, 0.5, [fact], [fact]))
+    text = report.tables(seeds)
+    assert "a · b: 1 · 3 questions" in text and "T = 0.5, or greedy" in text
+    assert "| after imitation | 0.000 · 0.667 | 0.000 · 0.667 | 1.00 · 1.00 |" in text
+    assert "| **after GRPO** | – · – · – | – · – · – | 0.50 · 0.50 · 0.50 |" in text
+    assert "| after imitation | – of 0 | – of 0 | – of 0 | – of 0 | 0.50 of 4 | – · – |" in text
+    assert "| after imitation | – · 0.50 |" in text  # text searches, not known · known
+    assert "| untrained | 1.00 · 0.50 |" in text  # half refused, all others right
+
+
+def test_a_seed_that_is_not_finished_is_reported(tmp_path, capsys):
+    assert report_status(tmp_path / "no-such-seed") == 2
+    assert "known.jsonl" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    for name in ("known.jsonl", "known-after.jsonl", "data/test.jsonl"):
+        (tmp_path / name).touch()
+    assert report_status(tmp_path) == 2
+    assert "no eval-before" in capsys.readouterr().err
+
+
+def report_status(folder: Path) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(folder)])
+    return stopped.value.code
 
 
 # ---- the program
@@ -586,6 +622,9 @@ def test_the_whole_experiment_with_a_tiny_llama(llama, tmp_path, capfd, monkeypa
     text = (folder / "report.md").read_text("utf-8")
     assert "rank correlation" in text and all(f"| {name} |" in text for name in report.WAYS.values())
     assert (folder / "curve.png").stat().st_size > 1000
+    report.main([str(folder), str(folder), "--figure", str(tmp_path / "both.svg")])
+    assert "seed-0-quick · seed-0-quick: 8 · 8 questions" in capfd.readouterr().out
+    assert (tmp_path / "both.svg").stat().st_size > 1000
     weights = (folder / "grpo" / "model" / "model.safetensors").stat().st_mtime_ns
     flags.main(command)
     assert capfd.readouterr().out.count("finished before") == 11

@@ -1,22 +1,27 @@
-"""The numbers of a seed: what each way of answering reaches, and whether searching follows prior knowledge.
+"""The numbers of one seed, or of several: `python -m examples.flags.report runs/flags/seed-0 runs/flags/seed-1`.
 
-Everything is about the countries that training leaves out. `prior` is the share of right answers that the untrained
+Everything is about the countries that training leaves out. `sampled` is the share of right answers that the untrained
 language model gave to a fact (`knowledge.py`). Ranges are 95 % of a bootstrap over countries, for the questions about
 one country are not independent.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from examples.flags.countries import FACTS
 from examples.flags.knowledge import Known
-from examples.flags.questions import KNOWN_FROM, Row, read_rows
+from examples.flags.questions import KNOWN_FROM, Row, read_known, read_rows
+from mmsr.system.errors import UserError, first_line
+from mmsr.system.files import json_file
 
 CATEGORIES = ("familiar", "known_new_fact", "unfamiliar", "unfamiliar_fact")
 WAYS = {  # by the names of the evaluations
@@ -30,57 +35,136 @@ WAYS = {  # by the names of the evaluations
     "unpenalised": "GRPO without the penalty",
     "informed": "imitation of right decisions",
 }
+ON_DEMAND = ("before", "after", "unpenalised", "informed")  # the ways whose searches say something about knowledge
 BINS = (0.0, 1 / 16, 0.25, 0.5, 0.75, 1.01)  # of prior knowledge, the lower end included
+BIN_NAMES = ("0", "below 1/4", "below 1/2", "below 3/4", "to 1")
 DRAWS = 1000
 
 
-def write(folder: Path, known: Sequence[Known], known_after: Sequence[Known]) -> str:
-    """Write report.md and curve.png. Returns the text. Raises UserError where a file of an evaluation is missing."""
-    asked = {row["id"]: row for row in read_rows(folder / "data" / "test.jsonl")}
+@dataclass
+class Seed:
+    """What the folder of a seed says."""
+
+    name: str  # of the folder
+    answered: dict[str, list[Row]]  # by evaluation: its episodes, each with its question and what was known of the fact
+    temperature: float  # of all evaluations but the greedy one
+    known: list[Known]  # of these countries, before any training
+    known_after: list[Known]  # after the imitation
+
+
+def read(folder: Path) -> Seed:
+    """Raises UserError where an evaluation or a file is missing."""
+    known = read_known(folder / "known.jsonl")
+    known_after = read_known(folder / "known-after.jsonl")
+    asked = questions_by_id(folder / "data" / "test.jsonl", known)
     answered = {}
     for way in WAYS:
-        lines = []
-        for file in sorted(folder.glob(f"eval-{way}*/episodes.jsonl")):  # always: names and facts
-            if file.parent.name in (f"eval-{way}", f"eval-{way}-names", f"eval-{way}-facts"):
-                lines += read_rows(file)
-        if lines:  # the comparisons are not always there
-            answered[way] = [{**line, **asked[line["id"]]} for line in lines]
-    pieces = [table(answered), familiarity(answered, known), by_kind(answered, known), kept(known, known_after)]
-    text = "\n\n".join(pieces) + "\n"
+        episodes = []
+        for part in ("", "-names", "-facts"):  # always searching is in two parts
+            file = folder / f"eval-{way}{part}" / "episodes.jsonl"
+            if file.is_file():
+                episodes += read_rows(file)
+        if episodes:  # the comparisons are not always there
+            answered[way] = [{**episode, **asked[episode["id"]]} for episode in episodes]
+    missing = [way for way in ("before", "after") if way not in answered]
+    if missing:
+        raise UserError(f"{folder} has no eval-{missing[0]}: let python -m examples.flags finish there first")
+    temperature = json_file(folder / "eval-before" / "config.json")["temperature"]
+    about = {fact.country for fact in known_after}
+    known = [fact for fact in known if fact.country in about]
+    return Seed(folder.name, answered, temperature, known, known_after)
+
+
+def questions_by_id(file: Path, known: Sequence[Known]) -> dict[str, Row]:
+    """The questions, each with `sampled` of its fact; NaN where it asks for the flag's name, which is no fact."""
+    sampled = {(fact.country, fact.kind): fact.sampled for fact in known}
+    asked = {}
+    for row in read_rows(file):
+        fact = (row["country"], row["kind"])
+        asked[row["id"]] = {**row, "sampled": sampled.get(fact, math.nan)}
+    return asked
+
+
+def write(folder: Path) -> str:
+    """Write report.md and curve.png of one seed. Returns the text. Raises UserError."""
+    seeds = [read(folder)]
+    text = tables(seeds)
     (folder / "report.md").write_text(text, encoding="utf-8")
-    draw(answered, known, folder / "curve.png")
+    draw(seeds, folder / "curve.png")
     return text
 
 
-def table(answered: dict[str, list[Row]]) -> str:
-    """Accuracy, reward and searches a question; accuracy, image and text searches by category."""
-    heads = ["", "accuracy", "reward", "searches"]
-    heads += [f"{name}: acc · img · text" for name in CATEGORIES]
-    rows = [heads, ["---"] * len(heads)]
-    for way, lines in answered.items():
-        searches = mean(lines, "search_ratio_image") + mean(lines, "search_ratio_text")
-        low, high = interval(lines, lambda some: mean(some, "accuracy"))
-        row = [WAYS[way], f"{mean(lines, 'accuracy'):.3f} ({low:.2f} to {high:.2f})"]
-        row += [f"{mean(lines, 'reward'):.3f}", f"{searches:.2f}"]
+def tables(seeds: Sequence[Seed]) -> str:
+    """All tables. The first has a number for each seed; in the others the questions of all seeds are taken together."""
+    names = " · ".join(seed.name for seed in seeds)
+    counts = " · ".join(str(len(seed.answered["before"])) for seed in seeds)
+    temperatures = " · ".join(f"{t:g}" for t in sorted({seed.temperature for seed in seeds}))
+    about = f"{names}: {counts} questions about countries that training leaves out; T = {temperatures}, or greedy."
+    parts = [overall(seeds), by_category(seeds), familiarity(seeds), by_kind(seeds), kept(seeds)]
+    return "\n\n".join([about, *parts]) + "\n"
+
+
+def ways(seeds: Sequence[Seed], wanted: Sequence[str] = tuple(WAYS)) -> list[str]:
+    """Those that every seed has."""
+    return [way for way in wanted if all(way in seed.answered for seed in seeds)]
+
+
+def together(seeds: Sequence[Seed], way: str) -> list[Row]:
+    lines = []
+    for seed in seeds:
+        lines += seed.answered[way]
+    return lines
+
+
+def overall(seeds: Sequence[Seed]) -> str:
+    """Accuracy, reward, and searches a question."""
+    rows = [["", "accuracy", "reward", "searches"]]
+    for way in ways(seeds):
+        lines = [seed.answered[way] for seed in seeds]
+        accuracy = " · ".join(f"{mean(each, 'accuracy'):.3f}" for each in lines)
+        if len(seeds) == 1:
+            accuracy += between(*interval(lines[0], lambda some: mean(some, "accuracy")))
+        reward = " · ".join(f"{mean(each, 'reward'):.3f}" for each in lines)
+        searches = " · ".join(
+            number(mean(each, "search_ratio_image") + mean(each, "search_ratio_text")) for each in lines
+        )
+        rows.append([WAYS[way], accuracy, reward, searches])
+    return markdown(rows)
+
+
+def by_category(seeds: Sequence[Seed]) -> str:
+    rows = [["accuracy · image · text searches", *CATEGORIES]]
+    for way in ways(seeds):
+        row = [WAYS[way]]
         for category in CATEGORIES:
-            some = [line for line in lines if line["category"] == category]
-            numbers = [mean(some, key) for key in ("accuracy", "search_ratio_image", "search_ratio_text")]
-            row.append(" · ".join(map(number, numbers)))
+            some = [line for line in together(seeds, way) if line["category"] == category]
+            measures = ("accuracy", "search_ratio_image", "search_ratio_text")
+            row.append(" · ".join(number(mean(some, measure)) for measure in measures))
         rows.append(row)
     return markdown(rows)
 
 
 def mean(lines: Sequence[Row], measure: str) -> float:
     """NaN of nothing."""
-    return sum(line["measures"][measure] for line in lines) / len(lines) if lines else math.nan
+    return ratio(sum(line["measures"][measure] for line in lines), len(lines))
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
+def between(low: float, high: float) -> str:
+    return f" ({number(low)} to {number(high)})"
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """A table; its first row is the head."""
+    lines = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def interval(lines: Sequence[Row], measure: Callable[[Sequence[Row]], float]) -> tuple[float, float]:
@@ -103,32 +187,30 @@ def interval(lines: Sequence[Row], measure: Callable[[Sequence[Row]], float]) ->
 # ---- searching against prior knowledge
 
 
-def familiarity(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
-    """Text searches by prior knowledge, and their rank correlation, before and after: over all facts, and within kinds.
+def familiarity(seeds: Sequence[Seed]) -> str:
+    """Text searches by prior knowledge, and their rank correlation, over all facts and within kinds.
 
     A model that searches for capitals and never for continents has a correlation over all facts and none within kinds.
     """
-    names = ["0", "below 1/4", "below 1/2", "below 3/4", "to 1"]
-    heads = ["text searches, by prior knowledge", *names, "rank correlation", "within kinds", "of all, by `prompted`"]
-    rows = [heads, ["---"] * len(heads)]
-    for way in ("before", "after"):
-        lines = with_prior(answered[way], known)
+    rows = [["text searches, by prior knowledge", *BIN_NAMES, "rank correlation", "within kinds"]]
+    for way in ways(seeds, ON_DEMAND):
         row = [WAYS[way]]
-        for share, count in by_bin(lines):
+        for share, count in by_bin(facts(together(seeds, way))):
             row.append(f"{number(share)} of {count}")
         for correlation in (over_all, within_kinds):
-            low, high = interval(lines, correlation)
-            row.append(f"{number(correlation(lines))} ({number(low)} to {number(high)})")
-        row.append(number(over_all(lines, "prompted")))
+            cell = " · ".join(number(correlation(facts(seed.answered[way]))) for seed in seeds)
+            if len(seeds) == 1:
+                cell += between(*interval(facts(seeds[0].answered[way]), correlation))
+            row.append(cell)
         rows.append(row)
     return markdown(rows)
 
 
-def by_kind(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
-    """Text searches for each kind of fact, where the untrained model knew it and where not."""
-    rows = [["text searches, not known · known", *FACTS], ["---"] * (1 + len(FACTS))]
-    for way in ("before", "after"):
-        lines = with_prior(answered[way], known)
+def by_kind(seeds: Sequence[Seed]) -> str:
+    """Text searches for each kind of fact, where the untrained model did not know it and where it did."""
+    rows = [["text searches, not known · known", *FACTS]]
+    for way in ways(seeds, ON_DEMAND):
+        lines = facts(together(seeds, way))
         row = [WAYS[way]]
         for kind in FACTS:
             some = [line for line in lines if line["kind"] == kind]
@@ -139,15 +221,9 @@ def by_kind(answered: dict[str, list[Row]], known: Sequence[Known]) -> str:
     return markdown(rows)
 
 
-def with_prior(lines: Sequence[Row], known: Sequence[Known]) -> list[Row]:
-    """The lines about facts, each with what was known of it."""
-    by_fact = {(each.country, each.kind): each for each in known}
-    found = []
-    for line in lines:
-        prior = by_fact.get((line["country"], line["kind"]))
-        if prior:
-            found.append({**line, "sampled": prior.sampled, "prompted": prior.prompted})
-    return found
+def facts(lines: Sequence[Row]) -> list[Row]:
+    """The lines whose question is about a fact."""
+    return [line for line in lines if not math.isnan(line["sampled"])]
 
 
 def by_bin(lines: Sequence[Row]) -> list[tuple[float, int]]:
@@ -159,10 +235,10 @@ def by_bin(lines: Sequence[Row]) -> list[tuple[float, int]]:
     return found
 
 
-def over_all(lines: Sequence[Row], prior: str = "sampled") -> float:
+def over_all(lines: Sequence[Row]) -> float:
     """The rank correlation between prior knowledge and text searches."""
     searched = [line["measures"]["search_ratio_text"] for line in lines]
-    return rank_correlation([line[prior] for line in lines], searched)
+    return rank_correlation([line["sampled"] for line in lines], searched)
 
 
 def within_kinds(lines: Sequence[Row]) -> float:
@@ -187,22 +263,25 @@ def ranks(values: Sequence[float]) -> np.ndarray:
     return (last - (counts - 1) / 2)[place]
 
 
-def kept(known: Sequence[Known], known_after: Sequence[Known]) -> str:
+def kept(seeds: Sequence[Seed]) -> str:
     """Whether imitation cost knowledge: right answers before and after it, among those that are no refusal."""
-    about = {each.country for each in known_after}
-    rows = [["right when asked in words", *FACTS], ["---"] * (1 + len(FACTS))]
-    for name, measured in (("untrained", known), ("after imitation, unless it refuses", known_after)):
+    rows = [["right when asked in words, of what is not refused · refused", *FACTS]]
+    for name, when in (("untrained", "known"), ("after imitation", "known_after")):
+        measured: list[Known] = []
+        for seed in seeds:
+            measured += getattr(seed, when)
         row = [name]
         for kind in FACTS:
-            some = [each for each in measured if each.kind == kind and each.country in about]
-            given = sum(1 - each.refused for each in some)
-            row.append(number(sum(each.sampled for each in some) / given if given else math.nan))
+            some = [fact for fact in measured if fact.kind == kind]
+            right = sum(fact.sampled for fact in some)
+            refused = sum(fact.refused for fact in some)
+            row.append(f"{number(ratio(right, len(some) - refused))} · {number(ratio(refused, len(some)))}")
         rows.append(row)
     return markdown(rows)
 
 
-def draw(answered: dict[str, list[Row]], known: Sequence[Known], file: Path) -> None:
-    """The shares of `familiarity` as a curve."""
+def draw(seeds: Sequence[Seed], file: Path) -> None:
+    """The shares of `familiarity` as a curve, of all seeds together."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -211,7 +290,7 @@ def draw(answered: dict[str, list[Row]], known: Sequence[Known], file: Path) -> 
     figure, axes = pyplot.subplots(figsize=(5, 3.2))
     middles = [(low + min(high, 1)) / 2 for low, high in zip(BINS, BINS[1:])]
     for way, colour in (("before", "#9a9a9a"), ("after", "#1f77b4")):
-        shares = [share for share, _ in by_bin(with_prior(answered[way], known))]
+        shares = [share for share, _ in by_bin(facts(together(seeds, way)))]
         axes.plot(middles, shares, marker="o", color=colour, label=WAYS[way].strip("*"))
     axes.set_xlabel("right answers of the untrained model, share of its samples")
     axes.set_ylabel("share of text searches")
@@ -220,3 +299,22 @@ def draw(answered: dict[str, list[Row]], known: Sequence[Known], file: Path) -> 
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.flags.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a seed that is finished")
+    parser.add_argument("--figure", type=Path, help="draw the curve into this file (.svg, .png)")
+    options = parser.parse_args(argv)
+    try:
+        seeds = [read(folder) for folder in options.folders]
+        print(tables(seeds), end="")
+        if options.figure:
+            draw(seeds, options.figure)
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: {first_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

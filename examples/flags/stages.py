@@ -254,8 +254,7 @@ class Experiment:
         say(f"  {equal} of {len(turns)} turns are equal")
 
     def report(self) -> None:
-        known, known_after = (files_of.read_known(self.folder / f"{name}.jsonl") for name in ("known", "known-after"))
-        say(report.write(self.folder, known, known_after))
+        say(report.write(self.folder))
 
     # ---- running the programs
 
