@@ -109,8 +109,8 @@ SFT = dict(algorithm="sft", group_size=1, steps=160, kl=0.0)  # twice the questi
 VARIANTS = {
     "full": Variant(forced=True),
     "no-penalty": Variant(options=dict(penalty=0.0)),
-    "unsure": Variant(more_known(3), base="unsure"),
-    "unsure-no-penalty": Variant(more_known(3), dict(penalty=0.0), base="unsure"),
+    "unsure": Variant(more_known(2), base="unsure"),
+    "unsure-no-penalty": Variant(more_known(2), dict(penalty=0.0), base="unsure"),
     "no-search-free": Variant(asking(lambda c: 0 if c.name in SEARCH_FREE else c.train)),
     "blog": Variant(options=dict(reward="blog")),
     "image-only": Variant(options=dict(max_texts=0)),
@@ -169,7 +169,11 @@ e = partial(searches_always, run="no-search-free")
 
 
 def d2(of: Outcomes) -> Finding:
-    """It tests nothing where memory is not right in about .75, which was decided before any run."""
+    """It tests nothing where memory is not right in about .75, which was decided before any run.
+
+    On seed 9, which is not among those that are tested, memory is right in .78; with three times as many known concepts
+    instead of twice as many it was right in .53.
+    """
     memory = mean(of["unsure"]["before"]["never_search"], "accuracy", SEARCH_FREE)
     found, holds = searches_always(of, "unsure-no-penalty", "unsure")
     return {"memory right, before": memory, **found}, holds and 0.65 <= memory <= 0.85
