@@ -509,19 +509,32 @@ def test_seeds_are_mixed_up():
     seeds = []
     for name, found in (("a", [0.0]), ("b", [1.0, 1.0, 0.0])):
         lines = []
-        for right in found:
+        for place, right in enumerate(found):
             measures = {"accuracy": right, "reward": right, "search_ratio_image": 1 - right, "search_ratio_text": right}
-            episode = {"country": "Peru", "kind": "capital", "category": "unfamiliar"}
+            episode = {"id": str(place), "country": "Peru", "kind": "capital", "category": "unfamiliar"}
             lines.append({**episode, "sampled": 0.8, "measures": measures})
         fact = Known("Peru", "capital", ["Lima"], 0.5, "Lima", 0.5, 0.5, 0.1)
         seeds.append(report.Seed(name, {"before": lines, "after": lines}, 0.5, [fact], [fact]))
     text = report.tables(seeds)
     assert "a · b: 1 · 3 questions" in text and "T = 0.5, or greedy" in text
     assert "| after imitation | 0.000 · 0.667 | 0.000 · 0.667 | 1.00 · 1.00 |" in text
+    assert "GRPO adds: accuracy +0.000 (+0.000 to +0.000), reward" in text
     assert "| **after GRPO** | – · – · – | – · – · – | 0.50 · 0.50 · 0.50 |" in text
     assert "| after imitation | – of 0 | – of 0 | – of 0 | – of 0 | 0.50 of 4 | – · – |" in text
     assert "| after imitation | – · 0.50 |" in text  # text searches, not known · known
     assert "| untrained | 1.00 · 0.50 |" in text  # half refused, all others right
+
+
+def test_a_gain_is_between_different_questions():
+    """In half of the countries GRPO gets one of two wrong answers right; its episodes are in another order."""
+    before, after = [], []
+    for i in range(20):
+        question = {"id": str(i), "country": str(i // 2)}
+        before.append({**question, "measures": {"accuracy": float(i % 4 > 1), "reward": 0.0}})
+        after.insert(0, {**question, "measures": {"accuracy": float(i % 4 > 0), "reward": 0.25}})
+    seed = report.Seed("a", {"before": before, "after": after}, 0.5, [], [])
+    text = report.gain([seed])
+    assert "accuracy +0.250 (+0.100 to +0.400)" in text and "reward +0.250 (+0.250 to +0.250)" in text
 
 
 def test_a_seed_that_is_not_finished_is_reported(tmp_path, capsys):

@@ -13,6 +13,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def tables(seeds: Sequence[Seed]) -> str:
     counts = " · ".join(str(len(seed.answered["before"])) for seed in seeds)
     temperatures = " · ".join(f"{t:g}" for t in sorted({seed.temperature for seed in seeds}))
     about = f"{names}: {counts} questions about countries that training leaves out; T = {temperatures}, or greedy."
-    parts = [overall(seeds), by_category(seeds), familiarity(seeds), by_kind(seeds), kept(seeds)]
+    parts = [overall(seeds), gain(seeds), by_category(seeds), familiarity(seeds), by_kind(seeds), kept(seeds)]
     return "\n\n".join([about, *parts]) + "\n"
 
 
@@ -130,6 +131,22 @@ def overall(seeds: Sequence[Seed]) -> str:
         )
         rows.append([WAYS[way], accuracy, reward, searches])
     return markdown(rows)
+
+
+def gain(seeds: Sequence[Seed]) -> str:
+    """What GRPO adds to the imitation, question by question: both have answered the same ones."""
+    differences = []
+    for seed in seeds:
+        before = {line["id"]: line for line in seed.answered["before"]}
+        for line in seed.answered["after"]:
+            earlier = before[line["id"]]["measures"]
+            added = {measure: line["measures"][measure] - earlier[measure] for measure in ("accuracy", "reward")}
+            differences.append({"country": (seed.name, line["country"]), "measures": added})
+    found = []
+    for measure in ("accuracy", "reward"):
+        low, high = interval(differences, partial(mean, measure=measure))
+        found.append(f"{measure} {mean(differences, measure):+.3f} ({low:+.3f} to {high:+.3f})")
+    return f"GRPO adds: {', '.join(found)}."
 
 
 def by_category(seeds: Sequence[Seed]) -> str:
