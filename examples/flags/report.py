@@ -99,7 +99,8 @@ def tables(seeds: Sequence[Seed]) -> str:
     """All tables. The first has a number for each seed; in the others the questions of all seeds are taken together."""
     names = " · ".join(seed.name for seed in seeds)
     counts = " · ".join(str(len(seed.answered["before"])) for seed in seeds)
-    temperatures = " · ".join(f"{t:g}" for t in sorted({seed.temperature for seed in seeds}))
+    distinct = sorted({seed.temperature for seed in seeds})
+    temperatures = " · ".join(f"{temperature:g}" for temperature in distinct)
     about = f"{names}: {counts} questions about countries that training leaves out; T = {temperatures}, or greedy."
     parts = [overall(seeds), gain(seeds), by_category(seeds), familiarity(seeds), by_kind(seeds), kept(seeds)]
     return "\n\n".join([about, *parts]) + "\n"
@@ -107,7 +108,10 @@ def tables(seeds: Sequence[Seed]) -> str:
 
 def ways(seeds: Sequence[Seed], wanted: Sequence[str] = tuple(WAYS)) -> list[str]:
     """Those that every seed has."""
-    return [way for way in wanted if all(way in seed.answered for seed in seeds)]
+    common = set(wanted)
+    for seed in seeds:
+        common &= set(seed.answered)
+    return [way for way in wanted if way in common]
 
 
 def together(seeds: Sequence[Seed], way: str) -> list[Row]:
