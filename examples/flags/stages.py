@@ -64,15 +64,15 @@ QUICK = Scale(tower_steps=4, samples=2, imitation_steps=2, grpo_steps=2, limit=8
 # The stages in their order, with minutes on two cores (AMD EPYC).
 MINUTES = {
     "base": 0.5,
-    "tower": 2,
-    "knowledge": 3.6,
-    "files": 0.3,
-    "imitation": 9.3,
-    "retained": 1.3,
-    "grpo": 48,
-    "evaluation": 11.5,
-    "exported": 0.5,
-    "report": 0.2,
+    "tower": 2.2,
+    "knowledge": 3.5,
+    "files": 0.2,
+    "imitation": 8.8,
+    "retained": 1.4,
+    "grpo": 45,
+    "evaluation": 10,
+    "exported": 0.4,
+    "report": 0.1,
 }
 COMPARED: dict[str, float] = {"unpenalised": 50, "informed": 14}
 
