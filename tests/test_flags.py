@@ -512,7 +512,7 @@ def test_seeds_are_mixed_up():
         for place, right in enumerate(found):
             measures = {"accuracy": right, "reward": right, "search_ratio_image": 1 - right, "search_ratio_text": right}
             episode = {"id": str(place), "country": "Peru", "kind": "capital", "category": "unfamiliar"}
-            lines.append({**episode, "sampled": 0.8, "measures": measures})
+            lines.append({**episode, "sampled": 0.8, "prompted": 0.1, "measures": measures})
         fact = Known("Peru", "capital", ["Lima"], 0.5, "Lima", 0.5, 0.5, 0.1)
         seeds.append(report.Seed(name, {"before": lines, "after": lines}, 0.5, [fact], [fact]))
     text = report.tables(seeds)
@@ -520,7 +520,7 @@ def test_seeds_are_mixed_up():
     assert "| after imitation | 0.000 · 0.667 | 0.000 · 0.667 | 1.00 · 1.00 |" in text
     assert "GRPO adds: accuracy +0.000 (+0.000 to +0.000), reward" in text
     assert "| **after GRPO** | – · – · – | – · – · – | 0.50 · 0.50 · 0.50 |" in text
-    assert "| after imitation | – of 0 | – of 0 | – of 0 | – of 0 | 0.50 of 4 | – · – |" in text
+    assert "| after imitation | – of 0 | – of 0 | – of 0 | – of 0 | 0.50 of 4 | – · – | – · – | – · – |" in text
     assert "| after imitation | – · 0.50 |" in text  # text searches, not known · known
     assert "| untrained | 1.00 · 0.50 |" in text  # half refused, all others right
 

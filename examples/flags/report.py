@@ -1,8 +1,8 @@
 """The numbers of one seed, or of several: `python -m examples.flags.report runs/flags/seed-0 runs/flags/seed-1`.
 
 Everything is about the countries that training leaves out. `sampled` is the share of right answers that the untrained
-language model gave to a fact (`knowledge.py`). Ranges are 95 % of a bootstrap over countries, for the questions about
-one country are not independent.
+language model gave to a fact, `prompted` the probability of the right one after three examples (`knowledge.py`). Ranges
+are 95 % of a bootstrap over countries, for the questions about one country are not independent.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def read(folder: Path) -> Seed:
 
 
 def questions_by_id(file: Path, known: Sequence[Known]) -> dict[str, Row]:
-    """The questions, each with `sampled` of its fact; NaN where it asks for the flag's name, which is no fact."""
-    sampled = {(fact.country, fact.kind): fact.sampled for fact in known}
+    """The questions, each with `sampled` and `prompted` of its fact; NaN where it asks for the flag's name, no fact."""
+    priors = {(fact.country, fact.kind): (fact.sampled, fact.prompted) for fact in known}
     asked = {}
     for row in read_rows(file):
-        fact = (row["country"], row["kind"])
-        asked[row["id"]] = {**row, "sampled": sampled.get(fact, math.nan)}
+        sampled, prompted = priors.get((row["country"], row["kind"]), (math.nan, math.nan))
+        asked[row["id"]] = {**row, "sampled": sampled, "prompted": prompted}
     return asked
 
 
@@ -213,7 +213,8 @@ def familiarity(seeds: Sequence[Seed]) -> str:
 
     A model that searches for capitals and never for continents has a correlation over all facts and none within kinds.
     """
-    rows = [["text searches, by prior knowledge", *BIN_NAMES, "rank correlation", "within kinds"]]
+    heads = ["rank correlation", "within kinds", "with `prompted`"]
+    rows = [["text searches, by prior knowledge", *BIN_NAMES, *heads]]
     for way in ways(seeds, ON_DEMAND):
         row = [WAYS[way]]
         for share, count in by_bin(facts(together(seeds, way))):
@@ -223,6 +224,7 @@ def familiarity(seeds: Sequence[Seed]) -> str:
             if len(seeds) == 1:
                 cell += between(*interval(facts(seeds[0].answered[way]), correlation))
             row.append(cell)
+        row.append(" · ".join(number(over_all(facts(seed.answered[way]), "prompted")) for seed in seeds))
         rows.append(row)
     return markdown(rows)
 
@@ -256,10 +258,10 @@ def by_bin(lines: Sequence[Row]) -> list[tuple[float, int]]:
     return found
 
 
-def over_all(lines: Sequence[Row]) -> float:
+def over_all(lines: Sequence[Row], prior: str = "sampled") -> float:
     """The rank correlation between prior knowledge and text searches."""
     searched = [line["measures"]["search_ratio_text"] for line in lines]
-    return rank_correlation([line["sampled"] for line in lines], searched)
+    return rank_correlation([line[prior] for line in lines], searched)
 
 
 def within_kinds(lines: Sequence[Row]) -> float:
