@@ -547,9 +547,14 @@ def test_a_seed_that_is_not_finished_is_reported(tmp_path, capsys):
     assert "no eval-before" in capsys.readouterr().err
 
 
-def report_status(folder: Path) -> int:
+def test_a_figure_of_no_known_kind_is_a_traceback_after_all_tables(tmp_path, capsys):
+    assert report_status(tmp_path, "--figure", "curve.xyz") == 2
+    assert "ends in .svg or .png" in capsys.readouterr().err
+
+
+def report_status(folder: Path, *options: str) -> int:
     with pytest.raises(SystemExit) as stopped:
-        report.main([str(folder)])
+        report.main([str(folder), *options])
     return stopped.value.code
 
 

@@ -140,12 +140,13 @@ def overall(seeds: Sequence[Seed]) -> str:
 def gain(seeds: Sequence[Seed]) -> str:
     """What GRPO adds to the imitation, question by question: both have answered the same ones."""
     differences = []
-    for seed in seeds:
+    for place, seed in enumerate(seeds):
         before = {line["id"]: line for line in seed.answered["before"]}
         for line in seed.answered["after"]:
             earlier = before[line["id"]]["measures"]
             added = {measure: line["measures"][measure] - earlier[measure] for measure in ("accuracy", "reward")}
-            differences.append({"country": (seed.name, line["country"]), "measures": added})
+            country = f"{place} {line['country']}"  # each seed has trained on other ones
+            differences.append({"country": country, "measures": added})
     found = []
     for measure in ("accuracy", "reward"):
         low, high = interval(differences, partial(mean, measure=measure))
@@ -329,6 +330,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a seed that is finished")
     parser.add_argument("--figure", type=Path, help="draw the curve into this file (.svg, .png)")
     options = parser.parse_args(argv)
+    if options.figure and options.figure.suffix not in (".svg", ".png"):
+        parser.error(f"--figure {options.figure}: give a name that ends in .svg or .png")
     try:
         seeds = [read(folder) for folder in options.folders]
         print(tables(seeds), end="")
