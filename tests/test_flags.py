@@ -514,11 +514,13 @@ def test_seeds_are_mixed_up():
             episode = {"id": str(place), "country": "Peru", "kind": "capital", "category": "unfamiliar"}
             lines.append({**episode, "sampled": 0.8, "prompted": 0.1, "measures": measures})
         fact = Known("Peru", "capital", ["Lima"], 0.5, "Lima", 0.5, 0.5, 0.1)
-        seeds.append(report.Seed(name, {"before": lines, "after": lines}, 0.5, [fact], [fact]))
+        answered = {"before": lines, "always-after": lines, "after": lines}
+        seeds.append(report.Seed(name, answered, [], 0.5, [fact], [fact]))
     text = report.tables(seeds)
     assert "a · b: 1 · 3 questions" in text and "T = 0.5, or greedy" in text
     assert "| after imitation | 0.000 · 0.667 | 0.000 · 0.667 | 1.00 · 1.00 |" in text
     assert "GRPO adds: accuracy +0.000 (+0.000 to +0.000), reward" in text
+    assert "instead of always adds: accuracy +0.000" in text
     assert "| **after GRPO** | – · – · – | – · – · – | 0.50 · 0.50 · 0.50 |" in text
     assert "| after imitation | – of 0 | – of 0 | – of 0 | – of 0 | 0.50 of 4 | – · – | – · – | – · – |" in text
     assert "| after imitation | – · 0.50 |" in text  # text searches, not known · known
@@ -532,9 +534,31 @@ def test_a_gain_is_between_different_questions():
         question = {"id": str(i), "country": str(i // 2)}
         before.append({**question, "measures": {"accuracy": float(i % 4 > 1), "reward": 0.0}})
         after.insert(0, {**question, "measures": {"accuracy": float(i % 4 > 0), "reward": 0.25}})
-    seed = report.Seed("a", {"before": before, "after": after}, 0.5, [], [])
-    text = report.gain([seed])
+    seed = report.Seed("a", {"before": before, "after": after}, [], 0.5, [], [])
+    text = report.gain([seed], "GRPO adds", "before")
     assert "accuracy +0.250 (+0.100 to +0.400)" in text and "reward +0.250 (+0.250 to +0.250)" in text
+
+
+def test_right_guesses_are_credited_to_a_search():
+    """Eight steps, of two seeds. Of a fact that was not known, memory is right in the second half of them."""
+    seeds = []
+    for name in "ab":
+        rollouts = []
+        for step in range(1, 9):
+            for sampled in (0.0, 0.9, math.nan):  # not known, known, the flag's name
+                for actions in ([], ["image_search"], ["image_search", "text_search"]):
+                    turns = [{"role": "assistant", "action": "text_search"}]  # a call that was not carried out
+                    turns += [{"role": "tool", "action": action} for action in actions]
+                    right = float("text_search" in actions or sampled > 0.5 or step > 4)
+                    line = {"step": step, "sampled": sampled, "turns": turns, "status": "answered"}
+                    rollouts.append({**line, "reward": right, "reward_parts": {"accuracy": right}})
+        rollouts.append({**line, "sampled": 0.0, "turns": [], "status": "length", "reward": 0.0})  # says nothing
+        seeds.append(report.Seed(name, {}, rollouts, 0.5, [], []))
+    head, _, reward, searched, right = report.in_training(seeds).splitlines()
+    assert head == "| in training, steps | 1 to 2 | 3 to 4 | 5 to 6 | 7 to 8 |"
+    assert reward == "| reward | 0.56 | 0.56 | 1.00 | 0.95 |"
+    assert searched == "| text searches, not known · known | 0.33 · 0.33 | 0.33 · 0.33 | 0.33 · 0.33 | 0.29 · 0.33 |"
+    assert right == "| right without one, not known · known | 0.00 · 1.00 | 0.00 · 1.00 | 1.00 · 1.00 | 1.00 · 1.00 |"
 
 
 def test_a_seed_that_is_not_finished_is_reported(tmp_path, capsys):
@@ -545,6 +569,16 @@ def test_a_seed_that_is_not_finished_is_reported(tmp_path, capsys):
         (tmp_path / name).touch()
     assert report_status(tmp_path) == 2
     assert "no eval-before" in capsys.readouterr().err
+    episodes = {"before": ["0"], "after": ["0", "1"]}
+    for name, ids in episodes.items():
+        (tmp_path / f"eval-{name}").mkdir()
+        questions.write_rows(tmp_path / f"eval-{name}" / "episodes.jsonl", [{"id": id} for id in ids])
+    assert report_status(tmp_path) == 2
+    assert "question 0 is not in its data any more" in capsys.readouterr().err
+    rows = [{"id": id, "country": "Peru", "kind": "capital"} for id in "01"]
+    questions.write_rows(tmp_path / "data" / "test.jsonl", rows)
+    assert report_status(tmp_path) == 2
+    assert "eval-before lacks 1 questions of eval-after" in capsys.readouterr().err
 
 
 def test_a_figure_of_no_known_kind_is_a_traceback_after_all_tables(tmp_path, capsys):
@@ -638,7 +672,8 @@ def test_the_whole_experiment_with_a_tiny_llama(llama, tmp_path, capfd, monkeypa
     assert all(f"[{place}/12]" in first for place in range(1, 13))
     assert "10 of 10 turns are equal" in first
     text = (folder / "report.md").read_text("utf-8")
-    assert "rank correlation" in text and all(f"| {name} |" in text for name in report.WAYS.values())
+    assert "rank correlation" in text and "in training, steps" in text
+    assert all(f"| {name} |" in text for name in report.WAYS.values())
     assert (folder / "curve.png").stat().st_size > 1000
     report.main([str(folder), str(folder), "--figure", str(tmp_path / "both.svg")])
     assert "seed-0-quick · seed-0-quick: 8 · 8 questions" in capfd.readouterr().out

@@ -1,8 +1,8 @@
 """The numbers of one seed, or of several: `python -m examples.flags.report runs/flags/seed-0 runs/flags/seed-1`.
 
-Everything is about the countries that training leaves out. `sampled` is the share of right answers that the untrained
-language model gave to a fact, `prompted` the probability of the right one after three examples (`knowledge.py`). Ranges
-are 95 % of a bootstrap over countries, for the questions about one country are not independent.
+All but one table is about the countries that training leaves out. `sampled` is the share of right answers that the
+untrained language model gave to a fact, `prompted` the probability of the right one after three examples
+(`knowledge.py`). Ranges are 95 % of a bootstrap over countries: the questions about one country are not independent.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import numpy as np
 from examples.flags.countries import FACTS
 from examples.flags.knowledge import Known
 from examples.flags.questions import KNOWN_FROM, Row, read_known, read_rows
+from mmsr.episode import ANSWERED
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.files import json_file
+from mmsr.tools import TEXT_SEARCH
 
 CATEGORIES = ("familiar", "known_new_fact", "unfamiliar", "unfamiliar_fact")
 WAYS = {  # by the names of the evaluations
@@ -40,6 +42,7 @@ ON_DEMAND = ("before", "after", "unpenalised", "informed")  # the ways whose sea
 BINS = (0.0, 1 / 16, 0.25, 0.5, 0.75, 1.01)  # of prior knowledge, the lower end included
 BIN_NAMES = ("0", "below 1/4", "below 1/2", "below 3/4", "to 1")
 DRAWS = 1000
+UNFINISHED = "let python -m examples.flags finish there first"
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Seed:
 
     name: str  # of the folder
     answered: dict[str, list[Row]]  # by evaluation: its episodes, each with its question and what was known of the fact
+    trained: list[Row]  # the rollouts of GRPO, likewise, each with its `step`
     temperature: float  # of all evaluations but the greedy one
     known: list[Known]  # of these countries, before any training
     known_after: list[Known]  # after the imitation
@@ -66,14 +70,20 @@ def read(folder: Path) -> Seed:
             if file.is_file():
                 episodes += read_rows(file)
         if episodes:  # the comparisons are not always there
-            answered[way] = [{**episode, **asked[episode["id"]]} for episode in episodes]
+            answered[way] = with_questions(episodes, asked, folder)
     missing = [way for way in ("before", "after") if way not in answered]
     if missing:
-        raise UserError(f"{folder} has no eval-{missing[0]}: let python -m examples.flags finish there first")
+        raise UserError(f"{folder} has no eval-{missing[0]}: {UNFINISHED}")
+    for way, lines in answered.items():
+        lacking = {line["id"] for line in answered["after"]} - {line["id"] for line in lines}
+        if lacking:
+            raise UserError(f"{folder}: eval-{way} lacks {len(lacking)} questions of eval-after: {UNFINISHED}")
     temperature = json_file(folder / "eval-before" / "config.json")["temperature"]
+    asked = questions_by_id(folder / "data" / "train.jsonl", known)
+    trained = with_questions(rollouts(folder / "grpo"), asked, folder)
     about = {fact.country for fact in known_after}
     known = [fact for fact in known if fact.country in about]
-    return Seed(folder.name, answered, temperature, known, known_after)
+    return Seed(folder.name, answered, trained, temperature, known, known_after)
 
 
 def questions_by_id(file: Path, known: Sequence[Known]) -> dict[str, Row]:
@@ -84,6 +94,23 @@ def questions_by_id(file: Path, known: Sequence[Known]) -> dict[str, Row]:
         sampled, prompted = priors.get((row["country"], row["kind"]), (math.nan, math.nan))
         asked[row["id"]] = {**row, "sampled": sampled, "prompted": prompted}
     return asked
+
+
+def with_questions(episodes: Sequence[Row], asked: dict[str, Row], folder: Path) -> list[Row]:
+    """Raises UserError where the questions are not those that were asked."""
+    unknown = [episode["id"] for episode in episodes if episode["id"] not in asked]
+    if unknown:
+        raise UserError(f"{folder}: question {unknown[0]} is not in its data any more: start again with another --out")
+    return [{**episode, **asked[episode["id"]]} for episode in episodes]
+
+
+def rollouts(run: Path) -> list[Row]:
+    """Those of all steps of a training run. Each gets its step."""
+    found = []
+    for file in sorted((run / "rollouts").glob("step-*.jsonl")):
+        step = int(file.stem.removeprefix("step-"))
+        found += [{**rollout, "step": step} for rollout in read_rows(file)]
+    return found
 
 
 def write(folder: Path) -> str:
@@ -102,8 +129,14 @@ def tables(seeds: Sequence[Seed]) -> str:
     distinct = sorted({seed.temperature for seed in seeds})
     temperatures = " · ".join(f"{temperature:g}" for temperature in distinct)
     about = f"{names}: {counts} questions about countries that training leaves out; T = {temperatures}, or greedy."
-    parts = [overall(seeds), gain(seeds), by_category(seeds), familiarity(seeds), by_kind(seeds), kept(seeds)]
-    return "\n\n".join([about, *parts]) + "\n"
+    parts = [about, overall(seeds), gain(seeds, "GRPO adds", "before")]
+    if ways(seeds, ["always-after"]):
+        parts.append(gain(seeds, "Searching on demand instead of always adds", "always-after"))
+    parts += [by_category(seeds), familiarity(seeds), by_kind(seeds)]
+    if all(seed.trained for seed in seeds):
+        parts.append(in_training(seeds))
+    parts.append(kept(seeds))
+    return "\n\n".join(parts) + "\n"
 
 
 def ways(seeds: Sequence[Seed], wanted: Sequence[str] = tuple(WAYS)) -> list[str]:
@@ -137,21 +170,21 @@ def overall(seeds: Sequence[Seed]) -> str:
     return markdown(rows)
 
 
-def gain(seeds: Sequence[Seed]) -> str:
-    """What GRPO adds to the imitation, question by question: both have answered the same ones."""
+def gain(seeds: Sequence[Seed], what: str, base: str) -> str:
+    """What the way "after" adds to the way `base`, question by question: both have answered the same ones."""
     differences = []
     for place, seed in enumerate(seeds):
-        before = {line["id"]: line for line in seed.answered["before"]}
+        compared = {line["id"]: line["measures"] for line in seed.answered[base]}
         for line in seed.answered["after"]:
-            earlier = before[line["id"]]["measures"]
-            added = {measure: line["measures"][measure] - earlier[measure] for measure in ("accuracy", "reward")}
+            other = compared[line["id"]]
+            added = {measure: line["measures"][measure] - other[measure] for measure in ("accuracy", "reward")}
             country = f"{place} {line['country']}"  # each seed has trained on other ones
             differences.append({"country": country, "measures": added})
     found = []
     for measure in ("accuracy", "reward"):
         low, high = interval(differences, partial(mean, measure=measure))
         found.append(f"{measure} {mean(differences, measure):+.3f} ({low:+.3f} to {high:+.3f})")
-    return f"GRPO adds: {', '.join(found)}."
+    return f"{what}: {', '.join(found)}."
 
 
 def by_category(seeds: Sequence[Seed]) -> str:
@@ -237,10 +270,8 @@ def by_kind(seeds: Sequence[Seed]) -> str:
         lines = facts(together(seeds, way))
         row = [WAYS[way]]
         for kind in FACTS:
-            some = [line for line in lines if line["kind"] == kind]
-            is_known = [line for line in some if line["sampled"] >= KNOWN_FROM]
-            is_not = [line for line in some if line["sampled"] < KNOWN_FROM]
-            row.append(" · ".join(number(mean(part, "search_ratio_text")) for part in (is_not, is_known)))
+            parts = by_knowledge([line for line in lines if line["kind"] == kind])
+            row.append(" · ".join(number(mean(part, "search_ratio_text")) for part in parts))
         rows.append(row)
     return markdown(rows)
 
@@ -248,6 +279,14 @@ def by_kind(seeds: Sequence[Seed]) -> str:
 def facts(lines: Sequence[Row]) -> list[Row]:
     """The lines whose question is about a fact."""
     return [line for line in lines if not math.isnan(line["sampled"])]
+
+
+def by_knowledge(lines: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The lines about facts that the untrained model did not know, and about facts that it knew."""
+    about = facts(lines)
+    is_not = [line for line in about if line["sampled"] < KNOWN_FROM]
+    is_known = [line for line in about if line["sampled"] >= KNOWN_FROM]
+    return is_not, is_known
 
 
 def by_bin(lines: Sequence[Row]) -> list[tuple[float, int]]:
@@ -285,6 +324,40 @@ def ranks(values: Sequence[float]) -> np.ndarray:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)  # the rank of each distinct value's last occurrence
     return (last - (counts - 1) / 2)[place]
+
+
+def in_training(seeds: Sequence[Seed]) -> str:
+    """Rollouts of GRPO by quarters of its steps: the reward; of facts, text searches, and answers without one."""
+    trained = []
+    for seed in seeds:
+        trained += seed.trained
+    last = max(line["step"] for line in trained)
+    ends = [round(last * quarter / 4) for quarter in range(5)]
+    heads = ["in training, steps"]
+    rewards = ["reward"]
+    searched = ["text searches, not known · known"]
+    right = ["right without one, not known · known"]
+    for begin, end in zip(ends, ends[1:]):
+        heads.append(f"{begin + 1} to {end}")
+        lines = [line for line in trained if begin < line["step"] <= end]
+        rewards.append(number(ratio(sum(line["reward"] for line in lines), len(lines))))
+        searched.append(" · ".join(number(share_searched(part)) for part in by_knowledge(lines)))
+        right.append(" · ".join(number(share_right_from_memory(part)) for part in by_knowledge(lines)))
+    return markdown([heads, rewards, searched, right])
+
+
+def share_searched(rollouts: Sequence[Row]) -> float:
+    return ratio(sum(map(asked_for_pages, rollouts)), len(rollouts))
+
+
+def share_right_from_memory(rollouts: Sequence[Row]) -> float:
+    """Of the rollouts that answer a question about a fact without a text search."""
+    answered = [line for line in rollouts if line["status"] == ANSWERED and not asked_for_pages(line)]
+    return ratio(sum(line["reward_parts"]["accuracy"] for line in answered), len(answered))
+
+
+def asked_for_pages(rollout: Row) -> bool:
+    return any(turn["role"] == "tool" and turn["action"] == TEXT_SEARCH for turn in rollout["turns"])
 
 
 def kept(seeds: Sequence[Seed]) -> str:
