@@ -130,7 +130,7 @@ def roll_out(
 
     episodes = setup.answers(
         [questions[row] for row in rows],
-        (config.seed, "evaluation", name),
+        (config.seed, "evaluation", Path(name).name),  # wherever the file lies
         config.temperature,
         group_ids=rows,
         direct=config.mode == "direct",

@@ -217,6 +217,17 @@ def test_several_data_sets_are_kept_apart(miniature, tmp_path):
     assert [[turn["text"] for turn in line["turns"]] for line in limited.lines] == texts
 
 
+def test_samples_depend_on_the_folder_of_the_data(miniature, tmp_path):
+    """The same questions with the same seed have the same answers on another machine."""
+    said = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        data = questions(folder / "one", 3, "x")
+        found = run(miniature, folder / "out", data=data, search="none", limit=0, temperature=1)
+        said.append(texts(found))
+    assert said[0] == said[1]
+
+
 def test_an_evaluation_goes_on_where_it_was_cut_even_within_a_line(miniature, first, tmp_path, monkeypatch):
     out = Path(shutil.copytree(first, tmp_path / "out"))
     whole = (out / "episodes.jsonl").read_bytes()
