@@ -24,7 +24,7 @@ from mmsr.reward import exact_match
 BATCH = 32  # countries
 EXAMPLES = ("France", "Kenya", "Japan", "Brazil")  # three of them, not the one asked about, precede it in `prompted`
 ANSWER_TOKENS = 8
-END = re.compile(r"<|\n|[,;:(]|(?<!\bSt)\.\s| and | or | which | but ")  # of an answer
+END = re.compile(r"<|\n|[,;:(]|(?<!\bSt)\.\s|(?<=\S)(?: and | or | which | but )")  # of an answer
 
 
 @dataclass
