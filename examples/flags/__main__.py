@@ -5,8 +5,9 @@ is shown how to answer and how to search. Then it learns by reinforcement what i
 saw, and facts that it does not know. What it knows is its own: no conversation that it imitates states an answer that
 it did not give before any training.
 
-The stages are in `stages.py`. They work in the folder of the seed. A stage that is finished is not done again; one that
-was interrupted goes on.
+The stages are in `stages.py`. They work in the folder of the seed. A stage that is finished is not done again.
+Training and evaluation that were interrupted go on where they stopped; another stage, which takes some minutes at most,
+begins again.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ PROGRAM = "python -m examples.flags"
 def run(experiment: Experiment, minutes: dict[str, float], tell_minutes: bool) -> None:
     """All stages that are not finished, in their order. Raises UserError."""
     folder = experiment.folder
-    experiment.check_continues()
     file = folder / "stages.json"
     state = json_file(file) if file.is_file() else {"finished": [], "seconds": {}}
+    experiment.open_folder(state["finished"])
     for place, (name, expected) in enumerate(minutes.items(), 1):
         say(f"\n[{place}/{len(minutes)}] {name}: {experiment.about(name)}")
-        if name in state["finished"] and name != "report":
+        if name in state["finished"]:
             say(f"  finished before, in {duration(state['seconds'][name])}")
             continue
         if tell_minutes:
@@ -44,7 +45,8 @@ def run(experiment: Experiment, minutes: dict[str, float], tell_minutes: bool) -
         start = time.perf_counter()
         try:
             getattr(experiment, name)()
-            state["finished"].append(name)
+            if name != "report":  # made again each time, for other stages may have been added
+                state["finished"].append(name)
         finally:  # time that was interrupted counts too
             state["seconds"][name] = state["seconds"].get(name, 0) + time.perf_counter() - start
             write_whole(file, [json.dumps(state, indent=2).encode() + b"\n"])

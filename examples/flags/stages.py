@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +38,7 @@ ROLLOUT = f"""
     --recipe paper --penalty 0.2 --penalty-per-call
     --results 2 --max-turns 3 --max-images 1 --max-texts 1
     --min-pixels {HEIGHT * WIDTH} --max-pixels {HEIGHT * WIDTH} --max-tokens 256 --turn-tokens 48
-    --dtype bfloat16 --slots 96 --slot-tokens 0 --micro-tokens 8192
+    --slots 96 --slot-tokens 0 --micro-tokens 8192
 """
 TRAINING = "--kl 0 --lr-schedule half-decay --no-recompute --eval-size 24 --save-every 10 --merge --resume"
 TEMPERATURE = 0.5  # of rollouts; below 1, what memory is sure of wins against "not known to me", and a guess loses
@@ -77,6 +80,28 @@ MINUTES = {
 COMPARED: dict[str, float] = {"unpenalised": 50, "informed": 14}
 
 
+def faster_dtype(device: torch.device) -> str:
+    """The name of a type: bfloat16 on CUDA; on a processor, the one whose matrix products take less time.
+
+    Processors differ widely: with AVX512-BF16 a product in bfloat16 is 2.5 times as fast as in float32, with AVX2 alone
+    it takes 8 times as long.
+    """
+    if device.type == "cuda":
+        return "bfloat16"
+    seconds = {name: seconds_of_product(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def seconds_of_product(dtype: torch.dtype, size: int = 512, times: int = 5) -> float:
+    """Of some products of square matrices, on the processor."""
+    factor = torch.randn(size, size).to(dtype)
+    factor @ factor  # the first one takes longer
+    start = time.perf_counter()
+    for _ in range(times):
+        factor @ factor
+    return time.perf_counter() - start
+
+
 class Experiment:
     """The stages of one seed, in `folder`; the methods that `MINUTES` and `COMPARED` name. They raise UserError."""
 
@@ -88,6 +113,7 @@ class Experiment:
         self.scale = scale
         self.split = split(countries(), seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = ""  # of training and evaluation; `open_folder` sets it
 
     def about(self, stage: str) -> str:
         """What a stage does, in a line."""
@@ -107,15 +133,21 @@ class Experiment:
             "report": "the numbers and the curve",
         }[stage]
 
-    def check_continues(self) -> None:
-        """Raises UserError where the folder has stages of other options or another version of the program."""
+    def open_folder(self, finished: Sequence[str]) -> None:
+        """Write what the stages depend on, or compare it where some of them are finished.
+
+        Raises UserError where those are of other options or another version of the program.
+        """
         file = self.folder / "settings.json"
         made_by = {path.name: code_digest(path) for path in sorted(HERE.glob("*.py")) if path.name != "report.py"}
         made_by |= {path.name: path.read_text("utf-8") for path in sorted(HERE.glob("prompts/*.txt"))}
+        made_by["facts.jsonl"] = hashlib.sha256((HERE / "data" / "facts.jsonl").read_bytes()).hexdigest()
         settings = {"llama": self.llama, **asdict(self.scale), "made_by": made_by}
-        if file.is_file() and json_file(file) != settings:
+        before = json_file(file) if finished else {}
+        self.dtype = before.pop("dtype", "") or faster_dtype(self.device)
+        if finished and before != settings:
             raise UserError(f"{self.folder} has stages of other options or another version: give another --out")
-        write_whole(file, [json.dumps(settings, indent=2).encode() + b"\n"])
+        write_whole(file, [json.dumps({**settings, "dtype": self.dtype}, indent=2).encode() + b"\n"])
 
     def chat(self, model: Path) -> Chat:
         return Chat(model, HERE / "prompts", search_tools(None, 1, 1))
@@ -155,7 +187,7 @@ class Experiment:
         self.measure(self.folder / "imitation" / "model", self.split.test, "known-after")
 
     def measure(self, folder: Path, about: list[Country], name: str) -> None:
-        model = load(folder, torch.bfloat16, self.device)
+        model = load(folder, getattr(torch, self.dtype), self.device)
         with progress("knowledge", len(FACTS) * len(about), "fact") as bar:
             known = measure(model, self.chat(folder), about, self.scale.samples, self.seed, bar.update)
         files_of.write_known(self.folder / f"{name}.jsonl", known)
@@ -261,7 +293,8 @@ class Experiment:
     def rollouts(self, name: str) -> list:
         """The options that every run of train.py and eval.py gets; `name`: of its folder."""
         options = [*ROLLOUT.split(), "--prompts", HERE / "prompts", "--seed", self.seed]
-        options += ["--model", self.folder / "start", "--search", f"local:{self.data / 'web.index'}"]
+        options += ["--dtype", self.dtype, "--model", self.folder / "start"]
+        options += ["--search", f"local:{self.data / 'web.index'}"]
         return [*options, "--search-cache", self.folder / "searches.sqlite", "--out", self.folder / name]
 
     def train(self, name: str, steps: int, *options) -> None:
@@ -270,19 +303,29 @@ class Experiment:
     def command(self, program: str, *options) -> None:
         """Run one of the programs, and show how to type it. Its failure is this program's, with the same status.
 
-        Ctrl-C reaches it too, and it saves; so it is waited for. SIGTERM is passed on.
+        Ctrl-C reaches it too, and it saves; so it is waited for. SIGTERM is passed on. After either nothing follows,
+        also where the program had just finished. Raises KeyboardInterrupt.
         """
         words = [program, *map(str, options)]
         say(f"  python {shlex.join(words)}")
+        interrupted = False
         with subprocess.Popen([sys.executable, *words], cwd=ROOT) as child:
-            signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+
+            def pass_on(*_) -> None:
+                nonlocal interrupted
+                interrupted = True
+                child.terminate()
+
+            signal.signal(signal.SIGTERM, pass_on)
             while True:
                 try:
                     status = child.wait()
                     break
                 except KeyboardInterrupt:
-                    continue
+                    interrupted = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if interrupted:
+            raise KeyboardInterrupt
         if status < 0:
             say(f"{program} was killed by signal {-status}" + (": out of memory?" if status == -9 else ""))
         if status:
