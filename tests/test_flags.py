@@ -730,7 +730,7 @@ def test_the_whole_experiment_with_a_tiny_llama(llama, tmp_path, capfd, monkeypa
     assert all(f"[{place}/12]" in first for place in range(1, 13))
     assert "10 of 10 turns are equal" in first
     text = (folder / "report.md").read_text("utf-8")
-    assert "rank correlation" in text and "in training, steps" in text
+    assert "rank correlation" in text and "| in training, steps | 1 to 1 | 2 to 2 |" in text
     assert all(f"| {name} |" in text for name in report.WAYS.values())
     assert (folder / "curve.png").stat().st_size > 1000
     report.main([str(folder), str(folder), "--figure", str(tmp_path / "both.svg")])

@@ -332,7 +332,7 @@ def in_training(seeds: Sequence[Seed]) -> str:
     for seed in seeds:
         trained += seed.trained
     last = max(line["step"] for line in trained)
-    ends = [round(last * quarter / 4) for quarter in range(5)]
+    ends = sorted({round(last * quarter / 4) for quarter in range(5)})  # fewer than four quarters of a few steps
     heads = ["in training, steps"]
     rewards = ["reward"]
     searched = ["text searches, not known · known"]
