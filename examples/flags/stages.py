@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
 from mmsr.system.errors import UserError
 from mmsr.system.files import code_digest, json_file, write_whole
+from mmsr.system.number_types import time_ratio
 from mmsr.system.progress import progress, say
 from mmsr.tools import search_tools
 
@@ -80,28 +80,6 @@ MINUTES = {
 COMPARED: dict[str, float] = {"unpenalised": 50, "informed": 14}
 
 
-def faster_dtype(device: torch.device) -> str:
-    """The name of a type: bfloat16 on CUDA; on a processor, the one whose matrix products take less time.
-
-    Processors differ widely: with AVX512-BF16 a product in bfloat16 is 2.5 times as fast as in float32, with AVX2 alone
-    it takes 8 times as long.
-    """
-    if device.type == "cuda":
-        return "bfloat16"
-    seconds = {name: seconds_of_product(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    return min(seconds, key=lambda name: seconds[name])
-
-
-def seconds_of_product(dtype: torch.dtype, size: int = 512, times: int = 5) -> float:
-    """Of some products of square matrices, on the processor."""
-    factor = torch.randn(size, size).to(dtype)
-    factor @ factor  # the first one takes longer
-    start = time.perf_counter()
-    for _ in range(times):
-        factor @ factor
-    return time.perf_counter() - start
-
-
 class Experiment:
     """The stages of one seed, in `folder`; the methods that `MINUTES` and `COMPARED` name. They raise UserError."""
 
@@ -144,7 +122,10 @@ class Experiment:
         made_by["facts.jsonl"] = hashlib.sha256((HERE / "data" / "facts.jsonl").read_bytes()).hexdigest()
         settings = {"llama": self.llama, **asdict(self.scale), "made_by": made_by}
         before = json_file(file) if finished else {}
-        self.dtype = before.pop("dtype", "") or faster_dtype(self.device)
+        self.dtype = before.pop("dtype", "")
+        if not self.dtype:
+            is_faster = time_ratio(torch.bfloat16, self.device) < 1
+            self.dtype = "bfloat16" if is_faster else "float32"
         if finished and before != settings:
             raise UserError(f"{self.folder} has stages of other options or another version: give another --out")
         write_whole(file, [json.dumps({**settings, "dtype": self.dtype}, indent=2).encode() + b"\n"])

@@ -20,7 +20,7 @@ from mmsr.pretrained.hub import resolve, resolve_adapter, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
 from mmsr.setup.checks import check_prompts, check_tokens
 from mmsr.setup.questions import Questions
-from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype, sharding
+from mmsr.setup.sizes import check_memory, check_sizes, compute_dtype, sharding, warn_of_slow_products
 from mmsr.shapes import adapter_ranks
 from mmsr.system import parallel
 from mmsr.system.determinism import deterministic
@@ -109,6 +109,8 @@ def prompts_folder(name: str) -> Path:
 
 def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
     """The model of a folder with its adapters; what is trained requires a gradient. Raises UserError. Collective."""
+    if ranks.main:
+        warn_of_slow_products(dtype, ranks.device)
     with ranks.sync_errors():
         model = skeleton(folder)
         adapters = open_adapters(config, folder, model, ranks)

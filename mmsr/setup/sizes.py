@@ -17,9 +17,11 @@ from mmsr.model import ModelConfig
 from mmsr.pretrained.hub import hub_cache
 from mmsr.shapes import sizes, trained
 from mmsr.system.errors import UserError
+from mmsr.system.number_types import time_ratio
 from mmsr.system.parallel import Ranks
 
 LITTLE = 10**9  # bytes of disk that are not worth a line
+SLOW = 1.5  # times as long as in float32: more than half the memory is worth
 
 
 def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int = 0) -> None:
@@ -43,6 +45,14 @@ def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int
 def compute_dtype(config: Options, ranks: Ranks) -> torch.dtype:
     """The number type that the model computes in."""
     return getattr(torch, config.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32"))
+
+
+def warn_of_slow_products(dtype: torch.dtype, device: torch.device) -> None:
+    """Old GPUs, and processors without AVX512-BF16, convert every bfloat16 number."""
+    ratio = 1.0 if dtype == torch.float32 else time_ratio(dtype, device)
+    if ratio > SLOW:
+        here = f"a product in {str(dtype).removeprefix('torch.')} takes {ratio:.1f} times as long as in float32"
+        print(f"WARNING: here {here}: --dtype float32", file=sys.stderr)
 
 
 def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:

@@ -239,6 +239,16 @@ def test_a_run_says_that_it_trains_all_when_it_trains_a_part(card, capsys, tmp_p
         assert said in told and ("Trained" in told) == bool(said)
 
 
+@pytest.mark.parametrize("ratio, warned", [(8.2, True), (0.4, False)])
+def test_a_device_that_converts_every_bfloat16_is_slow_in_silence(ratio, warned, capsys, monkeypatch):
+    monkeypatch.setattr(sizes, "time_ratio", lambda dtype, device: ratio)
+    sizes.warn_of_slow_products(torch.float32, SINGLE.device)
+    assert not capsys.readouterr().err
+    sizes.warn_of_slow_products(torch.bfloat16, SINGLE.device)
+    told = "a product in bfloat16 takes 8.2 times as long as in float32: --dtype float32"
+    assert (told in capsys.readouterr().err) == warned
+
+
 # ---- disk
 
 Usage = namedtuple("Usage", "free")
