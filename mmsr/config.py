@@ -168,7 +168,8 @@ class Options:
 
     # ---- search
     search: str = "toy"
-    """Back-end: toy, local:FILE, live, replay:FILE (recorded searches), replay:fvqa, remote:URL or none."""
+    """Back-end: toy, local:FILE, live, replay:FILE (recorded searches), replay:fvqa, remote:URL or none; or one for
+    each search: image=A,text=B."""
     results: int = 5
     """Results per search at most."""
     image_results: Literal["thumbnails", "summary"] = "thumbnails"
@@ -275,20 +276,28 @@ class Options:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # raises now, and not after the first rollouts
         self._check_addresses()
-        kind, _, where = self.search.partition(":")
-        if kind == "remote" and where:
-            server_address(where, "--search remote:")
+        for back_end in self.back_ends.values():
+            kind, _, where = back_end.partition(":")
+            if kind == "remote" and where:
+                server_address(where, "--search remote:")
 
     def _check_addresses(self) -> None:
         """Refuse passwords and keys: options are written to config.json, checkpoints, the report and trackers."""
         for name, value in vars(self).items():
             texts = value if isinstance(value, tuple) else [value]
+            if name == "search":
+                texts = self.back_ends.values()
             for text in texts:
                 if not isinstance(text, str):
                     continue
                 address = text.removeprefix("remote:")
                 if "://" in text or name in ("teacher", "judge") or address != text:
                     refuse_credentials(f"--{kebab(name)}", address, KEYS.get(name, ""))
+
+    @property
+    def back_ends(self) -> dict[str, str]:
+        """What --search names for "image" and for "text". Raises UserError where it names one of them only."""
+        return back_ends(self.search)
 
     @property
     def reward_rule(self) -> RewardRule:
@@ -487,7 +496,7 @@ class Config(Options):
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}: give both")
-        if self.force_searches and not self.search.startswith("replay:"):
+        if self.force_searches and not any(name.startswith("replay:") for name in self.back_ends.values()):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
 
     @property
@@ -609,6 +618,19 @@ def check_command_line(argv: Sequence[str], kind: type[Options], program: str) -
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def back_ends(search: str) -> dict[str, str]:
+    """The back-ends of image and text searches: "image=A,text=B" names two, anything else is that of both.
+
+    Raises UserError where one is named and the other is not.
+    """
+    for pattern in ("image=(?P<image>.+?),text=(?P<text>.+)", "text=(?P<text>.+?),image=(?P<image>.+)"):
+        if found := re.fullmatch(pattern, search):
+            return found.groupdict()
+    if search.startswith(("image=", "text=")):
+        raise UserError(f"--search {hidden(search)}: give both, image=A,text=B (the back-end none finds nothing)")
+    return {"image": search, "text": search}
 
 
 def usual_search(values: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def downloads(config: Config, model: ModelConfig) -> dict[str, int]:
         found["weights"] = model_bytes(model, 2)
     if config.data.startswith("lmms-lab/FVQA"):
         found["questions"] = FVQA["questions"]
-    if config.search == FVQA_SEARCH:
+    if FVQA_SEARCH in config.back_ends.values():
         found["recorded searches"] = FVQA["recorded searches"]
     return found
 

@@ -280,7 +280,7 @@ class Activations:
     def pictures(self, questions: int) -> int:
         """Merged tokens of all distinct pictures of `questions`, with what their image searches bring."""
         thumbnails = 0
-        if self.config.max_images and self.config.search != "none":
+        if self.config.max_images and self.config.back_ends["image"] != "none":
             thumbnails = THUMBNAILS * THUMBNAIL_TOKENS
         return questions * (self.config.max_pixels // SIDE**2 + thumbnails)
 
@@ -569,7 +569,7 @@ def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 
     processes = min(ranks, node)
     kept = Activations(model, config, item)
     questions = math.ceil(max(config.questions, config.eval_size) * processes / ranks)
-    recorded = RECORDED if config.search == FVQA_SEARCH else 0
+    recorded = RECORDED if FVQA_SEARCH in config.back_ends.values() else 0
     save = processes * min(2 * FILE_BYTES, 2 * save_bytes(config, model, ranks, item) / ranks)
     whole = item * sizes(model).count()
     if config.merge:

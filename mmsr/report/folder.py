@@ -98,7 +98,9 @@ class RunFolder(Generic[AnyOptions]):
         size = sum(file.stat().st_size for file in setup.folder.glob("*.safetensors"))
         if size > LARGE:
             say(f"Hashing the {size / 1e9:.0f} GB of the model, and the data, for {INPUTS}.")
-        recording = _recording(self.config.search)
+        recording: Digests = {}
+        for name in self.config.back_ends.values():
+            recording |= _recording(name)
         given = _given(setup, data)
         may_change = _sources(program, self.config.tools)
         if isinstance(self.config, Config):

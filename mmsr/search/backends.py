@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterable
 
 from mmsr.config import Options
-from mmsr.episode import Example
+from mmsr.episode import Example, Observation
 from mmsr.search.cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
 from mmsr.search.contents import counted
 from mmsr.search.store import Budget, Store
@@ -23,7 +23,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder
 from mmsr.tools import Backend, NoSearch
 
-KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none"
+KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none, or image=A,text=B with two of them"
 PATIENCE = 360.0  # seconds that a search waits for the same search of another process: more than `web.LONGEST`
 
 
@@ -35,19 +35,56 @@ class SearchEngine:
     spending: Budget | None = None
 
 
+@dataclass
+class PerTool:
+    """Two search engines as one: each answers one of the searches."""
+
+    image: Backend
+    text: Backend
+
+    def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
+        return self.image.image_search(image, question, image_url)
+
+    def text_search(self, query: str) -> Observation:
+        return self.text.text_search(query)
+
+
 def open_backend(
-    options: Options, examples: Iterable[Example] = (), ledger: Path | None = None, quiet: bool = False
+    options: Options,
+    examples: Iterable[Example] = (),
+    ledger: Path | None = None,
+    quiet: bool = False,
+    toy_web: Backend | None = None,
 ) -> SearchEngine:
     """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls. Some
     recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example has
-    an address decides which keys a live search needs. Raises UserError."""
-    kind, colon, where = options.search.partition(":")
+    an address decides which keys a live search needs. `toy_web`: that of the run's toy world. Raises UserError."""
+    names = options.back_ends
+    pictures = options.max_images > 0
+    image = open_one(names["image"], options, examples, pictures, ledger, quiet, toy_web)
+    if names["text"] == names["image"]:
+        return image
+    text = open_one(names["text"], options, (), False, ledger, quiet, toy_web)
+    return SearchEngine(PerTool(image.backend, text.backend), image.spending or text.spending)
+
+
+def open_one(
+    name: str,
+    options: Options,
+    examples: Iterable[Example] = (),
+    pictures: bool = False,
+    ledger: Path | None = None,
+    quiet: bool = False,
+    toy_web: Backend | None = None,
+) -> SearchEngine:
+    """The back-end `name`, as `open_backend` opens those of `options.search`. `pictures`: it will search for some."""
+    kind, colon, where = name.partition(":")
     if kind in ("none", "toy", "live") and colon or kind in ("local", "replay", "remote") and not where:
-        raise UserError(f"--search {options.search}: not complete; give {KNOWN}")
+        raise UserError(f"--search {name}: not complete; give {KNOWN}")
     if kind == "none":
         return SearchEngine(NoSearch())
     if kind == "toy":
-        return SearchEngine(_toy())
+        return SearchEngine(toy_web or _toy())
     if kind == "replay":
         return SearchEngine(_replay(options, where, examples, quiet))
     if kind == "local":
@@ -56,10 +93,12 @@ def open_backend(
         from mmsr.search.web import Remote
 
         remote = Remote(where, results=options.results)
-        return SearchEngine(_recorded(remote, options, f"remote:{where}/{options.results}", by_question=True))
+        form = f"remote:{where}/{options.results}"
+        return SearchEngine(_recorded(remote, options, form, by_question=True))
     if kind == "live":
-        return _live(options, ledger, addressed=any(example.image_url for example in islice(examples, 1)))
-    raise UserError(f"--search {options.search}: unknown back-end; give {KNOWN}")
+        addressed = any(example.image_url for example in islice(examples, 1))
+        return _live(options, ledger, uploads=pictures and not addressed)
+    raise UserError(f"--search {name}: unknown back-end; give {KNOWN}")
 
 
 def _toy() -> Backend:
@@ -78,13 +117,12 @@ def _local(options: Options, file: str) -> Backend:
     return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
 
 
-def _live(options: Options, ledger: Path | None, addressed: bool) -> SearchEngine:
+def _live(options: Options, ledger: Path | None, uploads: bool) -> SearchEngine:
     from mmsr.search.web import Live
 
     if not options.budget:
         raise UserError("--search live: every search costs money; give --budget N, the paid calls that it may make")
     spending = Budget(ledger, "run", options.budget, options.step_budget)
-    uploads = options.max_images > 0 and not addressed
     live = Live.from_environment(options.image_results, options.results, spending.spend, uploads)
     form = f"live/{options.image_results}/{options.results}"
     summary = options.image_results == "summary"
@@ -92,8 +130,9 @@ def _live(options: Options, ledger: Path | None, addressed: bool) -> SearchEngin
 
 
 def _recorded(
-    backend: Backend, options: Options, form: str, by_question: bool = False, imported: bool = False
+    backend: Backend, options: Options, form: str, by_question: bool = False, imported: bool = True
 ) -> Backend:
+    """`imported`: image results that were imported into the file are used, too."""
     path = Path(options.search_cache or cache_folder() / "search.sqlite")
     path.parent.mkdir(parents=True, exist_ok=True)
     return Cached(backend, Store(path), form, by_question, PATIENCE, imported, options.results)

@@ -91,7 +91,7 @@ def wanted(config: Options) -> list[hub.Wanted]:
     if config.adapter and (adapter := hub.wanted_adapter(config.adapter)):
         found.append(adapter)
     files = [place for name in _data(config) if (place := fvqa.hub_file(name))]
-    if config.search == FVQA_SEARCH:
+    if FVQA_SEARCH in config.back_ends.values():
         files.append((fvqa.FVQA, fvqa.RESULTS))
     by_repository: dict[str, list[str]] = {}
     for repository, file in dict.fromkeys(files):

@@ -29,7 +29,7 @@ class Questions:
 
 def open_world(config: Options) -> toy.World | None:
     """The toy world. None where neither questions nor searches nor the model are of it."""
-    if "toy" in (*config.datasets, config.search) or not config.model:
+    if "toy" in (*config.datasets, *config.back_ends.values()) or not config.model:
         return toy.World(config.seed, toy.SETTINGS[config.toy])
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -34,16 +34,21 @@ class Search:
 
 def check_search(config: Options) -> None:
     """Raises UserError for what the name of --search shows to be wrong: another back-end, no key, no such file."""
-    kind, _, where = config.search.partition(":")
+    for name in dict.fromkeys(config.back_ends.values()):
+        _check_back_end(name, config)
+
+
+def _check_back_end(name: str, config: Options) -> None:
+    kind, _, where = name.partition(":")
     if kind == "toy":
         if config.datasets != ("toy",):
             raise UserError("--search toy knows the toy world's pictures only: give another --search, or none")
     elif kind in ("local", "replay") and where:
-        if config.search != FVQA_SEARCH and not Path(where).exists():
+        if name != FVQA_SEARCH and not Path(where).exists():
             how = "; python search.py index --out FILE … makes an index" if kind == "local" else ""
-            raise UserError(f"--search {config.search}: no such file; check the path{how}")
+            raise UserError(f"--search {name}: no such file; check the path{how}")
     else:  # opens no file but that of the recorded searches; which keys a search by picture needs, the data decide
-        backends.open_backend(replace(config, max_images=0))
+        backends.open_one(name, config)
 
 
 def open_search(config: Options, world: toy.World | None, questions: Questions, ranks: Ranks) -> Search:
@@ -51,21 +56,22 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
 
     `questions`: a recording may know a picture by a question's id alone. Raises UserError.
     """
-    search = config.search
-    if search == FVQA_SEARCH:
-        search = f"replay:{fetch(search, fvqa.FVQA, fvqa.RESULTS, ranks)}"
+    names = dict(config.back_ends)
+    if FVQA_SEARCH in names.values():
+        fetched = f"replay:{fetch(FVQA_SEARCH, fvqa.FVQA, fvqa.RESULTS, ranks)}"
+        names = {tool: fetched if name == FVQA_SEARCH else name for tool, name in names.items()}
     scripts = None
     with ranks.sync_errors():
         if isinstance(config, Config) and config.force_searches:
-            scripts = forced_searches(search.removeprefix("replay:"), config.group_size)
-        if search == "toy":
-            engine = backends.SearchEngine(world.web)
-        else:
-            if ranks.main and config.search == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
-                _warn_of_text_searches()
-            examples = chain.from_iterable(questions.by_option.values())
-            ledger = Path(config.out) / "spent.sqlite"
-            engine = backends.open_backend(replace(config, search=search), examples, ledger, quiet=not ranks.main)
+            scripts = forced_searches(list(names.values()), config.group_size)
+        if ranks.main and config.back_ends["text"] == FVQA_SEARCH and config.max_texts and config.on_miss != "error":
+            _warn_of_text_searches()
+        examples = chain.from_iterable(questions.by_option.values())
+        ledger = Path(config.out) / "spent.sqlite"
+        search = f"image={names['image']},text={names['text']}"
+        toy_web = world.web if world else None
+        opened = replace(config, search=search)
+        engine = backends.open_backend(opened, examples, ledger, quiet=not ranks.main, toy_web=toy_web)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
     tools += more_tools(config.tools, engine.backend)
     return Search(tools, engine.spending, scripts)
@@ -73,11 +79,16 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
 
 def _warn_of_text_searches() -> None:
     found = f"--search {FVQA_SEARCH} holds image searches only: every text search finds nothing"
-    print(f"{found}; give --search live or local:FILE, or --max-texts 0", file=sys.stderr)
+    print(f"{found}; give --search image={FVQA_SEARCH},text=local:FILE or live, or --max-texts 0", file=sys.stderr)
 
 
-def forced_searches(file: str, group_size: int) -> Scripts:
-    """The turns that --force-searches plays. Raises UserError where the file holds no conversations."""
+def forced_searches(names: Sequence[str], group_size: int) -> Scripts:
+    """The turns that --force-searches plays, from the first recording of conversations among these back-ends.
+
+    Raises UserError where there is none.
+    """
+    files = [name.removeprefix("replay:") for name in names if name.startswith("replay:")]
+    file = next((file for file in files if file.endswith(".jsonl")), files[0])
     if not file.endswith(".jsonl"):
         raise UserError(f"--force-searches: {file} holds no conversations: give replay:FILE.jsonl with some")
     return partial(_recorded_script, recorded_turns(file), group_size)
