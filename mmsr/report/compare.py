@@ -1,7 +1,7 @@
-"""A model's results in a table, beside what the paper and its blog report for the same benchmark.
+"""A model's results in a table, beside what the paper, its blog and later systems report for the same benchmark.
 
 Their numbers are in `published.tsv`, in per cent: accuracy by exact match and by an LLM as judge, and the share of
-answers with a search, each row with its source. They are theirs, from their set of questions and their search engine.
+answers with a search, each row with its source. They are theirs: their questions, search engine, judge and tools.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 def published(name: str, layout: str) -> list[dict[str, str]]:
-    """The paper's and the blog's rows for the benchmark that a file's name, or else its layout, names."""
+    """The published rows for the benchmark that a file's name, or else its layout, names."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     wanted = next((benchmark for benchmark in NAMED if benchmark in name.lower()), layout)
