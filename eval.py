@@ -29,7 +29,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 from mmsr import evaluate
 from mmsr.assemble import Setup, launch
 from mmsr.chat import PROMPTS
-from mmsr.data.judge import Judge
+from mmsr.data.judge import JUDGE_TOKENS, Judge
 from mmsr.episode import Episode, Example
 from mmsr.report import compare
 from mmsr.report.album import Album
@@ -47,7 +47,6 @@ from mmsr.system.parallel import Ranks
 from mmsr.system.progress import progress, say
 from mmsr.toy.world import World
 
-JUDGE_TOKENS = 1024
 # The keys of a line that results are made of.
 SUMMED_UP = ("data", "question", "answers", "answer", "category", "measures", "status", "seconds")
 

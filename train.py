@@ -21,9 +21,9 @@ from typing import Any, Iterator, Mapping, Sequence
 import torch
 
 from mmsr import evaluate, grpo, lora
-from mmsr.assemble import Setup, launch, open_imitation
+from mmsr.assemble import Setup, launch, open_imitation, open_judge
 from mmsr.data.sampler import Sampler
-from mmsr.episode import TOOL_ERROR, Episode, Example
+from mmsr.episode import TOOL_ERROR, UNJUDGED, Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.html import mode_name
@@ -84,6 +84,7 @@ def open_setup(config: Config, ranks: Ranks = SINGLE, world: World | None = None
     policy = open_policy(config, search.tools, questions, world, ranks)
     setup = Setup(config, ranks, world, questions, search, policy)
     open_imitation(setup)
+    open_judge(setup)
     return setup
 
 
@@ -109,6 +110,8 @@ def take_steps(
             return  # interrupted: the last step is whole, this one is not there
         episodes, counts = rollouts
         with clock("reward"), ranks.sync_errors():
+            if setup.judge:
+                setup.judge(episodes)
             setup.score(episodes)
             zero_std_groups = assign_advantages(episodes, config)
         with clock("update"):
@@ -150,9 +153,9 @@ def roll_out(
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
     """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
 
-    An episode that a failed tool ended takes no part. E is the number of episodes.
+    An episode that a failed tool ended takes no part, nor does one whose judge failed. E is the number of episodes.
     """
-    sound = [episode.status != TOOL_ERROR for episode in episodes]
+    sound = [episode.status != TOOL_ERROR and episode.judged != UNJUDGED for episode in episodes]
     if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
         for episode, ok in zip(episodes, sound):
             if config.imitates:

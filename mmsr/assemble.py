@@ -20,7 +20,9 @@ from mmsr.engine import Engine
 from mmsr.episode import Episode, Example
 from mmsr.reward import score
 from mmsr.rollout import Rollout, Scripts
+from mmsr.search.store import Budget
 from mmsr.setup.imitation import open_demonstrations, open_teacher
+from mmsr.setup.judging import open_reward_judge
 from mmsr.setup.policy import Policy
 from mmsr.setup.questions import Questions
 from mmsr.setup.search import Search, rollout_limits
@@ -33,6 +35,7 @@ from mmsr.toy import world as toy
 from mmsr.vision import image_tokens
 
 if TYPE_CHECKING:
+    from mmsr.data.reward_judge import RewardJudge
     from mmsr.data.teacher import Teacher
 
 
@@ -74,6 +77,7 @@ class Setup(Generic[AnyOptions]):
         self.spending = search.spending  # None where searches cost nothing
         self.scripts: Scripts | None = search.scripts  # model turns to force in training
         self.teacher: Teacher | None = None  # the model that writes them, if there is one
+        self.judge: RewardJudge | None = None  # in training, the model that corrects exact match, if there is one
         self.folder = policy.folder  # the checkpoint that the run starts from
         self.chat = policy.chat
         self.dtype = policy.dtype
@@ -192,3 +196,15 @@ def open_imitation(setup: Setup) -> None:
             limits = rollout_limits(config)
             setup.teacher = open_teacher(config.teacher, config.teacher_model, kept, setup.chat, setup.toolbox, limits)
             setup.scripts = setup.teacher
+
+
+def open_judge(setup: Setup) -> None:
+    """The judge in the reward, if --reward-judge names one. Its paid calls count with those of searches."""
+    config, ranks = setup.config, setup.ranks
+    if not config.reward_judge:
+        return
+    with ranks.sync_errors():
+        if config.budget and not setup.spending:
+            setup.spending = Budget(Path(config.out) / "spent.sqlite", "run", config.budget, config.step_budget)
+        spend = setup.spending.spend if setup.spending else None
+        setup.judge = open_reward_judge(config, spend, shown=ranks.main)

@@ -136,6 +136,7 @@ SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache
 KEYS = {
     "teacher": "OPENAI_API_KEY",
     "judge": "OPENAI_API_KEY",
+    "reward_judge": "OPENAI_API_KEY",
     "model": "HF_TOKEN",
     "data": "HF_TOKEN",
     "eval_data": "HF_TOKEN",
@@ -291,7 +292,7 @@ class Options:
                 if not isinstance(text, str):
                     continue
                 address = text.removeprefix("remote:")
-                if "://" in text or name in ("teacher", "judge") or address != text:
+                if "://" in text or name in ("teacher", "judge", "reward_judge") or address != text:
                     refuse_credentials(f"--{kebab(name)}", address, KEYS.get(name, ""))
 
     @property
@@ -365,6 +366,10 @@ class Config(Options):
     """OpenAI-compatible server whose model shows what to imitate, http://HOST (/v1 is added) or with its own path."""
     teacher_model: str = ""
     """The teaching model, as that server calls it; its key: OPENAI_API_KEY."""
+    reward_judge: str = ""
+    """OpenAI-compatible server whose model is asked about answers that exact match rejects; its "right" is rewarded."""
+    judge_model: str = ""
+    """The judging model, as that server calls it; its key: OPENAI_API_KEY, for which --budget is needed."""
 
     steps: int = 80
     """Training steps; a step is one batch of rollouts."""
@@ -496,6 +501,11 @@ class Config(Options):
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
             raise UserError(f"--mini-batch {self.mini_batch} must divide --questions {self.questions}: give both")
+        if bool(self.reward_judge) != bool(self.judge_model):
+            both = "give the address and the model's name there"
+            raise UserError(f"--reward-judge and --judge-model go together: {both}")
+        if self.reward_judge:
+            server_address(self.reward_judge, "--reward-judge ")
         if self.force_searches and not any(name.startswith("replay:") for name in self.back_ends.values()):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
 

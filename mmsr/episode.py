@@ -68,6 +68,12 @@ TURNS = "turns"  # a search in the last turn
 TOOL_ERROR = "tool-error"  # a tool's infrastructure failed and the run is told to stop such episodes
 INVALID = "invalid"  # a turn without a readable action
 
+# What a judge in the reward says of an answer that exact match rejects.
+JUDGED_RIGHT = "right"
+JUDGED_WRONG = "wrong"
+UNJUDGED = "failed"  # the judge gave no verdict: the rollout takes no part in the update
+NOT_ASKED = "not-asked"  # an answer that talks to the judge: it stays wrong
+
 
 @dataclass
 class Episode:
@@ -84,6 +90,7 @@ class Episode:
     turns: list[Turn] = field(default_factory=list)
     status: str = ""
     answer: str | None = None
+    judged: str = ""  # by a judge in the reward, if there is one and exact match says no
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
@@ -120,6 +127,7 @@ class Episode:
             if pieces is not None and turn.role == "assistant":
                 line["pieces"] = self._tokens(turn, pieces)
             turns.append(line)
+        judged = {"judged": self.judged} if self.judged else {}
         return {
             "id": self.example.id,
             "group": self.group_id,
@@ -131,6 +139,7 @@ class Episode:
             "status": self.status,
             "turns": turns,
             "answer": self.answer,
+            **judged,
             "reward": self.reward,
             "reward_parts": self.reward_parts,
             "advantage": self.advantage,

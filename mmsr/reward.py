@@ -38,7 +38,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Callable, Iterable
 
-from mmsr.episode import ANSWERED, Episode
+from mmsr.episode import ANSWERED, JUDGED_RIGHT, Episode
 from mmsr.system.errors import UserError
 
 RULES = ("blog", "paper", "strict")
@@ -93,10 +93,12 @@ def score(
 
     So 0 <= reward <= 1 under `paper` and `strict`, and -(1 - w) p c <= reward <= 1 under `blog`. `well_formed` judges
     one assistant turn's text. `accuracy` replaces the rule's own scorer (a model as judge, say); it must give a number
-    from 0 to 1, else ValueError. No text that the model writes makes this raise.
+    from 0 to 1, else ValueError. What a judge found right is right. No text that the model writes makes this raise.
     """
     for episode in episodes:
         right = float(accuracy(episode)) if accuracy else answer_score(episode, rule)  # s
+        if episode.judged == JUDGED_RIGHT:
+            right = 1.0
         if not 0 <= right <= 1:
             raise ValueError(f"accuracy of example {episode.example.id!r} is {right}, not from 0 to 1")
         formed = format_score(episode, rule, well_formed)  # f
@@ -123,12 +125,18 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 def answer_score(episode: Episode, rule: RewardRule) -> float:
     """1.0 if the episode's answer is one of the example's, by the rule's own extraction and match; else 0.0."""
+    given = given_answer(episode, rule)
     answers = episode.example.answers
+    if given is None:
+        return 0.0
     if rule.name == "strict":
-        given = strict_answer(episode)
-        return float(given is not None and strict_match(given, answers))
-    given = official_answer(episode)
-    return float(given is not None and exact_match(given, answers, rule.substring))
+        return float(strict_match(given, answers))
+    return float(exact_match(given, answers, rule.substring))
+
+
+def given_answer(episode: Episode, rule: RewardRule) -> str | None:
+    """The answer that the rule reads in an episode; None where it finds none."""
+    return strict_answer(episode) if rule.name == "strict" else official_answer(episode)
 
 
 def official_answer(episode: Episode) -> str | None:

@@ -20,6 +20,7 @@ from mmsr.system.progress import progress
 
 PROMPT = Path(__file__).parents[1] / "prompts" / "judge.txt"
 AT_ONCE = 16
+JUDGE_TOKENS = 1024  # of a reply
 LAST = 8_000  # characters at the end of a reply that are read
 
 WORD = r"\b(in|not\s+)?correct\b"
@@ -41,10 +42,11 @@ Complete = Callable[[list[dict[str, Any]]], str]
 
 
 class Judge:
-    """Verdicts of one model. `name` distinguishes it from other models in `journal`, a JSON lines file of verdicts."""
+    """Verdicts of one model. `name` distinguishes it from other models in `journal`, a JSON lines file of verdicts.
+    `shown`: with a progress bar."""
 
-    def __init__(self, complete: Complete, name: str, journal: Path):
-        self.complete, self.name, self.journal = complete, name, Journal(journal)
+    def __init__(self, complete: Complete, name: str, journal: Path, shown: bool = True):
+        self.complete, self.name, self.journal, self.shown = complete, name, Journal(journal), shown
         self.template = PROMPT.read_text(encoding="utf-8")
         self.failure = ""  # the first one's text
 
@@ -54,7 +56,7 @@ class Judge:
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge") as pool:
             verdicts = [pool.submit(self._verdict, line) for line in lines]
             try:
-                with progress("judging", len(verdicts), "answer") as bar:
+                with progress("judging", len(verdicts), "answer", shown=self.shown) as bar:
                     for verdict in as_completed(verdicts):
                         verdict.result()  # raises now what ends all
                         bar.update()

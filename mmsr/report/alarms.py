@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, Mapping, Sequence
 
-from mmsr.episode import LENGTH, TOOL_ERROR
+from mmsr.episode import LENGTH, NOT_ASKED, TOOL_ERROR, UNJUDGED
 from mmsr.system.errors import UserError
 
 Line = Mapping[str, Any]  # of metrics.jsonl, about a step
 
-TOOLS = 0.05  # share of a step's tool calls that may fail without a word
+TOOLS = 0.05  # share of a step's tool calls, and of the judge's verdicts, that may fail without a word
 STEPS = 5  # in a row: a single step may be chance
 ENTROPY = (0.005, 3.0)  # nats a token, as e^3 = 20 words that are alike; runs of the toy world go from .24 down to .02
 GAP = {"float32": 1e-3, "bfloat16": 0.1}  # mean |sampler - trainer| of log-probabilities; 1e-8 in the toy world
@@ -30,7 +30,7 @@ NEEDED = {
     "response_tokens",
     "zero_std_groups",
 }
-EVERY_STEP = ("tools", "untrained")  # said each time; the others when they begin
+EVERY_STEP = ("tools", "judge", "untrained")  # said each time; the others when they begin
 
 
 def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str]:
@@ -39,7 +39,7 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
     `dtype`: of the computation. `may_search`: whether the model can search, and decides on it.
     """
     last = lines[-1]
-    found = {"tools": _tools(last), "untrained": untrained(last)}
+    found = {"tools": _tools(last), "judge": _judge(last), "untrained": untrained(last)}
     if last["skipped_updates"] and last["tokens"]["trained"]:  # where nothing was trained, `untrained` has the reason
         found["skipped"] = f"{last['skipped_updates']} updates were skipped: they met a value that is not finite"
     if may_search:
@@ -101,14 +101,17 @@ def untrained(line: Line) -> str:
     n = sum(ends.values())
     cut = ends.get(LENGTH, 0)
     failed = ends.get(TOOL_ERROR, 0)
+    unjudged = line.get("judged", {}).get(UNJUDGED, 0)
     if line["skipped_updates"]:
         why = f"all {line['skipped_updates']} updates met a value that is not finite"
-    elif cut + failed == n:
+    elif cut + failed + unjudged == n:
         reasons = []
         if cut:
             reasons.append(f"{cut} of {n} rollouts ran out of tokens (raise --max-tokens or --turn-tokens)")
         if failed:
             reasons.append(f"{failed} of {n} were left out because a tool failed")
+        if unjudged:
+            reasons.append(f"{unjudged} of {n} were left out because the judge failed")
         why = " and ".join(reasons)
     elif not line["response_tokens"]:
         why = f"none of {n} rollouts has a token of the model's own"
@@ -150,6 +153,15 @@ def _tools(line: Line) -> str:
     most_frequent = next(iter(line["tool_errors"]))
     often = " ".join(most_frequent.split())
     return f"{failed} of {calls} tool calls failed, most often: {often:.200}"
+
+
+def _judge(line: Line) -> str:
+    verdicts = line.get("judged", {})
+    failed = verdicts.get(UNJUDGED, 0)
+    asked = sum(verdicts.values()) - verdicts.get(NOT_ASKED, 0)
+    if failed <= TOOLS * asked:
+        return ""
+    return f"{failed} of {asked} verdicts of the judge failed, at first: {line['judge_error']}"
 
 
 def _lasts(lines: Sequence[Line], outside: Callable[[Line], bool]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from mmsr import evaluate
 from mmsr.assemble import Setup
 from mmsr.config import Config
-from mmsr.episode import Episode
+from mmsr.episode import JUDGED_RIGHT, JUDGED_WRONG, Episode
 from mmsr.report import alarms
 from mmsr.report.html import shape_name
 
@@ -51,15 +51,24 @@ def step_metrics(
     tokens = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
     tokens |= {key: update[key] for key in ("trained", "trained_unique")}
     metrics["tokens"] = tokens
-    metrics |= _extras(setup, counts)
+    metrics |= _extras(setup, counts, sums)
     encoded = counts["images_encoded"] + update["encoded"]
     metrics["images"] = {"distinct": counts["images_distinct"], "encoded": encoded}
     return metrics
 
 
-def _extras(setup: Setup[Config], counts: Mapping[str, float]) -> dict[str, Any]:
-    """What not every run has: conversations that outgrew their slots, and paid calls."""
+def _extras(setup: Setup[Config], counts: Mapping[str, float], sums: Mapping[Any, float]) -> dict[str, Any]:
+    """What not every run has: a judge's verdicts, conversations that outgrew their slots, and paid calls.
+
+    The judge disagrees where it finds an answer right: it is asked about those that exact match rejects.
+    """
     extras: dict[str, Any] = {}
+    if setup.judge:
+        verdicts = _group(sums, "judged")
+        right, wrong = verdicts.get(JUDGED_RIGHT, 0), verdicts.get(JUDGED_WRONG, 0)
+        extras["judged"] = verdicts
+        extras["judge_disagrees"] = right / (right + wrong) if right + wrong else math.nan
+        extras["judge_error"] = setup.judge.judge.failure
     if counts["parked"]:
         extras["parked"] = counts["parked"]
     if setup.spending:
@@ -77,6 +86,7 @@ def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]
     }
     sums |= Counter(("status", episode.status) for episode in episodes)
     sums |= Counter(("shape", _shape(episode)) for episode in episodes)
+    sums |= Counter(("judged", episode.judged) for episode in episodes if episode.judged)
     for error, count in evaluate.tool_errors(episodes).items():
         sums["error", error] = count
     return sums

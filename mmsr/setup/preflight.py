@@ -16,6 +16,7 @@ from mmsr.plan import known_sizes
 from mmsr.pretrained import hub
 from mmsr.pretrained.adapter import read_settings
 from mmsr.pretrained.config_json import read_config
+from mmsr.setup.judging import reward_judge_server
 from mmsr.setup.policy import prompts_folder
 from mmsr.setup.search import check_search
 from mmsr.setup.sizes import check_memory, check_sizes
@@ -58,6 +59,8 @@ def _check_names(config: Options) -> None:
         _check_server(config.judge, config.judge_model)
     if isinstance(config, Config):
         _check_server(config.teacher, config.teacher_model)
+        if config.reward_judge:
+            reward_judge_server(config)
         for file in config.demonstrations:
             if not Path(file).exists():
                 raise missing(Path(file))
