@@ -193,6 +193,8 @@ class Options:
     """Every search takes the penalty off, not only a rollout's first."""
     match: Literal["exact", "substring"] = "exact"
     """The answer that is rewarded equals an accepted one, or contains one (blog, paper)."""
+    shapes: Literal["listed", "any"] = "listed"
+    """Turns that earn format: the four orders of searches in the paper, or any calls and then an answer."""
 
     # ---- rollout
     max_turns: int = 3
@@ -304,7 +306,9 @@ class Options:
     def reward_rule(self) -> RewardRule:
         """Raises UserError where the options do not go together."""
         substring = self.match == "substring"
-        return RewardRule(self.reward, self.penalty, per_call=self.penalty_per_call, substring=substring)
+        any_shape = self.shapes == "any"
+        calls = self.penalty_per_call
+        return RewardRule(self.reward, self.penalty, per_call=calls, substring=substring, any_shape=any_shape)
 
     @property
     def datasets(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ from mmsr.system.errors import UserError
 
 RULES = ("blog", "paper", "strict")
 
-# Which sequences of actions earn format. For a new tool, add the shapes with its name.
+# Which sequences of actions earn format, unless a rule takes any. For a new tool, add the shapes with its name.
 LEGAL_SHAPES: set[tuple[str, ...]] = {
     ("answer",),
     ("image_search", "answer"),
@@ -66,6 +66,7 @@ class RewardRule:
     format_weight: float = 0.1
     per_call: bool = False  # every search costs, not only the first
     substring: bool = False  # an accepted answer inside the given one is enough (blog, paper)
+    any_shape: bool = False  # format for any calls within their limits and then an answer, not only LEGAL_SHAPES
 
     def __post_init__(self):
         if self.name not in RULES:
@@ -193,7 +194,10 @@ def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str]
     """
     turns = [turn for turn in episode.turns if turn.role == "assistant"]
     shape = tuple(turn.action for turn in turns)
-    legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
+    if rule.any_shape:
+        legal = shape[-1:] == ("answer",) and shape.count("answer") == 1
+    else:
+        legal = shape in LEGAL_SHAPES or (rule.name == "strict" and shape in STRICT_SHAPES)
     refused = any(turn.role == "tool" and turn.observation.source == "limit" for turn in episode.turns)
     if not legal or refused:
         return 0.0

@@ -142,6 +142,33 @@ def test_a_forkers_tool_is_one_more_shape(monkeypatch):
     assert rewarded(subject, "paper").reward_parts["format"] == rewarded(subject, "strict").reward_parts["format"] == 1
 
 
+LONG = ("image_search", *["text_search"] * 5, "image_search", "answer")
+
+
+@pytest.mark.parametrize(
+    "actions, formed",
+    [
+        *[(shape, 1) for shape in sorted(LEGAL_SHAPES)],
+        (LONG, 1),
+        (("text_search", "text_search", "answer"), 1),
+        (LONG[:-1], 0),
+        (("answer", "answer"), 0),
+        ((), 0),
+    ],
+)
+def test_a_long_chain_of_searches_never_earns_format(actions, formed):
+    subject = episode(actions)
+    rule = parse(["--shapes", "any"]).reward_rule
+    assert format_score(subject, rule, well_formed) == formed
+    if actions == LONG:
+        assert format_score(subject, RewardRule(), well_formed) == 0
+        subject.turns[2].text = "<reason>why</reason>"
+        assert format_score(subject, rule, well_formed) == 0, "a turn without an action"
+        refused_one = episode(LONG)
+        refused_one.turns[-2] = turn("limit reached", IMAGE_SEARCH, "limit")
+        assert format_score(refused_one, rule, well_formed) == 0
+
+
 def test_shapes_speak_the_tools_names():
     assert {name for shape in LEGAL_SHAPES | STRICT_SHAPES for name in shape} == {"answer", IMAGE_SEARCH, TEXT_SEARCH}
 
