@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -229,7 +229,9 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _search(args: argparse.Namespace, tool: str, call: Call) -> int:
     """Search as a rollout does, and show what came. Returns 1 where the back-end failed."""
-    backend = open_backend(_options(args)).backend
+    options = _options(args)
+    asked = "image" if tool == IMAGE_SEARCH else "text"
+    backend = open_backend(replace(options, search=options.back_ends[asked])).backend
     toolbox = Toolbox(search_tools(backend, 1, 1), inline=True)
     start = time.perf_counter()
     seen = toolbox.call(tool, call).result()

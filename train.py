@@ -109,11 +109,12 @@ def take_steps(
         if rollouts is None:
             return  # interrupted: the last step is whole, this one is not there
         episodes, counts = rollouts
-        with clock("reward"), ranks.sync_errors():
-            if setup.judge:
-                setup.judge(episodes)
-            setup.score(episodes)
-            zero_std_groups = assign_advantages(episodes, config)
+        with clock("reward"):
+            if not judge_answers(episodes, setup, stop):
+                return
+            with ranks.sync_errors():
+                setup.score(episodes)
+                zero_std_groups = assign_advantages(episodes, config)
         with clock("update"):
             lr = learning_rate(config, step)
             update = update_model(step, episodes, trainer, lr, setup)
@@ -148,6 +149,15 @@ def roll_out(
             on_done=lambda episode: bar.update(),
             stop=stop,
         )
+
+
+def judge_answers(episodes: Sequence[Episode], setup: Setup, stop: Interrupts) -> bool:
+    """Let the judge in the reward, if there is one, look at this rank's answers. False: interrupted, on all ranks."""
+    if not setup.judge:
+        return True
+    with setup.ranks.sync_errors():
+        asked = stop.breakable(setup.judge, episodes)
+    return not setup.ranks.max(asked is None)
 
 
 def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:

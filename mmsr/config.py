@@ -180,7 +180,7 @@ class Options:
     search_cache: str = ""
     """File in which live, remote and local searches are recorded; empty: search.sqlite in ~/.cache/mmsr."""
     budget: int = 0
-    """Paid calls that the whole run may make; --search live wants it."""
+    """Paid calls that the whole run may make; --search live and a judge in the reward with a key want it."""
     step_budget: int = 0
     """Paid calls that a step may make; 0: as many as --budget has left."""
 
@@ -194,7 +194,7 @@ class Options:
     match: Literal["exact", "substring"] = "exact"
     """The answer that is rewarded equals an accepted one, or contains one (blog, paper)."""
     shapes: Literal["listed", "any"] = "listed"
-    """Turns that earn format: the four orders of searches in the paper, or any calls and then an answer."""
+    """Turns that earn format: the listed orders of searches (the paper's four), or any calls and then an answer."""
 
     # ---- rollout
     max_turns: int = 3
@@ -371,9 +371,9 @@ class Config(Options):
     teacher_model: str = ""
     """The teaching model, as that server calls it; its key: OPENAI_API_KEY."""
     reward_judge: str = ""
-    """OpenAI-compatible server whose model is asked about answers that exact match rejects; its "right" is rewarded."""
+    """OpenAI-compatible server whose model is asked about the answers of a step that exact match rejects."""
     judge_model: str = ""
-    """The judging model, as that server calls it; its key: OPENAI_API_KEY, for which --budget is needed."""
+    """The judging model, as that server calls it; its key: JUDGE_API_KEY or OPENAI_API_KEY, which want --budget N."""
 
     steps: int = 80
     """Training steps; a step is one batch of rollouts."""
@@ -489,6 +489,7 @@ class Config(Options):
         "max_skipped",
         "track",
         "teacher",
+        "reward_judge",
         "keep_blocks",
         "merge",
     }

@@ -27,7 +27,7 @@ Conversations differ, too:
   its limit (a second image search) and one in the last turn, after which nothing is executed, cost no penalty here.
 - A call that was refused earns no format here, even where its shape is legal (a text search where it is not allowed,
   then the answer).
-- The official code raises on a conversation of four model turns. Here it has no format, as no legal shape is so long.
+- The official code raises on a conversation of four model turns. Here it has no format, unless a rule takes any shape.
 """
 
 from __future__ import annotations

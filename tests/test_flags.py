@@ -688,23 +688,23 @@ def test_a_program_that_fails_goes_unnoticed(ending, code, word, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [130, 0])
-def test_a_program_is_left_before_it_has_saved(ending, tmp_path):
-    """Ctrl-C reaches program and child; the child's answer to it takes a second. Then no other stage begins, also where
-    the child had just finished."""
+@pytest.mark.parametrize("number, ending, code", [("SIGINT", 130, 130), ("SIGINT", 0, 130), ("SIGTERM", 0, 143)])
+def test_a_program_is_left_before_it_has_saved(number, ending, code, tmp_path):
+    """Ctrl-C reaches program and child, SIGTERM is passed on; the child's answer takes a second. Then no other stage
+    begins, also where the child had just finished."""
     (tmp_path / "saves.py").write_text(
-        "import sys, time\n"
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "try:\n    print('ready', flush=True)\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    time.sleep(1.5)\n"
         f"    open('saved', 'w').close()\n    sys.exit({ending})\n"
     )
-    code = (
+    program_text = (
         "from pathlib import Path\nfrom examples.flags import stages\n"
         f"stages.ROOT = Path({str(tmp_path)!r})\n"
         f"try:\n    stages.Experiment(stages.ROOT, 0, '', stages.QUICK).command('saves.py')\n"
         "except KeyboardInterrupt:\n    raise SystemExit(130)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", program_text],
         cwd=stages.ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -713,8 +713,11 @@ def test_a_program_is_left_before_it_has_saved(ending, tmp_path):
     ) as program:
         while "ready" not in program.stdout.readline():
             pass
-        os.killpg(program.pid, signal.SIGINT)
-        assert program.wait(20) == 130
+        if number == "SIGINT":
+            os.killpg(program.pid, signal.SIGINT)
+        else:
+            program.terminate()
+        assert program.wait(20) == code
     assert (tmp_path / "saved").exists()
 
 

@@ -105,7 +105,7 @@ class Experiment:
             "retained": "what it knows after the imitation, about countries that training leaves out",
             "grpo": f"when to search: {scale.grpo_steps} steps of {ASKED} questions, {GROUP} rollouts each",
             "evaluation": f"{len(parts.test)} countries that training leaves out: on demand, always, never",
-            "exported": "transformers opens the trained model: its first turns about ten flags beside ours",
+            "exported": "transformers opens the trained model: its first turns for ten questions beside ours",
             "unpenalised": "to compare: the same GRPO, but a search costs nothing",
             "informed": "to compare: imitation of right decisions, about twice as many questions as GRPO asks",
             "report": "the numbers and the curve",
@@ -284,17 +284,17 @@ class Experiment:
     def command(self, program: str, *options) -> None:
         """Run one of the programs, and show how to type it. Its failure is this program's, with the same status.
 
-        Ctrl-C reaches it too, and it saves; so it is waited for. SIGTERM is passed on. After either nothing follows,
-        also where the program had just finished. Raises KeyboardInterrupt.
+        Ctrl-C reaches it too, and it saves; so it is waited for. SIGTERM is passed on. After either no stage follows,
+        also where the program had just finished. Raises KeyboardInterrupt, or SystemExit(143) after SIGTERM.
         """
         words = [program, *map(str, options)]
         say(f"  python {shlex.join(words)}")
-        interrupted = False
+        interrupted: BaseException | None = None
         with subprocess.Popen([sys.executable, *words], cwd=ROOT) as child:
 
             def pass_on(*_) -> None:
                 nonlocal interrupted
-                interrupted = True
+                interrupted = SystemExit(143)
                 child.terminate()
 
             signal.signal(signal.SIGTERM, pass_on)
@@ -302,11 +302,11 @@ class Experiment:
                 try:
                     status = child.wait()
                     break
-                except KeyboardInterrupt:
-                    interrupted = True
+                except KeyboardInterrupt as error:
+                    interrupted = error
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if interrupted:
-            raise KeyboardInterrupt
+            raise interrupted
         if status < 0:
             say(f"{program} was killed by signal {-status}" + (": out of memory?" if status == -9 else ""))
         if status:

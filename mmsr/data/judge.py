@@ -53,17 +53,16 @@ class Judge:
     def __call__(self, lines: Sequence[Mapping[str, Any]]) -> list[bool | None]:
         """The verdict on each of an evaluation's lines ("question", "answers", "answer"): right, wrong or None. Raises
         UserError where no further call can succeed (a refused key)."""
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge") as pool:
+        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge")
+        try:
             verdicts = [pool.submit(self._verdict, line) for line in lines]
-            try:
-                with progress("judging", len(verdicts), "answer", shown=self.shown) as bar:
-                    for verdict in as_completed(verdicts):
-                        verdict.result()  # raises now what ends all
-                        bar.update()
-                return [verdict.result() for verdict in verdicts]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            with progress("judging", len(verdicts), "answer", shown=self.shown) as bar:
+                for verdict in as_completed(verdicts):
+                    verdict.result()  # raises now what ends all
+                    bar.update()
+            return [verdict.result() for verdict in verdicts]
+        finally:  # who is interrupted does not wait for the calls that are being made
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _verdict(self, line: Mapping[str, Any]) -> bool | None:
         if not (line["answer"] or "").strip():

@@ -4,8 +4,8 @@ Its "right" makes the accuracy 1. Where it fails there is no verdict, and the ro
 one that a failed tool ended: counted as wrong, it would punish what nobody has judged.
 
 A policy that is trained on verdicts may learn to talk to the judge instead of answering. So two kinds of answers stay
-wrong without asking: long ones, for pleas and lists of guesses need room, and those with words of the judging in them
-that neither the question nor an accepted answer has.
+wrong without asking: long ones, for pleas and lists of guesses need room, and those with words of the judge's task that
+neither the question nor an accepted answer has.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from mmsr.system.errors import UserError
 from mmsr.tools import ToolFailure
 
 ROOM = 100  # characters that an answer may have more than the longest accepted one
-JUDGING = re.compile(
-    r"\b(?:in)?correct(?:ly)?\b|\bverdict|\bjudg(?:e|ing|ment)|\bgrad(?:e|er|ing)\b|\binstruct|\bignore\b|\baccept",
-    re.IGNORECASE,
-)
+TASK = re.compile(r"\b(?:in)?correct|\bverdict|\bgrader|\binstruct|\bignore", re.IGNORECASE)  # beginnings of words
 
 
 class RewardJudge:
@@ -35,8 +32,14 @@ class RewardJudge:
         self.judge = judge
         self.rule = rule
 
-    def __call__(self, episodes: Sequence[Episode]) -> None:
-        """Raises UserError where no further call can succeed: a refused key, a budget that is spent."""
+    @property
+    def failure(self) -> str:
+        """Why a verdict failed, the first of the last call's."""
+        return self.judge.failure
+
+    def __call__(self, episodes: Sequence[Episode]) -> int:
+        """The number of answers that it was asked about. Raises UserError where no further call can succeed."""
+        self.judge.failure = ""
         asked = []
         lines = []
         for episode in episodes:
@@ -52,14 +55,15 @@ class RewardJudge:
         names = {True: JUDGED_RIGHT, False: JUDGED_WRONG, None: UNJUDGED}
         for episode, verdict in zip(asked, self.judge(lines) if lines else ()):
             episode.judged = names[verdict]
+        return len(asked)
 
 
 def talks_to_the_judge(answer: str, example: Example) -> bool:
-    """Whether an answer is too long for one, or has words of the judging that question and accepted answers lack."""
+    """Whether an answer is too long for one, or has words of the judge's task that question and answers lack."""
     if len(answer) > max(map(len, example.answers), default=0) + ROOM:
         return True
     known = " ".join([example.question, *example.answers]).lower()
-    return any(word[0].lower() not in known for word in JUDGING.finditer(answer))
+    return any(word[0].lower() not in known for word in TASK.finditer(answer))
 
 
 def complete(server: ChatServer) -> Callable[[list[dict]], str]:
@@ -69,7 +73,7 @@ def complete(server: ChatServer) -> Callable[[list[dict]], str]:
         try:
             return server.complete(messages, max_tokens=JUDGE_TOKENS)
         except ToolFailure as error:
-            if error.kind in (*FATAL, "budget"):
+            if error.kind in FATAL:
                 raise UserError(f"--reward-judge: {error}; mend that and go on with --resume") from None
             raise
 

@@ -161,7 +161,7 @@ def _judge(line: Line) -> str:
     asked = sum(verdicts.values()) - verdicts.get(NOT_ASKED, 0)
     if failed <= TOOLS * asked:
         return ""
-    return f"{failed} of {asked} verdicts of the judge failed, at first: {line['judge_error']}"
+    return f"{failed} of {asked} verdicts of the judge failed, for instance: {line['judge_error']}"
 
 
 def _lasts(lines: Sequence[Line], outside: Callable[[Line], bool]) -> bool:

@@ -46,7 +46,8 @@ ASIDE = {
     *("config.py", "plan.py", "disk.py", "setup/checks.py", "pretrained/save.py"),
     *("setup/preflight.py", "setup/sizes.py", "pretrained/hub.py"),
     *("system/checkpoint.py", "system/files.py", "system/interrupt.py", "system/options.py"),
-    *("system/progress.py", "data/columns.py", "data/judge.py", "search/contents.py", "search/serve.py", "toy/base.py"),
+    *("system/progress.py", "system/number_types.py", "data/columns.py", "search/contents.py", "search/serve.py"),
+    "toy/base.py",
 }
 
 Digests = dict[str, str]  # by what they are of, in the words of a message
@@ -181,6 +182,8 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
     if isinstance(config, Config):
         for name in config.demonstrations:
             files[f"--demonstrations {name}"] = Path(name)
+        if config.reward_judge:
+            files["the judge's instructions"] = PROMPTS / "judge.txt"
     return found | _files(files)
 
 

@@ -30,7 +30,7 @@ def step_metrics(
     """A step in numbers. `episodes` and `zero_std_groups` are this rank's; `counts` and `update` are those of all."""
     means = evaluate.summary(episodes, setup.ranks)
     n = means.pop("n")  # episodes of all ranks
-    sums = setup.ranks.sum(_sums(episodes, zero_std_groups))
+    sums = setup.ranks.sum(_sums(episodes, zero_std_groups, setup.judge.failure if setup.judge else ""))
     errors: Counter = Counter(_group(sums, "error"))
     metrics: dict[str, Any] = {"step": step, **means}
     metrics["format"] = sums["format"] / n
@@ -68,7 +68,7 @@ def _extras(setup: Setup[Config], counts: Mapping[str, float], sums: Mapping[Any
         right, wrong = verdicts.get(JUDGED_RIGHT, 0), verdicts.get(JUDGED_WRONG, 0)
         extras["judged"] = verdicts
         extras["judge_disagrees"] = right / (right + wrong) if right + wrong else math.nan
-        extras["judge_error"] = setup.judge.judge.failure
+        extras["judge_error"] = next(iter(_group(sums, "judge_error")), "")
     if counts["parked"]:
         extras["parked"] = counts["parked"]
     if setup.spending:
@@ -76,7 +76,7 @@ def _extras(setup: Setup[Config], counts: Mapping[str, float], sums: Mapping[Any
     return extras
 
 
-def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]:
+def _sums(episodes: Sequence[Episode], zero_std_groups: int, judge_error: str) -> dict[Any, float]:
     """What the ranks add up. A key that is a pair belongs to a group of counts: (group, name)."""
     sums: dict[Any, float] = {
         "format": sum(episode.reward_parts["format"] for episode in episodes),
@@ -87,6 +87,8 @@ def _sums(episodes: Sequence[Episode], zero_std_groups: int) -> dict[Any, float]
     sums |= Counter(("status", episode.status) for episode in episodes)
     sums |= Counter(("shape", _shape(episode)) for episode in episodes)
     sums |= Counter(("judged", episode.judged) for episode in episodes if episode.judged)
+    if judge_error:
+        sums["judge_error", judge_error] = 1
     for error, count in evaluate.tool_errors(episodes).items():
         sums["error", error] = count
     return sums

@@ -32,8 +32,8 @@ from mmsr.system.progress import say
 
 # Options by which a model is evaluated as it was trained.
 KEPT = (
-    "toy", "prompts", "tools", "reward", "penalty", "match", "max_turns", "max_images", "max_texts",
-    "max_tokens", "turn_tokens", "min_pixels", "max_pixels",
+    "toy", "prompts", "tools", "reward", "penalty", "penalty_per_call", "match", "shapes", "max_turns",
+    "max_images", "max_texts", "max_tokens", "turn_tokens", "min_pixels", "max_pixels",
 )  # fmt: skip
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 
@@ -246,7 +246,11 @@ def evaluation_command(config: Config) -> str:
         line += ["--recipe", config.recipe]
     for name in names:
         value = getattr(config, name)
-        if value != usual[name]:
+        if value == usual[name]:
+            continue
+        if isinstance(value, bool):
+            line.append(f"--{kebab(name)}" if value else f"--no-{kebab(name)}")
+        else:
             line += [f"--{kebab(name)}", str(value)]
     line += ["--out", f"{Path(config.out)}-eval"]  # of its own: evaluations of several runs come one after another
     return shlex.join(line)

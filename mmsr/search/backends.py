@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Mapping
 
 from mmsr.config import Options
 from mmsr.episode import Example, Observation
@@ -55,11 +55,13 @@ def open_backend(
     ledger: Path | None = None,
     quiet: bool = False,
     toy_web: Backend | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> SearchEngine:
     """The search engine that `options.search` names. `ledger` is the file that counts the run's paid calls. Some
     recordings know image searches only by a question's id; `examples` give the pictures. Whether the first example has
-    an address decides which keys a live search needs. `toy_web`: that of the run's toy world. Raises UserError."""
-    names = options.back_ends
+    an address decides which keys a live search needs. `toy_web`: that of the run's toy world. `names`: of the back-ends
+    for "image" and "text", in place of those that the option names. Raises UserError."""
+    names = names or options.back_ends
     pictures = options.max_images > 0
     image = open_one(names["image"], options, examples, pictures, ledger, quiet, toy_web)
     if names["text"] == names["image"]:
@@ -94,7 +96,8 @@ def open_one(
 
         remote = Remote(where, results=options.results)
         form = f"remote:{where}/{options.results}"
-        return SearchEngine(_recorded(remote, options, form, by_question=True))
+        thumbnails = options.image_results == "thumbnails"
+        return SearchEngine(_recorded(remote, options, form, by_question=True, imported=thumbnails))
     if kind == "live":
         addressed = any(example.image_url for example in islice(examples, 1))
         return _live(options, ledger, uploads=pictures and not addressed)

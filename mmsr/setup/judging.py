@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +24,12 @@ def reward_judge_server(config: Config, spend: Callable[[str], None] | None = No
     from mmsr.net.completions import ChatServer
     from mmsr.net.http import environment_key
 
-    key = environment_key("OPENAI_API_KEY")
+    variable = "JUDGE_API_KEY" if "JUDGE_API_KEY" in os.environ else "OPENAI_API_KEY"
+    key = environment_key(variable)
     if key and not config.budget:
-        paid = "with OPENAI_API_KEY every verdict may cost money"
-        raise UserError(f"--reward-judge: {paid}; give --budget N, the paid calls that the run may make, or unset it")
+        paid = f"with a key ({variable}) every verdict may cost money"
+        advice = "give --budget N, the paid calls that the run may make, or export JUDGE_API_KEY= for a free server"
+        raise UserError(f"--reward-judge: {paid}; {advice}")
     return ChatServer(config.reward_judge, config.judge_model, key, Client(), spend=spend, whole=True)
 
 

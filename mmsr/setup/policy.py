@@ -109,9 +109,9 @@ def prompts_folder(name: str) -> Path:
 
 def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
     """The model of a folder with its adapters; what is trained requires a gradient. Raises UserError. Collective."""
-    if ranks.main:
-        warn_of_slow_products(dtype, ranks.device)
     with ranks.sync_errors():
+        if ranks.main:
+            warn_of_slow_products(dtype, ranks.device)
         model = skeleton(folder)
         adapters = open_adapters(config, folder, model, ranks)
         weights = [name for name, _ in model.named_parameters()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -68,10 +68,8 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
             _warn_of_text_searches()
         examples = chain.from_iterable(questions.by_option.values())
         ledger = Path(config.out) / "spent.sqlite"
-        search = f"image={names['image']},text={names['text']}"
         toy_web = world.web if world else None
-        opened = replace(config, search=search)
-        engine = backends.open_backend(opened, examples, ledger, quiet=not ranks.main, toy_web=toy_web)
+        engine = backends.open_backend(config, examples, ledger, not ranks.main, toy_web, names)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
     tools += more_tools(config.tools, engine.backend)
     return Search(tools, engine.spending, scripts)
@@ -79,7 +77,9 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
 
 def _warn_of_text_searches() -> None:
     found = f"--search {FVQA_SEARCH} holds image searches only: every text search finds nothing"
-    print(f"{found}; give --search image={FVQA_SEARCH},text=local:FILE or live, or --max-texts 0", file=sys.stderr)
+    print(
+        f"{found}; give --search image={FVQA_SEARCH},text=local:FILE (or text=live), or --max-texts 0", file=sys.stderr
+    )
 
 
 def forced_searches(names: Sequence[str], group_size: int) -> Scripts:

@@ -21,7 +21,7 @@ from mmsr.system.number_types import time_ratio
 from mmsr.system.parallel import Ranks
 
 LITTLE = 10**9  # bytes of disk that are not worth a line
-SLOW = 1.5  # times as long as in float32: more than half the memory is worth
+SLOW = 1.5  # times as long as in float32: for more, halving the memory is not worth it
 
 
 def check_sizes(config: Options, model: ModelConfig, ranks: Ranks, download: int = 0) -> None:
@@ -52,7 +52,7 @@ def warn_of_slow_products(dtype: torch.dtype, device: torch.device) -> None:
     ratio = 1.0 if dtype == torch.float32 else time_ratio(dtype, device)
     if ratio > SLOW:
         here = f"a product in {str(dtype).removeprefix('torch.')} takes {ratio:.1f} times as long as in float32"
-        print(f"WARNING: here {here}: --dtype float32", file=sys.stderr)
+        print(f"WARNING: here {here}: give --dtype float32", file=sys.stderr)
 
 
 def check_memory(config: Config, model: ModelConfig, ranks: Ranks) -> int:

@@ -7,6 +7,7 @@ loses no result and no call is paid for twice; a power failure may lose the last
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
@@ -37,18 +38,27 @@ class Journal:
         self.synced = 0.0  # the time of the last fsync
         self.offsets: dict[str, int] = {}  # key → first byte of its line
         self.in_flight: dict[str, Future[dict[str, Any]]] = {}  # key → the result that a thread is working on
-        with open(path, "rb") if path.exists() else nullcontext(()) as written:
-            offset = 0
-            for line in written:
+        self.read = 0  # bytes of the file whose keys are known
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Learn the keys of the lines that were added, by other processes too, since this was last called."""
+        with open(self.path, "rb") if self.path.exists() else nullcontext(io.BytesIO()) as file:
+            file.seek(self.read)
+            for line in file:
                 with suppress(ValueError, TypeError, KeyError):
-                    self.offsets[json.loads(line)["key"]] = offset
-                offset += len(line)
+                    self.offsets[json.loads(line)["key"]] = self.read
+                if not line.endswith(b"\n"):
+                    break  # it is being written, or a crash has cut it short: it is read again
+                self.read += len(line)
 
     def once(self, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a key: the recorded one, or else what `work` returns. One thread calls `work`; others that ask
         for the same key meanwhile wait for it. Its result is in the file before any of them gets it. An exception of
         `work` is not recorded; it is raised in all of them."""
         with self.lock:
+            if key not in self.offsets:
+                self._read_on()
             future = self.in_flight.get(key)
             first = future is None and key not in self.offsets
             if first:

@@ -97,6 +97,8 @@ def test_a_tool_of_ones_own_has_no_column():
          "--model o/model --data FILE --search SEARCH --recipe paper --max-texts 1 --out o-eval"),
         ("--model m --max-pixels 451584 --out o",
          "--model o/model --data FILE --search SEARCH --max-pixels 451584 --out o-eval"),
+        ("--shapes any --penalty-per-call --max-turns 8",
+         "--model runs/toy/model --data toy --penalty-per-call --shapes any --max-turns 8 --out runs/toy-eval"),
         ("--lora 16", "--adapter runs/toy/adapter --data toy --out runs/toy-eval"),
         ("--model m --lora 16 --merge --out o", "--model o/model --data FILE --search SEARCH --out o-eval"),
         ("--model m --adapter a --out o",

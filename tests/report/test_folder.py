@@ -255,7 +255,7 @@ def test_a_changed_reward_or_tool_goes_unsaid_or_ends_the_run(tmp_path, capsys, 
     )
 
 
-DECIDING = ("reward", "tools", "model", "chat", "rollout", "grpo", "data/formats", "system/optimizer")
+DECIDING = ("reward", "tools", "model", "chat", "rollout", "grpo", "data/formats", "data/judge", "system/optimizer")
 
 
 def test_every_module_that_decides_is_among_the_sources():

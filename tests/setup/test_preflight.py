@@ -245,7 +245,7 @@ def test_a_device_that_converts_every_bfloat16_is_slow_in_silence(ratio, warned,
     sizes.warn_of_slow_products(torch.float32, SINGLE.device)
     assert not capsys.readouterr().err
     sizes.warn_of_slow_products(torch.bfloat16, SINGLE.device)
-    told = "a product in bfloat16 takes 8.2 times as long as in float32: --dtype float32"
+    told = "a product in bfloat16 takes 8.2 times as long as in float32: give --dtype float32"
     assert (told in capsys.readouterr().err) == warned
 
 

@@ -51,6 +51,18 @@ def test_what_another_process_appends_does_not_shift_what_is_read(tmp_path):
     assert [(second if n % 3 == 0 else first).get(f"k{n}")["reply"] for n in range(6)] == list(range(6))
 
 
+def test_two_processes_ask_for_the_same(tmp_path):
+    """As two ranks do. The second one reads what the first has kept since it was opened, also behind half a line."""
+    first, second = Journal(tmp_path / "kept.jsonl"), Journal(tmp_path / "kept.jsonl")
+    first.add("k0", reply="x")
+    with open(tmp_path / "kept.jsonl", "ab") as file:
+        file.write(b'{"key": "k1", "rep')
+    assert second.once("k0", lambda: pytest.fail("it is asked again"))["reply"] == "x"
+    first.add("k2", reply="z")
+    assert second.once("k2", lambda: pytest.fail("it is asked again"))["reply"] == "z"
+    assert second.once("k1", lambda: {"reply": "y"}) == {"reply": "y"}
+
+
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     path = tmp_path / "kept.jsonl"
     Journal(path).add("k0", reply="x")
