@@ -632,8 +632,8 @@ def test_rollout_lines_hold_tokens_and_name_pictures_that_are_there(first):
 
 
 def test_conversations_outgrow_their_slots_and_nobody_is_told():
-    setup = SimpleNamespace(spending=None)
-    assert _extras(setup, {"parked": 3.0}) == {"parked": 3.0} and _extras(setup, {"parked": 0}) == {}
+    setup = SimpleNamespace(spending=None, judge=None)
+    assert _extras(setup, {"parked": 3.0}, {}) == {"parked": 3.0} and _extras(setup, {"parked": 0}, {}) == {}
 
 
 def test_tokens_can_be_left_out_of_the_rollout_lines(miniature, tmp_path):
