@@ -15,6 +15,7 @@ def prose(page: str) -> str:
     lines = [line for line in page.splitlines() if not line.startswith("|")]
     text = " ".join(" ".join(lines).split())
     text = re.sub(r"`[^`]*`", "`…`", text)
+    text = re.sub(r"made with weights \w+", "", text)
     return re.sub(r"[-−]?[\d.,]+(e[-+]\d+)?", "#", text)
 
 
