@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from mmsr.chat import Chat
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
 from mmsr.system.errors import UserError
-from mmsr.system.files import code_digest, json_file, write_whole
+from mmsr.system.files import code_digest, file_digest, json_file, write_whole
 from mmsr.system.number_types import time_ratio
 from mmsr.system.progress import progress, say
 from mmsr.tools import search_tools
@@ -64,7 +63,7 @@ class Scale:
 FULL = Scale()
 QUICK = Scale(tower_steps=4, samples=2, imitation_steps=2, grpo_steps=2, limit=8)
 
-# The stages in their order, with minutes on two cores (AMD EPYC).
+# The stages in their order, with minutes on two cores of an AMD EPYC with AVX512-BF16.
 MINUTES = {
     "base": 0.5,
     "tower": 2.2,
@@ -119,7 +118,7 @@ class Experiment:
         file = self.folder / "settings.json"
         made_by = {path.name: code_digest(path) for path in sorted(HERE.glob("*.py")) if path.name != "report.py"}
         made_by |= {path.name: path.read_text("utf-8") for path in sorted(HERE.glob("prompts/*.txt"))}
-        made_by["facts.jsonl"] = hashlib.sha256((HERE / "data" / "facts.jsonl").read_bytes()).hexdigest()
+        made_by["facts.jsonl"] = file_digest(HERE / "data" / "facts.jsonl")
         settings = {"llama": self.llama, **asdict(self.scale), "made_by": made_by}
         before = json_file(file) if finished else {}
         self.dtype = before.pop("dtype", "")
