@@ -1,6 +1,7 @@
 """Search by hand, make an index of your own, or serve a search engine to training code.
 
 python search.py index --images DIR --titles FILE.jsonl --pages FILE.jsonl --out my.index
+python search.py index --corpus wiki-18.jsonl.gz --out wiki.index
 python search.py image photo.jpg --search local:my.index
 python search.py text "who designed it" --search local:my.index
 python search.py serve --search local:my.index
@@ -31,6 +32,7 @@ from mmsr.search.contents import Chosen, counted
 from mmsr.search.store import Store, StoreWarning
 from mmsr.system.errors import UserError
 from mmsr.system.options import Parser, add_options, default_notes
+from mmsr.system.progress import duration
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
 
 
@@ -38,10 +40,13 @@ def index(args: argparse.Namespace) -> int:
     """search.py index: add pictures and pages to an index."""
     from mmsr.search.index import build
 
+    if args.corpus:
+        return _index_corpus(args)
     if bool(args.images) != bool(args.titles):
         raise UserError("--images and --titles go together: give the folder, and the file that names what lies in it")
     if not (args.titles or args.pages):
-        raise UserError("nothing to index: give --images DIR with --titles FILE.jsonl, or --pages FILE.jsonl")
+        what = "--images DIR with --titles FILE.jsonl, or --pages FILE.jsonl, or else --corpus FILE.jsonl"
+        raise UserError(f"nothing to index: give {what}")
     encoder = f"{args.encoder} --adapter {args.adapter}" if args.adapter else args.encoder
     counts = build(args.out, encoder, args.images, args.titles, args.pages)
     new = f"new: {counts['pictures']} pictures, {counts['titles']} titles, {counts['pages']} pages"
@@ -51,6 +56,21 @@ def index(args: argparse.Namespace) -> int:
     if counts["repeated"]:
         last = "the last line of a page's address counts, and of a picture's file with its address"
         print(f"lines not used: {counts['repeated']}; {last}; passages of one page need addresses such as URL#2")
+    return 0
+
+
+def _index_corpus(args: argparse.Namespace) -> int:
+    """search.py index --corpus: add passages to a file of their own."""
+    from mmsr.search.corpus import build
+
+    if args.images or args.titles or args.pages:
+        how = "index pictures and pages into another file, and search both: --search image=local:A,text=local:B"
+        raise UserError(f"--corpus: passages have a file of their own; {how}")
+    start = time.perf_counter()
+    counts = build(args.out, args.corpus)
+    seconds = duration(time.perf_counter() - start)
+    size = os.path.getsize(args.out) / 1e6
+    print(f"{args.out}: {counts['new']:,} new passages in {seconds}, {counts['known']:,} were there; {size:,.1f} MB")
     return 0
 
 
@@ -357,6 +377,12 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
     )
     pages = 'a line each: {"url", "text", and "title" if it has one} (default: no pages)'
     texts.add_argument("--pages", metavar="FILE.jsonl", help=pages)
+    many = parser.add_argument_group("passages, by the million, in a file of their own")
+    corpus = (
+        'JSON lines, perhaps compressed (.gz): {"id", "contents"} as Search-R1 has them, or {"text"} with "title" and '
+        '"url" if there are; several files may follow (default: no passages)'
+    )
+    many.add_argument("--corpus", metavar="FILE", nargs="+", default=[], help=corpus)
     parser.add_argument("--out", metavar="FILE", required=True, help="the index (required)")
 
 

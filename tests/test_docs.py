@@ -30,7 +30,8 @@ COMMAND = re.compile(rf"(?:{'|'.join(OURS + OTHERS)})\b")
 # What is not on every machine: a command with one of these says what it needs.
 WANTING = re.compile(r"nproc|Qwen2|lmms-lab|--search live|--judge|fvqa|DIR|-m gpu")
 # Programs that read no options, and one that begins with a package that may be missing.
-UNREAD = ["recorded_answers", *(["against_trl"] if find_spec("trl") is None else [])]
+ELSEWHERE = ["scripts/download.py", "search_r1/search/"]  # programs of another repository
+UNREAD = ["recorded_answers", *ELSEWHERE, *(["against_trl"] if find_spec("trl") is None else [])]
 
 
 def read(page: str) -> str:

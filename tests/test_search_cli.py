@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import json
 import re
 import shlex
@@ -49,6 +50,16 @@ def made(tmp_path, capsys) -> Path:
     assert search.main(index_command(tmp_path)) == 0
     assert "new: 6 pictures, 6 titles, 3 pages; lines that were there already: 0;" in capsys.readouterr().out
     return tmp_path
+
+
+def test_a_corpus_cannot_be_indexed_and_searched_by_the_programs(tmp_path, capsys):
+    lines = write_lines(tmp_path / "wiki.jsonl", [{"id": "0", "contents": '"Paris"\nThe capital of France.'}])
+    assert run(capsys, "index", "--corpus", lines, "--out", tmp_path / "wiki.index")[0] == 0
+    code, out, _ = run(capsys, "index", "--corpus", lines, "--out", tmp_path / "wiki.index")
+    assert code == 0 and "wiki.index: 0 new passages in 0:0" in out and "1 were there; 0.0 MB" in out
+    name = f"image=none,text=local:{tmp_path / 'wiki.index'}"
+    code, out, _ = run(capsys, "text", "capital of France", "--search", name)
+    assert code == 0 and out.startswith("[1] Paris   (score ") and "The capital of France." in out
 
 
 def index_command(folder: Path) -> list[str]:
@@ -164,6 +175,9 @@ def test_a_page_steers_the_terminal(monkeypatch, capsys):
         ("index --out {folder}/no/i --pages {folder}/pages.jsonl", "there is no folder"),
         ("index --out {folder} --pages {folder}/pages.jsonl", "is a folder"),
         ("index --out {folder}/paper.pdf --pages {folder}/pages.jsonl", "cannot be opened as an index"),
+        ("index --out {folder}/i --corpus {folder}/nothing", "nothing: no such file; check the path"),
+        ("index --out {folder}/i --corpus {folder}/empty", "no passage to index"),
+        ("index --out {folder}/i --corpus {folder}/x --pages {folder}/pages.jsonl", "have a file of their own"),
         ("serve --search none --port 70000", "cannot listen there"),
         ("serve --search none --host 300.0.0.1", "cannot listen there"),
     ],
@@ -199,7 +213,7 @@ def test_a_wrong_option_prints_more_than_a_line(command, message, capsys):
 
 @pytest.mark.parametrize("command, words", [
     ([], ["index", "image", "text", "serve", "python search.py"]),
-    (["index"], ["--images", "--titles", "--pages", "--encoder", "hf:NAME", "tower:FOLDER", "--adapter"]),
+    (["index"], ["--images", "--titles", "--pages", "--encoder", "hf:NAME", "tower:FOLDER", "--adapter", "--corpus"]),
     (["image"], ["--search", "--json", "local:FILE"]), (["text"], ["QUERY", "--results"]),
     (["serve"], ["--host", "--port", "/retrieve"]), (["cache"], ["summary", "drop"]), (["cache", "drop"], ["--yes"]),
 ])  # fmt: skip
@@ -533,6 +547,19 @@ def test_a_command_of_the_page_about_searching_fails(newcomer, monkeypatch, caps
     assert done >= 10
     said = capsys.readouterr().out
     assert "Gustave Eiffel" in said and "2 recorded searches" in said and "0 new searches" not in said
+
+
+def test_a_command_of_the_page_about_a_corpus_fails(newcomer, capsys):
+    line = r'{"id": "0", "contents": "\"Aaron\"\nAaron is a prophet, high priest, and the brother of Moses."}'
+    assert f"    {line}\n" in (ROOT / "docs" / "searching.md").read_text()
+    Path("wiki-18.jsonl.gz").write_bytes(gzip.compress(line.encode()))
+    make, ask, serve, *others = commands("A corpus of passages")
+    assert search.main(shlex.split(make)[2:]) == search.main(shlex.split(ask)[2:]) == 0
+    said = capsys.readouterr().out
+    assert "wiki.index: 1 new passages" in said and "[1] Aaron" in said
+    assert search._parser().parse_args(shlex.split(serve)[2:]).search == "local:wiki.index"
+    train = shlex.split(others[-1])
+    assert Options(search=train[train.index("--search") + 1]).back_ends["image"] == "replay:fvqa"
 
 
 def test_the_pages_example_of_a_server_is_refused(newcomer, capsys):

@@ -113,9 +113,10 @@ def _toy() -> Backend:
 
 
 def _local(options: Options, file: str) -> Backend:
+    from mmsr.search.corpus import Corpus, is_corpus
     from mmsr.search.index import Local
 
-    local = Local(file, options.results)
+    local = (Corpus if is_corpus(file) else Local)(file, options.results)
     made = os.stat(file).st_mtime_ns  # after an addition to the index, old recordings are no longer right
     return _recorded(local, options, f"local:{os.path.abspath(file)}/{made}/{options.results}")
 

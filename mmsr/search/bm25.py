@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 import re
+import sqlite3
 import unicodedata
 from collections import Counter
+from contextlib import closing
 from itertools import chain, pairwise
 from typing import Sequence
 
@@ -69,6 +71,9 @@ def tokens(text: str) -> list[str]:
     """The tokens by which a page is found."""
     found = []
     for run in RUN.findall(fold(text)):
+        if run.isascii():  # most are
+            found.append(run)
+            continue
         characters = CHARACTER.findall(run)
         found += [*characters, *_pairs(characters)] or [run]
     return found
@@ -81,6 +86,12 @@ def query_tokens(query: str) -> list[str]:
         characters = CHARACTER.findall(run)
         found += _pairs(characters) or characters or [run]
     return list(dict.fromkeys(found))
+
+
+def informative(query: str) -> list[str]:
+    """The tokens of a query that say what is searched: without the most frequent words, unless it has no others."""
+    found = query_tokens(query)
+    return ([token for token in found if token not in COMMON] or found)[:QUERY_WORDS]
 
 
 def _pairs(characters: Sequence[str]) -> list[str]:
@@ -117,6 +128,14 @@ def searchable(text: str) -> str:
 
 def sqlite_query(text: str) -> str:
     """An FTS5 query for any of a text's tokens, "" for none. All are quoted: no text can use FTS5's query language."""
-    found = query_tokens(text)
-    informative = [token for token in found if token not in COMMON] or found
-    return " OR ".join(f'"{token}"' for token in informative[:QUERY_WORDS])
+    return " OR ".join(f'"{token}"' for token in informative(text))
+
+
+def stems(tokens: Sequence[str]) -> list[str]:
+    """The tokens without English endings, as FTS5 has them: its tokenizer has to tell, for Python has none."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute(f"CREATE VIRTUAL TABLE words USING fts5 (word, content = '', detail = none, {STEMMED})")
+        db.executemany("INSERT INTO words (rowid, word) VALUES (?, ?)", enumerate(tokens))
+        db.execute("CREATE VIRTUAL TABLE stems USING fts5vocab (words, 'instance')")
+        found = dict(db.execute("SELECT doc, term FROM stems"))
+    return [found.get(number, token) for number, token in enumerate(tokens)]

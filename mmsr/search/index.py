@@ -34,6 +34,7 @@ import PIL.Image
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import bm25
+from mmsr.search.corpus import is_corpus
 from mmsr.search.encoders import Encoder, open_encoder
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
@@ -264,6 +265,8 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
         address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
         db = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if is_corpus(file):
+            raise UserError(f"{file} holds the passages of a corpus: name another file, or add to it with --corpus")
         if tables and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise UserError(f"{file} is a database, but not an index of search.py; name another file")
         if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'results'").fetchone():
