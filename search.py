@@ -177,7 +177,8 @@ def import_(args: argparse.Namespace) -> int:
     try:
         with closing(Store(args.out)) as store:
             store.require_writable()
-            print(f"{args.out}: {import_searches(store, args.file, _examples(args.data))}")
+            examples = _examples(args.data, args.columns)
+            print(f"{args.out}: {import_searches(store, args.file, examples, args.images)}")
     except UserError:
         if fresh:
             for suffix in ("", "-wal", "-shm", ".lock"):
@@ -230,13 +231,13 @@ def _check_files(file: str, out: str) -> None:
         raise UserError(f"--out {out}: is the file to be read; name another")
 
 
-def _examples(data: str):
+def _examples(data: str, columns: str):
     """The questions whose pictures a recording knows by their ids."""
     if not data:
         return ()
     from mmsr.data.formats import read_examples
 
-    return read_examples(data)
+    return read_examples(data, columns=columns)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -425,6 +426,10 @@ def _cache_commands(parser: argparse.ArgumentParser) -> None:
     verbs.choices["drop"].add_argument("--yes", action="store_true", help="do it; without this, only say how many")
     data = "the questions whose pictures the conversations or results are about (default: none)"
     verbs.choices["import"].add_argument("--data", default="", metavar="FILE", help=data)
+    columns = "other columns of --data, as in train.py: id=extra_info.data_id (default: those of its layout)"
+    verbs.choices["import"].add_argument("--columns", default="", metavar="PLACE=COLUMN,...", help=columns)
+    images = "folder, zip or tar with the pictures of published results (default: the folder of the imported file)"
+    verbs.choices["import"].add_argument("--images", default="", metavar="WHERE", help=images)
     verbs.choices["import"].add_argument(
         "--out", required=True, metavar="FILE", help="where they are recorded (required)"
     )
@@ -434,8 +439,9 @@ def _cache_commands(parser: argparse.ArgumentParser) -> None:
 
 
 SOURCES = (
-    "recorded conversations (.jsonl), FVQA's published results (.pkl), exported searches (.jsonl), or another file of "
-    "recorded searches; of two answers to a search the newer one is kept"
+    "recorded conversations (.jsonl), published image-search results of FVQA (.pkl), DeepEyesV2 (.json) or "
+    "MM-DeepResearch (.jsonl), exported searches (.jsonl), or another file of recorded searches; of two answers to a "
+    "search the newer one is kept"
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,7 @@ from mmsr.system.files import json_file
 
 ENDINGS = ("", ".jpg", ".JPEG", ".jpeg", ".JPG", ".png", ".PNG", ".webp", ".gif")  # tried after a file name
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # of JPEG, PNG, WEBP and GIF in base64
+CIPHERED = re.compile(r"(?:[A-Za-z0-9+/]{4}){4,}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")  # base64, and no blank
 ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 
@@ -45,6 +47,8 @@ class Format:
     listed: tuple[str, ...] = ()  # the columns of answers whose text is always a list, never one answer
     needs_id: bool = False  # only its column of ids distinguishes it from other layouts
     some_pictureless: bool = False  # the benchmark has rows without a picture, which are left out here
+    pictures: str = ""  # a column with the number of a question's pictures: rows with another than 1 are left out
+    ciphered: bool = False  # the benchmark is published enciphered, against training on it by accident
     details: str = ""  # a JSON file beside the data with the category of each id
 
 
@@ -56,6 +60,9 @@ FORMATS = {
     "infoseek": Format("data_id", "question", ("answer", "answer_eval"), "image_id", "data_split"),
     "mmsearch": Format("sample_id", "query", ("gt_answer", "alternative_gt_answers"), "query_image", "area",
         some_pictureless=True),
+    "mmsearch-plus": Format("id", "question", ("answer",), "img_1", "category", address="", pictures="num_images",
+        ciphered=True),
+    "hr-mmsearch": Format("sample_id", "query", ("ground_truth",), "query_image", "category"),
     "livevqa": Format("sample_id", "query", ("gt_answer",), "query_image", "topic", details="qa_detailed.json"),
     "simplevqa": Format("data_id", "question", ("answer",), "image", "vqa_category", needs_id=True),
     "verl": Format(
@@ -196,6 +203,7 @@ class Dataset(Sequence):
         self.path, self.table, self.format, self.layout, self.folder = path, table, format, layout, folder
         self.notes: dict[str, None] = {}  # an ordered set
         columns = [layout.id, layout.question, *layout.answers, layout.aliases, layout.category, layout.address]
+        columns.append(layout.pictures)
         names = [name for column in columns for name in column.split("|") if name in table.fields]
         self.table.keep(dict.fromkeys(column_of(name, table.names) for name in names))
         self.numbered = len(table) > 0 and not self._has_ids()
@@ -205,6 +213,8 @@ class Dataset(Sequence):
         rows: Iterable[int] = range(len(table))
         if layout.some_pictureless:
             rows = [row for row in rows if self._picture_cell(row)[1] is not None]
+        if layout.pictures:
+            rows = [row for row in rows if inside(table.text(row), layout.pictures) == 1]
         self.rows = array("Q", rows)
         self.left_out = len(table) - len(self.rows)
         self._check_texts()
@@ -276,6 +286,9 @@ class Dataset(Sequence):
 
     def _question(self, row: int, record: dict[str, Any]) -> str:
         name, value = self._cell(row, record, self.layout.question)
+        if self.layout.ciphered and isinstance(value, str) and CIPHERED.fullmatch(value):
+            how = "decipher it as its card says, and save that with .to_parquet(…)"
+            self._refuse(row, name, f"{value!r:.40} is enciphered; {how}")
         try:
             if cells.instructs(value):
                 self.notes[f"column {name}: system messages are left out; --prompts says what the model is told"] = None

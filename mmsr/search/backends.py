@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Iterable, Iterator, Mapping
 
 from mmsr.config import Options
 from mmsr.episode import Example, Observation
@@ -146,7 +146,7 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
     if file == "fvqa":
         how = "python search.py cache import FILE.pkl --data FILE.parquet --out FILE"
         raise UserError(f"--search replay:fvqa knows a data set's pictures only; to search by hand: {how}")
-    if not file.endswith((".jsonl", ".pkl")):
+    if not file.endswith((".jsonl", ".json", ".pkl")):
         return Replayed(Store(file, readonly=True), options.on_miss, options.results)
     store = Store(None)
     found = import_searches(store, file, examples)
@@ -155,26 +155,46 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
     return Replayed(store, options.on_miss, options.results)
 
 
-def import_searches(store: Store, file: str | Path, examples: Iterable[Example]) -> str:
+def import_searches(store: Store, file: str | Path, examples: Iterable[Example], pictures: str | Path = "") -> str:
     """Record the searches in a file; returns a sentence about what it contained. Raises UserError. A .pkl has FVQA's
-    published image-search results, a .jsonl recorded conversations or exported searches; any other file is a store.
-    Conversations and published results are joined by id to the pictures of `examples`."""
-    if str(file).endswith(".pkl"):
+    published image-search results, a .json or .jsonl such results of another project (`image_caches.py`), with their
+    thumbnails in `pictures` (empty: the file's folder); another .jsonl has recorded conversations or exported searches;
+    any other file is a store. Conversations and published results are joined by id to the pictures of `examples`."""
+    from mmsr.data.image_caches import image_cache, is_image_cache
+
+    path = Path(file)
+    if path.suffix == ".pkl":
         from mmsr.data import fvqa
 
-        results = fvqa.search_results(file)
-        hits = [hit for result in results.values() for hit in result.hits]
-        new = import_results(store, results, examples)
-        without = sum(hit.image is None for hit in hits)
-        thumbnails = f"{without} of their {len(hits)} hits have no thumbnail (addresses are not followed)"
-        return f"image searches of {len(results)} questions, {new} of them new here; {thumbnails}"
-    if not str(file).endswith(".jsonl"):
+        return _import_published(store, fvqa.search_results(path), examples, "addresses are not followed")
+    if path.suffix == ".json" or path.suffix == ".jsonl" and is_image_cache(path):
+        source = Path(pictures or path.parent)
+        return _import_published(store, image_cache(path, source), examples, f"their files are not in {source}")
+    if path.suffix != ".jsonl":
         new = merge(store, file)
     elif _exported(file):
         new = import_jsonl(store, file)
     else:
         new = import_transcripts(store, file, examples)
     return counted(new, "new search", "new searches")
+
+
+def _import_published(store: Store, results: Mapping[str, Observation], examples: Iterable[Example], why: str) -> str:
+    """Record published results for the pictures of the questions with their ids. `why` a hit may lack its thumbnail."""
+    ids = []
+
+    def noted() -> Iterator[Example]:
+        for example in examples:
+            ids.append(example.id)
+            yield example
+
+    new = import_results(store, results, noted())
+    hits = [hit for result in results.values() for hit in result.hits]
+    without = sum(hit.image is None for hit in hits)
+    found = f"image searches of {len(results)} questions, {new} of them new here"
+    if results and ids and not results.keys() & set(ids):
+        found += f": they are about others (as {next(iter(results))!r:.60}) than the data (as {ids[0]!r:.60})"
+    return f"{found}; {without} of their {len(hits)} hits have no thumbnail ({why})"
 
 
 def _exported(file: str | Path) -> bool:

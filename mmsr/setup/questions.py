@@ -101,7 +101,8 @@ def read_questions(file: str, layout: Layout, ranks: Ranks, limit: int = 0) -> D
         raise UserError(f"{file}: there is no question with a picture in it; give a file with at least one")
     if questions.left_out:
         some = f"{questions.left_out} of {len(questions.table)} questions"
-        ranks.print(f"{file}: {some} have no picture and are left out.")
+        why = "have not just one picture" if questions.layout.pictures else "have no picture"
+        ranks.print(f"{file}: {some} {why} and are left out.")
     for note in questions.notes:
         ranks.print(f"{file}: {note}.")
     if limit:

@@ -250,6 +250,56 @@ def test_mmsearch_leaves_out_and_counts_rows_without_a_picture(tmp_path):
     ]
 
 
+def test_hr_mmsearch_is_taken_for_another_benchmark(tmp_path):
+    """Columns as its card lists them."""
+    rows = [
+        {
+            "sample_id": f"sports_{i}", "query": f"Which team is it, {i}?", "query_image": struct(picture(i)),
+            "ground_truth": "Ajax", "difficulty": "hard", "category": "sports",
+        }
+        for i in range(2)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hr.parquet")
+    examples = read_examples(tmp_path / "hr.parquet")
+    assert examples.format == "hr-mmsearch"
+    assert examples[1] == Example("sports_1", picture(1), "Which team is it, 1?", ("Ajax",), "sports")
+
+
+def mmsearch_plus(folder, questions, pictures):
+    """Columns as its card lists them, deciphered, and saved by `datasets`."""
+    rows = []
+    for number, (question, count) in enumerate(zip(questions, pictures)):
+        images = {f"img_{i + 1}": struct(picture(10 * number + i)) if i < count else None for i in range(5)}
+        rows.append(
+            {"question": question, "answer": ["1998", "in 1998"], "num_images": count, "arxiv_id": None,
+             "video_url": "v", "category": "geo", "difficulty": "easy", "subtask": "x", **images}
+        )  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "plus.parquet")
+    return folder / "plus.parquet"
+
+
+def test_mmsearch_plus_asks_about_one_of_several_pictures(tmp_path):
+    examples = read_examples(mmsearch_plus(tmp_path, ["When?", "Where was it?", "Who?"], [1, 5, 1]))
+    assert (examples.format, examples.left_out, list(examples.rows)) == ("mmsearch-plus", 1, [0, 2])
+    assert examples[1] == Example("2", picture(20), "Who?", ("1998", "in 1998"), "geo")
+
+
+def test_mmsearch_plus_as_published_is_asked_enciphered(tmp_path):
+    enciphered = base64.b64encode(bytes(range(100, 140))).decode()
+    path = mmsearch_plus(tmp_path, [enciphered], [1])
+    refused(lambda: read_examples(path), "row 0, column question", "enciphered; decipher it as its card says")
+
+
+@pytest.mark.parametrize("image", [struct(picture(3)), picture(3), [struct(picture(3))]])
+def test_bridgevqa_or_another_mixture_with_fvqa_needs_its_pictures_in_lists(tmp_path, image):
+    """DR-MMSearchAgent trains on FVQA's columns whose `images` is one picture: "the format … is no longer a list"."""
+    table = pa.Table.from_pylist([row(0) | {"images": image}])
+    pq.write_table(table, tmp_path / "bridge.parquet")
+    examples = read_examples(tmp_path / "bridge.parquet")
+    assert examples.format == "fvqa"
+    assert examples[0] == Example("made_0", picture(3), "What is this, number 0?", ("Tagus", "Tejo"), "search_free")
+
+
 def test_a_picture_cut_short_is_named_by_the_files_row_where_rows_were_left_out(tmp_path):
     examples = read_examples(mmsearch(tmp_path, [None, struct(picture(1)[:-30])]))
     refused(lambda: examples[0], "row 1, column query_image", "cannot be decoded")
