@@ -154,7 +154,7 @@ def calls_allowed(setup: Setup[EvalConfig]) -> int:
     """Tool calls that one question may take."""
     if setup.config.mode == "direct":
         return 0
-    limits = sum(tool.limit for tool in setup.toolbox.tools.values())
+    limits = sum(tool.limit for tool in setup.toolbox.tools.values() if tool.is_search)
     return min(limits, setup.config.max_turns - 1)
 
 

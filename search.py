@@ -33,7 +33,7 @@ from mmsr.search.store import Store, StoreWarning
 from mmsr.system.errors import UserError
 from mmsr.system.options import Parser, add_options, default_notes
 from mmsr.system.progress import duration
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Call, Toolbox, search_tools
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, Call, Toolbox, search_tools
 
 
 def index(args: argparse.Namespace) -> int:
@@ -446,7 +446,8 @@ SOURCES = (
 
 
 def _choice_options(parser: Any) -> None:
-    parser.add_argument("--tool", default="", choices=[IMAGE_SEARCH, TEXT_SEARCH], help="of this kind (default: both)")
+    kinds = [IMAGE_SEARCH, TEXT_SEARCH, VISIT]
+    parser.add_argument("--tool", default="", choices=kinds, help="of this kind (default: all)")
     parser.add_argument("--engine", default="", metavar="NAME", help="whose engine's name contains this (default: any)")
     parser.add_argument("--words", default="", metavar="TEXT", help="whose query contains this (default: any)")
     parser.add_argument(

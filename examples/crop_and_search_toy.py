@@ -16,10 +16,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-from examples.crop_and_search import CROP_SEARCH, tools
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Episode, Example, Observation
+from mmsr.more_tools.crop import CROP_SEARCH, tools
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
 from mmsr.system.parallel import SINGLE
@@ -54,7 +54,7 @@ PAIRS = (
 )
 OPTIONS = (
     "--toy=basic",
-    "--tools=examples.crop_and_search:tools",
+    "--tools=crop",
     "--steps=60",
     "--out=runs/crop",
     f"--max-pixels={2 * SIZE**2}",

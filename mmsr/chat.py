@@ -62,7 +62,7 @@ import torch
 from mmsr.episode import Hit, Observation
 from mmsr.system.errors import UserError
 from mmsr.system.tokenizer import Tokenizer
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, Tool
 
 PROMPTS = Path(__file__).parent / "prompts"
 ANSWER = "answer"
@@ -77,6 +77,7 @@ CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control toke
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
+OFFERED = (IMAGE_SEARCH, TEXT_SEARCH, "crop_search", "zoom", VISIT)  # the tools that the real prompts have words for
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 REASON = "<reason>"
@@ -117,7 +118,7 @@ class Chat:
         self.stop_id = self.added[STOP]
         _refuse_ambiguous(tools)
         self._tools = {tool.tag: tool for tool in tools}
-        self._calls: dict[str, list[Part]] = {IMAGE_SEARCH: [], TEXT_SEARCH: []}  # how to call a tool, by its name
+        self._calls: dict[str, list[Part]] = {name: [] for name in OFFERED}  # how to call a tool, by its name
         for tool in tools:
             call = f"<{tool.tag}>{tool.payload or 'query'}</{tool.tag}>"
             self._calls[tool.name] = [call] if tool.limit else []

@@ -204,7 +204,8 @@ class Options:
     max_texts: int = 1
     """Text searches per rollout."""
     tools: str = ""
-    """MODULE:FUNCTION with more tools than the two searches: given the search engine, it returns a list of Tool."""
+    """More tools than the two searches, with commas between: zoom, visit, crop, or MODULE:FUNCTION of your own: given
+    the search engine, it returns a list of Tool."""
     on_tool_error: Literal["tell", "drop"] = "tell"
     """A tool's infrastructure failed: tell the model and go on, or end the rollout (training leaves it out)."""
     tool_timeout: int = 600

@@ -59,6 +59,7 @@ class Turn:
     query: str | None = None  # the words of the search; where the action is "answer", those of the answer
     forced: bool = False  # given, not sampled: its tokens are not trained, unless they are to be imitated
     observation: Observation | None = None  # tool turns only
+    is_search: bool = True  # tool turns only: False where the tool only looks at the picture
 
 
 # How a rollout ended.
@@ -103,9 +104,11 @@ class Episode:
                 self.loss_mask[turn.start : turn.end] = [1] * (turn.end - turn.start)
 
     def searches(self, tool: str | None = None) -> int:
-        """Number of executed tool calls, of one tool or of all. A call refused over its limit was not executed."""
+        """Number of executed calls of one tool, or of all tools that search. One refused over its limit was not."""
         calls = [turn for turn in self.turns if turn.role == "tool" and turn.observation.source != "limit"]
-        return sum(tool in (None, call.action) for call in calls)
+        if tool is not None:
+            return sum(call.action == tool for call in calls)
+        return sum(call.is_search for call in calls)
 
     def pictures(self) -> list[bytes]:
         """The question's picture and the thumbnails that came back, as encoded files."""
@@ -173,6 +176,8 @@ def _turn_record(turn: Turn) -> dict[str, Any]:
     if turn.forced:
         record["forced"] = True
     found = turn.observation
+    if not turn.is_search:
+        record["is_search"] = False
     if found is not None:
         record["observation"] = {
             "ok": found.ok,

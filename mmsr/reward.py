@@ -193,7 +193,7 @@ def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str]
     not: ("text_search", "answer") where the search was refused.
     """
     turns = [turn for turn in episode.turns if turn.role == "assistant"]
-    shape = tuple(turn.action for turn in turns)
+    shape = _shape(episode)
     if rule.any_shape:
         legal = shape[-1:] == ("answer",) and shape.count("answer") == 1
     else:
@@ -202,6 +202,17 @@ def format_score(episode: Episode, rule: RewardRule, well_formed: Callable[[str]
     if not legal or refused:
         return 0.0
     return float(all(well_formed(turn.text) for turn in turns))
+
+
+def _shape(episode: Episode) -> tuple[str | None, ...]:
+    """The actions of an episode without calls of tools that do not search, such as a closer look."""
+    actions: list[str | None] = []
+    for turn in episode.turns:
+        if turn.role == "assistant":
+            actions.append(turn.action)
+        elif not turn.is_search:  # what the last action gave
+            actions.pop()
+    return tuple(actions)
 
 
 # ---- the strict scorer

@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, Sequence, Union
 
 from mmsr.chat import Chat
@@ -91,30 +92,41 @@ class Thumbnails:
     """
 
     def __init__(self, limits: Limits):
-        self.max_pixels = limits.thumbnail_pixels
-        self.min_pixels = min(limits.min_pixels, limits.thumbnail_pixels)
-        self.opened: dict[bytes, Future[Image | None]] = {}
+        self.min_pixels = limits.min_pixels
+        self.max_pixels = limits.max_pixels  # of a tool whose pictures are shown at full size
+        self.thumbnail_pixels = limits.thumbnail_pixels
+        self.opened: dict[tuple[bytes, bool], Future[Image | None]] = {}
 
-    def prepare(self, observation: Observation) -> None:
+    def prepare(self, observation: Observation, full_size: bool) -> None:
         """Open the pictures of a result. A tool's thread does this, so that no decode step waits for it."""
         for hit in observation.hits:
-            self.open(hit.image)
+            self.open(hit.image, full_size)
 
-    def open(self, data: bytes | None) -> Image | None:
+    def open(self, data: bytes | None, full_size: bool) -> Image | None:
         """The picture of an encoded file. None where there is none or it is broken: then the hit's title remains."""
         if data is None:
             return None
         mine: Future[Image | None] = Future()
-        first = self.opened.setdefault(data, mine)  # one atomic step: of several threads, one becomes the first
+        first = self.opened.setdefault((data, full_size), mine)  # one atomic step: one thread becomes the first
         if first is mine:
-            first.set_result(self._load(data))
+            first.set_result(self._load(data, self.max_pixels if full_size else self.thumbnail_pixels))
         return first.result()
 
-    def _load(self, data: bytes) -> Image | None:
+    def _load(self, data: bytes, max_pixels: int) -> Image | None:
         try:
-            return load_image(data, self.min_pixels, self.max_pixels, True)  # upright, unlike the question's picture
+            smallest = min(self.min_pixels, max_pixels)
+            return load_image(data, smallest, max_pixels, True)  # upright, unlike the question's picture
         except ValueError:
             return None
+
+
+def _addresses(episode: Episode) -> tuple[str, ...]:
+    """Those of all results that a rollout has had."""
+    found = []
+    for turn in episode.turns:
+        if turn.observation is not None:
+            found += [hit.url for hit in turn.observation.hits if hit.url]
+    return tuple(found)
 
 
 class Rollout:
@@ -321,8 +333,10 @@ class Rollout:
             return
         example = conversation.episode.example
         conversation.called_at = time.monotonic()
-        call = Call(turn.query, example.image, example.question, example.image_url)
-        future = self.toolbox.call(turn.action, call, then=self.thumbnails.prepare)
+        found = _addresses(conversation.episode)
+        call = Call(turn.query, example.image, example.question, example.image_url, found)
+        full_size = self.toolbox.tools[turn.action].full_size
+        future = self.toolbox.call(turn.action, call, then=partial(self.thumbnails.prepare, full_size=full_size))
         self.pending[future] = conversation
 
     def _collect(self, block: bool) -> None:
@@ -352,7 +366,8 @@ class Rollout:
         """Append what came back as a user turn, and continue. Where it does not fit, none of its tokens is kept."""
         episode = conversation.episode
         call = episode.turns[-1]
-        thumbnails = [self.thumbnails.open(hit.image) for hit in observation.hits]
+        tool = self.toolbox.tools[call.action]
+        thumbnails = [self.thumbnails.open(hit.image, tool.full_size) for hit in observation.hits]
         piece = self.chat.observation(call.action, observation, thumbnails, episode.example.question)
         start = episode.prompt_length + len(conversation.sequence.ids)
         turn = Turn(
@@ -363,6 +378,7 @@ class Rollout:
             action=call.action,
             query=call.query,
             observation=observation,
+            is_search=tool.is_search,
         )
         episode.turns.append(turn)
         failed = not observation.ok and observation is not OVER_LIMIT

@@ -30,6 +30,8 @@ from mmsr.tool_results import as_observation, shortened
 
 IMAGE_SEARCH = "image_search"
 TEXT_SEARCH = "text_search"
+VISIT = "visit"  # a page, by its address (more_tools/visit.py)
+SHIPPED = {name: f"mmsr.more_tools.{name}:tools" for name in ("zoom", "visit", "crop")}  # for --tools
 
 
 class ToolFailure(Exception):
@@ -49,12 +51,14 @@ class Call:
     image: bytes  # the question's picture, an encoded file
     question: str
     image_url: str = ""  # where the picture is on the web, if that is known
+    found: tuple[str, ...] = ()  # the addresses of all results that the rollout has had
 
 
 class Backend(Protocol):
     """A search engine. An observation without hits is an answer. Where its infrastructure fails, a method raises.
 
-    It raises ToolFailure where the kind of failure is known.
+    It raises ToolFailure where the kind of failure is known. An engine that knows its pages may have a third method,
+    `read_page` (search/pages.py); the tool `visit` reads pages of any other from the web.
     """
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
@@ -76,6 +80,8 @@ class Tool:
     limit: int  # calls per episode
     run: Callable[[Call], Observation | str]
     payload: str | None = None  # what has to be between the tags (`<search><img></search>`); None takes any query
+    is_search: bool = True  # else its calls cost no penalty, and a rollout's shape is judged without them
+    full_size: bool = False  # its pictures are shown as large as the question's, not as thumbnails
 
 
 def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool]:
@@ -100,6 +106,9 @@ class NoSearch:
         return Observation(source="none")
 
     def text_search(self, query: str) -> Observation:
+        return Observation(source="none")
+
+    def read_page(self, address: str) -> Observation:
         return Observation(source="none")
 
 
@@ -207,14 +216,24 @@ def _error_text(error: BaseException) -> str:
 # ---- the tools of --tools
 
 
-def more_tools(name: str, backend: Backend) -> list[Tool]:
-    """The tools that the function `name`, "MODULE:FUNCTION", makes from the search engine. Without a name, none.
+def more_tools(names: str, backend: Backend) -> list[Tool]:
+    """The tools that `names` names, with commas between them: those that come with this program, by their names, and
+    those that a function MODULE:FUNCTION makes from the search engine.
 
-    Raises UserError where the function cannot be imported or fails, or where its tools could not be called.
+    Raises UserError where a function cannot be imported or fails, or where its tools could not be called.
     """
-    if not name:
-        return []
-    module, _, function = name.partition(":")
+    tools = []
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        tools += _made_by(name, backend)
+    return tools
+
+
+def _made_by(name: str, backend: Backend) -> list[Tool]:
+    """The tools of one name of --tools. Raises UserError."""
+    if ":" not in name and name not in SHIPPED:
+        own = "a function of your own as MODULE:FUNCTION"
+        raise UserError(f"--tools {name}: unknown; give {', '.join(SHIPPED)}, or {own}")
+    module, _, function = SHIPPED.get(name, name).partition(":")
     try:
         tools = getattr(importlib.import_module(module), function)(backend)
     except BaseException as error:

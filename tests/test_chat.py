@@ -17,7 +17,7 @@ from mmsr.data.cells import answers
 from mmsr.episode import Episode, Example, Hit, Observation, Turn
 from mmsr.reward import official_answer
 from mmsr.system.errors import UserError
-from mmsr.tools import IMAGE_SEARCH, NoSearch, Tool, search_tools
+from mmsr.tools import IMAGE_SEARCH, NoSearch, Tool, more_tools, search_tools
 
 TOOLS = search_tools(NoSearch(), max_images=1, max_texts=2)
 FOUND = Observation(
@@ -56,7 +56,8 @@ def tiny_chat(tiny):
 
 def wording(name, prompts=PROMPTS / "real", **fields):
     """A prompt file filled in the plain way; safe here, because the test's own fields hold no placeholders."""
-    text = (prompts / f"{name}.txt").read_text().removesuffix("\n")
+    lines = (prompts / f"{name}.txt").read_text().removesuffix("\n").split("\n")
+    text = "\n".join(line for line in lines if not re.search(r"\{(crop_search|zoom|visit)\}", line))  # not offered
     calls = {"image_search": "<search><img></search>", "text_search": "<text_search>query</text_search>"}
     for field, value in (calls | fields).items():
         text = text.replace("{" + field + "}", value)
@@ -423,6 +424,22 @@ def test_placeholders_in_a_title_are_not_filled(tiny_chat):
 
 
 # ---- prompts and tool results
+
+
+def test_a_tool_that_is_not_offered_is_described_or_one_that_is_stays_unknown(tiny):
+    searches = search_tools(NoSearch(), 1, 1)
+    offered = {
+        "zoom": "<zoom>query</zoom> shows",
+        "visit": "<visit>query</visit> opens",
+        "crop": "a part of the image up",
+    }
+    for names in ("", "zoom", "visit", "zoom,visit,crop"):
+        chat = Chat(tiny, PROMPTS / "real", [*searches, *more_tools(names, NoSearch())])
+        said = chat.decode(chat.prompt("What?", None).ids)
+        assert [words in said for words in offered.values()] == [name in names.split(",") for name in offered]
+        assert not re.search(r"\{\w+\}", said) and "- <answer>" in said
+        found = chat.observation("text_search", Observation((Hit("a"),)), [None], "What?")
+        assert ("<visit>query</visit> with the address" in chat.decode(found.ids)) == ("visit" in names)
 
 
 def test_each_kind_of_result_has_its_own_wording(tiny_chat):

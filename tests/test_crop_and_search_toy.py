@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from examples.crop_and_search import crop
-from examples.crop_and_search import tools as crop_tools
 from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
+from mmsr.more_tools.crop import crop
+from mmsr.more_tools.crop import tools as crop_tools
 from mmsr.system.images import decode
 from mmsr.tools import search_tools
 from mmsr.toy import base as toy_base

@@ -341,6 +341,18 @@ def test_function_that_is_named_makes_tools_of_the_search_engine(tmp_path, monke
             more_tools(wrong, NoSearch())
 
 
+def test_tools_that_come_with_the_program_cannot_be_named_together_or_with_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "maps.py").write_text(
+        "from mmsr.tools import Tool\ndef tools(backend): return [Tool('map', 'map', 1, lambda call: '')]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = more_tools("zoom, visit,crop,maps:tools", NoSearch())
+    assert [tool.name for tool in found] == ["zoom", "visit", "crop_search", "map"]
+    assert [tool.is_search for tool in found] == [False, True, True, True]
+    with pytest.raises(UserError, match="--tools zooom: unknown; give zoom, visit, crop, or a function of your own"):
+        more_tools("zoom,zooom", NoSearch())
+
+
 @pytest.mark.parametrize(
     "code, said",
     [

@@ -76,6 +76,7 @@ class Teacher:
         """The teacher's turns, up to one that ends the conversation or to the limit of turns."""
         turns: list[str] = []
         calls: Counter[str] = Counter()  # by tool
+        found: list[str] = []  # addresses of all results
         prompt = self.chat.prompt(example.question, PICTURE)
         messages = chat_messages(self.chat, prompt, [picture_part(example.image)])
         while True:
@@ -89,8 +90,9 @@ class Teacher:
             if calls[tool.name] > tool.limit:
                 observation = OVER_LIMIT
             else:
-                call = Call(action.query, example.image, example.question, example.image_url)
+                call = Call(action.query, example.image, example.question, example.image_url, tuple(found))
                 observation = self.toolbox.call(tool.name, call).result(self.limits.tool_seconds)
+                found += [hit.url for hit in observation.hits if hit.url]
             messages.append({"role": "assistant", "content": turn})
             messages += self._result(tool.name, observation, example.question)
 

@@ -204,14 +204,13 @@ def _sources(program: str, tools: str) -> Digests:
 
 
 def _tool_files(tools: str) -> dict[str, Path]:
-    """The module that --tools names, and what else of its package is loaded."""
-    package = tools.partition(":")[0].partition(".")[0]
-    if package in ("", "mmsr"):
-        return {}
+    """The modules of the user's that --tools names, and what else of their packages is loaded."""
+    named = [name.strip() for name in tools.split(",") if ":" in name]
+    packages = {name.partition(":")[0].partition(".")[0] for name in named} - {"mmsr"}
     files = {}
     for name, module in sys.modules.items():
         file = getattr(module, "__file__", None) or ""
-        if name.split(".")[0] == package and file.endswith(".py"):
+        if name.split(".")[0] in packages and file.endswith(".py"):
             files[f"{name.replace('.', '/')}.py"] = Path(file)
     return files
 

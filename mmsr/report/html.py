@@ -343,8 +343,8 @@ def count_rollout(counts: Counter, rollout: dict[str, Any]) -> None:
 
 def searches(rollout: dict[str, Any]) -> int:
     """How many searches were made. One over its limit is refused and does not count."""
-    seen = [turn.get("observation") or {} for turn in rollout.get("turns", ()) if turn.get("role") == "tool"]
-    return sum(observation.get("source") != "limit" for observation in seen)
+    calls = [turn for turn in rollout.get("turns", ()) if turn.get("role") == "tool" and turn.get("is_search", True)]
+    return sum((call.get("observation") or {}).get("source") != "limit" for call in calls)
 
 
 def shape(rollout: dict[str, Any]) -> str:

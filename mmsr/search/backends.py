@@ -18,6 +18,7 @@ from mmsr.config import Options
 from mmsr.episode import Example, Observation
 from mmsr.search.cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
 from mmsr.search.contents import counted
+from mmsr.search.pages import page_reader
 from mmsr.search.store import Budget, Store
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder
@@ -47,6 +48,11 @@ class PerTool:
 
     def text_search(self, query: str) -> Observation:
         return self.text.text_search(query)
+
+    def read_page(self, address: str) -> Observation:
+        """From the back-end that knows the page: mostly that of the text searches."""
+        page = page_reader(self.text)(address)
+        return page if page.hits else page_reader(self.image)(address)
 
 
 def open_backend(

@@ -24,7 +24,8 @@ from typing import Literal
 from mmsr.episode import Example, Hit, Observation
 from mmsr.search import bm25
 from mmsr.search import store as stores
-from mmsr.search.store import Key, Record, Store, image_key, refuse_pickle, sha256, storable, text_key
+from mmsr.search.pages import page_reader
+from mmsr.search.store import Key, Record, Store, image_key, page_key, refuse_pickle, sha256, storable, text_key
 from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Backend, ToolFailure
@@ -63,6 +64,9 @@ class Cached:
 
     def text_search(self, query: str) -> Observation:
         return self._answer(text_key(query, self.form), lambda: self.backend.text_search(query))
+
+    def read_page(self, address: str) -> Observation:
+        return self._answer(page_key(address, self.form), lambda: page_reader(self.backend)(address))
 
     def _answer(self, key: Key, ask: Callable[[], Observation]) -> Observation:
         seen = self.store.get(key)
@@ -111,6 +115,9 @@ class Replayed:
 
     def text_search(self, query: str) -> Observation:
         return self._answer(text_key(query, None), f"query {query!r:.80}", query)
+
+    def read_page(self, address: str) -> Observation:
+        return self._answer(page_key(address, None), f"page {address:.80}")
 
     def _answer(self, key: Key, what: str, query: str = "") -> Observation:
         seen = _first_hits(self.store.get(key), self.results)

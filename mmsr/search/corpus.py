@@ -342,6 +342,10 @@ class Corpus:
         """A corpus has no pictures."""
         return Observation(source=self.source)
 
+    def read_page(self, address: str) -> Observation:
+        """A corpus has no pages, only their passages."""
+        return Observation(source=self.source)
+
     def text_search(self, query: str) -> Observation:
         """The best passages for the query's words. The most frequent English words count only where they are alone."""
         terms = sorted(set(bm25.stems(bm25.informative(query))))

@@ -406,6 +406,12 @@ class Local:
         hits = (Hit(title, url, passage(text, matched), score=score) for title, url, text, score in found)
         return Observation(tuple(hits), source=self.source)
 
+    def read_page(self, address: str) -> Observation:
+        """The whole page with this address; none where there is no such page."""
+        found = self._rows("SELECT title, url, text FROM pages WHERE url = ?", address)
+        hits = (Hit(title, url, text) for title, url, text in found)
+        return Observation(tuple(hits), source=self.source)
+
     def _rows(self, sql: str, *values: Any) -> list[tuple]:
         try:
             if not hasattr(self.connections, "own"):

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 from mmsr.episode import Hit, Observation
 from mmsr.system.errors import UserError
-from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, ToolFailure
+from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, ToolFailure
 
 APPLICATION, VERSION = 0x6D6D7372, 1  # "mmsr" in the file's header, and the version of the tables
 SCHEMA = """
@@ -104,6 +104,10 @@ def text_key(query: str, form: str | None = "") -> Key:
 
 def image_key(image: bytes, form: str | None = "", question: str = "") -> Key:
     return Key(IMAGE_SEARCH, sha256(image), form, question and sha256(storable(question).encode())[:16])
+
+
+def page_key(address: str, form: str | None = "") -> Key:
+    return Key(VISIT, address, form)
 
 
 class Store:

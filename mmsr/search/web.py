@@ -168,6 +168,12 @@ class Live:
             listed = self.serper("/search", {"q": query, "gl": "us", "num": 10})
         return Observation(self._pages(_found(listed), query, "text"), source=self.engine.name)
 
+    def read_page(self, address: str) -> Observation:
+        """A page by Jina Reader, which costs what it costs in a text search."""
+        self.client.check("jina")
+        title, text = self._read(address)
+        return Observation((Hit(title, address, text),), source="jina")
+
     # ---- search engines
 
     def _upload(self, image: bytes) -> str:

@@ -1,6 +1,6 @@
 """A third tool: the model names a box, and that crop of the picture is searched.
 
-    python train.py --model Qwen2.5-VL-7B --tools examples.crop_and_search:tools --prompts examples/crop_prompts
+    python train.py --model Qwen2.5-VL-7B --search local:my.index --tools crop
 
 The box is x1 y1 x2 y2 in thousandths of the picture's width and height: `<crop_search>500 0 1000 1000</crop_search>`.
 Text that is not a box finds nothing: it is the model's mistake, and an exception would count as the search engine's.
@@ -33,8 +33,11 @@ def tools(backend: Backend) -> list[Tool]:
     return [Tool(CROP_SEARCH, CROP_SEARCH, limit=1, run=run)]
 
 
-def crop(picture: PIL.Image.Image, query: str) -> bytes | None:
-    """The named part of a picture as a PNG file; None where the query is not a box, or one without a pixel."""
+def crop(picture: PIL.Image.Image, query: str, upright: bool = True) -> bytes | None:
+    """The named part of a picture as a PNG file, `upright` as search engines know pictures, or as it is stored.
+
+    None where the query is not a box, or one without a pixel.
+    """
     numbers = BOX.fullmatch(query)
     if numbers is None:
         return None
@@ -46,7 +49,10 @@ def crop(picture: PIL.Image.Image, query: str) -> bytes | None:
     y2 = y2 * height // 1000
     if x1 >= x2 or y1 >= y2:
         return None
+    part = picture.crop((x1, y1, x2, y2))
+    if upright:
+        part = PIL.ImageOps.exif_transpose(part)
+    part.info = {}  # a copy of the file's metadata would turn the part again
     file = io.BytesIO()
-    upright = PIL.ImageOps.exif_transpose(picture.crop((x1, y1, x2, y2)))  # as search engines know pictures
-    upright.save(file, "PNG", compress_level=1)
+    part.save(file, "PNG", compress_level=1)
     return file.getvalue()

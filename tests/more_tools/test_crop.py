@@ -1,4 +1,4 @@
-"""examples/crop_and_search.py on the real rollout, and the toy world in which it is learned."""
+"""The tool `crop` on the real rollout, and the toy world in which it is learned."""
 
 import io
 
@@ -7,13 +7,13 @@ import pytest
 from picture_files import turned
 from test_rollout import REPLY, home, make, question, tool_text  # noqa: F401
 
-from examples.crop_and_search import CROP_SEARCH, crop, tools
 from mmsr import reward
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Hit, Observation
+from mmsr.more_tools.crop import CROP_SEARCH, crop, tools
 from mmsr.system.images import decode
-from mmsr.tools import Call, Toolbox, search_tools
+from mmsr.tools import Call, search_tools
 from train import open_setup
 
 
@@ -87,22 +87,8 @@ def test_a_box_is_cut_from_other_pixels_than_the_model_saw_or_searched_on_its_si
     assert part.size == (24, 32) and part.getpixel((12, 8))[0] < 50 and part.getpixel((12, 24))[0] > 200
 
 
-def test_prompt_is_the_real_one_and_a_sentence(home):  # noqa: F811
-    from examples import crop_and_search
-
-    ours = (crop_and_search.__file__.rpartition("/")[0] + "/crop_prompts/user.txt",)
-    lines = open(*ours).read().splitlines()
-    real = (PROMPTS / "real" / "user.txt").read_text().splitlines()
-    (new,) = [line for line in lines if line not in real]
-    assert [line for line in lines if line != new] == real and "{crop_search}" in new
-    every = [*search_tools(Gallery(), 1, 1), *tools(Gallery())]
-    chat = Chat(home.folder, ours[0].rpartition("/")[0], every)
-    assert "<crop_search>query</crop_search> looks a part" in chat.decode(chat.prompt("What?", None).ids)
-    assert Toolbox(every, True).tools[CROP_SEARCH].limit == 1
-
-
 def test_option_offers_the_tool_to_a_run(folder):
-    options = ["--recipe", "toy", "--toy", "basic", "--model", str(folder), "--tools", "examples.crop_and_search:tools"]
+    options = ["--recipe", "toy", "--toy", "basic", "--model", str(folder), "--tools", "crop"]
     setup = open_setup(parse(options))
     assert list(setup.toolbox.tools) == ["image_search", "text_search", CROP_SEARCH]
     assert setup.chat.parse(box("0 0 500 1000")).name == CROP_SEARCH
