@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -72,29 +72,20 @@ Inverted = tuple[list[Passage], list[Posting], np.ndarray]  # a segment, with th
 # ---- reading a corpus
 
 
-class _CorpusFile:
-    """JSON lines, perhaps compressed by gzip. `position`: the bytes that have been read of `size`."""
+def _lines(path: Path, file: BinaryIO, bar: Any) -> Iterator[bytes]:
+    """Each line that is not blank, of JSON lines that may be compressed by gzip. `bar` shows the bytes that were read.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = opened(path)
-        self.size = path.stat().st_size
-
-    @property
-    def position(self) -> int:
-        return self.file.tell()
-
-    def lines(self) -> Iterator[bytes]:
-        """Each line that is not blank. Raises UserError where the compressed data are damaged."""
-        source: Any = self.file
-        if self.path.suffix == ".gz":
-            source = gzip.GzipFile(fileobj=self.file)
-        try:
-            for line in source:
-                if line.strip():
-                    yield line
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged or not complete ({error}); get it again") from None
+    Raises UserError where compressed data are damaged.
+    """
+    source: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    try:
+        for number, line in enumerate(source):
+            if number % SEGMENT == 0:
+                bar.update(file.tell() - bar.n)
+            if line.strip():
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged or not complete ({error}); get it again") from None
 
 
 def passage(path: Path, row: int, line: bytes) -> Passage:
@@ -150,10 +141,9 @@ def build(file: str | Path, corpora: Iterable[str | Path]) -> dict[str, int]:
 
 def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> None:
     """Add what is not yet indexed of a file, which is known again by its first line."""
-    corpus = _CorpusFile(path)
-    lines = corpus.lines()
-    with corpus.file, progress(f"indexing {path.name}", corpus.size, "B") as bar:
+    with opened(path) as file, progress(f"indexing {path.name}", path.stat().st_size, "B") as bar:
         bar.unit_scale = True
+        lines = _lines(path, file, bar)
         first = next(lines, None)
         if first is None:
             return
@@ -169,7 +159,6 @@ def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> Non
                 row += len(batch)
                 db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (_digest(first), row, _digest(batch[-1])))
             counts["new"] += len(batch)
-            bar.update(corpus.position - bar.n)
 
 
 def _side_by_side(path: Path, row: int, lines: Iterator[bytes]) -> Iterator[tuple[list[bytes], Inverted]]:
