@@ -53,7 +53,7 @@ from mmsr.vision import load_image
 from train import train
 
 PIXELS = SIZE * SIZE  # of a picture, at most: an emblem of a pair gets a quarter of what it has in a closer look
-TOOLS = "zoom,visit,crop"
+TOOLS = ["zoom", "visit", "crop"]
 CATEGORIES = (
     Category("known", ("known",), (TOWN,), train=160, weight=0.5),
     Category("unknown", ("unfamiliar",), (TOWN,), train=160, weight=0.25),
@@ -61,7 +61,7 @@ CATEGORIES = (
 )
 OPTIONS = (
     "--toy=full",
-    f"--tools={TOOLS}",
+    f"--tools={','.join(TOOLS)}",
     "--shapes=any",
     "--max-turns=8",
     "--max-texts=2",
@@ -102,6 +102,7 @@ class PagesWeb(Web):
         if tool != TEXT_SEARCH:
             return super().hits(IMAGE_SEARCH, about, rng)  # titles that tell the name alone
         addresses = [address_of(concept.name) for concept in about]
+        # The toy prompts show no address of a result, so it is in the title, too.
         return tuple(Hit(f"{concept.name} {url}", url) for concept, url in zip(about, addresses))
 
     def read_page(self, address: str) -> Observation:
@@ -122,7 +123,8 @@ class HopsWorld(World):
 
     def questions(self, category: str | Category, n: int, tag: str) -> list[Example]:
         asked = super().questions(category, n, tag)
-        others = super().questions(Category("other", ("known", "unfamiliar")), n, f"{tag} beside")
+        name = category if isinstance(category, str) else category.name
+        others = super().questions(Category("other", ("known", "unfamiliar")), n, f"{tag} beside {name}")
         examples = []
         for number, (example, other) in enumerate(zip(asked, others)):
             side = list(LEFT_RIGHT)[number % 2]

@@ -77,7 +77,8 @@ CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control toke
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
-OFFERED = (IMAGE_SEARCH, TEXT_SEARCH, "crop_search", "zoom", VISIT)  # the tools that the real prompts have words for
+SEARCHES = (IMAGE_SEARCH, TEXT_SEARCH)
+OFFERED = (*SEARCHES, "crop_search", "zoom", VISIT)  # the tools that the real prompts have words for
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 REASON = "<reason>"
@@ -426,6 +427,8 @@ def _load_prompts(folder: Path, calls: dict[str, list[Part]]) -> dict[str, str]:
     for name in [*TURN_FILES, "hit", *calls]:
         path = folder / f"{name}.txt"
         if not path.is_file():
+            if name not in SEARCHES and name in calls and (folder / "tool.txt").is_file():
+                continue  # this folder words the results of all further tools
             path = PROMPTS / "real" / f"{name}.txt"
         if not path.is_file():
             continue

@@ -304,6 +304,11 @@ class Options:
         return back_ends(self.search)
 
     @property
+    def tool_names(self) -> list[str]:
+        """What --tools names."""
+        return [name.strip() for name in self.tools.split(",") if name.strip()]
+
+    @property
     def reward_rule(self) -> RewardRule:
         """Raises UserError where the options do not go together."""
         substring = self.match == "substring"

@@ -44,6 +44,7 @@ PROMPT_TEXT = 512  # tokens of a prompt beside its picture, at most
 RESPONSE = 512  # tokens of a rollout behind its prompt; says only how often keys are repeated in a pack
 THUMBNAILS = 5  # pictures that an image search brings back, 224 x 224
 THUMBNAIL_TOKENS = 64
+LOOKS = 4  # of a rollout with the tool `zoom`, at most
 SCORE_BYTES = 24  # per slot and word while sampling: fp32 scores and log-probabilities, two fp64 sums
 LOGIT_BYTES = 20  # per logit in the head's backward pass: fp32 logits and their gradients
 STEP_BYTES = 32  # per weight of the piece that the optimizer has in fp32
@@ -278,11 +279,14 @@ class Activations:
         return tokens * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * self.item
 
     def pictures(self, questions: int) -> int:
-        """Merged tokens of all distinct pictures of `questions`, with what their image searches bring."""
+        """Merged tokens of all distinct pictures of `questions`, with what image searches and closer looks bring."""
         thumbnails = 0
         if self.config.max_images and self.config.back_ends["image"] != "none":
             thumbnails = THUMBNAILS * THUMBNAIL_TOKENS
-        return questions * (self.config.max_pixels // SIDE**2 + thumbnails)
+        looks = 0  # no two rollouts look at the same part
+        if "zoom" in self.config.tool_names:
+            looks = self.config.group_size * min(LOOKS, self.config.max_turns - 1)
+        return questions * ((1 + looks) * (self.config.max_pixels // SIDE**2) + thumbnails)
 
     # The decoder.
 

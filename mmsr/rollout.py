@@ -121,7 +121,7 @@ class Thumbnails:
 
 
 def _addresses(episode: Episode) -> tuple[str, ...]:
-    """Those of all results that a rollout has had."""
+    """The addresses of all results that a rollout has had, in their order."""
     found = []
     for turn in episode.turns:
         if turn.observation is not None:

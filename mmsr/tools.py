@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ def search_tools(backend: Backend, max_images: int, max_texts: int) -> list[Tool
 
 class NoSearch:
     """The back-end `none`: every search honestly finds nothing."""
+
+    own_pages = True
 
     def image_search(self, image: bytes, question: str, image_url: str = "") -> Observation:
         return Observation(source="none")
@@ -216,14 +219,14 @@ def _error_text(error: BaseException) -> str:
 # ---- the tools of --tools
 
 
-def more_tools(names: str, backend: Backend) -> list[Tool]:
-    """The tools that `names` names, with commas between them: those that come with this program, by their names, and
-    those that a function MODULE:FUNCTION makes from the search engine.
+def more_tools(names: Sequence[str], backend: Backend) -> list[Tool]:
+    """The tools that come with this program, by their names, and those that a function MODULE:FUNCTION makes from the
+    search engine.
 
     Raises UserError where a function cannot be imported or fails, or where its tools could not be called.
     """
     tools = []
-    for name in filter(None, (name.strip() for name in names.split(","))):
+    for name in names:
         tools += _made_by(name, backend)
     return tools
 

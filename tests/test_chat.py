@@ -433,13 +433,21 @@ def test_a_tool_that_is_not_offered_is_described_or_one_that_is_stays_unknown(ti
         "visit": "<visit>query</visit> opens",
         "crop": "a part of the image up",
     }
-    for names in ("", "zoom", "visit", "zoom,visit,crop"):
+    for names in ([], ["zoom"], ["visit"], ["zoom", "visit", "crop"]):
         chat = Chat(tiny, PROMPTS / "real", [*searches, *more_tools(names, NoSearch())])
         said = chat.decode(chat.prompt("What?", None).ids)
-        assert [words in said for words in offered.values()] == [name in names.split(",") for name in offered]
+        assert [words in said for words in offered.values()] == [name in names for name in offered]
         assert not re.search(r"\{\w+\}", said) and "- <answer>" in said
         found = chat.observation("text_search", Observation((Hit("a"),)), [None], "What?")
         assert ("<visit>query</visit> with the address" in chat.decode(found.ids)) == ("visit" in names)
+
+
+def test_another_prompts_folder_has_the_real_words_for_a_tools_results(tiny):
+    """It has a tool.txt, in its own language."""
+    chat = Chat(tiny, PROMPTS / "toy", [*search_tools(NoSearch(), 1, 1), *more_tools(["zoom", "visit"], NoSearch())])
+    for name in ("zoom", "visit"):
+        found = chat.observation(name, Observation((Hit("a"),)), [None], "What?")
+        assert "<information> a ; </information>" in chat.decode(found.ids)
 
 
 def test_each_kind_of_result_has_its_own_wording(tiny_chat):

@@ -6,7 +6,7 @@ import pytest
 from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
-from mmsr.more_tools.crop import crop
+from mmsr.more_tools.crop import as_png, cut
 from mmsr.more_tools.crop import tools as crop_tools
 from mmsr.system.images import decode
 from mmsr.tools import search_tools
@@ -23,7 +23,7 @@ def test_only_the_half_that_is_asked_for_leads_to_the_answer(pairs):
         for example in pairs.questions(category, 20, "test"):
             assert not pairs.web.image_search(example.image).hits
             for side, box in LEFT_RIGHT.items():
-                seen = pairs.web.image_search(crop(decode(example.image), box))
+                seen = pairs.web.image_search(as_png(cut(decode(example.image), box)))
                 assert (example.answers[0] in seen.hits[0].title.split()) == (side == category.name)
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from examples.crop_and_search_toy import LEFT_RIGHT, look_at
-from examples.three_hops_toy import CATEGORIES, OPTIONS, PIXELS, TOOLS, HopsTraces, HopsWorld, address_of
+from examples.three_hops_toy import CATEGORIES, OPTIONS, PIXELS, TOOLS, HopsTraces, HopsWorld, address_of, zoom_to
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
-from mmsr.more_tools.crop import crop
+from mmsr.more_tools.crop import as_png, cut
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.images import decode
@@ -38,7 +38,7 @@ def test_one_search_or_two_lead_to_the_town_or_the_other_half_does(world):
             town, side = example.answers[0], example.question.split()[3]
             assert not world.web.image_search(example.image).hits, "the whole picture"
             for half, box in LEFT_RIGHT.items():
-                titles = world.web.image_search(crop(decode(example.image), box)).hits
+                titles = world.web.image_search(as_png(cut(decode(example.image), box))).hits
                 assert not any(town in hit.title.split() for hit in titles), "the name alone"
                 if half == side and titles[0].title.split()[0] not in world.web.misleading:
                     name = titles[0].title.split()[0]
@@ -61,7 +61,8 @@ def test_the_long_road_does_not_fit_the_limits_or_earns_no_format(world, chat):
     """Played by force in the real rollout, with the limits of the example."""
     options = parse(OPTIONS)
     example = world.questions(CATEGORIES[2], 1, "test")[0]
-    turns = [*world.always_search(example), toy_base.copied(example.answers[0])]
+    looks = [zoom_to("left"), zoom_to("right")]
+    turns = [*looks, *world.always_search(example), toy_base.copied(example.answers[0])]
     engine = FakeEngine(options)
     limits = Limits(options.max_turns, PIXELS, PIXELS)
     rollout = Rollout(engine, chat, Toolbox(tools_of(world), inline=True), limits)
@@ -70,7 +71,7 @@ def test_the_long_road_does_not_fit_the_limits_or_earns_no_format(world, chat):
     assert (episode.status, episode.answer, episode.searches()) == ("answered", example.answers[0], 3)
     assert episode.reward_parts["format"] == 1
     assert max(len(chat.assistant(turn)) for turn in turns) <= options.turn_tokens
-    assert len(episode.input_ids) < options.max_tokens - 2 * options.turn_tokens, "and two looks more"
+    assert len(episode.input_ids) < options.max_tokens - options.turn_tokens, "with two looks, and room for a mistake"
 
 
 class FakeEngine:

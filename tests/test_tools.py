@@ -333,12 +333,12 @@ def test_function_that_is_named_makes_tools_of_the_search_engine(tmp_path, monke
         "def none(backend): return None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    (zoom,) = more_tools("mine:tools", NoSearch())
+    (zoom,) = more_tools(["mine:tools"], NoSearch())
     assert zoom.name == "zoom" and zoom.run(NOTHING).source == "none"
-    assert more_tools("", NoSearch()) == []
+    assert more_tools([], NoSearch()) == []
     for wrong in ("mine:absent", "mine", "absent:tools", ":tools", "mine:none", "mine:Tool"):
         with pytest.raises(UserError, match=f"--tools {wrong}: "):
-            more_tools(wrong, NoSearch())
+            more_tools([wrong], NoSearch())
 
 
 def test_tools_that_come_with_the_program_cannot_be_named_together_or_with_ones_own(tmp_path, monkeypatch):
@@ -346,11 +346,11 @@ def test_tools_that_come_with_the_program_cannot_be_named_together_or_with_ones_
         "from mmsr.tools import Tool\ndef tools(backend): return [Tool('map', 'map', 1, lambda call: '')]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    found = more_tools("zoom, visit,crop,maps:tools", NoSearch())
+    found = more_tools(["zoom", "visit", "crop", "maps:tools"], NoSearch())
     assert [tool.name for tool in found] == ["zoom", "visit", "crop_search", "map"]
     assert [tool.is_search for tool in found] == [False, True, True, True]
     with pytest.raises(UserError, match="--tools zooom: unknown; give zoom, visit, crop, or a function of your own"):
-        more_tools("zoom,zooom", NoSearch())
+        more_tools(["zoom", "zooom"], NoSearch())
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_a_module_of_tools_that_breaks_ends_in_silence_or_in_a_traceback(tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "broken", raising=False)
     with pytest.raises(UserError, match=f"^--tools broken:tools: {said}"):
-        more_tools("broken:tools", NoSearch())
+        more_tools(["broken:tools"], NoSearch())
 
 
 WRONGLY_MADE = {
@@ -399,10 +399,10 @@ def test_a_tool_that_is_wrongly_made_fails_when_the_model_calls_it(monkeypatch):
     for said, change in {"": {}, **WRONGLY_MADE, "run is <function later": dict(run=later)}.items():
         mine.tools = lambda backend, change=change: [Tool(**whole | change)]
         if not change:
-            assert more_tools("mine:tools", NoSearch())[0].limit == math.inf
+            assert more_tools(["mine:tools"], NoSearch())[0].limit == math.inf
             continue
         with pytest.raises(UserError, match=f"^--tools mine:tools: tool .*: {re.escape(said)}.*; give "):
-            more_tools("mine:tools", NoSearch())
+            more_tools(["mine:tools"], NoSearch())
 
 
 def test_a_program_that_is_done_waits_for_a_tool_that_hangs():

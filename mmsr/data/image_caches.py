@@ -16,10 +16,11 @@ tar.gz) by its file's name, and where paths share that, by the folders before it
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -35,7 +36,7 @@ from mmsr.system.progress import progress
 TITLES, PATHS = "tool_returned_web_title", "cached_images_path"  # DeepEyesV2's lists
 ITEMS, TITLE, PATH = "cached_data", "cached_title", "cached_images_path"  # MM-DeepResearch's list of objects
 ID = "data_id"
-DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+DAMAGE = (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 Found = list[tuple[str, str]]  # title and path of each result, "" where there is none
 
@@ -121,15 +122,20 @@ def _listed(where: str, record: dict[str, Any], name: str) -> list:
 
 
 def _thumbnails(wanted: set[str], source: Path) -> dict[str, bytes]:
-    """By path: the thumbnail of the file in `source` that the path means. Raises UserError for a damaged archive."""
+    """By path: the thumbnail of the file in `source` that the path means.
+
+    Raises UserError where there is no such folder or archive, or where it is damaged.
+    """
     by_name: dict[str, list[str]] = defaultdict(list)
     for path in wanted:
         by_name[_parts(path)[-1]].append(path)
     best: dict[str, int] = {}  # by path: the folders, with the name, that agree with those of the best file yet
+    named: Counter[str] = Counter()  # files of the source by their names
     thumbnails: dict[str, bytes] = {}
     try:
         with progress("pictures", len(wanted), "picture") as bar:
             for name, open_it in _files(source):
+                named[_parts(name)[-1]] += 1
                 path, agreeing = _meant(by_name.get(_parts(name)[-1], ()), name)
                 if agreeing <= best.get(path, 0):
                     continue
@@ -139,6 +145,9 @@ def _thumbnails(wanted: set[str], source: Path) -> dict[str, bytes]:
                     best[path] = agreeing
     except DAMAGE as error:
         raise UserError(f"{source}: cannot be read, or damaged ({error}); get it again") from None
+    unclear = [path for path in thumbnails if best[path] == 1 and named[_parts(path)[-1]] > 1]
+    for path in unclear:  # several files have its name, and nothing else agrees
+        del thumbnails[path]
     return thumbnails
 
 

@@ -24,20 +24,18 @@ BOX = re.compile(r"\D*(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D+(\d{1,4})\D*", re.ASCI
 def tools(backend: Backend) -> list[Tool]:
     def run(call: Call) -> Observation:
         picture = decode(call.image, upright=False)  # the pixels that the model sees
-        part = crop(picture, call.query)
+        part = cut(picture, call.query)
         if part is None:
             return Observation(source=CROP_SEARCH)
-        return backend.image_search(part, call.question)
+        upright = PIL.ImageOps.exif_transpose(part)  # as search engines know pictures
+        return backend.image_search(as_png(upright), call.question)
 
     LEGAL_SHAPES.update({(CROP_SEARCH, "answer"), (CROP_SEARCH, "text_search", "answer")})
     return [Tool(CROP_SEARCH, CROP_SEARCH, limit=1, run=run)]
 
 
-def crop(picture: PIL.Image.Image, query: str, upright: bool = True) -> bytes | None:
-    """The named part of a picture as a PNG file, `upright` as search engines know pictures, or as it is stored.
-
-    None where the query is not a box, or one without a pixel.
-    """
+def cut(picture: PIL.Image.Image, query: str) -> PIL.Image.Image | None:
+    """The part of a picture that a query names. None where it is not a box, or one without a pixel."""
     numbers = BOX.fullmatch(query)
     if numbers is None:
         return None
@@ -49,10 +47,10 @@ def crop(picture: PIL.Image.Image, query: str, upright: bool = True) -> bytes | 
     y2 = y2 * height // 1000
     if x1 >= x2 or y1 >= y2:
         return None
-    part = picture.crop((x1, y1, x2, y2))
-    if upright:
-        part = PIL.ImageOps.exif_transpose(part)
-    part.info = {}  # a copy of the file's metadata would turn the part again
+    return picture.crop((x1, y1, x2, y2))
+
+
+def as_png(picture: PIL.Image.Image) -> bytes:
     file = io.BytesIO()
-    part.save(file, "PNG", compress_level=1)
+    picture.save(file, "PNG", compress_level=1)
     return file.getvalue()

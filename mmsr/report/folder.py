@@ -103,7 +103,7 @@ class RunFolder(Generic[AnyOptions]):
         for name in self.config.back_ends.values():
             recording |= _recording(name)
         given = _given(setup, data)
-        may_change = _sources(program, self.config.tools)
+        may_change = _sources(program, self.config.tool_names)
         if isinstance(self.config, Config):
             may_change |= recording
         else:
@@ -195,7 +195,7 @@ def _recording(search: str) -> Digests:
     return _files({f"--search {kind}:{name}": Path(name)})
 
 
-def _sources(program: str, tools: str) -> Digests:
+def _sources(program: str, tools: Sequence[str]) -> Digests:
     sources = dict(_own_sources())
     sources[Path(program).name] = code_digest(Path(program))
     for name, file in _tool_files(tools).items():
@@ -203,10 +203,9 @@ def _sources(program: str, tools: str) -> Digests:
     return sources
 
 
-def _tool_files(tools: str) -> dict[str, Path]:
+def _tool_files(tools: Sequence[str]) -> dict[str, Path]:
     """The modules of the user's that --tools names, and what else of their packages is loaded."""
-    named = [name.strip() for name in tools.split(",") if ":" in name]
-    packages = {name.partition(":")[0].partition(".")[0] for name in named} - {"mmsr"}
+    packages = {name.partition(":")[0].partition(".")[0] for name in tools if ":" in name} - {"mmsr"}
     files = {}
     for name, module in sys.modules.items():
         file = getattr(module, "__file__", None) or ""

@@ -18,11 +18,11 @@ from mmsr.config import Options
 from mmsr.episode import Example, Observation
 from mmsr.search.cache import Cached, Replayed, import_jsonl, import_results, import_transcripts, merge
 from mmsr.search.contents import counted
-from mmsr.search.pages import page_reader
+from mmsr.search.pages import has_own_pages, page_reader
 from mmsr.search.store import Budget, Store
 from mmsr.system.errors import UserError
 from mmsr.system.files import cache_folder
-from mmsr.tools import Backend, NoSearch
+from mmsr.tools import Backend, NoSearch, ToolFailure
 
 KNOWN = "toy, local:FILE, live, replay:FILE, replay:fvqa, remote:URL or none, or image=A,text=B with two of them"
 PATIENCE = 360.0  # seconds that a search waits for the same search of another process: more than `web.LONGEST`
@@ -50,9 +50,18 @@ class PerTool:
         return self.text.text_search(query)
 
     def read_page(self, address: str) -> Observation:
-        """From the back-end that knows the page: mostly that of the text searches."""
-        page = page_reader(self.text)(address)
-        return page if page.hits else page_reader(self.image)(address)
+        """From the side that knows the page. One with pages of its own is asked before one that reads the web."""
+        failures = []
+        for side in sorted((self.text, self.image), key=has_own_pages, reverse=True):
+            try:
+                page = page_reader(side)(address)
+                if page.hits:
+                    return page
+            except ToolFailure as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return page
 
 
 def open_backend(
@@ -162,10 +171,15 @@ def _replay(options: Options, file: str, examples: Iterable[Example], quiet: boo
 
 
 def import_searches(store: Store, file: str | Path, examples: Iterable[Example], pictures: str | Path = "") -> str:
-    """Record the searches in a file; returns a sentence about what it contained. Raises UserError. A .pkl has FVQA's
-    published image-search results, a .json or .jsonl such results of another project (`image_caches.py`), with their
-    thumbnails in `pictures` (empty: the file's folder); another .jsonl has recorded conversations or exported searches;
-    any other file is a store. Conversations and published results are joined by id to the pictures of `examples`."""
+    """Record the searches in a file; returns a sentence about what it contained. Raises UserError.
+
+    .pkl              FVQA's published image searches          joined by id to the pictures of `examples`
+    .json, .jsonl     those of others (`image_caches.py`)      the same; thumbnails from `pictures`, a folder with
+                                                               all below it or an archive (empty: the file's folder)
+    .jsonl            recorded conversations                   the same
+    .jsonl            exported searches
+    any other         another file of recorded searches
+    """
     from mmsr.data.image_caches import image_cache, is_image_cache
 
     path = Path(file)
@@ -173,7 +187,7 @@ def import_searches(store: Store, file: str | Path, examples: Iterable[Example],
         from mmsr.data import fvqa
 
         return _import_published(store, fvqa.search_results(path), examples, "addresses are not followed")
-    if path.suffix == ".json" or path.suffix == ".jsonl" and is_image_cache(path):
+    if path.suffix == ".json" or (path.suffix == ".jsonl" and is_image_cache(path)):
         source = Path(pictures or path.parent)
         return _import_published(store, image_cache(path, source), examples, f"their files are not in {source}")
     if path.suffix != ".jsonl":
@@ -195,6 +209,8 @@ def _import_published(store: Store, results: Mapping[str, Observation], examples
             yield example
 
     new = import_results(store, results, noted())
+    if results and not ids:
+        raise UserError("published results are known by the ids of questions: give those questions with --data FILE")
     hits = [hit for result in results.values() for hit in result.hits]
     without = sum(hit.image is None for hit in hits)
     found = f"image searches of {len(results)} questions, {new} of them new here"

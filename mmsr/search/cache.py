@@ -24,7 +24,7 @@ from typing import Literal
 from mmsr.episode import Example, Hit, Observation
 from mmsr.search import bm25
 from mmsr.search import store as stores
-from mmsr.search.pages import page_reader
+from mmsr.search.pages import has_own_pages, page_reader
 from mmsr.search.store import Key, Record, Store, image_key, page_key, refuse_pickle, sha256, storable, text_key
 from mmsr.system.errors import UserError
 from mmsr.system.files import beside, lines
@@ -64,6 +64,10 @@ class Cached:
 
     def text_search(self, query: str) -> Observation:
         return self._answer(text_key(query, self.form), lambda: self.backend.text_search(query))
+
+    @property
+    def own_pages(self) -> bool:
+        return has_own_pages(self.backend)
 
     def read_page(self, address: str) -> Observation:
         return self._answer(page_key(address, self.form), lambda: page_reader(self.backend)(address))
@@ -105,6 +109,8 @@ class Replayed:
     - "empty": an observation without hits;
     - "nearest": for a text search the nearest recorded pages, by BM25; for a picture no hits.
     """
+
+    own_pages = True
 
     def __init__(self, store: Store, miss: Literal["error", "empty", "nearest"] = "error", results: int | None = None):
         self.store, self.miss, self.results = store, miss, results

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from mmsr.search.store import Entry, Store, image_key, text_key
+from mmsr.search.store import Entry, Store, image_key, page_key, text_key
 from mmsr.tools import IMAGE_SEARCH
 
 WIDTH = 100  # columns of a line, at most
@@ -42,7 +42,7 @@ class Chosen:
                 continue
             if self.engine.casefold() not in engine(entry).casefold():
                 continue
-            if self.words and self.words.casefold() not in entry.query:
+            if self.words and self.words.casefold() not in entry.query.casefold():
                 continue
             if self.older_than is not None and entry.time >= now - self.older_than * DAY:
                 continue
@@ -68,12 +68,13 @@ def engine(entry: Entry) -> str:
 
 
 def found(entries: Sequence[Entry], what: str) -> list[Entry]:
-    """The searches that `what` names, the newest first: a number of the list, a picture file, or else a query."""
+    """The searches that `what` names, the newest first: a number of the list, a picture file, a query or an address."""
     named = [entry for entry in entries if what == str(entry.number)]
     if not named:
         picture = Path(what)
-        key = image_key(picture.read_bytes()) if picture.is_file() else text_key(what)
-        named = [entry for entry in entries if (entry.tool, entry.query) == key[:2]]
+        keys = [image_key(picture.read_bytes())] if picture.is_file() else [text_key(what), page_key(what)]
+        asked = [key[:2] for key in keys]
+        named = [entry for entry in entries if (entry.tool, entry.query) in asked]
     return sorted(named, key=lambda entry: (entry.time, entry.number), reverse=True)
 
 

@@ -63,6 +63,7 @@ PLACE, COUNT, LENGTH = np.dtype("<u2"), np.dtype("u1"), np.dtype("<u4")  # in th
 
 PROCESSES = min(os.cpu_count() or 1, 4)  # that index
 REMEMBERED = 2**17  # different pieces of text whose terms are kept in memory
+WORDS = 4  # terms that such a piece has at most; without blanks a whole passage is one piece
 
 Passage = tuple[str, str, str]  # title, url, text
 Posting = tuple[str, bytes, bytes]  # term, places, counts
@@ -93,10 +94,12 @@ def passage(path: Path, row: int, line: bytes) -> Passage:
     "title" and "url" where there are. Raises UserError for another line."""
     found = json_object(path, row, line)
     title, url = found.get("title") or "", found.get("url") or ""
-    text = found.get("text")
-    if text is None and isinstance(found.get("contents"), str):
-        head, line_end, body = found["contents"].partition("\n")
-        title, text = (head.strip().strip('"'), body) if line_end else (title, head)
+    text, contents = found.get("text"), found.get("contents")
+    if text is None and isinstance(contents, str):
+        head, line_end, body = contents.partition("\n")
+        title, text = (_unquoted(head), body) if line_end else (title, head)
+    elif text is None:
+        text = contents  # of another type: refused below
     if text is None:
         fields = ", ".join(found) or "none"
         raise UserError(f"{path}: row {row}: fields {fields:.200}; every line needs contents, or text")
@@ -104,6 +107,12 @@ def passage(path: Path, row: int, line: bytes) -> Passage:
         if not isinstance(value, str):
             raise UserError(f"{path}: row {row}, field {name}: {value!r:.60} is not text; correct the line")
     return _storable(title), _storable(url), _storable(text)
+
+
+def _unquoted(title: str) -> str:
+    """A title without the quotes around it; quotes of its own stay."""
+    title = title.strip()
+    return title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title
 
 
 def _storable(text: str) -> str:
@@ -140,7 +149,10 @@ def build(file: str | Path, corpora: Iterable[str | Path]) -> dict[str, int]:
 
 
 def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> None:
-    """Add what is not yet indexed of a file, which is known again by its first line."""
+    """Add what is not yet indexed of a file, which is known again by its first line.
+
+    Raises UserError for a file that cannot be read, a wrong line, a file that has changed, or two builders of one file.
+    """
     with opened(path) as file, progress(f"indexing {path.name}", path.stat().st_size, "B") as bar:
         bar.unit_scale = True
         lines = _lines(path, file, bar)
@@ -221,13 +233,19 @@ def _digest(line: bytes) -> bytes:
 
 
 def _add_segment(db: sqlite3.Connection, segment: Inverted) -> None:
-    """The caller commits."""
+    """Write a segment behind the last one. The caller commits."""
     passages, postings, lengths = segment
-    number, start = db.execute("SELECT count(*), (SELECT count(*) FROM passages) FROM segments").fetchone()
+    number = _next_id(db, "segments")
+    start = _next_id(db, "passages")
     rows = ((start + place, *each) for place, each in enumerate(passages))
     db.executemany("INSERT INTO passages VALUES (?, ?, ?, ?)", rows)
     db.executemany("INSERT INTO postings VALUES (?, ?, ?, ?)", ((number, *posting) for posting in postings))
     db.execute("INSERT INTO segments VALUES (?, ?, ?)", (number, start, lengths.astype(LENGTH).tobytes()))
+
+
+def _next_id(db: sqlite3.Connection, table: str) -> int:
+    """The largest id and one; not the number of rows, for which SQLite would read every text."""
+    return db.execute(f"SELECT coalesce(max(id) + 1, 0) FROM {table}").fetchone()[0]
 
 
 def invert(passages: list[Passage]) -> tuple[list[Posting], np.ndarray]:
@@ -277,18 +295,20 @@ class Terms:
         another; and how many each piece has, (pieces,)."""
         if len(self.known) > REMEMBERED:
             self.known.clear()
-        self._learn([piece for piece in pieces if piece not in self.known])
-        of_piece = [self.known[piece] for piece in pieces]
+        new = self._made([piece for piece in pieces if piece not in self.known])
+        of_piece = [self.known.get(piece) or new[piece] for piece in pieces]
+        self.known.update((piece, terms) for piece, terms in new.items() if 0 < len(terms) <= WORDS)
         names = sorted(set(chain.from_iterable(of_piece)))
         number = {name: i for i, name in enumerate(names)}
         numbers = np.fromiter(map(number.__getitem__, chain.from_iterable(of_piece)), dtype=np.int64)
         return names, numbers, np.fromiter(map(len, of_piece), dtype=np.int64)
 
-    def _learn(self, pieces: list[str]) -> None:
-        tokens = [bm25.tokens(piece) for piece in pieces]
-        stems = iter(bm25.stems(list(chain.from_iterable(tokens))))
-        for piece, found in zip(pieces, tokens):
-            self.known[piece] = tuple(islice(stems, len(found)))
+    def _made(self, pieces: list[str]) -> dict[str, tuple[str, ...]]:
+        """The terms of each piece."""
+        tokens = {piece: bm25.tokens(piece) for piece in pieces}
+        different = list(dict.fromkeys(chain.from_iterable(tokens.values())))
+        stem = dict(zip(different, bm25.stems(different)))
+        return {piece: tuple(map(stem.__getitem__, found)) for piece, found in tokens.items()}
 
 
 TERMS = Terms()  # of this process
@@ -329,10 +349,6 @@ class Corpus:
 
     def image_search(self, image: bytes, question: str = "", image_url: str = "") -> Observation:
         """A corpus has no pictures."""
-        return Observation(source=self.source)
-
-    def read_page(self, address: str) -> Observation:
-        """A corpus has no pages, only their passages."""
         return Observation(source=self.source)
 
     def text_search(self, query: str) -> Observation:
@@ -414,7 +430,7 @@ def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
         # Not "ro": after a kill in the middle of a commit, the next process that opens the file has to roll it back.
         address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
         db = sqlite3.connect(address, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
-        if create:
+        if create and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.executescript(SCHEMA)
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version != VERSION:

@@ -360,6 +360,8 @@ class Local:
     """A back-end for an index `file`, as it is when opened; `k` hits per search. Many threads may call it. All vectors
     are in memory as float32: 227 MB for 100,000 pictures with the built-in encoder."""
 
+    own_pages = True
+
     def __init__(self, file: str | Path, k: int = 5):
         self.file, self.k, self.source = Path(file), k, f"local:{file}"
         self.connections = threading.local()  # one for each thread, so that SQLite searches in parallel

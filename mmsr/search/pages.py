@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from html.parser import HTMLParser
 from typing import Any
@@ -27,6 +28,11 @@ CHARACTERS = 100_000  # of a page's text, at most
 def page_reader(backend: Any) -> Callable[[str], Observation]:
     """What reads a page for a run with this search engine. It raises ToolFailure where that fails."""
     return getattr(backend, "read_page", None) or read_from_web
+
+
+def has_own_pages(backend: Any) -> bool:
+    """Whether an engine gives pages that it holds, not the web's."""
+    return getattr(backend, "own_pages", False)
 
 
 def read_from_web(address: str) -> Observation:
@@ -64,11 +70,10 @@ def _charset(answer: Response) -> str:
     for text in (answer.headers.get("content-type", "").encode(), answer.body[:2048]):
         found = CHARSET.search(text)
         if found:
-            try:
-                "".encode(name := found[1].decode())
+            name = found[1].decode()
+            with suppress(LookupError, UnicodeError):  # not known to Python, or no encoding of texts
+                answer.body.decode(name, "replace")
                 return name
-            except LookupError:
-                continue
     return "utf-8"
 
 
@@ -83,9 +88,9 @@ class _Reader(HTMLParser):
         self.in_title = False
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.in_title = tag == "title"
-        if tag == "body":  # also where the head was never closed
-            self.hidden.clear()
+        self.in_title = tag == "title" and not self.title  # icons have titles, too
+        if tag == "body" or tag in BLOCKS:  # a head may end without a word
+            self.hidden = [other for other in self.hidden if other != "head"]
         if tag in HIDDEN:
             self.hidden.append(tag)
         if tag in BLOCKS:

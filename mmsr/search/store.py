@@ -107,6 +107,7 @@ def image_key(image: bytes, form: str | None = "", question: str = "") -> Key:
 
 
 def page_key(address: str, form: str | None = "") -> Key:
+    """Of a page that was read: addresses are compared letter by letter."""
     return Key(VISIT, address, form)
 
 

@@ -169,9 +169,12 @@ class Live:
         return Observation(self._pages(_found(listed), query, "text"), source=self.engine.name)
 
     def read_page(self, address: str) -> Observation:
-        """A page by Jina Reader, which costs what it costs in a text search."""
+        """A page by Jina Reader, which costs what it costs in a text search. Raises ToolFailure."""
         self.client.check("jina")
-        title, text = self._read(address)
+        link = web_address(address)  # as those of a text search: another could reach other paths of the reader's server
+        if not link:
+            raise failure("blocked", f"not a plain http or https address: {address:.100}")
+        title, text = self._read(link)
         return Observation((Hit(title, address, text),), source="jina")
 
     # ---- search engines

@@ -71,7 +71,7 @@ def open_search(config: Options, world: toy.World | None, questions: Questions, 
         toy_web = world.web if world else None
         engine = backends.open_backend(config, examples, ledger, not ranks.main, toy_web, names)
     tools = search_tools(engine.backend, config.max_images, config.max_texts)
-    tools += more_tools(config.tools, engine.backend)
+    tools += more_tools(config.tool_names, engine.backend)
     return Search(tools, engine.spending, scripts)
 
 

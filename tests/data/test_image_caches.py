@@ -150,6 +150,19 @@ def test_a_picture_is_taken_that_may_be_of_another_result(tmp_path):
     assert similar(found["made_1"].hits[0].image, PICTURES["images/made_1/0.jpg"])
 
 
+def test_a_strangers_picture_is_taken_where_only_its_name_agrees(tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as pictures:
+        for number in (7, 8):  # of questions that are not in the cache
+            pictures.writestr(f"images/made_{number}/1.png", coloured(20))
+    found = image_cache(written(tmp_path, "deepeyes.json"), tmp_path / "some.zip")
+    assert not any(hit.image for seen in found.values() for hit in seen.hits)
+
+
+def test_an_import_without_the_questions_succeeds(tmp_path):
+    with closing(Store(tmp_path / "searches.sqlite")) as store, pytest.raises(UserError, match="with --data FILE"):
+        import_searches(store, written(tmp_path, "deepeyes.json"), (), packed(tmp_path, ""))
+
+
 def test_an_import_answers_no_search_of_its_pictures(tmp_path):
     data = parquet(tmp_path, [row(i) for i in range(3)])
     file = written(tmp_path, "deepresearch.jsonl")
@@ -204,6 +217,7 @@ def test_damaged_or_missing_pictures_end_in_a_traceback(tmp_path):
     for name, content in (
         ("cut.tar.gz", whole[: len(whole) // 2]),
         ("text.tar", b"no archive" * 200),
+        ("cut.tar.xz", b"\xfd7zXZ\0\0\4" + bytes(200)),
         ("cut.zip", packed(tmp_path, ".zip").read_bytes()[:-10]),
     ):
         (tmp_path / name).write_bytes(content)

@@ -11,7 +11,7 @@ from mmsr import reward
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Hit, Observation
-from mmsr.more_tools.crop import CROP_SEARCH, crop, tools
+from mmsr.more_tools.crop import CROP_SEARCH, cut, tools
 from mmsr.system.images import decode
 from mmsr.tools import Call, search_tools
 from train import open_setup
@@ -73,8 +73,8 @@ def test_second_crop_is_over_the_limit(home):  # noqa: F811
     ],
 )
 def test_box_is_cut_or_refused_without_raising(query, size):
-    found = crop(decode(question().image), query)
-    assert (found and decode(found).size) == size
+    found = cut(decode(question().image), query)
+    assert (found and found.size) == size
 
 
 def test_a_box_is_cut_from_other_pixels_than_the_model_saw_or_searched_on_its_side():

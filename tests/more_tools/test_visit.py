@@ -18,7 +18,7 @@ from mmsr.search.cache import Cached, Replayed
 from mmsr.search.index import Local, build
 from mmsr.search.store import Store
 from mmsr.search.web import Live
-from mmsr.tools import VISIT, Call, NoSearch, search_tools
+from mmsr.tools import VISIT, Call, NoSearch, ToolFailure, search_tools
 
 ADDRESS = "https://example.org"  # that FakeWeb's page has
 LONG = "Nothing of note. " * 200 + "The bridge was opened in 1966. " + "Nothing else. " * 200
@@ -118,6 +118,30 @@ def test_a_live_run_reads_without_its_reader_or_its_budget(monkeypatch):
         live = Live.from_environment(environ=web.environ("serpapi", "jina"), spend=paid.append)
         seen = pages.page_reader(live)("https://site1.example/page")
     assert seen.hits[0].text.startswith("Text of https://site1.example/page") and paid == ["jina"]
+
+
+def test_a_page_of_the_index_is_asked_of_the_web_first(tmp_path):
+    """Where another engine answers the text searches: it would cost, or be blocked, or fail."""
+
+    class Web(FakeWeb):
+        def read_page(self, address):
+            raise ToolFailure("blocked", "asked the web")
+
+    for backend in (PerTool(local(tmp_path), Web()), PerTool(Web(), local(tmp_path))):
+        assert backend.read_page(ADDRESS).hits[0].text == LONG
+        with pytest.raises(ToolFailure, match="asked the web"):
+            backend.read_page("https://example.org/other")
+
+
+def test_an_address_reaches_another_path_of_the_readers_server():
+    """One that a stranger's server gave for a result; the reader's address is put before it, with our key."""
+    with Services() as web:
+        live = Live.from_environment(environ=web.environ("serpapi", "jina"))
+        for address in ("https://x.example/../../other", "https://x.example/%2e%2e/%2e%2e/other"):
+            live.read_page(address)
+        with pytest.raises(ToolFailure, match="blocked: not a plain http or https address"):
+            live.read_page("file:///etc/passwd")
+        assert [seen.path for seen in web.calls("jina")] == ["/jina/https://x.example/other"] * 2
 
 
 def test_another_engines_page_is_not_fetched_or_one_inside_the_network_is(monkeypatch):

@@ -10,8 +10,10 @@ from test_rollout import REPLY, home, make, question, tool_text  # noqa: F401
 
 from mmsr import reward
 from mmsr.chat import PROMPTS, Chat
+from mmsr.config import parse
 from mmsr.evaluate import measures
 from mmsr.more_tools.zoom import ZOOM, tools
+from mmsr.plan import LOOKS, Activations, model_sizes
 from mmsr.report.html import searches
 from mmsr.system.images import decode
 from mmsr.tools import Call, NoSearch, search_tools
@@ -71,6 +73,16 @@ def test_the_part_is_shown_as_a_thumbnail(home):  # noqa: F811
     assert little.grid[0] * little.grid[1] <= 16, "44 x 44 pixels are all that there are"
 
 
+def test_the_memory_plan_knows_nothing_of_looks():
+    plain, zooming = (
+        parse(["--model", "Qwen2.5-VL-7B", "--max-turns", "6", *more]) for more in ([], ["--tools", "zoom"])
+    )
+    model = model_sizes("Qwen2.5-VL-7B")
+    tokens = plain.max_pixels // 28**2
+    more = Activations(model, zooming, 2).pictures(10) - Activations(model, plain, 2).pictures(10)
+    assert more == 10 * plain.group_size * LOOKS * tokens and LOOKS == tools(NoSearch())[0].limit
+
+
 def test_fifth_look_is_shown(home):  # noqa: F811
     episode = rollout_of(home, *[look(f"0 0 {n}00 500") for n in range(3, 8)], REPLY)
     sources = [turn.observation.source for turn in episode.turns if turn.role == "tool"]
@@ -81,6 +93,14 @@ def test_what_is_no_box_is_a_failure_or_shown(home):  # noqa: F811
     episode = rollout_of(home, look("the left one"), REPLY)
     seen = episode.turns[1].observation
     assert seen.ok and not seen.hits and "found nothing" in tool_text(episode)
+
+
+def test_a_part_that_cannot_be_shown_gives_an_empty_result():
+    (tool,) = tools(NoSearch())
+    picture = large((1000, 1000))
+    assert tool.run(Call("0 500 1000 503", picture, "?")).hits == (), "1000 x 3 pixels"
+    (hit,) = tool.run(Call("0 0 1000 1000", large((5000, 4000)), "?")).hits
+    assert decode(hit.image).size == (2048, 1638), "not 20 million pixels in each rollout"
 
 
 def test_a_part_of_a_picture_on_its_side_is_turned_although_the_model_sees_it_so():

@@ -19,6 +19,8 @@ def page(body: str | bytes, kind: str = "text/html") -> tuple[str, str]:
     ("<table><tr><td>1</td><td>2</td></tr></table>&amp; &lt;b&gt; &eacute;", "", "1\n2\n& <b> é"),
     ("<noscript>enable it</noscript><p>unclosed <i>text", "", "unclosed text"),
     ("<svg><title>icon</title><text>x</text></svg>words", "icon", "words"),
+    ("<head><title>T</title><p>Opened in 1966.", "T", "Opened in 1966."),
+    ("<title>The bridge</title><p>a<svg><title>menu</title></svg>b", "The bridge", "ab"),
     ("", "", ""),
 ])  # fmt: skip
 def test_markup_is_read_or_words_are_lost(html, title, text):
@@ -30,6 +32,8 @@ def test_another_encoding_becomes_other_letters():
     assert page('<meta charset="shift_jis">東京'.encode("shift_jis"))[1] == "東京"
     assert page("Zürich".encode(), "text/html; charset=no-such-thing")[1] == "Zürich"
     assert page(b"a\xffb")[1] == "a\ufffdb"
+    for name in ("idna", "undefined", "rot13", "base64"):
+        assert page("Zürich".encode(), f"text/html; charset={name}")[1] == "Zürich"
 
 
 def test_plain_text_is_taken_for_html_or_anything_else_for_text():
