@@ -7,12 +7,12 @@ import pytest
 import search
 from mmsr.config import Options
 from mmsr.search.backends import open_backend
-from mmsr.toy import pages
+from mmsr.toy import passages
 from mmsr.toy.world import FULL, PAGES, World
 
 
 def test_an_index_of_the_toys_pages_does_not_find_every_town(tmp_path, capsys):
-    pages.main(["--toy", "full", "--seed", "3", "--out", str(tmp_path / "pages.jsonl")])
+    passages.main(["--toy", "full", "--seed", "3", "--out", str(tmp_path / "pages.jsonl")])
     assert search.main(["index", "--corpus", str(tmp_path / "pages.jsonl"), "--out", str(tmp_path / "toy.index")]) == 0
     assert "648 pages" in capsys.readouterr().out
     world = World(3, FULL)
@@ -29,6 +29,6 @@ def test_an_index_of_the_toys_pages_does_not_find_every_town(tmp_path, capsys):
 
 def test_pages_that_cannot_be_written_end_in_a_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        pages.main(["--out", str(tmp_path / "no" / "pages.jsonl")])
+        passages.main(["--out", str(tmp_path / "no" / "pages.jsonl")])
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    assert all(json.loads(line)["text"] for line in pages.lines(World(0, FULL)))
+    assert all(json.loads(line)["text"] for line in passages.lines(World(0, FULL)))

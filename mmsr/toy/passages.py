@@ -1,6 +1,6 @@
-"""The pages of the toy web as a corpus, so that a toy run can search an index of files: `python -m mmsr.toy.pages`.
+"""The pages of the toy web as a corpus, so that a toy run can search an index of files: `python -m mmsr.toy.passages`.
 
-    python -m mmsr.toy.pages --toy full --out toy-pages.jsonl
+    python -m mmsr.toy.passages --toy full --out toy-pages.jsonl
     python search.py index --corpus toy-pages.jsonl --out toy.index
     python train.py --toy full --search image=toy,text=local:toy.index
 
@@ -29,7 +29,7 @@ def lines(world: World) -> list[bytes]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmsr.toy.pages", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mmsr.toy.passages", description=__doc__.split("\n\n")[0])
     parser.add_argument("--toy", choices=list(SETTINGS), default="full", help="setting of the toy world")
     parser.add_argument("--seed", type=int, default=0, help="of the toy world: that of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="what is written (required)")
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         pages = lines(World(options.seed, SETTINGS[options.toy]))
         write_whole(options.out, pages)
     except (UserError, OSError) as error:
-        print(f"python -m mmsr.toy.pages: {first_line(error)}", file=sys.stderr)
+        print(f"python -m mmsr.toy.passages: {first_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{options.out}: {len(pages)} pages")
 
