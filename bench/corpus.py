@@ -90,9 +90,7 @@ def main(argv: list[str]) -> None:
         helper = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         say(f"built: {options.passages / seconds:,.0f} passages a second, by {corpus.PROCESSES} processes and this one")
         say(f"memory: each of them at most {helper:.2f} GB; this one {peak():.2f} GB, of them {before:.2f} GB before")
-        say(
-            "(Linux counts as a new process's memory what its parent had, so here the makers of the passages are in both)"
-        )
+        say("(Linux counts what its parent had as a new process's, so the makers of the passages are in both)")
         say(f"file: {file.stat().st_size / 1e6:,.0f} MB, of {source.stat().st_size / 1e6:,.0f} MB of JSON lines")
         measure(corpus.Corpus(file), asked)
 
