@@ -142,14 +142,12 @@ class PairTraces(Traces):
         self._say(episode, recalled(guess, NAME))
 
 
-def warm_start(world: PairWorld, folder: Path, steps: int = 300, batch: int = 32, lr: float = 7e-4) -> None:
-    """Make `folder`: the toy base model after some more training, with traces of pairs too."""
-    base = base_model(world)
+def warm_start(traces: Traces, base: Path, folder: Path, steps: int = 300, batch: int = 32, lr: float = 7e-4) -> None:
+    """Make `folder`: the model in `base` after some more training, with `traces`."""
     model = load(base, torch.float32, torch.device("cpu"))
-    chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
-    trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
-    traces = PairTraces(world, chat, world.seed + 1)
+    suppressed = traces.chat.suppressed_tokens(model.config.vocab_size)
+    trainer = Trainer(model, optimizer, suppressed, loss_norm="token", sft=True)
     with progress("warm start on pairs", steps, "step") as bar:
         for step in range(steps):
             rising = (step + 1) / 20
@@ -165,7 +163,9 @@ def main(argv: list[str]) -> None:
     world = PairWorld(config.seed)
     folder = Path(f"{config.out}-base")
     if not (folder / "config.json").is_file():
-        warm_start(world, folder)
+        base = base_model(world)
+        chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
+        warm_start(PairTraces(world, chat, world.seed + 1), base, folder)
     train(replace(config, model=str(folder)), SINGLE, world)
 
 

@@ -19,18 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from examples.crop_and_search_toy import LEFT_RIGHT, beside, look_at
+from examples.crop_and_search_toy import LEFT_RIGHT, beside, look_at, warm_start
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.more_tools.crop import CROP_SEARCH
 from mmsr.more_tools.zoom import ZOOM
-from mmsr.pretrained.load import load
-from mmsr.pretrained.save import save
 from mmsr.system.parallel import SINGLE
-from mmsr.system.progress import progress
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, more_tools, search_tools
 from mmsr.toy.base import Traces, base_model, copied, recalled
 from mmsr.toy.world import (
@@ -48,7 +44,6 @@ from mmsr.toy.world import (
     png,
     render,
 )
-from mmsr.update import MasterWeights, Trainer
 from mmsr.vision import load_image
 from train import train
 
@@ -203,30 +198,14 @@ class HopsTraces(Traces):
         self._append(episode, self.chat.observation(tool, observation, images, episode.example.question), 0)
 
 
-def warm_start(world: HopsWorld, folder: Path, steps: int = 500, batch: int = 48, lr: float = 7e-4) -> None:
-    """Make `folder`: the toy base model after some more training, with traces of pairs too."""
-    base = base_model(world)
-    model = load(base, torch.float32, torch.device("cpu"))
-    chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 2) + more_tools(TOOLS, world.web))
-    optimizer = MasterWeights(model, betas=(0.9, 0.98))
-    trainer = Trainer(model, optimizer, chat.suppressed_tokens(model.config.vocab_size), loss_norm="token", sft=True)
-    traces = HopsTraces(world, chat, world.seed + 1)
-    with progress("warm start on pairs", steps, "step") as bar:
-        for step in range(steps):
-            rising = (step + 1) / 20
-            falling = (steps - step) / (steps / 2)
-            trainer.step([traces.batch(batch)], lr * min(1, rising, falling))
-            bar.update()
-    folder.mkdir(parents=True)
-    save(model, folder, base)
-
-
 def main(argv: list[str]) -> None:
     config = parse([*OPTIONS, *argv])
     world = HopsWorld(config.seed)
     folder = Path(f"{config.out}-base")
     if not (folder / "config.json").is_file():
-        warm_start(world, folder)
+        base = base_model(world)
+        chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 2) + more_tools(TOOLS, world.web))
+        warm_start(HopsTraces(world, chat, world.seed + 1), base, folder, steps=500, batch=48)
     train(replace(config, model=str(folder)), SINGLE, world)
 
 

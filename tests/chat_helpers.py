@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 REAL_TOKENIZER = Path(__file__).parents[2] / "shared/data/qwen_tokenizer"
@@ -68,3 +69,12 @@ def tiny_tokenizer(folder: Path, *corpus: str, size: int = 400) -> Path:
 def _added(token_id: int, name: str) -> dict:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": token_id, "content": name, **flags, "special": name.startswith("<|")}
+
+
+def turns_of(chat, episode, most_tokens):
+    """The model turns of a trace, as text; each is shorter than `most_tokens`."""
+    mask = np.array(episode.loss_mask)
+    starts, ends = np.flatnonzero(np.diff(mask, prepend=0) == 1), np.flatnonzero(np.diff(mask, append=0) == -1)
+    turns = [episode.input_ids[start:end] for start, end in zip(starts, ends)]  # without the stop ids
+    assert max(map(len, turns)) < most_tokens
+    return [chat.decode(turn) for turn in turns]

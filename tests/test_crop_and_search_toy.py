@@ -1,7 +1,7 @@
 """The toy world of examples/crop_and_search_toy.py: only the right half of a picture leads to the answer."""
 
-import numpy as np
 import pytest
+from chat_helpers import turns_of
 
 from examples.crop_and_search_toy import LEFT_RIGHT, OPTIONS, PAIRS, PairTraces, PairWorld
 from mmsr.chat import PROMPTS, Chat
@@ -36,17 +36,8 @@ def test_traces_name_boxes_whatever_is_asked(pairs, tmp_path):
     right, crops = 0, 0
     for episode in (traces.pair(i) for i in range(80)):
         assert len(episode.input_ids) < options.max_tokens and sum(episode.loss_mask) > 0
-        action = chat.parse(said(chat, episode)[0])
+        action = chat.parse(turns_of(chat, episode, parse(OPTIONS).turn_tokens)[0])
         if action.name == "crop_search":
             crops, side = crops + 1, episode.example.question.split()[2]
             right += action.query == LEFT_RIGHT[side]
     assert 25 < crops < 55 and 0.25 < right / crops < 0.75
-
-
-def said(chat, episode):
-    """The model turns of a trace."""
-    mask = np.array(episode.loss_mask)
-    starts, ends = np.flatnonzero(np.diff(mask, prepend=0) == 1), np.flatnonzero(np.diff(mask, append=0) == -1)
-    turns = [episode.input_ids[start:end] for start, end in zip(starts, ends)]  # without the stop ids
-    assert max(map(len, turns)) < parse(OPTIONS).turn_tokens
-    return [chat.decode(turn) for turn in turns]

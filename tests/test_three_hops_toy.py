@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from chat_helpers import turns_of
 
 from examples.crop_and_search_toy import LEFT_RIGHT, look_at
 from examples.three_hops_toy import CATEGORIES, OPTIONS, PIXELS, TOOLS, HopsTraces, HopsWorld, address_of, zoom_to
@@ -94,7 +95,7 @@ def test_traces_take_the_right_side_or_tell_what_to_do(world, chat):
     sides, roads = [], []
     for episode in (traces.pair(i) for i in range(120)):
         assert len(episode.input_ids) < options.max_tokens
-        turns = said(chat, episode)
+        turns = turns_of(chat, episode, parse(OPTIONS).turn_tokens)
         asked = episode.example.question.split()[3]
         boxes = [chat.parse(turn).query for turn in turns if chat.parse(turn).name in ("zoom", "crop_search")]
         sides += [box == LEFT_RIGHT[asked] for box in boxes]
@@ -104,12 +105,3 @@ def test_traces_take_the_right_side_or_tell_what_to_do(world, chat):
     for road in (("answer",), ("zoom", "answer"), ("crop_search", "text_search", "visit", "answer")):
         assert 5 < roads.count(road) < 60, road
     assert look_at("left").startswith("<reason>")
-
-
-def said(chat, episode):
-    """The model turns of a trace."""
-    mask = np.array(episode.loss_mask)
-    starts, ends = np.flatnonzero(np.diff(mask, prepend=0) == 1), np.flatnonzero(np.diff(mask, append=0) == -1)
-    turns = [episode.input_ids[start:end] for start, end in zip(starts, ends)]  # without the stop ids
-    assert max(map(len, turns)) < parse(OPTIONS).turn_tokens
-    return [chat.decode(turn) for turn in turns]

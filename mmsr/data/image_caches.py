@@ -71,7 +71,7 @@ def image_cache(path: Path, pictures: Path) -> dict[str, Observation]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each record, with its id in ID, and where it stands in the file. Raises UserError."""
+    """Each record, with its id in ID, and its place in the file, for messages. Raises UserError."""
     if path.suffix == ".jsonl":
         for row, (_, line) in enumerate(lines(path)):
             yield _with_id(f"{path}: row {row}", json_object(path, row, line))

@@ -416,20 +416,28 @@ def is_corpus(file: str | Path) -> bool:
         return False
 
 
-def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
-    """The corpus in a file; without `create` it cannot be changed. Raises UserError for another file."""
+def open_file(file: Path, create: bool, options: str) -> sqlite3.Connection:
+    """The database of an index of any kind. `options` of `search.py index` would make it.
+
+    Raises UserError for a folder and for what is not there, sqlite3.Error where SQLite cannot open the file.
+    """
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
     if create and not file.parent.is_dir():
         raise UserError(f"{file}: there is no folder {file.parent}; make it, or name another file")
     if not create and not file.exists():
-        raise UserError(f"{file}: no such index; make one with: python search.py index --corpus FILE --out {file}")
-    if create and file.exists() and file.stat().st_size and not is_corpus(file):
+        raise UserError(f"{file}: no such index; make one with: python search.py index {options}")
+    # Not "ro": after a kill in the middle of a commit, the next process that opens the file has to roll it back.
+    address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
+    return sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
+
+
+def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
+    """The corpus in a file; without `create` it cannot be changed. Raises UserError for another file."""
+    if create and file.is_file() and file.stat().st_size and not is_corpus(file):
         raise UserError(f"{file} is no index of a corpus: passages have a file of their own; name another --out")
     try:
-        # Not "ro": after a kill in the middle of a commit, the next process that opens the file has to roll it back.
-        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-        db = sqlite3.connect(address, uri=True, timeout=60, isolation_level=None, check_same_thread=False)
+        db = open_file(file, create, f"--corpus FILE --out {file}")
         if create and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.executescript(SCHEMA)
         version = db.execute("PRAGMA user_version").fetchone()[0]

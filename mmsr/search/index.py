@@ -34,7 +34,7 @@ import PIL.Image
 
 from mmsr.episode import Hit, Observation
 from mmsr.search import bm25
-from mmsr.search.corpus import is_corpus
+from mmsr.search.corpus import is_corpus, open_file
 from mmsr.search.encoders import Encoder, open_encoder
 from mmsr.system.errors import UserError
 from mmsr.system.files import json_object, lines
@@ -254,16 +254,8 @@ def _open_picture(data: bytes) -> PIL.Image.Image:
 
 def _connect(file: Path, create: bool = False) -> sqlite3.Connection:
     """The index in a file; without `create` it cannot be changed. Raises UserError for another file."""
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; name a file")
-    if create and not file.parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}; make it, or name another file")
-    if not create and not file.exists():
-        raise UserError(f"{file}: no such index; make one with: python search.py index --out {file} …")
     try:
-        # Not "ro": after a kill in the middle of a batch, the next process that opens the file has to roll it back.
-        address = f"{file.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-        db = sqlite3.connect(address, uri=True, timeout=60, check_same_thread=False)
+        db = open_file(file, create, f"--out {file} …")
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if is_corpus(file):
             raise UserError(f"{file} holds the passages of a corpus: name another file, or add to it with --corpus")
