@@ -211,7 +211,7 @@ def _import_published(store: Store, results: Mapping[str, Observation], examples
     new = import_results(store, results, noted())
     if results and not ids:
         how = "python search.py cache import FILE --data FILE.parquet --out searches.sqlite"
-        raise UserError(f"published image searches are known by the ids of questions, and none is given here: {how}")
+        raise UserError(f"published image searches are known by the ids of questions, and none was given: {how}")
     hits = [hit for result in results.values() for hit in result.hits]
     without = sum(hit.image is None for hit in hits)
     found = f"image searches of {len(results)} questions, {new} of them new here"

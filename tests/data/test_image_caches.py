@@ -161,7 +161,7 @@ def test_a_strangers_picture_is_taken_where_only_its_name_agrees(tmp_path):
 def test_an_import_without_the_questions_succeeds(tmp_path):
     with (
         closing(Store(tmp_path / "searches.sqlite")) as store,
-        pytest.raises(UserError, match="none is given here: python search.py cache import FILE --data"),
+        pytest.raises(UserError, match="none was given: python search.py cache import FILE --data"),
     ):
         import_searches(store, written(tmp_path, "deepeyes.json"), (), packed(tmp_path, ""))
 
