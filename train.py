@@ -110,7 +110,7 @@ def take_steps(
             return  # interrupted: the last step is whole, this one is not there
         episodes, counts = rollouts
         with clock("reward"):
-            if not judge_answers(episodes, setup, stop):
+            if not judge_answers(episodes, setup, stop, checkpoints):
                 return
             with ranks.sync_errors():
                 setup.score(episodes)
@@ -151,12 +151,19 @@ def roll_out(
         )
 
 
-def judge_answers(episodes: Sequence[Episode], setup: Setup, stop: Interrupts) -> bool:
-    """Let the judge in the reward, if there is one, look at this rank's answers. False: interrupted, on all ranks."""
+def judge_answers(episodes: Sequence[Episode], setup: Setup, stop: Interrupts, checkpoints: Checkpoints) -> bool:
+    """Let the judge in the reward, if there is one, look at this rank's answers. False: interrupted, on all ranks.
+
+    Raises UserError where no verdict can come any more (a refused key), after the finished steps are saved.
+    """
     if not setup.judge:
         return True
-    with setup.ranks.sync_errors():
-        asked = stop.breakable(setup.judge, episodes)
+    try:
+        with setup.ranks.sync_errors():
+            asked = stop.breakable(setup.judge, episodes)
+    except Exception:  # on all ranks
+        checkpoints.save()
+        raise
     return not setup.ranks.max(asked is None)
 
 

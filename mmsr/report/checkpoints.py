@@ -16,7 +16,7 @@ from mmsr.update import Trainer
 
 
 class Checkpoints:
-    """Saves a run every --save-every steps, after the last, and when it is interrupted."""
+    """Saves a run every --save-every steps, after the last, and when it is interrupted or its judge fails for good."""
 
     def __init__(self, setup: Setup[Config], trainer: Trainer, sampler: Sampler, output: Output):
         self.setup = setup

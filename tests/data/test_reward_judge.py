@@ -186,6 +186,25 @@ def test_paid_verdicts_are_not_counted(miniature, tmp_path, monkeypatch, capsys)
         assert "authorization" not in web.calls("openai")[-1].headers
 
 
+def test_a_key_refused_in_the_middle_loses_the_steps_before_it(miniature, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    calls = []
+
+    def expiring(judge, lines):
+        calls.append(lines)
+        if len(calls) == 2:
+            raise UserError("--reward-judge: HTTP 401; mend that and go on with --resume")
+        return [True] * len(lines)
+
+    monkeypatch.setattr(Judge, "__call__", expiring)
+    given = arguments(miniature, tmp_path / "out", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(given)
+    assert stopped.value.code == 2 and "HTTP 401" in capsys.readouterr().err
+    train.main([*given, "--resume"])
+    assert "Resumed after step 1." in capsys.readouterr().out and len(calls) == 3
+
+
 def test_a_signal_waits_for_all_verdicts(miniature, tmp_path, monkeypatch):
     """It comes while the judge is asked about the first step: that step is not there, and no call is waited for."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
