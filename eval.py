@@ -269,9 +269,9 @@ class Output(RunFolder[EvalConfig]):
         """The function that asks the judge, or None without a judge. Raises UserError where it cannot be asked."""
         if not self.config.judge:
             return None
-        from mmsr.net.completions import open_server
+        from mmsr.net.completions import judge_variable, open_server
 
-        server = open_server(self.config.judge, self.config.judge_model)
+        server = open_server(self.config.judge, self.config.judge_model, judge_variable())
         return partial(server.complete, max_tokens=JUDGE_TOKENS)
 
     def _lines(self) -> Iterable[dict[str, Any]]:

@@ -573,7 +573,7 @@ class EvalConfig(Options):
     judge: str = ""
     """OpenAI-compatible server whose model judges the answers too, http://HOST (/v1 is added) or with its own path."""
     judge_model: str = ""
-    """The judging model, as that server calls it; its key: OPENAI_API_KEY."""
+    """The judging model, as that server calls it; its key: JUDGE_API_KEY or OPENAI_API_KEY."""
 
     # ---- rollout
     temperature: float = 0.0

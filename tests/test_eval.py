@@ -438,10 +438,11 @@ def test_wrong_option_is_one_line_and_no_folder(capsys, miniature, tmp_path, cha
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judges_bad_key_is_told_after_the_last_question(capsys, miniature, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+@pytest.mark.parametrize("variable", ["OPENAI_API_KEY", "JUDGE_API_KEY"])
+def test_a_judges_bad_key_is_told_after_the_last_question(capsys, miniature, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "two words")
     argv = arguments(miniature, tmp_path / "out", judge="http://127.0.0.1:1", judge_model="fake")
-    refused(capsys, argv, "OPENAI_API_KEY")
+    refused(capsys, argv, variable)
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from typing import Any, Callable, Sequence
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from mmsr.net.server_errors import error_text, json_or_none, status_in_body
 from mmsr.system.credentials import refuse_credentials
 from mmsr.system.images import media_type, without_metadata
 from mmsr.system.journal import key_of
+
+OPENAI = "OPENAI_API_KEY"
 
 # Fields that some chat servers refuse. The wording varies, so an error that names a field counts as its refusal, except
 # for the number of tokens: that is also named where the conversation is too long, and renaming does not help there.
@@ -43,10 +46,15 @@ def picture_part(data: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def open_server(address: str, model: str) -> ChatServer:
-    """A server named on the command line, with the key OPENAI_API_KEY where that is set. Its calls are not counted. An
-    answer that was cut off is a failure, because half of a turn or of a judgement is of no use."""
-    return ChatServer(address, model, environment_key("OPENAI_API_KEY"), Client(), whole=True)
+def open_server(address: str, model: str, variable: str = OPENAI) -> ChatServer:
+    """A server named on the command line, with the key in an environment variable where that is set. Its calls are not
+    counted. An answer that was cut off is a failure, because half of a turn or of a judgement is of no use."""
+    return ChatServer(address, model, environment_key(variable), Client(), whole=True)
+
+
+def judge_variable() -> str:
+    """The environment variable with a judge's key: its own where that is set, even to nothing; else OpenAI's."""
+    return "JUDGE_API_KEY" if "JUDGE_API_KEY" in os.environ else OPENAI
 
 
 def chat_address(address: str) -> str:

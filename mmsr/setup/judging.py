@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +20,10 @@ def reward_judge_server(config: Config, spend: Callable[[str], None] | None = No
     Raises UserError for an address or a key that cannot be used, and for a key without a budget.
     """
     from mmsr.net.client import Client
-    from mmsr.net.completions import ChatServer
+    from mmsr.net.completions import ChatServer, judge_variable
     from mmsr.net.http import environment_key
 
-    variable = "JUDGE_API_KEY" if "JUDGE_API_KEY" in os.environ else "OPENAI_API_KEY"
+    variable = judge_variable()
     key = environment_key(variable)
     if key and not config.budget:
         paid = f"with a key ({variable}) every verdict may cost money"

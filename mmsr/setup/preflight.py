@@ -56,7 +56,7 @@ def _check_names(config: Options) -> None:
         _check_adapter(config)
     check_search(config)
     if isinstance(config, EvalConfig):
-        _check_server(config.judge, config.judge_model)
+        _check_server(config.judge, config.judge_model, judge=True)
     if isinstance(config, Config):
         _check_server(config.teacher, config.teacher_model)
         if config.reward_judge:
@@ -78,12 +78,12 @@ def _data(config: Options) -> list[str]:
     return [*config.datasets, *([config.eval_data] if isinstance(config, Config) else [])]
 
 
-def _check_server(address: str, model: str) -> None:
+def _check_server(address: str, model: str, judge: bool = False) -> None:
     """Raises UserError for a server's key or proxy that cannot be used. Nothing is asked."""
     if address:
-        from mmsr.net.completions import open_server
+        from mmsr.net.completions import OPENAI, judge_variable, open_server
 
-        open_server(address, model)
+        open_server(address, model, judge_variable() if judge else OPENAI)
 
 
 def wanted(config: Options) -> list[hub.Wanted]:

@@ -24,7 +24,7 @@ from picture_files import private, saved, scene, turned
 from mmsr.net import client as guarded
 from mmsr.net import http as wire
 from mmsr.net.client import BREAKER_FAILURES, BREAKER_SECONDS, Client, web_address
-from mmsr.net.completions import ChatServer, chat_address, open_server, picture_part
+from mmsr.net.completions import ChatServer, chat_address, judge_variable, open_server, picture_part
 from mmsr.net.http import keep_secret, proxy_for, redact, require_public
 from mmsr.net.server_errors import status_in_body
 from mmsr.search.web import Remote, Service
@@ -1083,6 +1083,20 @@ def test_half_an_answer_is_no_turn_of_a_teacher_and_no_judgement(web):
     assert chat(web).complete(USER, 9) == "CORRECT is", "a summary may be cut"
     with pytest.raises(ToolFailure, match="no whole answer in 9 tokens"):
         open_server(web.url, "judge").complete(USER, 9)
+
+
+def test_openais_key_goes_to_a_judge_of_ones_own(web, monkeypatch):
+    web.always("openai", status(200, {"choices": [{"message": {"content": "Verdict: CORRECT"}}]}))
+    monkeypatch.setenv("OPENAI_API_KEY", "key-0123456789abcdef")
+    for own, sent in (
+        (None, "Bearer key-0123456789abcdef"),
+        ("key-of-the-judge", "Bearer key-of-the-judge"),
+        ("", None),
+    ):
+        if own is not None:
+            monkeypatch.setenv("JUDGE_API_KEY", own)
+        open_server(web.url, "m", judge_variable()).complete(USER, 9)
+        assert web.seen[-1].headers.get("authorization") == sent
 
 
 @pytest.mark.parametrize(
