@@ -1148,8 +1148,8 @@ def test_text_searches_are_not_forced_where_there_are_none(miniature, tmp_path):
 
 
 @pytest.mark.slow
-def test_world_of_ones_own_is_trained_in(miniature, tmp_path):
-    """Thumbnails go from the web through the rollout into the update."""
+def test_world_of_ones_own_is_trained_in(miniature, tmp_path, capsys):
+    """Thumbnails go from the web through the rollout into the update. eval.py could not make that world again."""
     world = toy.World(0, dataclasses.replace(toy.FULL, thumbnails=True))
     train.train(parse(arguments(miniature, tmp_path / "out", toy="full", steps=1)), SINGLE, world)
     found = Run(tmp_path / "out")
@@ -1158,6 +1158,7 @@ def test_world_of_ones_own_is_trained_in(miniature, tmp_path):
     shown = [observation["images"] for observation in seen if observation["source"] == "toy" and observation["titles"]]
     assert shown and set(shown) <= {0, 3} and 3 in shown
     assert step["images"]["distinct"] > 4
+    assert "Written in" in (said := capsys.readouterr().out) and "Next:" not in said
 
 
 @pytest.mark.slow
@@ -1174,7 +1175,8 @@ def test_full_world_from_warm_start_to_table(tmp_path, monkeypatch, capsys):
     records = [record for step in found.rollouts for record in step]
     shapes = {tuple(turn["action"] for turn in r["turns"] if turn["role"] == "assistant") for r in records}
     assert ("image_search", "text_search", "answer") in shapes and ("text_search", "answer") in shapes
-    assert "unknown_two_hop" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "unknown_two_hop" in said and "Next: python eval.py" in said
 
 
 # ---- for real -------------------------------------------------------------------------------------------------------

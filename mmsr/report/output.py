@@ -29,6 +29,7 @@ from mmsr.system.files import append, object_in, write_whole
 from mmsr.system.options import kebab
 from mmsr.system.parallel import Ranks, full_state_dict
 from mmsr.system.progress import say
+from mmsr.toy.world import SETTINGS, World
 
 # Options by which a model is evaluated as it was trained.
 KEPT = (
@@ -178,7 +179,7 @@ class Output(RunFolder[Config]):
         self.report(at_once=True)
         if not summary or not self.ranks.main:
             return
-        say(f"\n{self._summary(setup)}\n\n{self._next()}")
+        say(f"\n{self._summary(setup)}\n\n{self._next(setup)}")
 
     def _save_adapter(self, setup: Setup) -> None:
         """The adapter as it is now, in PEFT's form."""
@@ -200,17 +201,17 @@ class Output(RunFolder[Config]):
                 rows[mode_name(mode)] = by_category
         return evaluate.table(rows, evaluation_mix(setup))
 
-    def _next(self) -> str:
+    def _next(self, setup: Setup) -> str:
         """Where everything is, and what to type next."""
-        return "\n".join(
-            [
-                f"Written in {self.folder}:",
-                "  report.html  curves, evaluations, rollouts: open it in a browser",
-                *[f"  {name + '/':12} {RESULTS[name]}" for name in results(self.config)],
-                "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
-                f"Next: {evaluation_command(self.config)}",
-            ]
-        )
+        lines = [
+            f"Written in {self.folder}:",
+            "  report.html  curves, evaluations, rollouts: open it in a browser",
+            *[f"  {name + '/':12} {RESULTS[name]}" for name in results(self.config)],
+            "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
+        ]
+        if is_usual(setup.world, self.config):
+            lines.append(f"Next: {evaluation_command(self.config)}")
+        return "\n".join(lines)
 
 
 RESULTS = {
@@ -224,6 +225,11 @@ def results(config: Config) -> list[str]:
     if not config.trains_adapters:
         return ["model"]
     return ["adapter", "model"] if config.merge else ["adapter"]
+
+
+def is_usual(world: World | None, config: Config) -> bool:
+    """Whether eval.py makes the world of a run again from its options. It cannot make one that a program has made."""
+    return world is None or (type(world) is World and world.settings == SETTINGS[config.toy])
 
 
 def evaluation_command(config: Config) -> str:
