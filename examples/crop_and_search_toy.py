@@ -100,14 +100,29 @@ def beside(left: bytes, right: bytes) -> bytes:
     return png(np.concatenate(pictures, axis=1))  # (SIZE, 2 SIZE, 3)
 
 
-class PairTraces(Traces):
-    """Half of a batch is as for the base model, half about pairs of new emblems. Actions do not depend on the side."""
+class HalfTraces(Traces):
+    """Half of a batch is as for the base model, half about pairs."""
 
     def batch(self, n: int) -> list[Episode]:
         episodes = super().batch(n // 2)
         for group_id in range(n // 2, n):
             episodes.append(self.pair(group_id))
         return episodes
+
+    def pair(self, group_id: int) -> Episode:
+        raise NotImplementedError
+
+    def asked(self, group_id: int, words: str, image: Image) -> Episode:
+        """The beginning of a trace: a picture of two, and the question."""
+        prompt = self.chat.prompt(words, image)
+        example = Example(id="", image=b"", question=words, answers=(), category="pair")
+        episode = Episode(example, group_id, 0, prompt_length=len(prompt.ids), advantage=1.0)
+        self._append(episode, prompt, 0)
+        return episode
+
+
+class PairTraces(HalfTraces):
+    """The pairs are of new emblems. Actions do not depend on the side."""
 
     def pair(self, group_id: int) -> Episode:
         emblems = draw_emblems(self.rng, 2, unlike=self.world.taught)  # (2, 8)
@@ -118,10 +133,7 @@ class PairTraces(Traces):
         picture = np.concatenate(list(render(emblems, self.rng)), axis=1)  # (SIZE, 2 SIZE, 3)
         image = Image(patchify(picture), (SIZE // 14, 2 * SIZE // 14), f"pair {self.made}")
         side = str(self.rng.choice(list(LEFT_RIGHT)))
-        prompt = self.chat.prompt(question(side), image)
-        example = Example(id="", image=b"", question=question(side), answers=(), category="pair")
-        episode = Episode(example, group_id, 0, prompt_length=len(prompt.ids), advantage=1.0)
-        self._append(episode, prompt, 0)
+        episode = self.asked(group_id, question(side), image)
         action = str(self.rng.choice(["left", "right", IMAGE_SEARCH, "guess"]))
         self.act(episode, {"left": left, "right": right}, guess, action)
         return episode

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.crop_and_search_toy import LEFT_RIGHT, beside, look_at, warm_start
+from examples.crop_and_search_toy import LEFT_RIGHT, HalfTraces, beside, look_at, warm_start
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import parse
 from mmsr.episode import Episode, Example, Hit, Observation
@@ -28,7 +28,7 @@ from mmsr.more_tools.crop import CROP_SEARCH
 from mmsr.more_tools.zoom import ZOOM
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, more_tools, search_tools
-from mmsr.toy.base import Traces, base_model, copied, recalled
+from mmsr.toy.base import base_model, copied, recalled
 from mmsr.toy.world import (
     FULL,
     LOOK_IT_UP,
@@ -135,25 +135,16 @@ class HopsWorld(World):
         return [look_at(side), look_up(name), open_page(address_of(name))]
 
 
-class HopsTraces(Traces):
-    """Half of a batch is as for the base model, half about pairs. No action depends on the side or on what is known."""
-
-    def batch(self, n: int) -> list[Episode]:
-        episodes = super().batch(n // 2)
-        for group_id in range(n // 2, n):
-            episodes.append(self.pair(group_id))
-        return episodes
+class HopsTraces(HalfTraces):
+    """No action depends on the side or on what is known."""
 
     def pair(self, group_id: int) -> Episode:
         pair = dict(zip(LEFT_RIGHT, (self._concept(), self._concept())))
         halves = render(np.stack([concept.emblem for concept in pair.values()]), self.rng)  # (2, SIZE, SIZE, 3)
         pictures = dict(zip(LEFT_RIGHT, map(png, halves)))
-        asked = str(self.rng.choice(list(LEFT_RIGHT)))
+        side = str(self.rng.choice(list(LEFT_RIGHT)))
         image = load_image(beside(*pictures.values()), PIXELS, PIXELS)
-        prompt = self.chat.prompt(question(asked), image)
-        example = Example(id="", image=b"", question=question(asked), answers=(), category="pair")
-        episode = Episode(example, group_id, 0, prompt_length=len(prompt.ids), advantage=1.0)
-        self._append(episode, prompt, 0)
+        episode = self.asked(group_id, question(side), image)
         self.act(episode, pair, pictures)
         return episode
 
