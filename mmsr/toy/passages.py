@@ -4,7 +4,8 @@
     python search.py index --corpus toy-pages.jsonl --out toy.index
     python train.py --toy full --search image=toy,text=local:toy.index
 
-There is one page for each concept, and it says the truth: the toy web's own text search misleads in .07 of the names.
+There are three pages about each concept, as many as the base model was shown by a search. They say the truth: the toy
+web's own text search misleads in .07 of the names.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ from mmsr.toy.world import PAGES, SETTINGS, World
 
 
 def lines(world: World) -> list[bytes]:
-    """A passage about each concept."""
-    found = []
-    for number, concept in enumerate(world.concepts):
-        form = PAGES[number % len(PAGES)]
-        found.append({"id": str(number), "text": form.format(name=concept.name, town=concept.town)})
-    return [json.dumps(passage).encode() + b"\n" for passage in found]
+    """A passage of each form about each concept."""
+    texts = [form.format(name=concept.name, town=concept.town) for concept in world.concepts for form in PAGES]
+    return [json.dumps({"id": str(number), "text": text}).encode() + b"\n" for number, text in enumerate(texts)]
 
 
 def main(argv: list[str]) -> None:
