@@ -42,7 +42,7 @@ class Console:
         size = f"{config.questions} questions × {config.group_size} rollouts"
         columns = "acc: accuracy"
         if self.tools:
-            columns += f"; {', '.join(self.tools)}: share of rollouts with such a search"
+            columns += f"; {', '.join(self.tools)}: share of rollouts with such a call"
         return f"{config.out}: steps {done + 1} to {config.steps}, each {size}\n{columns}"
 
     def step(self, metrics: Mapping[str, Any]) -> str:

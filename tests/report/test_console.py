@@ -42,7 +42,7 @@ def test_lines_by_hand():
     made = console("--steps", "80", clock=clock)
     assert made.heading(0).splitlines() == [
         "runs/toy: steps 1 to 80, each 32 questions × 8 rollouts",
-        "acc: accuracy; image, text: share of rollouts with such a search",
+        "acc: accuracy; image, text: share of rollouts with such a call",
     ]
     clock.now = 15
     lines = [made.evaluation(0, "always_search", {"a": A, "b": B}, 12.0)]
