@@ -33,6 +33,7 @@ from mmsr.pretrained.save import save, save_weights
 
 CONVERSATION = conversation(3, 5, random_image(8, 12), 9, random_image(4, 4), 3)
 A, B = "model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.lora_B"  # ends of stored names
+ROUNDING = 2e-6  # of float32, in which a processor with AVX2 alone comes to 1.0e-6
 
 
 def read_into(folder: Path, model):
@@ -86,7 +87,7 @@ def test_peft_adapts_other_layers_than_ours_or_computes_something_else(which, tm
     assert len(adapted) == len(lora.adapted(model))
     worst = difference(model, theirs)
     report(record_property, f"logits in PEFT, {which}", worst)
-    assert worst < 1e-6 and difference(tiny_model(), theirs) > 1e-3
+    assert worst < ROUNDING and difference(tiny_model(), theirs) > 1e-3
     for name, layer in lora.adapted(read_into(tmp_path, tiny_model())).items():
         written = lora.adapted(model)[name]
         assert torch.equal(layer.lora_A, written.lora_A) and torch.equal(layer.lora_B, written.lora_B)
@@ -127,7 +128,7 @@ def test_an_adapter_of_peft_computes_something_else(which, names, tmp_path, reco
         renamed(tmp_path, lambda name: name.replace(".weight", ".default.weight"))
     worst = difference(read_into(tmp_path, tiny_model()), theirs.eval())
     report(record_property, f"logits of PEFT's adapter, {which}, names {names}", worst)
-    assert worst < 1e-6
+    assert worst < ROUNDING
 
 
 def test_half_precision_tensors_are_cast_wrongly_or_stay_views_of_the_file(tmp_path):

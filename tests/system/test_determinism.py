@@ -59,7 +59,7 @@ def test_a_gradient_depends_on_which_thread_comes_first():
 
 
 @pytest.mark.slow
-def test_a_busy_machine_changes_the_bits_of_a_run(basic_base, tmp_path):
+def test_a_busy_machine_changes_the_bits_of_a_run(miniature, tmp_path):
     """`train.py` as a user starts it, with four threads whatever the cores: alone, and beside two programs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     options = "--recipe toy --toy full --data toy --steps 2 --eval-size 2".split()
@@ -67,13 +67,14 @@ def test_a_busy_machine_changes_the_bits_of_a_run(basic_base, tmp_path):
     def run(name: str) -> tuple[list[dict], bytes]:
         """The metrics and the weights."""
         out = tmp_path / name
-        command = [sys.executable, "train.py", "--model", str(basic_base), *options, "--out", str(out)]
+        command = [sys.executable, "train.py", "--model", str(miniature), *options, "--out", str(out)]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [{**json.loads(line), "seconds": None} for line in lines]
         return metrics, (out / "model" / "model.safetensors").read_bytes()
 
     alone = run("alone")
+    assert sum(line["tokens"]["trained"] for line in alone[0] if "tokens" in line) > 0
     with busy_programs(2):
         busy = run("busy")
     assert busy == alone
