@@ -36,7 +36,7 @@ def test_traces_name_boxes_whatever_is_asked(pairs, tmp_path):
     right, crops = 0, 0
     for episode in (traces.pair(i) for i in range(80)):
         assert len(episode.input_ids) < options.max_tokens and sum(episode.loss_mask) > 0
-        action = chat.parse(turns_of(chat, episode, parse(OPTIONS).turn_tokens)[0])
+        action = chat.parse(turns_of(chat, episode, options.turn_tokens)[0])
         if action.name == "crop_search":
             crops, side = crops + 1, episode.example.question.split()[2]
             right += action.query == LEFT_RIGHT[side]

@@ -95,7 +95,7 @@ def test_traces_take_the_right_side_or_tell_what_to_do(world, chat):
     sides, roads = [], []
     for episode in (traces.pair(i) for i in range(120)):
         assert len(episode.input_ids) < options.max_tokens
-        turns = turns_of(chat, episode, parse(OPTIONS).turn_tokens)
+        turns = turns_of(chat, episode, options.turn_tokens)
         asked = episode.example.question.split()[3]
         boxes = [chat.parse(turn).query for turn in turns if chat.parse(turn).name in ("zoom", "crop_search")]
         sides += [box == LEFT_RIGHT[asked] for box in boxes]

@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Container, Mapping
+from functools import cache
 from typing import Any, Literal
 
 from mmsr.system.credentials import hidden
@@ -33,7 +34,7 @@ def add_options(
 
     `notes`, by field, are added to the help.
     """
-    types = typing.get_type_hints(kind)
+    types = field_types(kind)
     docs = field_docs(kind)
     groups = field_groups(kind)
     shown: dict[str, argparse._ActionsContainer] = {"": parser}
@@ -91,6 +92,13 @@ def _shown(value: Any) -> str:
     return str(value) or '""'
 
 
+@cache
+def field_types(kind: type) -> dict[str, Any]:
+    """The type of each field of a dataclass and of its bases."""
+    return typing.get_type_hints(kind)
+
+
+@cache
 def field_docs(kind: type) -> dict[str, str]:
     """The string below each field in the source of a dataclass and of its bases."""
     docs: dict[str, str] = {}
@@ -110,6 +118,7 @@ GROUP = re.compile(r"    # ---- (.+)")
 FIELD = re.compile(r"    (\w+): ")
 
 
+@cache
 def field_groups(kind: type) -> dict[str, str]:
     """The group of each field of a dataclass and of its bases: the last such comment above it, or ""."""
     groups: dict[str, str] = {}
