@@ -48,7 +48,8 @@ SCHEMA = f"""
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
-CREATE TABLE IF NOT EXISTS files (first BLOB PRIMARY KEY, rows INTEGER NOT NULL, last BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS files
+    (first BLOB PRIMARY KEY, path TEXT NOT NULL, rows INTEGER NOT NULL, digest BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS passages
     (id INTEGER PRIMARY KEY, title TEXT NOT NULL, url TEXT NOT NULL, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS segments (id INTEGER PRIMARY KEY, start INTEGER NOT NULL, lengths BLOB NOT NULL);
@@ -65,6 +66,17 @@ PROCESSES = min(os.cpu_count() or 1, 4)  # that index
 REMEMBERED = 2**17  # different pieces of text whose terms are kept in memory
 WORDS = 4  # terms that such a piece has at most; without blanks a whole passage is one piece
 
+GZIP = b"\x1f\x8b"  # at the beginning of such a file
+OTHERS = {
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"SQLite format 3": "an index already",
+    b"[": "a JSON array",
+}
+
 Passage = tuple[str, str, str]  # title, url, text
 Posting = tuple[str, bytes, bytes]  # term, places, counts
 Inverted = tuple[list[Passage], list[Posting], np.ndarray]  # a segment, with the terms that each passage has
@@ -76,9 +88,14 @@ Inverted = tuple[list[Passage], list[Posting], np.ndarray]  # a segment, with th
 def _lines(path: Path, file: BinaryIO, bar: Any) -> Iterator[bytes]:
     """Each line that is not blank, of JSON lines that may be compressed by gzip. `bar` shows the bytes that were read.
 
-    Raises UserError where compressed data are damaged.
+    Raises UserError for a file of another kind, and where compressed data are damaged.
     """
-    source: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    start = file.read(16)
+    file.seek(0)
+    for beginning, kind in OTHERS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path}: is {kind}; give JSON lines, as they are or compressed by gzip")
+    source: Any = gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file
     try:
         for number, line in enumerate(source):
             if number % SEGMENT == 0:
@@ -105,6 +122,7 @@ def passage(path: Path, row: int, line: bytes) -> Passage:
         raise UserError(f"{path}: row {row}: fields {fields:.200}; every line needs contents, or text")
     for name, value in (("title", title), ("url", url), ("text", text)):
         if not isinstance(value, str):
+            name = "contents" if value is contents else name
             raise UserError(f"{path}: row {row}, field {name}: {value!r:.60} is not text; correct the line")
     return _storable(title), _storable(url), _storable(text)
 
@@ -159,17 +177,20 @@ def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> Non
         first = next(lines, None)
         if first is None:
             return
-        row = _skip_known(db, path, first, lines)
+        name = _digest_of([first])  # of the file: it may be moved
+        row, digest = _skip_known(db, path, name.digest(), chain([first], lines))
         counts["known"] += row
         new = lines if row else chain([first], lines)
         for batch, segment in _side_by_side(path, row, new):
             with db:
                 db.execute("BEGIN IMMEDIATE")
-                if _indexed(db, first)[0] != row:
+                if _indexed(db, name.digest())[0] != row:
                     raise UserError(f"{path}: another process is adding this file, too: wait for it to end")
                 _add_segment(db, segment)
                 row += len(batch)
-                db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", (_digest(first), row, _digest(batch[-1])))
+                digest = _digest_of(batch, digest)
+                done = (name.digest(), os.path.abspath(path), row, digest.digest())
+                db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", done)
             counts["new"] += len(batch)
 
 
@@ -211,25 +232,36 @@ def _inverted(path: Path, row: int, lines: list[bytes]) -> Inverted:
     return passages, *invert(passages)
 
 
-def _skip_known(db: sqlite3.Connection, path: Path, first: bytes, lines: Iterator[bytes]) -> int:
-    """Read the lines that are indexed already; returns how many. Raises UserError where the last is another one now."""
-    rows, digest = _indexed(db, first)
+def _skip_known(db: sqlite3.Connection, path: Path, name: bytes, lines: Iterator[bytes]) -> tuple[int, Any]:
+    """Read the lines that are indexed already. Returns how many, and what digests them.
+
+    Raises UserError where they are others now.
+    """
+    how = "make the index again, with another --out"
+    rows, digest = _indexed(db, name)
     if not rows:
-        return 0
-    last = deque(chain([first], islice(lines, rows - 1)), maxlen=1).pop()
-    if _digest(last) != digest:
+        if db.execute("SELECT 1 FROM files WHERE path = ?", (os.path.abspath(path),)).fetchone():
+            what = "another first line was indexed from this path: name other passages otherwise, or"
+            raise UserError(f"{path}: {what} {how}")
+        return 0, hashlib.sha256()
+    found = _digest_of(islice(lines, rows))
+    if found.digest() != digest:
         what = f"another file with the same first line was indexed, or {path.name} has changed since"
-        raise UserError(f"{path}: row {rows - 1}: {what}; make the index again, with another --out")
-    return rows
+        raise UserError(f"{path}: in the first {rows} lines: {what}; {how}")
+    return rows, found
 
 
-def _indexed(db: sqlite3.Connection, first: bytes) -> tuple[int, bytes]:
-    """How many lines are indexed of the file whose first line this is, and the digest of the last of them."""
-    return db.execute("SELECT rows, last FROM files WHERE first = ?", (_digest(first),)).fetchone() or (0, b"")
+def _indexed(db: sqlite3.Connection, name: bytes) -> tuple[int, bytes]:
+    """How many lines are indexed of the file whose first line has the digest `name`, and the digest of all of them."""
+    return db.execute("SELECT rows, digest FROM files WHERE first = ?", (name,)).fetchone() or (0, b"")
 
 
-def _digest(line: bytes) -> bytes:
-    return hashlib.sha256(line.rstrip(b"\r\n")).digest()
+def _digest_of(lines: Iterable[bytes], so_far: Any = None) -> Any:
+    """The hash of lines whatever ends them; it goes on from that of the lines `so_far`."""
+    digest = so_far or hashlib.sha256()
+    for line in lines:
+        digest.update(line.rstrip(b"\r\n") + b"\n")
+    return digest
 
 
 def _add_segment(db: sqlite3.Connection, segment: Inverted) -> None:

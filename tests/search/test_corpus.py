@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import math
 import random
 import sqlite3
@@ -231,8 +233,39 @@ def test_a_file_that_changed_is_added_to_what_it_was(tmp_path):
     lines = write_lines(tmp_path / "c.jsonl", made(20))
     build(tmp_path / "c", [lines])
     write_lines(lines, made(12) + made(20, seed=3)[12:])
-    with pytest.raises(UserError, match=r"row 19: .*has changed since; make the index again"):
+    with pytest.raises(UserError, match=r"first 20 lines: .*has changed since; make the index again"):
         build(tmp_path / "c", [lines])
+
+
+@pytest.mark.parametrize("changed, said", [(0, "another first line was indexed"), (7, "first 20 lines: .*changed")])
+def test_a_line_that_changed_stays_in_the_index_or_is_added_beside_it(changed, said, tmp_path):
+    """Also where the last line is still the same, or more lines follow."""
+    passages = made(20)
+    lines = write_lines(tmp_path / "c.jsonl", passages)
+    build(tmp_path / "c", [lines])
+    passages[changed] = made(20, seed=3)[changed]
+    for more in ([], made(25)[20:]):
+        write_lines(lines, passages + more)
+        with pytest.raises(UserError, match=said):
+            build(tmp_path / "c", [lines])
+    assert Corpus(tmp_path / "c").passages == 20
+
+
+def test_a_file_of_another_kind_is_read_as_broken_lines(tmp_path):
+    lines = write_lines(tmp_path / "c.jsonl", made(20)).read_bytes()
+    for name, data, said in (
+        ("c.bz2", bz2.compress(lines), "by bzip2"),
+        ("c.xz", lzma.compress(lines), "by xz"),
+        ("c.json", json.dumps(made(3)).encode(), "a JSON array"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{said}; give JSON lines"):
+            build(tmp_path / "other", [tmp_path / name])
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "renamed.jsonl").write_bytes(gzip.compress(lines))
+    assert build(tmp_path / "c", [tmp_path / "renamed.jsonl"])["new"] == 20
+    with pytest.raises(UserError, match="an index already"):
+        build(tmp_path / "other", [tmp_path / "c"])
 
 
 def test_two_processes_that_add_the_same_file_add_it_twice(tmp_path, monkeypatch):
@@ -254,7 +287,7 @@ def test_two_processes_that_add_the_same_file_add_it_twice(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("line, complaint", [
     (b'{"id": "9", "title": "x"}', r"row 9: fields id, title; every line needs contents, or text"),
-    (b'{"contents": 5}', "row 9, field text: 5 is not text"),
+    (b'{"contents": 5}', "row 9, field contents: 5 is not text"),
     (b'{"text": ["a"]}', r"row 9, field text: \['a'\] is not text"),
     (b'{"text": "a", "title": 3}', r"row 9, field title: 3 is not text"),
     (b"{'text': 'a'}", "row 9: .* write double quotes"),
@@ -287,7 +320,7 @@ def test_contents_without_a_title_and_odd_texts_are_refused(tmp_path):
     (b"\n\n", "no passage to index"),
     (None, "no such file"),
     (gzip.compress(b'{"text": "a"}\n' * 2000, mtime=0)[:-20], "damaged or not complete"),
-    (b"plain", "damaged or not complete"),
+    (b"plain", "row 0: b'plain' is not a JSON object"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_read_leaves_an_empty_index(tmp_path, content, complaint):
     source = tmp_path / ("c.jsonl.gz" if content and content.strip() else "c.jsonl")
