@@ -58,7 +58,9 @@ def image_cache(path: Path, pictures: Path) -> dict[str, Observation]:
     """
     found: dict[str, Found] = {}
     for where, record in _records(path):
-        found[str(record[ID])] = _results(where, record)
+        question, results = str(record[ID]), _results(where, record)
+        if results or question not in found:  # a second answer to a question may be empty
+            found[question] = results
     thumbnails = _thumbnails({name for results in found.values() for _, name in results if name}, pictures)
     observations = {}
     for question, results in found.items():
@@ -99,6 +101,9 @@ def _results(where: str, record: dict[str, Any]) -> Found:
         items = _listed(where, record, ITEMS)
         if not all(isinstance(item, dict) for item in items):
             raise UserError(f"{where}, {ITEMS}: not a list of objects")
+        for item in items:
+            if not item.keys() & {TITLE, PATH}:
+                raise UserError(f"{where}, {ITEMS}: neither {TITLE} nor {PATH} (found {', '.join(item) or 'nothing'})")
         titles, paths = [item.get(TITLE) for item in items], [item.get(PATH) for item in items]
     else:
         titles, paths = _listed(where, record, TITLES), _listed(where, record, PATHS)
@@ -114,7 +119,8 @@ def _listed(where: str, record: dict[str, Any], name: str) -> list:
     """The list of that name; empty for null."""
     value = record.get(name, ...)
     if value is ... or not isinstance(value, list | None):
-        raise UserError(f"{where}: no list {name} (found {', '.join(record)}); give a cache of image searches")
+        what = f"{value!r:.60}" if name in record else f"only {', '.join(record)}"
+        raise UserError(f"{where}: no list {name}, but {what}; give a cache of image searches")
     return value or []
 
 
@@ -188,10 +194,18 @@ def _files(source: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
                 if not entry.is_dir():
                     yield entry.filename, partial(zipped.open, entry)
     else:
-        with tarfile.open(source) as packed:
+        with _open_tar(source) as packed:
             for member in packed:  # in its order: going back would unpack it from the beginning
                 if member.isfile():
                     yield member.name, partial(packed.extractfile, member)
+
+
+def _open_tar(source: Path) -> tarfile.TarFile:
+    """Raises UserError for another file."""
+    try:
+        return tarfile.open(source)
+    except tarfile.ReadError:
+        raise UserError(f"{source}: cannot be read, or damaged: no folder, zip or tar; name the pictures") from None
 
 
 def _read(open_it: Callable[[], Any]) -> bytes:

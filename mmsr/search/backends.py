@@ -186,10 +186,10 @@ def import_searches(store: Store, file: str | Path, examples: Iterable[Example],
     if path.suffix == ".pkl":
         from mmsr.data import fvqa
 
-        return _import_published(store, fvqa.search_results(path), examples, "addresses are not followed")
+        return _import_published(store, path, fvqa.search_results(path), examples, "addresses are not followed")
     if path.suffix == ".json" or (path.suffix == ".jsonl" and is_image_cache(path)):
         source = Path(pictures or path.parent)
-        return _import_published(store, image_cache(path, source), examples, f"their files are not in {source}")
+        return _import_published(store, path, image_cache(path, source), examples, f"there is none in {source}")
     if path.suffix != ".jsonl":
         new = merge(store, file)
     elif _exported(file):
@@ -199,7 +199,9 @@ def import_searches(store: Store, file: str | Path, examples: Iterable[Example],
     return counted(new, "new search", "new searches")
 
 
-def _import_published(store: Store, results: Mapping[str, Observation], examples: Iterable[Example], why: str) -> str:
+def _import_published(
+    store: Store, path: Path, results: Mapping[str, Observation], examples: Iterable[Example], why: str
+) -> str:
     """Record published results for the pictures of the questions with their ids. `why` a hit may lack its thumbnail."""
     ids = []
 
@@ -208,15 +210,19 @@ def _import_published(store: Store, results: Mapping[str, Observation], examples
             ids.append(example.id)
             yield example
 
+    if not results:
+        raise UserError(f"{path}: has no searches; give another file")
     new = import_results(store, results, noted())
-    if results and not ids:
+    if not ids:
         how = "python search.py cache import FILE --data FILE.parquet --out searches.sqlite"
         raise UserError(f"published image searches are known by the ids of questions, and none was given: {how}")
+    about = len(results.keys() & set(ids))
+    if not about:
+        others = f"about others (as {next(iter(results))!r:.60}) than the data (as {ids[0]!r:.60})"
+        raise UserError(f"{path}: is {others}; name other data, or the column of their ids: --columns id=…")
     hits = [hit for result in results.values() for hit in result.hits]
     without = sum(hit.image is None for hit in hits)
-    found = f"image searches of {len(results)} questions, {new} of them new here"
-    if results and ids and not results.keys() & set(ids):
-        found += f": they are about others (as {next(iter(results))!r:.60}) than the data (as {ids[0]!r:.60})"
+    found = f"image searches of {len(results)} questions, {about} of them in the data, {new} new here"
     return f"{found}; {without} of their {len(hits)} hits have no thumbnail ({why})"
 
 

@@ -178,7 +178,9 @@ def test_fvqa_and_its_results_serve_a_run_without_a_network(miniature, tmp_path,
     found = run(miniature, tmp_path / "out", steps=1, **FROM_HUB)
     assert {episode["id"] for episode in found.rollouts[0]} <= {f"made_{i}" for i in range(6)}
     said = capsys.readouterr().err
-    assert "image searches of 3 questions, 3 of them new here; 4 of their 5 hits have no thumbnail" in said
+    assert (
+        "image searches of 3 questions, 3 of them in the data, 3 new here; 4 of their 5 hits have no thumbnail" in said
+    )
     setup = open_setup(parse(arguments(miniature, tmp_path / "other", **FROM_HUB)))
     call = Call("", picture(0, side=56), "?")
     seen = setup.toolbox.call("image_search", call).result()

@@ -172,7 +172,7 @@ def test_an_import_answers_no_search_of_its_pictures(tmp_path):
     with closing(Store(tmp_path / "searches.sqlite")) as store:
         said = import_searches(store, file, read_examples(data), packed(tmp_path, ".tar.gz"))
         assert said.startswith(
-            "image searches of 3 questions, 2 of them new here; 2 of their 5 hits have no thumbnail ("
+            "image searches of 3 questions, 2 of them in the data, 2 new here; 2 of their 5 hits have no thumbnail ("
         )
         seen = Replayed(store, "error").image_search(picture(1))
         assert [hit.title for hit in seen.hits] == ["First", "", "Broken"] and seen.source == "deepresearch"
@@ -184,25 +184,56 @@ def test_the_programs_do_not_know_the_layouts(tmp_path, capsys):
     file, archive = written(tmp_path, "deepeyes.json"), packed(tmp_path, ".zip")
     words = ["cache", "import", file, "--data", data, "--images", archive, "--out", tmp_path / "s.sqlite"]
     assert search.main([str(word) for word in words]) == 0
-    assert "2 of them new here; 2 of their 5 hits have no thumbnail" in capsys.readouterr().out
+    assert "2 new here; 2 of their 5 hits have no thumbnail" in capsys.readouterr().out
     packed(tmp_path, "")
     engine = open_backend(Options(search=f"replay:{file}", results=1), read_examples(data)).backend
     hits = engine.image_search(picture(0), "").hits
     assert [hit.title for hit in hits] == ["A bridge"] and hits[0].image
 
 
-def test_a_cache_of_other_questions_is_imported_silently(tmp_path):
+def test_a_cache_of_other_questions_is_imported(tmp_path, capsys):
     data = parquet(tmp_path, [row(i + 5) for i in range(2)])
-    with closing(Store(tmp_path / "searches.sqlite")) as store:
-        said = import_searches(store, written(tmp_path, "array.json"), read_examples(data), packed(tmp_path, ""))
-    assert "0 of them new here: they are about others (as 'made_0') than the data (as 'made_5')" in said
+    file = written(tmp_path, "array.json")
+    words = ["cache", "import", file, "--data", data, "--images", packed(tmp_path, ""), "--out", tmp_path / "s.sqlite"]
+    assert search.main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert "about others (as 'made_0') than the data (as 'made_5')" in said
+    assert not (tmp_path / "s.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[]", "no searches"),
+        ('[{"data_id": "made_1", "cached_data": [{"title": "a"}]}]', "neither cached_title nor .*found title"),
+        ('[{"data_id": "made_1", "cached_data": "zzz"}]', "no list cached_data, but 'zzz'"),
+    ],
+)
+def test_a_cache_without_results_or_with_other_names_is_imported(content, said, tmp_path):
+    (tmp_path / "cache.json").write_text(content)
+    data = parquet(tmp_path, [row(1)])
+    with closing(Store(tmp_path / "s.sqlite")) as store, pytest.raises(UserError, match=said):
+        import_searches(store, tmp_path / "cache.json", read_examples(data), tmp_path)
+
+
+def test_an_empty_second_answer_takes_the_place_of_the_first(tmp_path):
+    first, second = {"cached_data": [{"cached_title": "a"}]}, {"cached_data": []}
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"data_id": 1, **each}) + "\n" for each in (first, second)))
+    assert [hit.title for hit in image_cache(tmp_path / "c.jsonl", tmp_path)["1"].hits] == ["a"]
+
+
+def test_what_is_no_archive_is_said_in_several_lines(tmp_path):
+    (tmp_path / "not.zip").write_bytes(b"PK not an archive")
+    with pytest.raises(UserError, match="no folder, zip or tar; name the pictures") as raised:
+        image_cache(written(tmp_path, "array.json"), tmp_path / "not.zip")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("content, complaint", [
     ("5", "neither an object nor an array"),
     ('{"a": 5}', "entry 0: 5 is not an object"),
     ('[{"cached_data": []}]', "entry 0: there is no data_id"),
-    ('{"a": {"title": "x"}}', r"entry 0: no list tool_returned_web_title \(found data_id, title\)"),
+    ('{"a": {"title": "x"}}', "entry 0: no list tool_returned_web_title, but only data_id, title"),
     ('{"a": {"tool_returned_web_title": "x", "cached_images_path": []}}', "no list tool_returned_web_title"),
     ('{"a": {"tool_returned_web_title": ["x"], "cached_images_path": []}}', "1 titles and 0 paths"),
     ('[{"data_id": "a", "cached_data": ["x"]}]', "entry 0, cached_data: not a list of objects"),
