@@ -16,15 +16,18 @@ import numpy as np
 import PIL.Image
 import torch
 
+from mmsr.assemble import launch
 from mmsr.chat import PROMPTS, Chat
-from mmsr.config import parse
+from mmsr.config import Config
 from mmsr.episode import Episode, Example, Observation
 from mmsr.more_tools.crop import CROP_SEARCH, tools
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
-from mmsr.system.parallel import SINGLE
+from mmsr.report.output import Output
+from mmsr.setup.preflight import preflight
+from mmsr.system.parallel import Ranks
 from mmsr.system.progress import progress
-from mmsr.tools import IMAGE_SEARCH, search_tools
+from mmsr.tools import IMAGE_SEARCH, more_tools, search_tools
 from mmsr.toy.base import Traces, base_model, copied, recalled
 from mmsr.toy.world import (
     BASIC,
@@ -170,15 +173,26 @@ def warm_start(traces: Traces, base: Path, folder: Path, steps: int = 300, batch
     save(model, folder, base)
 
 
-def main(argv: list[str]) -> None:
-    config = parse([*OPTIONS, *argv])
+def check(config: Config, ranks: Ranks, world: World) -> None:
+    """Refuse what the run would refuse, before the minutes of a warm start. Raises UserError."""
+    with Output(config, ranks):
+        preflight(config, ranks)
+    more_tools(config.tool_names, world.web)
+
+
+def run(config: Config, ranks: Ranks) -> None:
     world = PairWorld(config.seed)
     folder = Path(f"{config.out}-base")
     if not (folder / "config.json").is_file():
+        check(config, ranks, world)
         base = base_model(world)
         chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 0) + tools(world.web))
         warm_start(PairTraces(world, chat, world.seed + 1), base, folder)
-    train(replace(config, model=str(folder)), SINGLE, world)
+    train(replace(config, model=str(folder)), ranks, world)
+
+
+def main(argv: list[str]) -> None:
+    launch([*OPTIONS, *argv], Config, "python -m examples.crop_and_search_toy", run)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.crop_and_search_toy import LEFT_RIGHT, HalfTraces, beside, look_at, warm_start
+from examples.crop_and_search_toy import LEFT_RIGHT, HalfTraces, beside, check, look_at, warm_start
+from mmsr.assemble import launch
 from mmsr.chat import PROMPTS, Chat
-from mmsr.config import parse
+from mmsr.config import Config
 from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.more_tools.crop import CROP_SEARCH
 from mmsr.more_tools.zoom import ZOOM
-from mmsr.system.parallel import SINGLE
+from mmsr.system.parallel import Ranks
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, more_tools, search_tools
 from mmsr.toy.base import base_model, copied, recalled
 from mmsr.toy.world import (
@@ -189,15 +190,19 @@ class HopsTraces(HalfTraces):
         self._append(episode, self.chat.observation(tool, observation, images, episode.example.question), 0)
 
 
-def main(argv: list[str]) -> None:
-    config = parse([*OPTIONS, *argv])
+def run(config: Config, ranks: Ranks) -> None:
     world = HopsWorld(config.seed)
     folder = Path(f"{config.out}-base")
     if not (folder / "config.json").is_file():
+        check(config, ranks, world)
         base = base_model(world)
         chat = Chat(base, PROMPTS / "toy", search_tools(world.web, 1, 2) + more_tools(TOOLS, world.web))
         warm_start(HopsTraces(world, chat, world.seed + 1), base, folder, steps=500, batch=48)
-    train(replace(config, model=str(folder)), SINGLE, world)
+    train(replace(config, model=str(folder)), ranks, world)
+
+
+def main(argv: list[str]) -> None:
+    launch([*OPTIONS, *argv], Config, "python -m examples.three_hops_toy", run)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from chat_helpers import turns_of
 
+from examples import three_hops_toy
 from examples.crop_and_search_toy import LEFT_RIGHT, look_at
 from examples.three_hops_toy import CATEGORIES, OPTIONS, PIXELS, TOOLS, HopsTraces, HopsWorld, address_of, zoom_to
 from mmsr.chat import PROMPTS, Chat
@@ -73,6 +74,23 @@ def test_the_long_road_does_not_fit_the_limits_or_earns_no_format(world, chat):
     assert episode.reward_parts["format"] == 1
     assert max(len(chat.assistant(turn)) for turn in turns) <= options.turn_tokens
     assert len(episode.input_ids) < options.max_tokens - options.turn_tokens, "with two looks, and room for a mistake"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--steps", "0"], "--steps 0: give a number from 1"),
+        (["--tools", "krop"], "--tools krop: unknown"),
+        (["--search", "local:nope.index"], "no such file"),
+        (["--out", "tests/conftest.py"], "--out tests/conftest.py"),
+    ],
+)
+def test_a_mistake_is_told_after_the_minutes_of_a_warm_start(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(three_hops_toy, "base_model", lambda world: pytest.fail("a warm start"))
+    with pytest.raises(SystemExit) as ended:
+        three_hops_toy.main(["--out", str(tmp_path / "out"), *words])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and said in told and told.count("\n") == 1
 
 
 class FakeEngine:
