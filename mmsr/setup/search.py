@@ -15,6 +15,7 @@ from mmsr.data.recorded import RecordedTurn, recorded_turns
 from mmsr.episode import Example
 from mmsr.rollout import Limits, Script, Scripts
 from mmsr.search import backends
+from mmsr.search.corpus import is_corpus
 from mmsr.search.store import Budget
 from mmsr.setup.questions import Questions, fetch
 from mmsr.system.errors import UserError
@@ -36,6 +37,10 @@ def check_search(config: Options) -> None:
     """Raises UserError for what the name of --search shows to be wrong: another back-end, no key, no such file."""
     for name in dict.fromkeys(config.back_ends.values()):
         _check_back_end(name, config)
+    image = config.back_ends["image"]
+    if config.max_images and image.startswith("local:") and is_corpus(image.removeprefix("local:")):
+        what = "holds passages and no pictures, so image searches would find nothing"
+        raise UserError(f"--search {image}: {what}: give --search image=A,text={image}, or --max-images 0")
 
 
 def _check_back_end(name: str, config: Options) -> None:

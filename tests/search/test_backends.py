@@ -11,6 +11,7 @@ from mmsr import disk, plan
 from mmsr.config import FVQA_SEARCH, Config, EvalConfig, Options, back_ends, parse
 from mmsr.episode import Example, Hit, Observation
 from mmsr.plan import PUBLISHED
+from mmsr.search import corpus
 from mmsr.search.backends import open_backend
 from mmsr.search.cache import import_results
 from mmsr.search.index import build
@@ -80,6 +81,15 @@ def test_the_wrong_half_is_not_named(recording, tmp_path):
         options = Options(search=f"image=replay:{recording},text={wrong}", search_cache=str(tmp_path / "new.sqlite"))
         refused(partial(check_search, options), named)
     refused(lambda: Options(search="image=none,text=remote:http://user:secret@host"), "--search", "password")
+
+
+def test_passages_are_searched_by_picture_and_find_nothing(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a passage"}\n')
+    corpus.build(tmp_path / "wiki.index", [tmp_path / "c.jsonl"])
+    name = f"local:{tmp_path / 'wiki.index'}"
+    refused(partial(check_search, Config(search=name)), f"--search {name}: holds passages and no pictures", "image=A")
+    check_search(Config(search=f"image=none,text={name}"))
+    check_search(Config(search=name, max_images=0))
 
 
 def test_a_run_opens_another_toy_web_than_its_own(pages):
