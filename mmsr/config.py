@@ -135,8 +135,8 @@ SEARCH_OPTIONS = ("search", "results", "image_results", "on_miss", "search_cache
 # The environment's variables for the keys of what an option names.
 KEYS = {
     "teacher": "OPENAI_API_KEY",
-    "judge": "OPENAI_API_KEY",
-    "reward_judge": "OPENAI_API_KEY",
+    "judge": "JUDGE_API_KEY",
+    "reward_judge": "JUDGE_API_KEY",
     "model": "HF_TOKEN",
     "data": "HF_TOKEN",
     "eval_data": "HF_TOKEN",

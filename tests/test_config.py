@@ -321,7 +321,7 @@ ODD = [f"https://user:pa {CANARY}@model.example", f"https://model.example/?api%5
 def test_password_or_key_in_an_address_stands_in_the_files_of_a_run(address):
     given = {
         "--teacher": (Config, ["--algorithm", "sft", "--teacher-model", "x"], "export OPENAI_API_KEY"),
-        "--judge": (EvalConfig, ["--judge-model", "x"], "export OPENAI_API_KEY"),
+        "--judge": (EvalConfig, ["--judge-model", "x"], "export JUDGE_API_KEY"),
         "--search": (Config, [], "leave it out"),
         "--data": (EvalConfig, ["x.jsonl"], "export HF_TOKEN"),
         "--model": (Config, [], "export HF_TOKEN"),

@@ -44,6 +44,7 @@ class Refusal(ToolFailure):
 @dataclass
 class _Provider:
     failures: int = 0  # in a row
+    last: str = ""  # why the last one failed
     open_until: float = 0.0  # no calls before this time
     stopped: ToolFailure | None = None  # why it is not called any more in this process
 
@@ -159,7 +160,8 @@ class Client:
             state = self._providers[provider]
             if state.failures >= BREAKER_FAILURES:
                 if self.clock() < state.open_until:
-                    raise failure("breaker", f"{provider} failed {state.failures} times in a row and is given a rest")
+                    why = f"{provider} failed {state.failures} times in a row and is given a rest"
+                    raise failure("breaker", f"{why}; the last time: {state.last}")
                 state.open_until = self.clock() + BREAKER_SECONDS  # this call is a probe; others continue to wait
 
     def _count_failures(self, provider: str, failed: ToolFailure | None, transient: bool) -> None:
@@ -173,6 +175,7 @@ class Client:
                 state.failures = 0  # the server works, even where it refused this request
             elif failed.kind != "rate":
                 state.failures += 1
+                state.last = failed.message
                 state.open_until = self.clock() + BREAKER_SECONDS
 
 

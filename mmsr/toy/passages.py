@@ -10,13 +10,13 @@ web's own text search misleads in .07 of the names.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.files import write_whole
+from mmsr.system.options import Parser
 from mmsr.toy.world import PAGES, SETTINGS, World
 
 
@@ -27,7 +27,7 @@ def lines(world: World) -> list[bytes]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mmsr.toy.passages", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m mmsr.toy.passages", description=__doc__.split("\n\n")[0])
     parser.add_argument("--toy", choices=list(SETTINGS), default="full", help="setting of the toy world")
     parser.add_argument("--seed", type=int, default=0, help="of the toy world: that of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="what is written (required)")

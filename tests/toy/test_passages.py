@@ -32,4 +32,7 @@ def test_pages_that_cannot_be_written_end_in_a_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         passages.main(["--out", str(tmp_path / "no" / "pages.jsonl")])
     assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        passages.main(["--toy", "ful"])
+    assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert all(json.loads(line)["text"] for line in passages.lines(World(0, FULL)))
