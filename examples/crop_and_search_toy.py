@@ -9,6 +9,7 @@ which question.
 
 import io
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def beside(left: bytes, right: bytes) -> bytes:
     return png(np.concatenate(pictures, axis=1))  # (SIZE, 2 SIZE, 3)
 
 
-class HalfTraces(Traces):
+class HalfTraces(Traces, ABC):
     """Half of a batch is as for the base model, half about pairs."""
 
     def batch(self, n: int) -> list[Episode]:
@@ -112,8 +113,9 @@ class HalfTraces(Traces):
             episodes.append(self.pair(group_id))
         return episodes
 
+    @abstractmethod
     def pair(self, group_id: int) -> Episode:
-        raise NotImplementedError
+        """A trace about a picture of two emblems."""
 
     def asked(self, group_id: int, words: str, image: Image) -> Episode:
         """The beginning of a trace: a picture of two, and the question."""

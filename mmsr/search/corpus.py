@@ -257,7 +257,7 @@ def _indexed(db: sqlite3.Connection, name: bytes) -> tuple[int, bytes]:
 
 
 def _digest_of(lines: Iterable[bytes], so_far: Any = None) -> Any:
-    """The hash of lines whatever ends them; it goes on from that of the lines `so_far`."""
+    """The SHA-256 of lines without their line ends, continued from `so_far`."""
     digest = so_far or hashlib.sha256()
     for line in lines:
         digest.update(line.rstrip(b"\r\n") + b"\n")
