@@ -209,7 +209,7 @@ class Output(RunFolder[Config]):
             *[f"  {name + '/':12} {RESULTS[name]}" for name in results(self.config)],
             "  metrics.jsonl, rollouts/, images/, checkpoints/: see docs/files.md",
         ]
-        if is_usual(setup.world, self.config):
+        if made_from_options(setup.world, self.config):
             lines.append(f"Next: {evaluation_command(self.config)}")
         return "\n".join(lines)
 
@@ -227,7 +227,7 @@ def results(config: Config) -> list[str]:
     return ["adapter", "model"] if config.merge else ["adapter"]
 
 
-def is_usual(world: World | None, config: Config) -> bool:
+def made_from_options(world: World | None, config: Config) -> bool:
     """Whether eval.py makes the world of a run again from its options. It cannot make one that a program has made."""
     return world is None or (type(world) is World and world.settings == SETTINGS[config.toy])
 

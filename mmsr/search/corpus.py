@@ -43,7 +43,7 @@ from mmsr.system.files import json_object, opened
 from mmsr.system.progress import progress
 from mmsr.tools import ToolFailure
 
-APPLICATION, VERSION = 0x6D6D7363, 1  # "mmsc" in the file's header, and the version of what follows
+APPLICATION, VERSION = 0x6D6D7363, 2  # "mmsc" in the file's header, and the version of what follows
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION};
@@ -167,7 +167,7 @@ def build(file: str | Path, corpora: Iterable[str | Path]) -> dict[str, int]:
 
 
 def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> None:
-    """Add what is not yet indexed of a file, which is known again by its first line.
+    """Add what is not yet indexed of a file. It is known again by its first line, and then has to begin as it did.
 
     Raises UserError for a file that cannot be read, a wrong line, a file that has changed, or two builders of one file.
     """
@@ -177,19 +177,19 @@ def _add_file(db: sqlite3.Connection, path: Path, counts: dict[str, int]) -> Non
         first = next(lines, None)
         if first is None:
             return
-        name = _digest_of([first])  # of the file: it may be moved
-        row, digest = _skip_known(db, path, name.digest(), chain([first], lines))
+        name = _digest_of([first]).digest()  # the file may be moved, and its path another one
+        row, digest = _skip_known(db, path, name, chain([first], lines))
         counts["known"] += row
         new = lines if row else chain([first], lines)
         for batch, segment in _side_by_side(path, row, new):
             with db:
                 db.execute("BEGIN IMMEDIATE")
-                if _indexed(db, name.digest())[0] != row:
+                if _indexed(db, name)[0] != row:
                     raise UserError(f"{path}: another process is adding this file, too: wait for it to end")
                 _add_segment(db, segment)
                 row += len(batch)
                 digest = _digest_of(batch, digest)
-                done = (name.digest(), os.path.abspath(path), row, digest.digest())
+                done = (name, os.path.abspath(path), row, digest.digest())
                 db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", done)
             counts["new"] += len(batch)
 

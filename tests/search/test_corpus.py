@@ -372,7 +372,7 @@ def test_a_corpus_is_taken_for_an_index_of_pages_or_the_other_way_round(tmp_path
     with closing(sqlite3.connect(tmp_path / "c")) as db:
         db.execute("PRAGMA user_version = 9")
     for open_it in (lambda: Corpus(tmp_path / "c"), lambda: build(tmp_path / "c", [tmp_path / "c.jsonl"])):
-        with pytest.raises(UserError, match="has version 9, this program reads 1"):
+        with pytest.raises(UserError, match="has version 9, this program reads 2"):
             open_it()
 
 
