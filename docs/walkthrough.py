@@ -348,7 +348,8 @@ def section_loss(parts: Parts, episodes: Sequence[Episode], batch: Pack) -> str:
     new = recomputed(parts, parts.model, batch)  # (R,)
 
     advantages = torch.tensor([episodes[i].advantage for i in batch.episode_index.tolist()])  # (R,)
-    found = grpo.token_losses(new, old, advantages, CLIP, CLIP, reference, KL)
+    options = grpo.LossOptions(kl=KL, clip_low=CLIP, clip_high=CLIP)
+    found = grpo.token_losses(new, old, advantages, options, reference)
     lengths = [sum(e.loss_mask) for e in episodes]
     weights = torch.tensor(grpo.episode_weights(lengths, "sequence", len(episodes), sum(lengths)))  # (E,)
     whole = float((found.loss * weights[batch.episode_index]).sum())

@@ -29,7 +29,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ class Stats:
         for name in ("loss", "grad_norm"):
             metrics[name] = self.sums[name] / max(self.sums["updates"], 1)
         tokens = self.sums["tokens"] or float("nan")  # a mean over no tokens is not 0
-        for name in ("kl", "entropy", "clip_fraction", "logp_gap"):
+        for name in ("kl", "entropy", "clip_fraction", "masked_fraction", "logp_gap"):
             metrics[name] = self.sums[name] / tokens
         metrics["logp_gap_max"] = self.gap_max
         for name in ("trained", "trained_unique", "encoded", "skipped_updates"):
@@ -232,6 +232,7 @@ class Stats:
 class Trainer:
     """Updates `model` on scored episodes (their `advantage` set).
 
+    `loss`: the fields of `grpo.LossOptions`, with the defaults there.
     `sft` replaces the policy loss by the negative log-likelihood: advantage 1, no clip, no reference.
     `reference`: a frozen copy of the model at the start, or the model itself where only its adapters are trained.
     `features`: of images that the rollouts have encoded; for a tower that is not trained.
@@ -249,28 +250,20 @@ class Trainer:
         *,
         reference: Qwen2_5_VL | None = None,
         features: dict[str, Tensor] | None = None,
-        kl: float = 0.0,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        loss_norm: str = "sequence",
-        importance_cap: float = 0.0,
         temperature: float = 1.0,
         micro_tokens: int = 16384,
         max_grad_norm: float = 1.0,
         max_skipped: int = 5,
         sft: bool = False,
         ranks: Ranks = SINGLE,
+        **loss: Any,
     ):
         self.model = model
         self.optimizer = optimizer
         self.suppressed = suppressed
         self.reference = reference
         self.features = features
-        self.kl = kl
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.loss_norm = loss_norm
-        self.importance_cap = importance_cap
+        self.loss = grpo.LossOptions(**loss)
         self.temperature = temperature
         self.micro_tokens = micro_tokens
         self.max_grad_norm = max_grad_norm
@@ -348,7 +341,8 @@ class Trainer:
         micro_batches = self._micro_batches(batch.episodes)
         self.optimizer.expect(len(micro_batches))
         lengths = [sum(episode.loss_mask) for episode in batch.episodes]
-        token_weights = grpo.episode_weights(lengths, self.loss_norm, batch.trained, batch.tokens)  # w of (4)
+        norm, limit = self.loss.loss_norm, self.loss.token_limit
+        token_weights = grpo.episode_weights(lengths, norm, batch.trained, batch.tokens, limit)  # w of (4)
         weights = self._per_episode(token_weights)  # (E + 1,)
         advantages = self._per_episode([episode.advantage for episode in batch.episodes])  # (E + 1,)
         features, ref_features = self._image_features(micro_batches, batch, train=True)
@@ -386,21 +380,35 @@ class Trainer:
             with torch.no_grad(), as_reference(self.reference):
                 ref, _ = self.log_probs(self.reference, packed, ref_features)  # (R,)
 
+        importance = self.importance(old, packed)  # (R,) or None
         if self.sft:
             losses = grpo.likelihood_losses(logps)
         else:
-            importance = None
-            if self.importance_cap:
-                importance = grpo.importance_weights(old, packed.sampled_logps, self.importance_cap)  # (R,)
             token_advantages = advantages[packed.episode_index]  # (R,)
             losses = grpo.token_losses(
-                logps, old, token_advantages, self.clip_low, self.clip_high, ref, self.kl, importance
+                logps, old, token_advantages, self.loss, ref, importance, packed.episode_index
             )  # (1) to (3)
         loss = (losses.loss * weights[packed.episode_index]).sum()  # () this micro-batch's part of Σ_it w_it l_it
         (loss * self.ranks.size).backward()  # gradients are averaged over the ranks: this makes the mean a sum
 
         if not micro_batch.empty:
             self._record(stats, packed, loss, losses, entropy, old)
+            if importance is not None:
+                stats.add(masked_fraction=importance == 0)
+
+    def importance(self, old: Tensor, packed: Pack) -> Tensor | None:
+        """(R,) what multiplies the policy term of (1), for sampler and trainer disagree; None: nothing does.
+
+        `old` (R,): log π_old of a pack's trained tokens.
+        """
+        cap, bound = self.loss.importance_cap, self.loss.importance_bound
+        factor = None
+        if cap:
+            factor = grpo.importance_weights(old, packed.sampled_logps, cap)  # (R,)
+        if bound:
+            agree = grpo.agreement(old, packed.sampled_logps, packed.episode_index, bound)  # (R,)
+            factor = agree if factor is None else factor * agree
+        return factor
 
     @staticmethod
     def _record(stats: Stats, packed: Pack, loss: Tensor, losses: grpo.Losses, entropy: Tensor, old: Tensor) -> None:

@@ -14,7 +14,7 @@ from test_update import made
 from mmsr.engine import Engine
 from mmsr.lora import add_adapter, for_sampling, linear_layers, targeted
 from mmsr.system.graphs import WARM_UPS, Graphs
-from mmsr.update import MasterWeights, Trainer
+from mmsr.update import MasterWeights, Trainer, split
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -106,6 +106,22 @@ def _cached_gap(twin, group, sequence) -> torch.Tensor:
     )
     tokens = torch.tensor(sequence.ids, device=twin.device)[:, None]
     return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
+
+
+@pytest.mark.parametrize("loss", ["gspo", "cispo"])
+def test_an_update_by_another_loss_is_skipped_or_another_on_a_device(device, loss, record_property):
+    """Two updates, of which the second has ratios other than 1, against the same on the CPU."""
+    bounds = {"gspo": 0.01, "cispo": 0.1}
+    metrics = []
+    for place in ("cpu", device):
+        model = tiny_model(4).to(place)
+        options = dict(loss=loss, clip_low=bounds[loss], clip_high=bounds[loss], importance_bound=1e40)
+        trainer = Trainer(model, MasterWeights(model), SUPPRESSED.to(place), micro_tokens=60, **options)
+        metrics.append(trainer.step(split(made(4), 2, 4), 1e-3))
+        assert metrics[-1]["skipped_updates"] == 0 and metrics[-1]["clip_fraction"] > 0
+    difference = abs(metrics[1]["grad_norm"] / metrics[0]["grad_norm"] - 1)
+    report(record_property, f"{loss} on {device}, norm of the gradient, relative", difference)
+    assert difference < 1e-3
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.5)])

@@ -102,7 +102,8 @@ def test_a_rollout_mixes_host_and_device(apart):
 
 
 @pytest.mark.first_is_quick
-def test_an_update_mixes_host_and_device(apart):
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
+def test_an_update_mixes_host_and_device(apart, loss):
     """Tower, micro-batches, π_old, reference, loss, statistics, clipping, and fp32 weights' optimizer step."""
     fp32 = apart.head_weight.dtype == torch.float32
     with torch.device("meta"):
@@ -110,9 +111,8 @@ def test_an_update_mixes_host_and_device(apart):
     optimizer = MasterWeights(apart, fused=False)  # torch has no fused kernel on meta
     if not fp32:
         optimizer.step = lambda lr: None  # the meta device has no random numbers to round with
-    trainer = Trainer(
-        apart, optimizer, SUPPRESSED.to("meta"), reference=reference, kl=0.1, micro_tokens=60, importance_cap=2.0
-    )
+    options = dict(loss=loss, kl=0.1, importance_cap=2.0, importance_bound=9.0)
+    trainer = Trainer(apart, optimizer, SUPPRESSED.to("meta"), reference=reference, micro_tokens=60, **options)
     episodes = made()
     metrics = trainer.step([[e for e in episodes if e.group_id == 0], [e for e in episodes if e.group_id > 0]], 1e-3)
     assert metrics["skipped_updates"] == 0 and metrics["trained"] > 0
@@ -130,4 +130,4 @@ def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
         test_a_rollout_mixes_host_and_device(apart)
     monkeypatch.setattr(grpo, "token_losses", lambda logps, *rest: logps * torch.arange(len(logps)))
     with pytest.raises(AssertionError, match="host and device"):
-        test_an_update_mixes_host_and_device(apart)
+        test_an_update_mixes_host_and_device(apart, "grpo")

@@ -11,7 +11,8 @@ from mmsr import lora
 from mmsr.episode import Episode, Example
 from mmsr.model import Qwen2_5_VL
 from mmsr.pack import input_length, pack, split_into_micro_batches, unique_tokens
-from mmsr.update import ImageFeatures, MasterWeights, Trainer, split
+from mmsr.system.parallel import SINGLE
+from mmsr.update import ImageFeatures, LocalBatch, MasterWeights, Stats, Trainer, split
 
 SUPPRESSED = torch.zeros(300, dtype=torch.bool)
 SUPPRESSED[IMAGE:] = True
@@ -59,16 +60,60 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(((a[n] - b[n]).abs().max() / scale).item() for n in a)
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token"])
-def test_gradient_does_not_depend_on_the_micro_batch_cut(norm, record_property):
+def off_policy_gradient(episodes: list[Episode], **options) -> tuple[dict[str, torch.Tensor], Stats]:
+    """The gradient where π_old is another policy than π, so that ratios are not 1 and some are clipped."""
+    model = tiny_model(1)
+    subject = trainer(model, **options)
+    batch = LocalBatch.of(episodes, SINGLE)
+    present = subject.old_logps(batch, Stats())
+    generator = torch.Generator().manual_seed(3)
+    old = [logps + 0.3 * torch.randn(logps.shape, generator=generator) for logps in present]
+    stats = subject.accumulate_gradient(batch, old)
+    return {name: p.grad for name, p in model.named_parameters()}, stats
+
+
+LOSSES = {  # by name, with bounds that clip some tokens
+    "sequence": dict(loss_norm="sequence"),
+    "token": dict(loss_norm="token"),
+    "dr_grpo": dict(loss="dr_grpo", loss_norm="constant", token_limit=50),
+    "gspo": dict(loss="gspo", clip_low=0.05, clip_high=0.05),
+    "cispo": dict(loss="cispo", loss_norm="token", clip_low=1.0, clip_high=0.1),
+    "weighted": dict(importance_cap=1.2, importance_bound=1e40),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_does_not_depend_on_the_micro_batch_cut(loss, record_property):
     episodes = made()
-    options = dict(loss_norm=norm, reference=tiny_model(2), kl=0.3)
-    whole = gradient(episodes, **options)
+    options = dict(**LOSSES[loss], reference=tiny_model(2), kl=0.3)
+    whole, stats = off_policy_gradient(episodes, **options)
+    assert 0.05 < stats.sums["clip_fraction"] / stats.sums["tokens"] < 0.95
     for budget in (1, 60, 97):
         assert len(split_into_micro_batches(episodes, budget)) > 1
-        difference = relative(gradient(episodes, micro_tokens=budget, **options), whole)
-        report(record_property, f"gradient cut at {budget} tokens, {norm}", difference)
+        difference = relative(off_policy_gradient(episodes, micro_tokens=budget, **options)[0], whole)
+        report(record_property, f"gradient cut at {budget} tokens, {loss}", difference)
         assert difference < 1e-5
+
+
+def test_a_rollout_on_which_sampler_and_trainer_disagree_is_trained():
+    """What it sampled with other probabilities is as if it were not there, except in the denominators."""
+    episodes = made()
+    exact = trainer(tiny_model(1)).old_logps(LocalBatch.of(episodes, SINGLE), Stats())
+    for episode, logps in zip(episodes, exact):
+        episode.logps = [0.0] * len(episode.input_ids)
+        trained = [t for t, mask in enumerate(episode.loss_mask) if mask]
+        for t, logp in zip(trained, logps.tolist()):
+            episode.logps[t] = logp
+    first = episodes[0]
+    first.logps = [logp - 0.5 * mask for logp, mask in zip(first.logps, first.loss_mask)]
+    silent = [copy.copy(episode) for episode in episodes]
+    silent[0].advantage = 0.0
+    bound = dict(importance_bound=math.exp(0.4))
+    masked = gradient(episodes, **bound)
+    assert relative(masked, gradient(silent)) < 1e-5 < relative(masked, gradient(episodes))
+    metrics = trainer(tiny_model(1), **bound).step([episodes], 0.1)
+    tokens = sum(sum(episode.loss_mask) for episode in episodes)
+    assert metrics["masked_fraction"] == pytest.approx(sum(first.loss_mask) / tokens)
 
 
 def test_gradient_with_shared_prompts_equals_the_one_without(record_property):
@@ -199,7 +244,9 @@ def test_second_update_moves_by_the_clipped_surrogate():
         features = ImageFeatures(hand, batch.images, True)
         logps, _ = helper.log_probs(hand, batch, features)
         advantages = torch.tensor([e.advantage for e in half])[batch.episode_index]
-        grpo.token_losses(logps, old, advantages, 0.05, 0.02).loss.mean().backward()
+        grpo.token_losses(
+            logps, old, advantages, grpo.LossOptions(clip_low=0.05, clip_high=0.02)
+        ).loss.mean().backward()
         features.backward()
         with torch.no_grad():
             for p in hand.parameters():
