@@ -20,10 +20,11 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 
-from mmsr import evaluate, grpo, lora
+from mmsr import evaluate, lora
 from mmsr.assemble import Setup, launch, open_imitation, open_judge
+from mmsr.batch import Batch, assign_advantages, penalise_overlong, zero_std_groups
 from mmsr.data.sampler import Sampler
-from mmsr.episode import TOOL_ERROR, UNJUDGED, Episode, Example
+from mmsr.episode import Episode, Example
 from mmsr.report import alarms
 from mmsr.report.checkpoints import Checkpoints
 from mmsr.report.html import mode_name
@@ -98,30 +99,21 @@ def take_steps(
     stop: Interrupts,
 ) -> None:
     """GRPO: roll out a group per question, reward, compare within each group, update. `history`: metrics by step."""
-    config, ranks = setup.config, setup.ranks
+    config = setup.config
     for step in range(checkpoints.done + 1, config.steps + 1):
         if step == 1 or config.eval_every and (step - 1) % config.eval_every == 0:
             output.line(evaluation(step - 1, setup, output, stop))
         clock = Clock()
-        with clock("rollout"):
-            examples = [setup.questions[i] for i in sampler.take(config.questions)]
-            rollouts = roll_out(step, examples, setup, stop)
-        if rollouts is None:
+        batch = sample_batch(step, setup, sampler, checkpoints, stop, clock)
+        if batch is None:
             return  # interrupted: the last step is whole, this one is not there
-        episodes, counts = rollouts
-        with clock("reward"):
-            if not judge_answers(episodes, setup, stop, checkpoints):
-                return
-            with ranks.sync_errors():
-                setup.score(episodes)
-                zero_std_groups = assign_advantages(episodes, config)
         with clock("update"):
             lr = learning_rate(config, step)
-            update = update_model(step, episodes, trainer, lr, setup)
-        metrics = step_metrics(step, setup, episodes, counts, update, zero_std_groups, lr, clock.seconds)
+            update = update_model(step, batch.episodes, trainer, lr, setup)
+        metrics = step_metrics(step, setup, batch, update, lr, clock.seconds)
         warnings = note_alarms(metrics, history, setup)
         history.append(metrics)
-        output.step(step, metrics, episodes, setup.chat.pieces if config.log_tokens else None)
+        output.step(step, metrics, batch.all, setup.chat.pieces if config.log_tokens else None)
         output.warn([f"step {step}: {sentence}" for sentence in warnings])
         checkpoints.finished(step)
         alarms.stop_if_stalled(history, config.max_skipped)
@@ -129,22 +121,76 @@ def take_steps(
     output.line(evaluation(config.steps, setup, output, stop))
 
 
+def sample_batch(
+    step: int, setup: Setup, sampler: Sampler, checkpoints: Checkpoints, stop: Interrupts, clock: Clock
+) -> Batch | None:
+    """A group of scored rollouts for each question, with advantages. None: interrupted.
+
+    Dynamic sampling (DAPO), with --resample: a group whose rewards are all equal teaches nothing, so another question
+    takes its place. A group's id is its place in the batch, so the new group belongs to the same update.
+    """
+    config, ranks = setup.config, setup.ranks
+    setup.begin_step(f"step {step}")
+    batch = Batch()
+    budget = setup.spending.left if setup.spending else math.inf  # paid calls
+    places = list(range(config.questions))
+    for draw in range(1 + config.resample):
+        if draw and not affordable(len(places), batch.asked, budget, setup):
+            batch.short_of_budget = True
+            break
+        with clock("rollout"):
+            examples = [setup.questions[i] for i in sampler.take(len(places))]
+            rollouts = roll_out(step, draw, examples, places, setup, stop)
+        if rollouts is None:
+            return None
+        episodes, counts = rollouts
+        with clock("reward"):
+            if not judge_answers(episodes, setup, stop, checkpoints):
+                return None
+            with ranks.sync_errors():
+                setup.score(episodes)
+                penalise_overlong(episodes, config)
+        batch.put(places, episodes, counts)
+        equal = ranks.all_gather(zero_std_groups(episodes, config))  # of the new groups, a set for each rank
+        places = sorted(set.union(*equal))
+        if not draw:
+            batch.zero_std_first = len(places)
+        if not places:
+            break
+    batch.zero_std_groups = assign_advantages(batch.episodes, config, ranks)
+    return batch
+
+
+def affordable(wanted: int, asked: int, budget: float, setup: Setup) -> bool:
+    """Whether the paid calls that are left will do for so many more questions, by what those of this step have cost.
+
+    `budget`: what was left when the step began; `asked`: its questions so far. Collective.
+    """
+    if not setup.spending:
+        return True
+    left = setup.spending.left
+    cost = (budget - left) / asked  # paid calls a question
+    return not setup.ranks.max(cost * wanted > left)
+
+
 def roll_out(
-    step: int, examples: Sequence[Example], setup: Setup, stop: Interrupts
+    step: int, draw: int, examples: Sequence[Example], places: Sequence[int], setup: Setup, stop: Interrupts
 ) -> tuple[list[Episode], Mapping] | None:
     """A group of episodes for each of the examples that are this rank's, and all ranks' counts of tokens and images.
 
-    No episode is scored yet. None: interrupted.
+    No episode is scored yet. `places` in the batch are the groups' ids. `draw` counts the times that the step has asked
+    questions before. None: interrupted.
     """
     config = setup.config
-    setup.begin_step(f"step {step}")
-    with rollout_progress(f"step {step}, rollouts", config.questions * config.group_size, setup.ranks) as bar:
+    name = f"step {step}, rollouts" + (f" for {len(places)} other questions" if draw else "")
+    with rollout_progress(name, len(examples) * config.group_size, setup.ranks) as bar:
         return setup.roll_out(
             examples,
             config.group_size,
-            (config.seed, step),
+            (config.seed, step, f"draw {draw}") if draw else (config.seed, step),
             config.temperature,
-            stretch=config.mini_batch,
+            stretch=len(examples) if draw else config.mini_batch,
+            group_ids=places,
             scripts=setup.scripts,
             on_done=lambda episode: bar.update(),
             stop=stop,
@@ -165,30 +211,6 @@ def judge_answers(episodes: Sequence[Episode], setup: Setup, stop: Interrupts, c
         checkpoints.save()
         raise
     return not setup.ranks.max(asked is None)
-
-
-def assign_advantages(episodes: Sequence[Episode], config: Config) -> int:
-    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
-
-    An episode that a failed tool ended takes no part, nor does one whose judge failed. E is the number of episodes.
-    """
-    sound = [episode.status != TOOL_ERROR and episode.judged != UNJUDGED for episode in episodes]
-    if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
-        for episode, ok in zip(episodes, sound):
-            if config.imitates:
-                episode.imitate()
-            episode.advantage = 1.0
-            episode.trained = ok and episode.reward_parts["accuracy"] == 1
-        return 0
-    rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)  # (E,)
-    group_ids = torch.tensor([episode.group_id for episode in episodes], dtype=torch.long)  # (E,)
-    keep = torch.tensor(sound, dtype=torch.bool)  # (E,)
-    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)  # (E,), (E,)
-    trained = varied.tolist() if config.zero_std == "drop" else sound
-    for episode, advantage, takes_part in zip(episodes, advantages.tolist(), trained):
-        episode.advantage = advantage
-        episode.trained = takes_part
-    return len(group_ids.unique()) - len(group_ids[varied].unique())
 
 
 def update_model(
@@ -245,11 +267,14 @@ def make_trainer(setup: Setup) -> Trainer:
         setup.suppressed,
         reference=reference,
         features=setup.features,
+        loss=config.loss,
         kl=config.kl,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         loss_norm=config.loss_norm,
+        token_limit=config.max_tokens,
         importance_cap=config.importance_cap,
+        importance_bound=config.importance_bound,
         temperature=config.temperature,
         micro_tokens=config.micro_tokens,
         max_grad_norm=config.max_grad_norm,
@@ -291,7 +316,7 @@ def evaluation(step: int, setup: Setup, output: Output, stop: Interrupts) -> dic
 
 
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase. One that comes again adds up."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -300,7 +325,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def rollout_progress(name: str, total: int, ranks: Ranks) -> Any:

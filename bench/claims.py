@@ -72,10 +72,10 @@ def foreign_teacher() -> None:
         setup.scripts = lambda example, sample: Script(demonstration(world, example))
         return setup
 
-    def assign_advantages(episodes, config):
+    def assign_advantages(episodes, config, ranks):
         for episode in episodes:
             episode.imitate()
-        return assign(episodes, config)
+        return assign(episodes, config, ranks)
 
     train.open_setup = open_setup
     train.assign_advantages = assign_advantages

@@ -91,15 +91,15 @@ class Setup(Generic[AnyOptions]):
         return self.chat.suppressed_tokens(self.model.config.vocab_size).to(self.ranks.device)
 
     def begin_step(self, name: str) -> None:
-        """What is spent on searches from now on counts under this name."""
+        """Forget other steps' features of pictures. What is spent on searches from now on counts under this name."""
+        if self.features is not None:
+            self.features.clear()
         if self.spending:
             self.spending.begin_step(name)
 
     def new_rollout(self, model: modeling.Qwen2_5_VL, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of `model`, whose weights are whole."""
         config = self.config
-        if self.features is not None:
-            self.features.clear()
         engine = Engine(
             model,
             self.chat.stop_id,

@@ -126,6 +126,14 @@ TOY: dict[str, dict[str, Any]] = {
 # 2025), where that was best for every rank, model and task tried, with α = 32.
 LORA_LR = 10
 
+# What a loss sets besides, where the command line does not: what makes it that of its paper.
+LOSSES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"advantage": "none-std", "loss_norm": "constant"},
+    "gspo": {"loss_norm": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "cispo": {"loss_norm": "token", "clip_low": 1.0, "clip_high": 4.0},  # no lower bound; 5 by ScaleRL, 2510.13786
+}
+
 # What a resumed run may change in addition where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "slot_tokens", "micro_tokens", "shard"}
 
@@ -417,20 +425,40 @@ class Config(Options):
     """Stop after so many updates in a row with a value that is not finite, or steps in a row with nothing to train."""
 
     # ---- GRPO
+    loss: Literal["grpo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """grpo: a clipped ratio for each token. dr_grpo: the same, not divided by deviation and length.
+    gspo: one ratio for each rollout. cispo: the clipped ratio weighs log π.
+    docs/algorithm.md has the defaults that they change."""
+    advantage: Literal["group", "batch", "group-batch", "none-std"] = "group"
+    """R − mean(R) is divided by the standard deviation of the group's rewards, of the batch's rewards, by the group's
+    and then by that of the batch's advantages, or by nothing (none-std)."""
     kl: float = 0.001
     """β of the k3 KL term. 0: no reference model is loaded."""
     clip_low: float = 0.2
     """ε below 1 in the clipped surrogate."""
     clip_high: float = 0.2
     """ε above 1 in the clipped surrogate."""
-    loss_norm: Literal["sequence", "token"] = "sequence"
-    """sequence: mean of per-rollout means. token: mean over all trained tokens. Both over the whole update."""
+    loss_norm: Literal["sequence", "token", "constant"] = "sequence"
+    """sequence: mean of per-rollout means. token: mean over all trained tokens. constant: mean of per-rollout sums,
+    divided by --max-tokens. All over the whole update."""
     group_eps: float = 0.05
-    """Added to the group's standard deviation. .05 was tuned in the toy world; the official code has 1e-6."""
+    """Added to the standard deviation. .05 was tuned in the toy world; the official code has 1e-6."""
     zero_std: Literal["drop", "keep"] = "drop"
     """Groups whose rewards are all equal: leave them out of the update, or keep them for KL and denominator."""
+    resample: int = 0
+    """Dynamic sampling: replace groups whose rewards are all equal by new questions, so many times a step at most."""
+    mask_truncated: bool = False
+    """Do not train rollouts that ran out of tokens; their rewards still count in their group's mean."""
+    overlong_buffer: int = 0
+    """Rollouts pay in their last so many tokens before --max-tokens, more with every token; 0: they do not."""
+    overlong_penalty: float = 1.0
+    """What a rollout of --max-tokens pays, with --overlong-buffer."""
+    fatal_errors: int = 0
+    """After so many failed tool calls in a row, train only the turns before, and those only where A > 0; 0: all."""
     importance_cap: float = 0.0
-    """Cap of the truncated importance weight π_old/π_sampled; 0 turns it off."""
+    """Cap of the truncated importance weight π_old/π_sampled of a token; 0 turns it off."""
+    importance_bound: float = 0.0
+    """Do not train rollouts whose π_old/π_sampled, over all their tokens, is outside [1/BOUND, BOUND]; 0: all."""
 
     # ---- rollout
     force_searches: bool = False
@@ -485,6 +513,11 @@ class Config(Options):
         "clip_high": (0, 1e6),
         "group_eps": (0, 1e6),
         "importance_cap": (0, 1e6),
+        "importance_bound": (0, 1e6),
+        "resample": (0, 1000),
+        "overlong_buffer": (0, _MANY),
+        "overlong_penalty": (0, 1e6),
+        "fatal_errors": (0, _MANY),
         "temperature": (0.01, 100),
     }
     RESUME_FREELY: ClassVar[set[str]] = {
@@ -508,6 +541,7 @@ class Config(Options):
         super().__post_init__()
         self._check_imitation()
         self._check_adapters()
+        self._check_loss()
         if self.algorithm == "grpo" and self.group_size < 2:
             raise UserError("--group-size 1: GRPO compares the rollouts of a question; give at least 2")
         if self.questions % self.mini_batch:
@@ -519,6 +553,22 @@ class Config(Options):
             server_address(self.reward_judge, "--reward-judge ")
         if self.force_searches and not any(name.startswith("replay:") for name in self.back_ends.values()):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
+
+    def _check_loss(self) -> None:
+        if self.algorithm == "sft":
+            for name in ("loss", "advantage", "resample"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise UserError(f"--{name} is of GRPO, and --algorithm sft has a loss of its own: leave one out")
+        if self.overlong_buffer > self.max_tokens:
+            raise UserError(
+                f"--overlong-buffer {self.overlong_buffer} is more than --max-tokens {self.max_tokens}: give less"
+            )
+        if 0 < self.importance_bound < 1:
+            raise UserError(f"--importance-bound {self.importance_bound}: give 1 or more, or 0 to turn it off")
+        if self.fatal_errors and self.on_tool_error == "drop":
+            raise UserError(
+                "--fatal-errors and --on-tool-error drop: a rollout ends at its first failure; leave one out"
+            )
 
     @property
     def trains_adapters(self) -> bool:
@@ -625,6 +675,8 @@ def parse(
     values = kind.defaults(recipe, given.get("toy", kind.toy))
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
+    if "loss" in names:
+        values |= LOSSES[given.get("loss", "grpo")]
     if "lr" in values and (given.get("lora") or given.get("adapter")):
         values["lr"] = float(f"{values['lr'] * LORA_LR:g}")  # not 0.0029999999999999996
     if "search" not in given:

@@ -61,6 +61,11 @@ class Turn:
     observation: Observation | None = None  # tool turns only
     is_search: bool = True  # tool turns only: False where the tool only looks at the picture
 
+    @property
+    def failed(self) -> bool:
+        """Whether this is a tool turn, and the tool's infrastructure failed. A call over its limit did not."""
+        return self.role == "tool" and not self.observation.ok and self.observation.source != "limit"
+
 
 # How a rollout ended.
 ANSWERED = "answered"

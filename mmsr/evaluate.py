@@ -112,9 +112,8 @@ def tool_errors(episodes: Sequence[Episode]) -> Counter[str]:
     errors: Counter[str] = Counter()
     for episode in episodes:
         for turn in episode.turns:
-            seen = turn.observation
-            if turn.role == "tool" and not seen.ok and seen.source != "limit":
-                errors[str(seen.error)] += 1
+            if turn.failed:
+                errors[str(turn.observation.error)] += 1
     return errors
 
 

@@ -202,6 +202,12 @@ def test_option_cannot_be_abbreviated(capsys):
         (["--max-texts", "-1"], "--max-texts -1"),
         (["--min-pixels", "100000"], "--min-pixels"),
         (["--force-searches"], "--force-searches"),
+        (["--resample", "-1"], "--resample -1"),
+        (["--overlong-buffer", "300"], "--overlong-buffer 300 is more than --max-tokens 192"),
+        (["--importance-bound", ".5"], "--importance-bound 0.5: give 1 or more"),
+        (["--fatal-errors", "3", "--on-tool-error", "drop"], "--fatal-errors and --on-tool-error drop"),
+        (["--algorithm", "sft", "--resample", "2"], "--resample is of GRPO"),
+        (["--algorithm", "sft", "--loss", "gspo"], "--loss is of GRPO"),
     ],
 )
 def test_number_out_of_range_names_its_option(argv, said):
@@ -432,6 +438,28 @@ def test_learning_rate_of_adapters_is_that_of_weights_or_overrules_the_command_l
         assert parse(["--recipe", recipe, *adapters]).lr == pytest.approx(LORA_LR * usual, rel=1e-12)
         assert parse(["--recipe", recipe, *adapters, "--lr", str(usual)]).lr == usual
     assert parse(["--recipe", recipe, "--freeze", "vision"]).lr == usual
+
+
+def test_a_loss_overrules_the_command_line_or_leaves_the_recipes_norm():
+    dr_grpo = parse(["--recipe", "released", "--loss", "dr_grpo"])
+    assert (dr_grpo.advantage, dr_grpo.loss_norm, dr_grpo.clip_high) == ("none-std", "constant", 0.2)
+    gspo = parse(["--recipe", "released", "--loss", "gspo", "--clip-high", ".28"])
+    assert (gspo.loss_norm, gspo.clip_low, gspo.clip_high) == ("sequence", 3e-4, 0.28)
+    assert parse(["--loss", "cispo", "--loss-norm", "sequence"]).loss_norm == "sequence"
+    for recipe in RECIPES:
+        assert parse(["--recipe", recipe]) == parse(["--recipe", recipe, "--loss", "grpo"])
+
+
+@pytest.mark.parametrize("recipe", ["blog", "paper"])
+def test_the_options_of_a_paper_are_refused(recipe):
+    """The table of docs/algorithm.md."""
+    page = (Path(__file__).parents[1] / "docs/algorithm.md").read_text(encoding="utf-8")
+    table = page.partition("## Recipes by paper")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| [^|]+ \| `(--[^`]+)` \|", table, re.M)
+    assert len(cells) == 6
+    for cell in cells:
+        config = parse(["--recipe", recipe, *cell.split()])
+        assert config.questions % config.mini_batch == 0 and config.algorithm == "grpo"
 
 
 def test_help_has_no_group_of_adapters(capsys):

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import zlib
 from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
@@ -246,6 +247,62 @@ def test_nothing_is_trained_or_encoded_twice(first):
 
 def test_trainer_and_sampler_agree_on_log_probabilities(first):
     assert all(0 <= line["logp_gap"] <= line["logp_gap_max"] <= 2e-6 for line in first.steps)
+
+
+# ---- dynamic sampling ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_too_easy(monkeypatch):
+    """Of half of the questions every answer is right, and searches cost nothing: their groups teach nothing."""
+
+    def answer_score(episode, rule) -> float:
+        return float(episode.sample % 2 or zlib.crc32(episode.example.image) % 2)
+
+    monkeypatch.setattr(reward, "answer_score", answer_score)
+    monkeypatch.setattr(reward, "format_score", lambda episode, rule, well_formed: 0.0)
+
+
+def test_groups_that_teach_nothing_stay_in_the_batch_or_go_uncounted(miniature, tmp_path, half_too_easy):
+    found = run(miniature, tmp_path / "out", resample=8, penalty=0)
+    for line, episodes in zip(found.steps, found.rollouts):
+        said = line["resampled"]
+        assert said["zero_std_first"] > 0 and said["draws"] > 1 and not said["short_of_budget"]
+        assert line["zero_std_groups"] == 0
+        groups = {number: [e for e in episodes if e["group"] == number] for number in range(4 + said["replaced"])}
+        assert len(episodes) == 16 + 4 * said["replaced"] and all(len(group) == 4 for group in groups.values())
+        for number, group in groups.items():
+            rewards = {e["reward"] for e in group}
+            assert (len(rewards) > 1) == (number < 4) == all(e["trained"] for e in group)
+            assert number < 4 or not any(e["advantage"] for e in group)
+        assert len({e["id"] for e in episodes}) == len(groups), "questions of the same step are new ones"
+        assert line["reward"] == pytest.approx(sum(e["reward"] for e in episodes) / len(episodes))
+        assert line["tokens"]["sampled"] == sum(e["tokens"]["sampled"] for e in episodes)
+    plain = run(miniature, tmp_path / "plain", penalty=0)
+    assert plain.rollouts[0][0]["id"] == found.rollouts[0][0]["id"], "the first draw is that of a run without"
+    assert plain.steps[0]["zero_std_groups"] == found.steps[0]["resampled"]["zero_std_first"]
+
+
+def test_dynamic_sampling_goes_on_for_ever_or_beyond_the_budget(
+    miniature, tmp_path, half_too_easy, monkeypatch, capsys
+):
+    monkeypatch.setattr(reward, "answer_score", lambda episode, rule: 1.0)
+    found = run(miniature, tmp_path / "out", resample=2, penalty=0, steps=1)
+    said = found.steps[0]["resampled"]
+    assert said == {"draws": 3, "replaced": 8, "zero_std_first": 4, "short_of_budget": False}
+    assert found.steps[0]["zero_std_groups"] == 4
+    monkeypatch.setattr(train, "affordable", lambda *given: False)
+    found = run(miniature, tmp_path / "short", resample=2, penalty=0, steps=1)
+    assert found.steps[0]["resampled"] == {"draws": 1, "replaced": 0, "zero_std_first": 4, "short_of_budget": True}
+    assert "resample-budget" in found.steps[0]["alarms"] and "--resample would ask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left, wanted, fits", [(90, 2, True), (90, 18, True), (90, 19, False), (0, 1, False)])
+def test_a_draw_is_begun_that_the_paid_calls_do_not_do_for(left, wanted, fits):
+    """10 questions have cost 50 calls so far."""
+    setup = SimpleNamespace(spending=SimpleNamespace(left=left), ranks=SINGLE)
+    assert train.affordable(wanted, 10, left + 50, setup) == fits
+    assert train.affordable(10**9, 10, math.inf, SimpleNamespace(spending=None))
 
 
 # ---- the same again, and otherwise ----------------------------------------------------------------------------------

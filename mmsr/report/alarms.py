@@ -42,6 +42,8 @@ def alarms(lines: Sequence[Line], dtype: str, may_search: bool) -> dict[str, str
     found = {"tools": _tools(last), "judge": _judge(last), "untrained": untrained(last)}
     if last["skipped_updates"] and last["tokens"]["trained"]:  # where nothing was trained, `untrained` has the reason
         found["skipped"] = f"{last['skipped_updates']} updates were skipped: they met a value that is not finite"
+    if last.get("resampled", {}).get("short_of_budget"):
+        found["resample-budget"] = "the paid calls that are left do not do for the questions that --resample would ask"
     if may_search:
         found |= _searching(lines)
     found |= _sampling(lines, dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmsr import evaluate
 from mmsr.assemble import Setup
+from mmsr.batch import Batch
 from mmsr.config import Config
 from mmsr.episode import JUDGED_RIGHT, JUDGED_WRONG, Episode
 from mmsr.report import alarms
@@ -20,17 +21,19 @@ LOSS = ("loss", "kl", "entropy", "clip_fraction", "logp_gap", "logp_gap_max", "g
 def step_metrics(
     step: int,
     setup: Setup[Config],
-    episodes: Sequence[Episode],
-    counts: Mapping[str, float],
+    batch: Batch,
     update: Mapping[str, float],
-    zero_std_groups: int,
     lr: float,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """A step in numbers. `episodes` and `zero_std_groups` are this rank's; `counts` and `update` are those of all."""
+    """A step in numbers. `update` and `seconds`: of the trainer, over all ranks, and of each phase.
+
+    What dynamic sampling has replaced counts too: rewards and searches are those of all questions that were asked.
+    """
+    episodes, counts = batch.all, batch.counts
     means = evaluate.summary(episodes, setup.ranks)
     n = means.pop("n")  # episodes of all ranks
-    sums = setup.ranks.sum(_sums(episodes, zero_std_groups, setup.judge.failure if setup.judge else ""))
+    sums = setup.ranks.sum(_sums(episodes, batch.zero_std_groups, setup.judge.failure if setup.judge else ""))
     errors: Counter = Counter(_group(sums, "error"))
     metrics: dict[str, Any] = {"step": step, **means}
     metrics["format"] = sums["format"] / n
@@ -48,17 +51,19 @@ def step_metrics(
     metrics["by_category"] = _by_category(episodes, setup)
     metrics["lr"] = lr
     metrics["seconds"] = {phase: round(value, 3) for phase, value in seconds.items()}
-    tokens = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
+    tokens: dict[str, float] = {key: counts[key] for key in ("prefilled", "prefilled_unique", "sampled")}
     tokens |= {key: update[key] for key in ("trained", "trained_unique")}
     metrics["tokens"] = tokens
-    metrics |= _extras(setup, counts, sums)
+    metrics |= _extras(setup, batch, update, sums)
     encoded = counts["images_encoded"] + update["encoded"]
     metrics["images"] = {"distinct": counts["images_distinct"], "encoded": encoded}
     return metrics
 
 
-def _extras(setup: Setup[Config], counts: Mapping[str, float], sums: Mapping[Any, float]) -> dict[str, Any]:
-    """What not every run has: a judge's verdicts, conversations that outgrew their slots, and paid calls.
+def _extras(
+    setup: Setup[Config], batch: Batch, update: Mapping[str, float], sums: Mapping[Any, float]
+) -> dict[str, Any]:
+    """What not every run has: a judge's verdicts, dynamic sampling, masked rollouts, outgrown slots, and paid calls.
 
     The judge disagrees where it finds an answer right: it is asked about those that exact match rejects.
     """
@@ -69,8 +74,17 @@ def _extras(setup: Setup[Config], counts: Mapping[str, float], sums: Mapping[Any
         extras["judged"] = verdicts
         extras["judge_disagrees"] = right / (right + wrong) if right + wrong else math.nan
         extras["judge_error"] = next(iter(_group(sums, "judge_error")), "")
-    if counts["parked"]:
-        extras["parked"] = counts["parked"]
+    if setup.config.resample:
+        extras["resampled"] = {
+            "draws": batch.draws,
+            "replaced": batch.asked - setup.config.questions,
+            "zero_std_first": batch.zero_std_first,
+            "short_of_budget": batch.short_of_budget,
+        }
+    if setup.config.importance_bound:
+        extras["masked_fraction"] = update["masked_fraction"]
+    if batch.counts["parked"]:
+        extras["parked"] = batch.counts["parked"]
     if setup.spending:
         extras["spent"] = setup.spending.spent
     return extras

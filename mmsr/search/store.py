@@ -513,15 +513,29 @@ class Budget:
                 return self._store().spent(self.run)
         return {}
 
+    @property
+    def left(self) -> float:
+        """Paid calls that may still be made in this step."""
+        spent, in_step = 0, 0
+        if isinstance(self.ledger, Store) or self.ledger and self.ledger.exists():
+            with suppress(sqlite3.Error):  # `spend` says so, at the next call
+                spent, in_step = self._spent(self._store()._db)
+        left = self.total - spent
+        return min(left, self.per_step - in_step) if self.per_step else left
+
     def _store(self) -> Store:
         with self._lock:
             if not isinstance(self.ledger, Store):
                 self.ledger = Store(self.ledger)
             return self.ledger
 
-    def _reserve(self, db: sqlite3.Connection, provider: str) -> None:
+    def _spent(self, db: sqlite3.Connection) -> tuple[int, int]:
+        """Paid calls of the run, and of this step."""
         sums = "SELECT COALESCE(SUM(n), 0), COALESCE(SUM(n * (step=?)), 0) FROM spend WHERE run=?"
-        spent, in_step = db.execute(sums, [self.step, self.run]).fetchone()
+        return db.execute(sums, [self.step, self.run]).fetchone()
+
+    def _reserve(self, db: sqlite3.Connection, provider: str) -> None:
+        spent, in_step = self._spent(db)
         if db.execute("SELECT 1 FROM spend WHERE run=? AND (typeof(n) != 'integer' OR n < 0)", [self.run]).fetchone():
             what = f"a count of paid calls of run {self.run} is damaged"
             raise ToolFailure("budget", f"{what}; remove its row from the table spend")

@@ -42,6 +42,13 @@ def test_a_sound_run_raises_alarms():
     assert run(*lively) == ([[]] * 20, []), "what goes up and down stays in no corner"
 
 
+def test_a_budget_that_ends_dynamic_sampling_is_told_in_every_step_or_not_at_all():
+    full, short = ({"resampled": {"short_of_budget": value}} for value in (False, True))
+    words, said = run(full, short, short, full)
+    assert words == [[], ["resample-budget"], ["resample-budget"], []]
+    assert len(said) == 1 and "do not do for the questions that --resample would ask" in said[0]
+
+
 @pytest.mark.parametrize(
     "word, change, said",
     [

@@ -390,13 +390,18 @@ def test_runs_steps_and_providers_are_counted_apart(tmp_path):
         for step, more in ((1, 2), (2, 2), (3, 1)):
             budget.begin_step(step)
             for number in range(more):
+                assert budget.left == more - number
                 budget.spend(("serpapi", "jina")[number])
+            assert budget.left == 0
             with pytest.raises(ToolFailure, match="of step" if step < 3 else "of run run"):
                 budget.spend("serpapi")
         assert budget.spent == {"serpapi": 3, "jina": 2} and list(budget.spent) == ["jina", "serpapi"]
         with pytest.raises(ToolFailure, match="budget"):
             Budget(store, "run", total=5).spend("serpapi")
         Budget(store, "another", total=1).spend("serpapi")
+        assert Budget(store, "third", total=7).left == 7
+        assert Budget(tmp_path / "absent.sqlite", "run", total=7, per_step=3).left == 3
+        assert not (tmp_path / "absent.sqlite").exists()
         with pytest.raises(ToolFailure):
             Budget(store, "none", total=0).spend("serpapi")
 

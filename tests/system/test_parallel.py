@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import train as train_program
 from mmsr import lora, reward
+from mmsr.batch import assign_advantages
 from mmsr.config import Config, parse
 from mmsr.episode import Episode
 from mmsr.model import Qwen2_5_VL
@@ -135,6 +138,30 @@ def check_gradient(crew, record_property, what: str, *args) -> None:
 @pytest.mark.parametrize("assignment", [d for d in ASSIGNMENTS if d != "four"])
 def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, assignment, record_property):
     check_gradient(pair, record_property, assignment, assignment, {"kl": 0.3})
+
+
+@pytest.mark.first_is_quick
+@pytest.mark.parametrize("loss", [dict(loss="gspo"), dict(loss="cispo", loss_norm="token", clip_low=1.0)], ids=str)
+def test_gradient_of_another_loss_depends_on_how_episodes_are_dealt(pair, loss, record_property):
+    options = {"kl": 0.3, **loss, "importance_bound": 1e40}
+    check_gradient(pair, record_property, loss["loss"], "one rank has nothing", options)
+
+
+def rewarded(ranks: Ranks, advantage: str) -> list[float]:
+    """The advantages of the batch's episodes that are this rank's."""
+    episodes = local_episodes(ranks, "even")
+    for episode in episodes:
+        episode.reward = (7 * episode.group_id + 3 * episode.sample) % 5 / 4
+    assign_advantages(episodes, Config(advantage=advantage), ranks)
+    return [(episode.group_id, episode.sample, episode.advantage) for episode in episodes]
+
+
+@pytest.mark.parametrize("advantage", ["batch", "group-batch"])
+def test_advantages_by_the_batch_are_those_of_a_ranks_own_part(pair, advantage):
+    alone = on_one(rewarded, advantage)
+    found = sorted(sum(pair(rewarded, advantage), []))
+    assert [value for *_, value in found] == pytest.approx([value for *_, value in sorted(alone)], abs=1e-12)
+    assert len({round(value, 6) for *_, value in alone}) > 5
 
 
 def test_gradient_of_tied_head_token_mean_and_recomputed_blocks(pair, record_property):
@@ -281,7 +308,7 @@ def skipped(ranks: Ranks, what: str):
     if ranks.rank == ranks.size - 1:
         if what == "loss":
             bad[0].logps = [math.nan] * len(bad[0].logps)
-            trainer.importance_cap = 2.0
+            trainer.loss = replace(trainer.loss, importance_cap=2.0)
         else:
             setattr(bad[0], what, math.inf)
     found = [trainer.step([bad], 0.1)]
@@ -872,6 +899,42 @@ def test_two_ranks_stop_together_on_a_signal_and_resume_to_the_same_bits(folder,
     assert "Resumed after step" in said[0][0]
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert read(out) == read(whole)
+
+
+def resampled_run(ranks: Ranks, folder: str, out: str, *more: str) -> None:
+    """Two steps of train.py with dynamic sampling. Of half of the questions every answer is right."""
+
+    def answer_score(episode: Episode, rule) -> float:
+        return float(episode.sample % 2 or zlib.crc32(episode.example.image) % 2)
+
+    given = ["--recipe", "toy", "--toy", "basic", "--model", folder, "--out", out, "--steps", "2", "--eval-size", "2"]
+    given += ["--questions", "6", "--mini-batch", "3", "--group-size", "4", "--save-every", "1", "--resample", "2"]
+    given += ["--loss", "gspo", "--advantage", "batch", "--penalty", "0", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "answer_score", answer_score)
+        patch.setattr(reward, "format_score", lambda episode, rule, well_formed: 0.0)
+        train_program.train(parse(given), ranks)
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_on_two_ranks_is_another_or_resumes_to_other_bits(pair, folder, tmp_path):
+    alone, whole, again = (tmp_path / name for name in ("alone", "whole", "again"))
+    on_one(resampled_run, str(folder), str(alone))
+    pair(resampled_run, str(folder), str(whole))
+    (metrics, rollouts), (metrics_2, rollouts_2) = read(alone), read(whole)
+    for one, two in zip(metrics, metrics_2, strict=True):
+        numbers = {key for key, value in one.items() if isinstance(value, float)}
+        assert [two[key] for key in numbers] == pytest.approx([one[key] for key in numbers], rel=1e-3, abs=1e-5)
+        assert {k: two[k] for k in two.keys() - numbers} == {k: one[k] for k in one.keys() - numbers}
+    assert [r["turns"] for r in rollouts_2] == [r["turns"] for r in rollouts]
+    steps = [line for line in metrics if "resampled" in line]
+    assert all(line["resampled"]["replaced"] > 0 for line in steps)
+    assert any(line["zero_std_groups"] < line["resampled"]["zero_std_first"] for line in steps)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step-000002")
+    pair(resampled_run, str(folder), str(again), "--resume")
+    assert read(again) == read(whole)
+    assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 def adapter_run(ranks: Ranks, folder: str, out: str, *more: str) -> None:

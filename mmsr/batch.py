@@ -1,0 +1,157 @@
+"""The rollouts of a step: which of them count, what is trained of them, and their advantages.
+
+    the reward of a rollout that comes near its last token      penalise_overlong
+    the groups in which there is nothing to prefer              zero_std_groups
+    a new question takes the place of each of these             Batch.put
+    advantages (2), and which rollouts are trained              assign_advantages
+
+The equations are those of grpo.py. A group is whole on one rank, so only what is divided by a standard deviation of the
+whole batch (--advantage batch) needs the other ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmsr import grpo
+from mmsr.config import Config
+from mmsr.episode import LENGTH, TOOL_ERROR, UNJUDGED, Episode
+from mmsr.system.parallel import SINGLE, Ranks
+
+
+@dataclass
+class Batch:
+    """The rollouts of a step. Those that dynamic sampling replaced are not trained, but they are counted and logged."""
+
+    episodes: list[Episode] = field(default_factory=list)  # this rank's; a group's id is its place in the batch
+    replaced: list[Episode] = field(default_factory=list)  # this rank's, whose groups had nothing to prefer
+    counts: Counter[str] = field(default_factory=Counter)  # of tokens and images, over all ranks
+    asked: int = 0  # questions, on all ranks
+    draws: int = 0  # times that questions were asked
+    zero_std_first: int = 0  # groups whose rewards were all equal, after the first draw, on all ranks
+    zero_std_groups: int = 0  # those that are left at the end, on this rank
+    short_of_budget: bool = False  # the paid calls did not do for another draw
+
+    @property
+    def all(self) -> list[Episode]:
+        return self.episodes + self.replaced
+
+    def put(self, places: Sequence[int], episodes: Sequence[Episode], counts: Mapping[str, float]) -> None:
+        """Put this rank's new groups into their places. What was there is `replaced`, with ids after the batch's own.
+
+        `places`: those of all ranks' new groups.
+        """
+        new_ids = {place: self.asked + i for i, place in enumerate(places)}
+        kept = []
+        for episode in self.episodes:
+            if episode.group_id not in new_ids:
+                kept.append(episode)
+                continue
+            episode.group_id = new_ids[episode.group_id]
+            episode.trained = False
+            self.replaced.append(episode)
+        self.episodes = kept + list(episodes)
+        self.counts.update(counts)
+        self.asked += len(places)
+        self.draws += 1
+
+
+def penalise_overlong(episodes: Sequence[Episode], config: Config) -> None:
+    """DAPO's soft penalty: take from the reward of those that --max-tokens cuts off, or nearly."""
+    if not config.overlong_buffer:
+        return
+    for episode in episodes:
+        share = grpo.overlong_penalty(len(episode.input_ids), config.max_tokens, config.overlong_buffer)
+        episode.reward -= config.overlong_penalty * share
+        episode.reward_parts["overlong"] = config.overlong_penalty * share
+
+
+def zero_std_groups(episodes: Sequence[Episode], config: Config) -> set[int]:
+    """The ids of this rank's groups whose rewards are all equal."""
+    rewards, group_ids, keep = _rewards(episodes)
+    _, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)
+    return set(group_ids.tolist()) - set(group_ids[varied].tolist())
+
+
+def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks = SINGLE) -> int:
+    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
+
+    An episode that a failed tool ended takes no part, nor does one whose judge failed. One that ran out of tokens is
+    compared, and with --mask-truncated it is not trained. E is the number of episodes. Collective.
+    """
+    rewards, group_ids, keep = _rewards(episodes)  # (E,) each
+    if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
+        for episode, sound in zip(episodes, keep.tolist()):
+            if config.imitates:
+                episode.imitate()
+            episode.advantage = 1.0
+            episode.trained = sound and episode.reward_parts["accuracy"] == 1
+        return 0
+    by_group = config.advantage in ("group", "group-batch")
+    advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep, by_group)  # (E,), (E,)
+    if config.advantage == "batch":
+        advantages = advantages / (standard_deviation(rewards[keep], ranks) + config.group_eps)
+    if config.advantage == "group-batch":
+        advantages = advantages / (standard_deviation(advantages[keep], ranks) + config.group_eps)
+
+    trained = varied if config.zero_std == "drop" else keep
+    for episode, advantage, takes_part in zip(episodes, advantages.tolist(), trained.tolist()):
+        truncated = config.mask_truncated and episode.status == LENGTH
+        episode.advantage = advantage
+        episode.trained = takes_part and not truncated
+        if config.fatal_errors:
+            spare_what_failed(episode, config.fatal_errors)
+    return len(set(group_ids.tolist())) - len(set(group_ids[varied].tolist()))
+
+
+def spare_what_failed(episode: Episode, errors: int) -> None:
+    """After `errors` failed tool calls in a row: train the turns before them alone, and only to make them likelier.
+
+    So a failure of the tools is held against nothing that the model said, and a good beginning is not lost.
+    """
+    start = _fatal_token(episode, errors)
+    if start is None:
+        return
+    episode.loss_mask[start:] = [0] * (len(episode.loss_mask) - start)
+    episode.advantage = max(episode.advantage, 0.0)
+    episode.trained = episode.trained and any(episode.loss_mask)
+
+
+def _fatal_token(episode: Episode, errors: int) -> int | None:
+    """Where the turn begins that made the first of so many failed calls in a row; None if there were not so many."""
+    failed = 0
+    for place, turn in enumerate(episode.turns):
+        if turn.role != "tool":
+            continue
+        if not turn.failed:
+            failed = 0
+            continue
+        if not failed:
+            start = episode.turns[place - 1].start  # of the turn that made this call
+        failed += 1
+        if failed == errors:
+            return start
+    return None
+
+
+def standard_deviation(values: Tensor, ranks: Ranks = SINGLE) -> float:
+    """Of all ranks' values, unbiased; 0 for less than two. Collective."""
+    total = ranks.sum({"n": len(values), "sum": float(values.sum())})
+    n = total["n"]
+    mean = total["sum"] / max(n, 1)
+    squares = ranks.sum({"squares": float(((values - mean) ** 2).sum())})["squares"]
+    return math.sqrt(squares / max(n - 1, 1))
+
+
+def _rewards(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards (E,), group ids (E,), and whether each reward means something, (E,) bool."""
+    sound = [episode.status != TOOL_ERROR and episode.judged != UNJUDGED for episode in episodes]
+    rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)
+    group_ids = torch.tensor([episode.group_id for episode in episodes], dtype=torch.long)
+    return rewards, group_ids, torch.tensor(sound, dtype=torch.bool)
