@@ -40,7 +40,7 @@ from mmsr.engine import Engine
 from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
-from mmsr.pretrained.weights import _disk_name
+from mmsr.pretrained.weights import disk_name
 from mmsr.rollout import Limits
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Toolbox, search_tools
@@ -388,19 +388,62 @@ def check() -> bool:
         policy, reference = load(world.folder), load(world.folder)
         disturb(reference, 0.01, seed=2)
         theirs.trainer.ref_model.load_state_dict(_their_names(reference), strict=False)
-        rows, worst = [], 0.0
-        for norm, name in (("sequence", "grpo"), ("token", "bnpo"), ("token", "dapo")):
+        rows, agree = [], True
+        for loss in LOSSES:
             for kl in (0.0, 0.1):
                 for clipped in (False, True):
-                    apart = Pair(episodes, policy, reference, theirs, norm, name, kl, clipped).differences()
-                    worst = max(worst, *apart)
-                    what = [f"{norm} = {name}", kl, "active" if clipped else "ratio 1"]
-                    rows.append([*what, *(f"{x:.1e}" for x in apart)])
+                    pair = Pair(episodes, policy, reference, theirs, loss, kl, clipped)
+                    apart = pair.differences()
+                    agree = agree and apart[0] <= MOST_LOSS and max(apart[1:]) <= MOST_GRADIENT
+                    clip = f"{pair.clip_fraction:.2f} of the tokens" if clipped else "ratio 1"
+                    rows.append([loss.trl_name, loss.our_name, kl, clip, *(f"{x:.1e}" for x in apart)])
     print(common.machine(packages=("trl",)))
     masked = sum(len(e.loss_mask) - e.prompt_length - sum(e.loss_mask) for e in episodes)
     print(f"{len(episodes)} episodes, {masked} tokens of tool results masked, fp32; largest relative differences\n")
-    print(common.table(["norm", "KL", "clip", "loss", "gradient, largest element", "worst parameter"], rows))
-    return worst < 1e-4
+    print(
+        common.table(
+            ["TRL", "mmsr", "KL", "clipped", "loss", "gradient, largest element", "worst parameter"],
+            rows,
+        )
+    )
+    print(f"\nlosses within {MOST_LOSS}, gradients within {MOST_GRADIENT}: {'yes' if agree else 'NO'}")
+    return agree
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss by both names. The bounds of the clip make it active on some tokens and not on others."""
+
+    trl_type: str
+    norm: str  # --loss-norm
+    loss: str = "grpo"  # --loss
+    level: str = "token"  # of TRL's importance ratio
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    @property
+    def trl_name(self) -> str:
+        return self.trl_type + (", sequence ratio" if self.level == "sequence" else "")
+
+    @property
+    def our_name(self) -> str:
+        return f"{self.loss}, {self.norm}"
+
+    @property
+    def trl_epsilon_high(self) -> float:
+        """TRL's bound of CISPO's weight is ε_high itself, not 1 + ε_high."""
+        return self.clip_high + (self.loss == "cispo")
+
+
+LOSSES = (
+    Loss("grpo", "sequence"),
+    Loss("bnpo", "token"),
+    Loss("dapo", "token", clip_high=0.28),
+    Loss("dr_grpo", "constant", "dr_grpo"),
+    Loss("grpo", "sequence", "gspo", "sequence", clip_low=0.05, clip_high=0.06),
+    Loss("cispo", "token", "cispo", clip_low=1.0),
+)
+MOST_LOSS, MOST_GRADIENT = 1e-6, 1e-5  # relative
 
 
 def frozen(world: World) -> list[Episode]:
@@ -445,10 +488,10 @@ class Pair:
     policy: model.Qwen2_5_VL
     reference: model.Qwen2_5_VL
     theirs: Theirs
-    norm: str
-    loss_type: str
+    loss: Loss
     kl: float
     clipped: bool  # frozen π_old away from π, so that the clip is active
+    clip_fraction: float = 0.0
 
     def differences(self) -> tuple[float, float, float]:
         """Relative: of the loss; of the gradient's largest element; of the worst parameter's gradient by its norm."""
@@ -478,14 +521,28 @@ class Pair:
         nothing = torch.zeros(self.policy.config.vocab_size, dtype=torch.bool)  # TRL bans in sampling, not in training
         reference = self.reference if self.kl else None
         optimizer = MasterWeights(self.policy)
-        trainer = Trainer(self.policy, optimizer, nothing, reference=reference, kl=self.kl, loss_norm=self.norm)
+        trainer = Trainer(
+            self.policy,
+            optimizer,
+            nothing,
+            reference=reference,
+            loss=self.loss.loss,
+            kl=self.kl,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            loss_norm=self.loss.norm,
+            token_limit=self.theirs.trainer.max_completion_length,
+        )
         stats = trainer.accumulate_gradient(LocalBatch.of(self.episodes, SINGLE), self.old)
-        assert not self.clipped or stats.sums["clip_fraction"] > 0.1 * stats.sums["tokens"]
+        self.clip_fraction = stats.sums["clip_fraction"] / stats.sums["tokens"]
+        assert not self.clipped or 0.1 < self.clip_fraction < 0.9
         return stats.sums["loss"], {name: p.grad.clone() for name, p in self.policy.named_parameters()}
 
     def _theirs(self) -> tuple[float, dict[str, Tensor]]:
         trainer, theirs = self.theirs.trainer, self.theirs.policy
-        trainer.loss_type, trainer.beta, trainer.current_gradient_accumulation_steps = self.loss_type, self.kl, 1
+        trainer.loss_type, trainer.importance_sampling_level = self.loss.trl_type, self.loss.level
+        trainer.epsilon_low, trainer.epsilon_high = self.loss.clip_low, self.loss.trl_epsilon_high
+        trainer.beta, trainer.current_gradient_accumulation_steps = self.kl, 1
         trainer.args.steps_per_generation = 1
         theirs.train()
         theirs.zero_grad()
@@ -502,7 +559,7 @@ class Pair:
                 )
         loss = trainer.compute_loss(theirs, inputs)
         loss.backward()
-        found = {_disk_name(name): p.grad for name, p in theirs.named_parameters()}
+        found = {disk_name(name): p.grad for name, p in theirs.named_parameters()}
         return loss.item(), found
 
     def _inputs(self) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The effect of wrong details, in the full toy world: `python bench/what_breaks.py --only raw no-ban`.
 
-Each error is made here, by patching the program, and is not an option of it. Runs are made like those of `claims.py`
+Most errors are made here, by patching the program, and are not options of it. Runs are made like those of `claims.py`
 (toy_runs.py): with the same --out, the sound run is shared. The table goes to standard output and DIR/breaks.md, the
 training curves to --figure; the row of a run that died has the last line of its log.
 """
@@ -20,7 +20,7 @@ from claims import VARIANTS as SOUND
 from common import table
 from toy_runs import Outcome, Variant, last_words, main, mean, parser
 
-from mmsr import grpo, pack
+from mmsr import pack
 from mmsr.chat import Chat
 from mmsr.system.files import cache_folder
 from mmsr.toy import base
@@ -28,18 +28,6 @@ from mmsr.toy.world import FULL
 from mmsr.update import Trainer
 
 UNKNOWN = ("unfamiliar", "unfamiliar_fact", "held_out", "unknown_two_hop")
-
-
-def raw_advantages() -> None:
-    """A = R − mean(R)."""
-    plain = grpo.group_advantages
-    huge = 1e9  # the deviation is negligible beside it
-
-    def raw(rewards, group_ids, eps, keep=None):
-        advantages, varied = plain(rewards, group_ids, huge, keep)
-        return advantages * huge, varied
-
-    grpo.group_advantages = raw
 
 
 def train_tool_tokens() -> None:
@@ -104,7 +92,7 @@ PICTURES = dict(settings=replace(FULL, thumbnails=True), options=dict(max_tokens
 BROKEN = {
     "full": ("nothing (ε = .05)", SOUND["full"]),
     "eps-1e-6": ("ε of the group = 1e-6, the official code's", Variant(options=dict(group_eps=1e-6))),
-    "raw": ("advantage without the deviation", Variant(patch=raw_advantages)),
+    "raw": ("advantage without the deviation", Variant(options=dict(advantage="none-std"))),
     "no-penalty": ("no search penalty", SOUND["no-penalty"]),
     "tool-tokens": ("tool tokens trained", Variant(patch=train_tool_tokens)),
     "no-ban": ("no ban on control tokens", Variant(patch=ban_nothing)),

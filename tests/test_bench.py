@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from mmsr.config import Config
+from mmsr.config import Config, parse
 from mmsr.system.parallel import SINGLE
 from mmsr.toy.world import BASIC, FULL, LOOK_IT_UP, World
 from mmsr.update import Trainer
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import claims  # noqa: E402
 import gpu_day  # noqa: E402
 import gpu_rows  # noqa: E402
+import losses  # noqa: E402
 import replay_released  # noqa: E402
 import step_time  # noqa: E402
 import toy_runs  # noqa: E402
@@ -446,19 +447,6 @@ def test_shapes_of_rollouts_are_miscounted(tmp_path):
 # ---- what breaks
 
 
-def test_raw_advantages_are_divided_by_something(monkeypatch):
-    monkeypatch.setattr(what_breaks.grpo, "group_advantages", what_breaks.grpo.group_advantages)
-    what_breaks.raw_advantages()
-    rewards, groups = torch.tensor([1.0, 0.0, 0.5, 0.5], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    advantages, varied = what_breaks.grpo.group_advantages(rewards, groups, 0.05)
-    assert advantages.tolist() == pytest.approx([0.5, -0.5, 0, 0], abs=1e-8) and varied.tolist() == [
-        True,
-        True,
-        False,
-        False,
-    ]
-
-
 def test_a_run_that_goes_on_stands_there_as_dead(tmp_path):
     def told(log):
         (tmp_path / "raw-0.log").write_text(log)
@@ -483,7 +471,7 @@ def sound(folder, tmp_path_factory):
     return first_step(folder, tmp_path_factory.mktemp("sound") / "out")
 
 
-BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_positions", "ban_nothing")
+BENDS = ("train_tool_tokens", "mean_per_micro_batch", "linear_positions", "ban_nothing")
 
 
 @pytest.mark.slow
@@ -491,7 +479,6 @@ BENDS = ("raw_advantages", "train_tool_tokens", "mean_per_micro_batch", "linear_
 def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path, monkeypatch):
     for place, name in (
         *((Trainer, name) for name in ("step", "_micro_batches", "forward_backward")),
-        (what_breaks.grpo, "group_advantages"),
         (what_breaks.pack, "mrope_positions"),
         (what_breaks.Chat, "suppressed_tokens"),
     ):
@@ -499,6 +486,30 @@ def test_an_error_that_is_to_be_shown_is_not_made(bend, sound, folder, tmp_path,
     getattr(what_breaks, bend)()
     bent = first_step(folder, tmp_path / "out")
     assert bent["skipped_updates"] == 0 and bent["grad_norm"] != sound["grad_norm"]
+
+
+# ---- losses
+
+
+def test_a_curve_that_dips_or_falls_reaches_its_reward_too_early():
+    assert losses.steps_to_most([0.0] * 10 + [1.0] * 10) == 15, "smoothed over five steps"
+    rising = [step / 100 for step in range(101)]
+    assert losses.steps_to_most(rising) == 92
+    assert losses.steps_to_most([0.5] * 4) == 1
+
+
+def test_groups_of_equal_rewards_before_and_after_are_not_told_apart():
+    plain = {"zero_std_groups": 8}
+    sampled = {"zero_std_groups": 2, "resampled": {"zero_std_first": 16}}
+    assert losses.zero_std([plain, plain]) == (0.25, 0.25)
+    assert losses.zero_std([sampled, plain]) == (0.375, 5 / 32)
+
+
+def test_a_variation_has_another_loss_than_the_command_line_makes_of_its_name():
+    for name in ("dr_grpo", "gspo", "cispo"):
+        options = losses.VARIANTS[name][1].options
+        config = parse(["--loss", name, "--mini-batch", "8"])
+        assert {key: getattr(config, key) for key in options} == options
 
 
 # ---- recorded conversations through a checkpoint
