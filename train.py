@@ -22,7 +22,7 @@ import torch
 
 from mmsr import evaluate, lora
 from mmsr.assemble import Setup, launch, open_imitation, open_judge
-from mmsr.batch import Batch, assign_advantages, penalise_overlong, zero_std_groups
+from mmsr.batch import Batch, assign_advantages, before_failing, penalise_overlong, zero_std_groups
 from mmsr.data.sampler import Sampler
 from mmsr.episode import Episode, Example
 from mmsr.report import alarms
@@ -135,26 +135,25 @@ def sample_batch(
     budget = setup.spending.left if setup.spending else math.inf  # paid calls
     places = list(range(config.questions))
     for draw in range(1 + config.resample):
-        if draw and not affordable(len(places), batch.asked, budget, setup):
-            batch.short_of_budget = True
-            break
+        if draw:
+            if not affordable(len(places), batch.asked, budget, setup):
+                batch.short_of_budget = True
+                break
+            batch.remove(places)
+            setup.keep_features(batch.episodes)
+        examples = [setup.questions[i] for i in sampler.take(len(places))]
         with clock("rollout"):
-            examples = [setup.questions[i] for i in sampler.take(len(places))]
             rollouts = roll_out(step, draw, examples, places, setup, stop)
         if rollouts is None:
             return None
         episodes, counts = rollouts
         with clock("reward"):
-            if not judge_answers(episodes, setup, stop, checkpoints):
+            if not reward_episodes(episodes, batch, setup, stop, checkpoints):
                 return None
-            with ranks.sync_errors():
-                setup.score(episodes)
-                penalise_overlong(episodes, config)
-        batch.put(places, episodes, counts)
+        batch.add(episodes, counts, len(places))
         equal = ranks.all_gather(zero_std_groups(episodes, config))  # of the new groups, a set for each rank
         places = sorted(set.union(*equal))
-        if not draw:
-            batch.zero_std_first = len(places)
+        batch.zero_std_first = batch.zero_std_first if draw else len(places)
         if not places:
             break
     batch.zero_std_groups = assign_advantages(batch.episodes, config, ranks)
@@ -170,7 +169,7 @@ def affordable(wanted: int, asked: int, budget: float, setup: Setup) -> bool:
         return True
     left = setup.spending.left
     cost = (budget - left) / asked  # paid calls a question
-    return not setup.ranks.max(cost * wanted > left)
+    return not setup.ranks.max(left <= 0 or cost * wanted > left)
 
 
 def roll_out(
@@ -197,13 +196,25 @@ def roll_out(
         )
 
 
+def reward_episodes(
+    episodes: Sequence[Episode], batch: Batch, setup: Setup, stop: Interrupts, checkpoints: Checkpoints
+) -> bool:
+    """Set the rewards of this rank's new episodes. False: interrupted, on all ranks."""
+    if setup.judge:
+        if not judge_answers(episodes, setup, stop, checkpoints):
+            return False
+        batch.judge_error = batch.judge_error or setup.judge.failure
+    with setup.ranks.sync_errors():
+        setup.score(episodes)
+        penalise_overlong(episodes, setup.config)
+    return True
+
+
 def judge_answers(episodes: Sequence[Episode], setup: Setup, stop: Interrupts, checkpoints: Checkpoints) -> bool:
-    """Let the judge in the reward, if there is one, look at this rank's answers. False: interrupted, on all ranks.
+    """Let the judge in the reward look at this rank's answers. False: interrupted, on all ranks.
 
     Raises UserError where no verdict can come any more (a refused key), after the finished steps are saved.
     """
-    if not setup.judge:
-        return True
     try:
         with setup.ranks.sync_errors():
             asked = stop.breakable(setup.judge, episodes)
@@ -226,7 +237,7 @@ def update_model(
 
 def mini_batches(episodes: Sequence[Episode], config: Config) -> list[list[Episode]]:
     """This rank's episodes of each of a step's updates, those that take part in it."""
-    trained = [episode for episode in episodes if episode.trained]
+    trained = [before_failing(episode, config.fatal_errors) for episode in episodes if episode.trained]
     return split(trained, config.questions // config.mini_batch, config.questions)
 
 

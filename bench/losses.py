@@ -53,9 +53,11 @@ def smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
 
 
 def steps_to_most(rewards: Sequence[float], share: float = 0.9) -> int:
-    """The first step, from 1, whose smoothed reward has gained this share of what the run gains in all."""
+    """The first step, from 1, whose smoothed reward has gained this share of what the run gains; 0: it gains none."""
     curve = smooth(rewards)
     begin, end = curve[0], curve[-1]
+    if end <= begin:
+        return 0
     return int(np.argmax(curve >= begin + share * (end - begin))) + 1
 
 
@@ -82,7 +84,7 @@ def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int])
     lengths = [statistics.mean(line["response_tokens"] for line in run[-10:]) for run in trained]
     clipped = [statistics.mean(line["clip_fraction"] or 0 for line in run) for run in trained]
     equal = np.mean([zero_std(run) for run in trained], 0)
-    cells += [" · ".join(map(str, reached)), f"{np.mean(lengths):.1f}", f"{np.mean(clipped):.3f}"]
+    cells += [" · ".join(str(step or "–") for step in reached), f"{np.mean(lengths):.1f}", f"{np.mean(clipped):.3f}"]
     cells += [f"{equal[0]:.2f} → {equal[1]:.2f}", f"{np.mean([seconds(run) for run in trained]):.1f}"]
     return [VARIANTS[name][0], *cells, " ".join(map(str, runs))]
 

@@ -97,6 +97,14 @@ class Setup(Generic[AnyOptions]):
         if self.spending:
             self.spending.begin_step(name)
 
+    def keep_features(self, episodes: Sequence[Episode]) -> None:
+        """Forget the features of pictures that none of these episodes has."""
+        if self.features is None:
+            return
+        kept = {image.key for episode in episodes for _, image in episode.images}
+        for key in self.features.keys() - kept:
+            del self.features[key]
+
     def new_rollout(self, model: modeling.Qwen2_5_VL, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of `model`, whose weights are whole."""
         config = self.config

@@ -2,8 +2,9 @@
 
     the reward of a rollout that comes near its last token      penalise_overlong
     the groups in which there is nothing to prefer              zero_std_groups
-    a new question takes the place of each of these             Batch.put
+    a new question takes the place of each of these             Batch.remove, Batch.add
     advantages (2), and which rollouts are trained              assign_advantages
+    what of a rollout is trained whose tools failed             before_failing
 
 The equations are those of grpo.py. A group is whole on one rank, so only what is divided by a standard deviation of the
 whole batch (--advantage batch) needs the other ranks.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Mapping, Sequence
 
 import torch
@@ -37,16 +38,14 @@ class Batch:
     zero_std_first: int = 0  # groups whose rewards were all equal, after the first draw, on all ranks
     zero_std_groups: int = 0  # those that are left at the end, on this rank
     short_of_budget: bool = False  # the paid calls did not do for another draw
+    judge_error: str = ""  # one of the failures of the judge in the reward, on this rank
 
     @property
     def all(self) -> list[Episode]:
         return self.episodes + self.replaced
 
-    def put(self, places: Sequence[int], episodes: Sequence[Episode], counts: Mapping[str, float]) -> None:
-        """Put this rank's new groups into their places. What was there is `replaced`, with ids after the batch's own.
-
-        `places`: those of all ranks' new groups.
-        """
+    def remove(self, places: Sequence[int]) -> None:
+        """Make room for other groups in these places, on all ranks: those there get ids after the batch's own."""
         new_ids = {place: self.asked + i for i, place in enumerate(places)}
         kept = []
         for episode in self.episodes:
@@ -55,10 +54,15 @@ class Batch:
                 continue
             episode.group_id = new_ids[episode.group_id]
             episode.trained = False
+            episode.images = []  # patches, which only the update reads: many megabytes
             self.replaced.append(episode)
-        self.episodes = kept + list(episodes)
+        self.episodes = kept
+
+    def add(self, episodes: Sequence[Episode], counts: Mapping[str, float], questions: int) -> None:
+        """Add this rank's new groups, with what all ranks computed for them and how many questions they all asked."""
+        self.episodes += episodes
         self.counts.update(counts)
-        self.asked += len(places)
+        self.asked += questions
         self.draws += 1
 
 
@@ -73,17 +77,22 @@ def penalise_overlong(episodes: Sequence[Episode], config: Config) -> None:
 
 
 def zero_std_groups(episodes: Sequence[Episode], config: Config) -> set[int]:
-    """The ids of this rank's groups whose rewards are all equal."""
+    """The ids of this rank's groups whose rewards are all equal.
+
+    A group in which failures left less than two rewards is none: other questions would meet the same failures.
+    """
     rewards, group_ids, keep = _rewards(episodes)
     _, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep)
-    return set(group_ids.tolist()) - set(group_ids[varied].tolist())
+    rewarded = Counter(group_ids[keep].tolist())  # rollouts by group
+    return {group_id for group_id, n in rewarded.items() if n > 1} - set(group_ids[varied].tolist())
 
 
 def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks = SINGLE) -> int:
     """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
 
     An episode that a failed tool ended takes no part, nor does one whose judge failed. One that ran out of tokens is
-    compared, and with --mask-truncated it is not trained. E is the number of episodes. Collective.
+    compared, and with --mask-truncated it is not trained. With --fatal-errors one whose tools failed is compared, and
+    is not made less likely. E is the number of episodes. Collective.
     """
     rewards, group_ids, keep = _rewards(episodes)  # (E,) each
     if config.algorithm == "sft":  # imitate what was right: demonstrations, or the model's own
@@ -103,28 +112,30 @@ def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks 
     trained = varied if config.zero_std == "drop" else keep
     for episode, advantage, takes_part in zip(episodes, advantages.tolist(), trained.tolist()):
         truncated = config.mask_truncated and episode.status == LENGTH
-        episode.advantage = advantage
+        failed = fatal_token(episode, config.fatal_errors) is not None
+        episode.advantage = max(advantage, 0.0) if failed else advantage
         episode.trained = takes_part and not truncated
-        if config.fatal_errors:
-            spare_what_failed(episode, config.fatal_errors)
     return len(set(group_ids.tolist())) - len(set(group_ids[varied].tolist()))
 
 
-def spare_what_failed(episode: Episode, errors: int) -> None:
-    """After `errors` failed tool calls in a row: train the turns before them alone, and only to make them likelier.
+def before_failing(episode: Episode, errors: int) -> Episode:
+    """What is trained of an episode: after `errors` failed tool calls in a row only the turns before them.
 
-    So a failure of the tools is held against nothing that the model said, and a good beginning is not lost.
+    So a failure of the tools is held against nothing that the model said, and a good beginning is not lost. Returns the
+    episode itself, or a copy with another mask: the episode tells what was sampled.
     """
-    start = _fatal_token(episode, errors)
+    start = fatal_token(episode, errors)
     if start is None:
-        return
-    episode.loss_mask[start:] = [0] * (len(episode.loss_mask) - start)
-    episode.advantage = max(episode.advantage, 0.0)
-    episode.trained = episode.trained and any(episode.loss_mask)
+        return episode
+    mask = episode.loss_mask[:start] + [0] * (len(episode.loss_mask) - start)
+    return replace(episode, loss_mask=mask)
 
 
-def _fatal_token(episode: Episode, errors: int) -> int | None:
-    """Where the turn begins that made the first of so many failed calls in a row; None if there were not so many."""
+def fatal_token(episode: Episode, errors: int) -> int | None:
+    """Where the turn begins that made the first of so many failed calls in a row; None if there were not so many.
+
+    A call that was refused over its limit did not fail. 0 errors: never.
+    """
     failed = 0
     for place, turn in enumerate(episode.turns):
         if turn.role != "tool":
@@ -138,6 +149,12 @@ def _fatal_token(episode: Episode, errors: int) -> int | None:
         if failed == errors:
             return start
     return None
+
+
+def is_spared(episode: Episode, config: Config) -> bool:
+    """Whether an episode, or a part of it, is not trained because it ran out of tokens or its tools failed."""
+    truncated = config.mask_truncated and episode.status == LENGTH
+    return truncated or fatal_token(episode, config.fatal_errors) is not None
 
 
 def standard_deviation(values: Tensor, ranks: Ranks = SINGLE) -> float:

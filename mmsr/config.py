@@ -126,13 +126,26 @@ TOY: dict[str, dict[str, Any]] = {
 # 2025), where that was best for every rank, model and task tried, with α = 32.
 LORA_LR = 10
 
-# What a loss sets besides, where the command line does not: what makes it that of its paper.
+# What a loss sets besides, where the command line does not: what makes it that of its paper. So dr_grpo is only this:
+# beside these it is grpo.
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"advantage": "none-std", "loss_norm": "constant"},
     "gspo": {"loss_norm": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "cispo": {"loss_norm": "token", "clip_low": 1.0, "clip_high": 4.0},  # no lower bound; 5 by ScaleRL, 2510.13786
 }
+
+# What means nothing to --algorithm sft, and is refused there.
+OF_GRPO = (
+    "loss",
+    "advantage",
+    "resample",
+    "mask_truncated",
+    "overlong_buffer",
+    "fatal_errors",
+    "importance_cap",
+    "importance_bound",
+)
 
 # What a resumed run may change in addition where equal bits are not promised.
 RESUME_UNDETERMINED = {"device", "slots", "slot_tokens", "micro_tokens", "shard"}
@@ -450,15 +463,17 @@ class Config(Options):
     mask_truncated: bool = False
     """Do not train rollouts that ran out of tokens; their rewards still count in their group's mean."""
     overlong_buffer: int = 0
-    """Rollouts pay in their last so many tokens before --max-tokens, more with every token; 0: they do not."""
+    """Soft overlong penalty: over the last so many tokens before --max-tokens a rollout's reward falls linearly, by
+    --overlong-penalty in all; 0: it does not."""
     overlong_penalty: float = 1.0
-    """What a rollout of --max-tokens pays, with --overlong-buffer."""
+    """What --overlong-buffer takes off the reward of a rollout of --max-tokens."""
     fatal_errors: int = 0
-    """After so many failed tool calls in a row, train only the turns before, and those only where A > 0; 0: all."""
+    """After so many failed tool calls in a row, train only the turns before them, with max(A, 0); 0: train all."""
     importance_cap: float = 0.0
     """Cap of the truncated importance weight π_old/π_sampled of a token; 0 turns it off."""
     importance_bound: float = 0.0
-    """Do not train rollouts whose π_old/π_sampled, over all their tokens, is outside [1/BOUND, BOUND]; 0: all."""
+    """Leave out the policy term of rollouts whose π_old/π_sampled, over all tokens, is outside [1/BOUND, BOUND]; 0: of
+    none."""
 
     # ---- rollout
     force_searches: bool = False
@@ -556,9 +571,10 @@ class Config(Options):
 
     def _check_loss(self) -> None:
         if self.algorithm == "sft":
-            for name in ("loss", "advantage", "resample"):
+            for name in OF_GRPO:
                 if getattr(self, name) != getattr(Config, name):
-                    raise UserError(f"--{name} is of GRPO, and --algorithm sft has a loss of its own: leave one out")
+                    of = f"--{kebab(name)} is of GRPO"
+                    raise UserError(f"{of}, and --algorithm sft trains what is right and nothing else: leave one out")
         if self.overlong_buffer > self.max_tokens:
             raise UserError(
                 f"--overlong-buffer {self.overlong_buffer} is more than --max-tokens {self.max_tokens}: give less"

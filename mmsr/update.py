@@ -380,10 +380,11 @@ class Trainer:
             with torch.no_grad(), as_reference(self.reference):
                 ref, _ = self.log_probs(self.reference, packed, ref_features)  # (R,)
 
-        importance = self.importance(old, packed)  # (R,) or None
+        importance = None
         if self.sft:
             losses = grpo.likelihood_losses(logps)
         else:
+            importance = self.importance(old, packed)  # (R,) or None
             token_advantages = advantages[packed.episode_index]  # (R,)
             losses = grpo.token_losses(
                 logps, old, token_advantages, self.loss, ref, importance, packed.episode_index

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from mmsr.batch import Batch, assign_advantages, penalise_overlong, standard_deviation, zero_std_groups
+from mmsr.batch import (
+    Batch,
+    assign_advantages,
+    before_failing,
+    is_spared,
+    penalise_overlong,
+    standard_deviation,
+    zero_std_groups,
+)
 from mmsr.config import Config
 from mmsr.episode import ANSWERED, LENGTH, TOOL_ERROR, Episode, Example, Observation, Turn
 
@@ -98,37 +106,45 @@ def test_the_overlong_penalty_is_not_dapos():
     ],
 )
 def test_what_follows_a_failing_tool_is_held_against_the_model(found, trained_tokens):
-    spoiled = searching(*found)
-    whole = sum(spoiled.loss_mask)
-    better = searching(FOUND, reward=1.0)
-    assign_advantages([spoiled, better], Config(fatal_errors=2))
-    assert sum(spoiled.loss_mask) == trained_tokens
-    assert spoiled.trained == (trained_tokens > 0)
-    assert (spoiled.advantage < 0) == (trained_tokens == whole)
-    assert better.advantage > 0 and sum(better.loss_mask) == 6
+    config = Config(fatal_errors=2)
+    spoiled, better = searching(*found), searching(FOUND, reward=1.0)
+    assign_advantages([spoiled, better], config)
+    trained = [before_failing(episode, 2) for episode in (spoiled, better)]
+    assert [sum(episode.loss_mask) for episode in trained] == [trained_tokens, 6]
+    assert sum(spoiled.loss_mask) == 12, "what was sampled is still told"
+    assert is_spared(spoiled, config) == (spoiled.advantage == 0) == (trained_tokens < 12)
+    assert spoiled.advantage <= 0 < better.advantage and not is_spared(better, config)
+    assert all(before_failing(episode, 0) is episode for episode in (spoiled, better))
 
 
 def test_a_spoiled_rollout_that_is_better_than_the_others_is_not_trained():
     spoiled, worse = searching(FOUND, FAILED, FAILED, reward=1.0), searching(FOUND)
     assign_advantages([spoiled, worse], Config(fatal_errors=2))
-    assert spoiled.advantage > 0 and spoiled.trained and spoiled.loss_mask[2:5] == [1, 1, 1]
+    assert spoiled.advantage > 0 and spoiled.trained and before_failing(spoiled, 2).loss_mask[2:5] == [1, 1, 1]
 
 
 def test_groups_to_replace_are_others_than_those_with_nothing_to_prefer():
-    made = [*group(0.0, 1.0), *group(0.1, 0.1, group_id=3), *group(0.0, 1.0, group_id=5, status=TOOL_ERROR)]
-    assert zero_std_groups(made, Config()) == {3, 5}
+    failed = [*group(0.0, 1.0, group_id=5, status=TOOL_ERROR), *group(0.4, group_id=5)]
+    made = [*group(0.0, 1.0), *group(0.1, 0.1, group_id=3), *failed]
+    assert zero_std_groups(made, Config()) == {3}, "questions asked while a tool is down would fail too"
     assert zero_std_groups([], Config()) == set()
 
 
 def test_a_replaced_group_stays_in_the_update_or_is_lost():
     batch = Batch()
     first = [*group(0.1, 0.1), *group(0.0, 1.0, group_id=1), *group(0.1, 0.1, group_id=2)]
-    batch.put([0, 1, 2], first, {"sampled": 10})
-    batch.put([0, 2], [*group(0.1, 0.1), *group(1.0, 0.0, group_id=2)], {"sampled": 7})
-    batch.put([0], group(1.0, 0.0), {"sampled": 2})
+    for episode in first:
+        episode.images = [(0, "patches")]
+    batch.add(first, {"sampled": 10}, 3)
+    batch.remove([0, 2])
+    assert {episode.group_id for episode in batch.episodes} == {1}
+    batch.add([*group(0.1, 0.1), *group(1.0, 0.0, group_id=2)], {"sampled": 7}, 2)
+    batch.remove([0])
+    batch.add(group(1.0, 0.0), {"sampled": 2}, 1)
     assert batch.asked == 6 and batch.draws == 3 and batch.counts["sampled"] == 19
     assert sorted(episode.group_id for episode in batch.episodes) == [0, 0, 1, 1, 2, 2]
     assert sorted(episode.group_id for episode in batch.replaced) == [3, 3, 4, 4, 5, 5], "after the batch's own"
-    assert not any(episode.trained for episode in batch.replaced)
+    assert not any(episode.trained or episode.images for episode in batch.replaced)
+    assert all(episode.images for episode in batch.episodes if episode.group_id == 1), "the update reads them"
     assert len(batch.all) == 12
     assert assign_advantages(batch.episodes, Config()) == 0

@@ -495,7 +495,8 @@ def test_a_curve_that_dips_or_falls_reaches_its_reward_too_early():
     assert losses.steps_to_most([0.0] * 10 + [1.0] * 10) == 15, "smoothed over five steps"
     rising = [step / 100 for step in range(101)]
     assert losses.steps_to_most(rising) == 92
-    assert losses.steps_to_most([0.5] * 4) == 1
+    assert losses.steps_to_most([0.0, 0.5, 0.1, 1.0, 0.9, 1.0, 1.0, 1.0]) == 8, "after the dip"
+    assert losses.steps_to_most(rising[::-1]) == losses.steps_to_most([0.5] * 4) == 0
 
 
 def test_groups_of_equal_rewards_before_and_after_are_not_told_apart():

@@ -208,6 +208,7 @@ def test_option_cannot_be_abbreviated(capsys):
         (["--fatal-errors", "3", "--on-tool-error", "drop"], "--fatal-errors and --on-tool-error drop"),
         (["--algorithm", "sft", "--resample", "2"], "--resample is of GRPO"),
         (["--algorithm", "sft", "--loss", "gspo"], "--loss is of GRPO"),
+        (["--algorithm", "sft", "--mask-truncated"], "--mask-truncated is of GRPO"),
     ],
 )
 def test_number_out_of_range_names_its_option(argv, said):

@@ -6,6 +6,8 @@ They share the forward pass, `Packed`, `mrope_positions` and the tokenizer, whic
 import copy
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Sequence
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from mmsr.tools import IMAGE_SEARCH, Toolbox, search_tools
 from mmsr.toy.world import LOOK_IT_UP
 from mmsr.update import Trainer, split
 
+ROOT = Path(__file__).parents[1]
 LR = 0.3  # of plain gradient descent: far enough for the clip to act in a second update
 
 
@@ -85,14 +88,11 @@ def batch(policy, world):
 # ---- the gradient
 
 
-def fast_gradients(policy, reference, episodes, updates: int) -> tuple[list[tuple[dict, dict]], dict]:
+def fast_gradients(policy, reference, episodes, updates: int, **options) -> tuple[list[tuple[dict, dict]], dict]:
     """The trainer's updates of a batch, in small micro-batches: weights before each and gradient; and its metrics."""
     model = copy.deepcopy(policy.model)
     optimizer = SGD(model)
-    trainer = Trainer(
-        model,
-        optimizer,
-        policy.suppressed,
+    usual = dict(
         reference=reference.model if plain_grpo.KL else None,
         kl=plain_grpo.KL,
         clip_low=plain_grpo.CLIP_LOW,
@@ -101,6 +101,7 @@ def fast_gradients(policy, reference, episodes, updates: int) -> tuple[list[tupl
         micro_tokens=500,
         max_grad_norm=1e9,
     )
+    trainer = Trainer(model, optimizer, policy.suppressed, **(usual | options))
     found = []
     step = optimizer.step
 
@@ -113,7 +114,7 @@ def fast_gradients(policy, reference, episodes, updates: int) -> tuple[list[tupl
     return found, trainer.step(split(episodes, updates, 8), LR)
 
 
-def plain_gradient(policy, reference, episodes, weights) -> dict[str, torch.Tensor]:
+def plain_gradient(policy, reference, episodes, weights, add_gradient=add_gradient) -> dict[str, torch.Tensor]:
     """The gradient at other weights than those of `policy`, which give π_old."""
     now = with_own_weights(policy)
     episodes = [copy.copy(episode) for episode in episodes]
@@ -154,6 +155,64 @@ def test_trainer_has_another_gradient_than_the_plain_form(policy, batch, kl, upd
         difference = relative(plain_gradient(policy, reference, part, weights), fast)
         report(record_property, f"gradient of update {number}, kl {kl}", difference)
         assert difference < 1e-6
+
+
+# What docs/algorithm.md changes in the plain form, by option.
+CHANGES: dict[str, list[tuple[str, str]]] = {}
+option = ""
+for row in (ROOT / "docs/algorithm.md").read_text(encoding="utf-8").partition("## In the plain form")[2].splitlines():
+    cells = re.findall(r"`([^`]+)`|\| (and) ", row)
+    if row.startswith("| ") and len(cells) == 3:
+        option = cells[0][0] or option
+        CHANGES.setdefault(option, []).append((cells[1][0], cells[2][0]))
+TOGETHER = {  # options of the trainer, by those of the command line, with bounds that a second update reaches
+    ("--loss-norm token",): dict(loss_norm="token", clip_low=0.2, clip_high=0.1),
+    ("--loss gspo",): dict(loss="gspo", clip_low=0.01, clip_high=0.01),
+    ("--loss cispo", "--loss-norm token"): dict(loss="cispo", loss_norm="token", clip_low=0.9, clip_high=0.1),
+    ("--loss-norm constant", "--advantage none-std"): dict(
+        loss="dr_grpo", loss_norm="constant", token_limit=128, clip_low=0.002, clip_high=0.002
+    ),
+}
+
+
+def changed(options: Sequence[str]) -> ModuleType:
+    """The plain form with these lines changed."""
+    source = Path(plain_grpo.__file__).read_text(encoding="utf-8")
+    for option in options:
+        for line, becomes in CHANGES[option]:
+            assert source.count(line) == 1, line
+            source = source.replace(line, becomes)
+    module = ModuleType("changed_plain_grpo")
+    module.__file__ = plain_grpo.__file__
+    exec(source, module.__dict__)
+    return module
+
+
+@pytest.mark.first_is_quick
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
+def test_the_page_changes_something_else_in_the_plain_form_than_the_option_does(
+    policy, batch, options, monkeypatch, record_property
+):
+    """The gradient of a second update, for which ratios are not 1 and some are clipped."""
+    form = changed(options)
+    trained = TOGETHER[options]
+    form.CLIP_LOW, form.CLIP_HIGH, form.KL = trained["clip_low"], trained["clip_high"], 0.0
+    monkeypatch.setattr(plain_grpo, "KL", 0.0)
+    episodes = [copy.copy(episode) for episode in batch]
+    if "--advantage none-std" in options:
+        for start in range(0, len(episodes), 8):
+            form.set_advantages(episodes[start : start + 8])
+        rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)
+        groups = torch.tensor([episode.group_id for episode in episodes])
+        fast, _ = group_advantages(rewards, groups, plain_grpo.GROUP_EPS, divide=False)
+        assert fast.tolist() == pytest.approx([episode.advantage for episode in episodes], abs=1e-12)
+    steps, metrics = fast_gradients(policy, policy, episodes, 2, **trained)
+    assert 0.03 < metrics["clip_fraction"] < 0.9
+    (_, (weights, fast)), part = steps, split(episodes, 2, 8)[1]
+    difference = relative(plain_gradient(policy, policy, part, weights, form.add_gradient), fast)
+    report(record_property, f"gradient of the second update, {' '.join(options)}", difference)
+    assert difference < 3e-6
+    assert relative(plain_gradient(policy, policy, part, weights), fast) > 1e-3, "unchanged, it is another"
 
 
 def test_advantages_are_others_than_those_of_the_plain_form(batch):

@@ -28,6 +28,7 @@ from mmsr.config import Config, parse
 from mmsr.disk import TOKENIZER, disk_needed
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode, Example
+from mmsr.grpo import LossOptions
 from mmsr.lora import linear_layers
 from mmsr.model import logits, mrope_positions
 from mmsr.pretrained.adapter import base_digest, read_adapter
@@ -38,6 +39,7 @@ from mmsr.report import output
 from mmsr.report.alarms import NEEDED
 from mmsr.report.html import count_rollout, counts_of_step, write_report
 from mmsr.report.metrics import _extras
+from mmsr.search.store import Budget
 from mmsr.setup import policy
 from mmsr.system.errors import UserError
 from mmsr.system.files import Lock
@@ -283,6 +285,78 @@ def test_groups_that_teach_nothing_stay_in_the_batch_or_go_uncounted(miniature, 
     assert plain.steps[0]["zero_std_groups"] == found.steps[0]["resampled"]["zero_std_first"]
 
 
+def test_pictures_of_replaced_groups_stay_in_memory_or_others_are_encoded_twice(
+    miniature, tmp_path, half_too_easy, monkeypatch
+):
+    """A frozen tower, whose features last for the step: those of the batch are there once, the others are forgotten."""
+    kept, keep = [], train.Setup.keep_features
+
+    def keep_features(setup, episodes):
+        keep(setup, episodes)
+        kept.append((len(setup.features), len({image.key for e in episodes for _, image in e.images})))
+
+    monkeypatch.setattr(train.Setup, "keep_features", keep_features)
+    found = run(miniature, tmp_path / "out", resample=3, penalty=0, freeze="vision", mini_batch=2)
+    assert kept and all(features == pictures for features, pictures in kept)
+    for line in found.steps:
+        assert line["images"]["encoded"] == line["images"]["distinct"] == 4 + line["resampled"]["replaced"]
+
+
+def test_a_signal_in_a_second_draw_loses_a_step_or_changes_the_bits(
+    miniature, tmp_path, half_too_easy, monkeypatch, capsys
+):
+    given = dict(resample=3, penalty=0, save_every=1)
+    whole = run(miniature, tmp_path / "whole", **given)
+    roll_out = train.roll_out
+
+    def signalled(step, draw, *more):
+        if (step, draw) == (2, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return roll_out(step, draw, *more)
+
+    monkeypatch.setattr(train, "roll_out", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments(miniature, tmp_path / "out", **given))
+    assert stop.value.code == 128 + signal.SIGTERM and len(Run(tmp_path / "out").steps) == 1
+    monkeypatch.setattr(train, "roll_out", roll_out)
+    again = run(miniature, tmp_path / "out", resume=True, **given)
+    assert again.untimed == whole.untimed and equal(again.weights, whole.weights)
+    assert [[e["id"] for e in episodes] for episodes in again.rollouts] == [
+        [e["id"] for e in episodes] for episodes in whole.rollouts
+    ]
+
+
+def test_a_loss_of_the_command_line_does_not_reach_the_trainer(miniature, tmp_path):
+    argv = arguments(miniature, tmp_path / "out", loss="gspo", loss_norm="constant", clip_high=0.5, kl=0)
+    config = parse([*argv, "--importance-cap", "2", "--importance-bound", "3"])
+    trainer = train.make_trainer(train.open_setup(config))
+    assert trainer.loss == LossOptions("gspo", 0.0, 3e-4, 0.5, "constant", config.max_tokens, 2.0, 3.0)
+
+
+def test_the_overlong_penalty_of_a_run_is_not_in_its_rewards(miniature, tmp_path):
+    found = run(miniature, tmp_path / "out", steps=1, overlong_buffer=100, overlong_penalty=0.5)
+    limit = parse(arguments(miniature, tmp_path)).max_tokens
+    for e in found.rollouts[0]:
+        parts = e["reward_parts"]
+        assert parts["overlong"] == 0.5 * min(max((e["tokens"]["total"] - limit + 100) / 100, 0), 1)
+        rest = 0.9 * parts["accuracy"] + 0.1 * parts["format"] - parts["penalty"]
+        assert e["reward"] == pytest.approx(rest - parts["overlong"])
+    assert any(e["reward_parts"]["overlong"] for e in found.rollouts[0])
+
+
+def test_rollouts_whose_tools_failed_count_as_shorter_or_end_a_run_with_a_wrong_reason(
+    miniature, tmp_path, every_other_right, monkeypatch, capsys
+):
+    monkeypatch.setattr(toy.Web, "image_search", lambda self, *given: 1 / 0)
+    found = run(miniature, tmp_path / "out", steps=1, fatal_errors=1, penalty=0)
+    line, episodes = found.steps[0], found.rollouts[0]
+    failed = [e for e in episodes if any(turn["role"] == "tool" for turn in e["turns"])]
+    assert line["spared"] == len(failed) > 0
+    assert all(e["advantage"] >= 0 for e in failed) and any(e["advantage"] < 0 for e in episodes)
+    assert line["tokens"]["sampled"] == sum(e["tokens"]["sampled"] for e in episodes)
+    assert line["response_tokens"] == pytest.approx(line["tokens"]["sampled"] / len(episodes))
+
+
 def test_dynamic_sampling_goes_on_for_ever_or_beyond_the_budget(
     miniature, tmp_path, half_too_easy, monkeypatch, capsys
 ):
@@ -300,8 +374,11 @@ def test_dynamic_sampling_goes_on_for_ever_or_beyond_the_budget(
 @pytest.mark.parametrize("left, wanted, fits", [(90, 2, True), (90, 18, True), (90, 19, False), (0, 1, False)])
 def test_a_draw_is_begun_that_the_paid_calls_do_not_do_for(left, wanted, fits):
     """10 questions have cost 50 calls so far."""
-    setup = SimpleNamespace(spending=SimpleNamespace(left=left), ranks=SINGLE)
-    assert train.affordable(wanted, 10, left + 50, setup) == fits
+    setup = SimpleNamespace(spending=Budget(None, "run", total=left + 50), ranks=SINGLE)
+    budget = setup.spending.left
+    for _ in range(50):
+        setup.spending.spend("serpapi")
+    assert train.affordable(wanted, 10, budget, setup) == fits
     assert train.affordable(10**9, 10, math.inf, SimpleNamespace(spending=None))
 
 

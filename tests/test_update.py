@@ -78,7 +78,7 @@ LOSSES = {  # by name, with bounds that clip some tokens
     "dr_grpo": dict(loss="dr_grpo", loss_norm="constant", token_limit=50),
     "gspo": dict(loss="gspo", clip_low=0.05, clip_high=0.05),
     "cispo": dict(loss="cispo", loss_norm="token", clip_low=1.0, clip_high=0.1),
-    "weighted": dict(importance_cap=1.2, importance_bound=1e40),
+    "weighted": dict(importance_cap=1.2, importance_bound=math.exp(8)),  # some rollouts are within it
 }
 
 

@@ -117,6 +117,9 @@ def untrained(line: Line) -> str:
         why = " and ".join(reasons)
     elif not line["response_tokens"]:
         why = f"none of {n} rollouts has a token of the model's own"
+    elif line.get("spared"):
+        spared = f"{line['spared']} of {n} rollouts were spared, for they ran out of tokens or their tools failed"
+        why = f"{spared}, and no other differed from its group"
     elif not line["zero_std_groups"]:
         why = f"none of {n} rollouts is right, and only those are imitated"
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmsr import evaluate
 from mmsr.assemble import Setup
-from mmsr.batch import Batch
+from mmsr.batch import Batch, is_spared
 from mmsr.config import Config
 from mmsr.episode import JUDGED_RIGHT, JUDGED_WRONG, Episode
 from mmsr.report import alarms
@@ -33,7 +33,7 @@ def step_metrics(
     episodes, counts = batch.all, batch.counts
     means = evaluate.summary(episodes, setup.ranks)
     n = means.pop("n")  # episodes of all ranks
-    sums = setup.ranks.sum(_sums(episodes, batch.zero_std_groups, setup.judge.failure if setup.judge else ""))
+    sums = setup.ranks.sum(_sums(batch, setup.config))
     errors: Counter = Counter(_group(sums, "error"))
     metrics: dict[str, Any] = {"step": step, **means}
     metrics["format"] = sums["format"] / n
@@ -81,6 +81,8 @@ def _extras(
             "zero_std_first": batch.zero_std_first,
             "short_of_budget": batch.short_of_budget,
         }
+    if setup.config.mask_truncated or setup.config.fatal_errors:
+        extras["spared"] = sums["spared"]
     if setup.config.importance_bound:
         extras["masked_fraction"] = update["masked_fraction"]
     if batch.counts["parked"]:
@@ -90,19 +92,21 @@ def _extras(
     return extras
 
 
-def _sums(episodes: Sequence[Episode], zero_std_groups: int, judge_error: str) -> dict[Any, float]:
+def _sums(batch: Batch, config: Config) -> dict[Any, float]:
     """What the ranks add up. A key that is a pair belongs to a group of counts: (group, name)."""
+    episodes = batch.all
     sums: dict[Any, float] = {
         "format": sum(episode.reward_parts["format"] for episode in episodes),
         "tool_calls": sum(episode.searches() for episode in episodes),
         "response_tokens": sum(sum(episode.loss_mask) for episode in episodes),
-        "zero_std_groups": zero_std_groups,
+        "zero_std_groups": batch.zero_std_groups,
+        "spared": sum(is_spared(episode, config) for episode in batch.episodes),
     }
     sums |= Counter(("status", episode.status) for episode in episodes)
     sums |= Counter(("shape", _shape(episode)) for episode in episodes)
     sums |= Counter(("judged", episode.judged) for episode in episodes if episode.judged)
-    if judge_error:
-        sums["judge_error", judge_error] = 1
+    if batch.judge_error:
+        sums["judge_error", batch.judge_error] = 1
     for error, count in evaluate.tool_errors(episodes).items():
         sums["error", error] = count
     return sums

@@ -101,6 +101,7 @@ def test_failed_tools_are_told_once_or_over_several_lines():
         ),
         ({"skipped_updates": 2}, "all 2 updates met a value that is not finite"),
         ({"response_tokens": 0.0}, "none of 32 rollouts has a token of the model's own"),
+        ({"zero_std_groups": 0, "spared": 5}, "5 of 32 rollouts were spared"),
         ({"zero_std_groups": 0}, "none of 32 rollouts is right"),  # only --algorithm sft has no such groups
     ],
 )

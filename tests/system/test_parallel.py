@@ -140,11 +140,43 @@ def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, assignment, re
     check_gradient(pair, record_property, assignment, assignment, {"kl": 0.3})
 
 
+def second_gradient(ranks: Ranks, options: dict):
+    """Gradient of the second of two updates, for which ratios are not 1 and some are clipped; and the metrics."""
+    trainer = build(ranks, options, {})
+    step, kept = trainer.optimizer.step, []
+
+    def recorded(lr):
+        kept.append(whole_gradient(trainer))
+        step(lr)
+
+    trainer.optimizer.step = recorded
+    episodes = local_episodes(ranks, "even")
+    first, second = ([e for e in episodes if (e.group_id < 2) == early] for early in (True, False))
+    metrics = trainer.step([first, second], 0.1)
+    return kept[1], metrics
+
+
 @pytest.mark.first_is_quick
-@pytest.mark.parametrize("loss", [dict(loss="gspo"), dict(loss="cispo", loss_norm="token", clip_low=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        dict(loss="gspo", clip_low=0.005, clip_high=0.005, importance_bound=math.exp(8)),
+        dict(loss="cispo", loss_norm="token", clip_low=1.0, clip_high=0.01),
+        dict(loss="dr_grpo", loss_norm="constant", token_limit=5, clip_low=0.01, clip_high=0.01),
+    ],
+    ids=str,
+)
 def test_gradient_of_another_loss_depends_on_how_episodes_are_dealt(pair, loss, record_property):
-    options = {"kl": 0.3, **loss, "importance_bound": 1e40}
-    check_gradient(pair, record_property, loss["loss"], "one rank has nothing", options)
+    options = {"kl": 0.3, **loss}
+    alone, metrics = on_one(second_gradient, options)
+    assert 0.02 < metrics["clip_fraction"] < 0.98
+    assert (0.02 < metrics["masked_fraction"] < 0.98) == ("importance_bound" in loss)
+    for found, other in pair(second_gradient, options):
+        difference = relative(found, alone)
+        report(record_property, f"gradient of a second update, {loss['loss']}", difference)
+        assert difference < 1e-5
+        for key in ("loss", "clip_fraction", "masked_fraction", "grad_norm"):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
 
 
 def rewarded(ranks: Ranks, advantage: str) -> list[float]:
