@@ -265,8 +265,17 @@ def half_too_easy(monkeypatch):
     monkeypatch.setattr(reward, "format_score", lambda episode, rule, well_formed: 0.0)
 
 
-def test_groups_that_teach_nothing_stay_in_the_batch_or_go_uncounted(miniature, tmp_path, half_too_easy):
+def test_groups_that_teach_nothing_stay_in_the_batch_or_go_uncounted(miniature, tmp_path, half_too_easy, monkeypatch):
+    seeds, roll_out = [], train.Setup.roll_out
+
+    def noted(setup, examples, group_size, seed, *more, **how):
+        seeds.append(seed)
+        return roll_out(setup, examples, group_size, seed, *more, **how)
+
+    monkeypatch.setattr(train.Setup, "roll_out", noted)
     found = run(miniature, tmp_path / "out", resample=8, penalty=0)
+    drawn = [seed for seed in seeds if isinstance(seed[1], int)]  # not of an evaluation
+    assert len(drawn) == len(set(drawn)) == sum(line["resampled"]["draws"] for line in found.steps), "other noise"
     for line, episodes in zip(found.steps, found.rollouts):
         said = line["resampled"]
         assert said["zero_std_first"] > 0 and said["draws"] > 1 and not said["short_of_budget"]
@@ -355,6 +364,8 @@ def test_rollouts_whose_tools_failed_count_as_shorter_or_end_a_run_with_a_wrong_
     assert all(e["advantage"] >= 0 for e in failed) and any(e["advantage"] < 0 for e in episodes)
     assert line["tokens"]["sampled"] == sum(e["tokens"]["sampled"] for e in episodes)
     assert line["response_tokens"] == pytest.approx(line["tokens"]["sampled"] / len(episodes))
+    whole = run(miniature, tmp_path / "whole", steps=1, penalty=0).steps[0]
+    assert line["tokens"]["trained"] < whole["tokens"]["trained"], "what follows a failure is not trained"
 
 
 def test_dynamic_sampling_goes_on_for_ever_or_beyond_the_budget(
@@ -380,6 +391,8 @@ def test_a_draw_is_begun_that_the_paid_calls_do_not_do_for(left, wanted, fits):
         setup.spending.spend("serpapi")
     assert train.affordable(wanted, 10, budget, setup) == fits
     assert train.affordable(10**9, 10, math.inf, SimpleNamespace(spending=None))
+    spent = SimpleNamespace(spending=Budget(None, "run", total=0), ranks=SINGLE)
+    assert not train.affordable(1, 10, 0, spent), "what is spent before the step begins cannot be estimated from it"
 
 
 # ---- the same again, and otherwise ----------------------------------------------------------------------------------
