@@ -85,7 +85,7 @@ def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int])
     clipped = [statistics.mean(line["clip_fraction"] or 0 for line in run) for run in trained]
     equal = np.mean([zero_std(run) for run in trained], 0)
     cells += [" · ".join(str(step or "–") for step in reached), f"{np.mean(lengths):.1f}", f"{np.mean(clipped):.3f}"]
-    cells += [f"{equal[0]:.2f} → {equal[1]:.2f}", f"{np.mean([seconds(run) for run in trained]):.1f}"]
+    cells += [f"{equal[0]:.2f} → {equal[1]:.2f}", " · ".join(f"{seconds(run):.1f}" for run in trained)]
     return [VARIANTS[name][0], *cells, " ".join(map(str, runs))]
 
 
