@@ -156,7 +156,7 @@ def sample_batch(
         batch.zero_std_first = batch.zero_std_first if draw else len(places)
         if not places:
             break
-    batch.zero_std_groups = assign_advantages(batch.episodes, config, ranks)
+    batch.assigned = assign_advantages(batch.episodes, config, ranks)
     return batch
 
 

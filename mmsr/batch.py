@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from mmsr import grpo
 from mmsr.config import Config
 from mmsr.episode import LENGTH, TOOL_ERROR, UNJUDGED, Episode
 from mmsr.system.parallel import SINGLE, Ranks
+
+
+class Assigned(NamedTuple):
+    """What `assign_advantages` counted on this rank."""
+
+    zero_std_groups: int  # groups with nothing to prefer
+    spared: (
+        int  # rollouts of other groups that are not trained, or not all of them: out of tokens, or their tools failed
+    )
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Batch:
     asked: int = 0  # questions, on all ranks
     draws: int = 0  # times that questions were asked
     zero_std_first: int = 0  # groups whose rewards were all equal, after the first draw, on all ranks
-    zero_std_groups: int = 0  # those that are left at the end, on this rank
+    assigned: Assigned | None = None
     short_of_budget: bool = False  # the paid calls did not do for another draw
     judge_error: str = ""  # one of the failures of the judge in the reward, on this rank
 
@@ -87,8 +96,8 @@ def zero_std_groups(episodes: Sequence[Episode], config: Config) -> set[int]:
     return {group_id for group_id, n in rewarded.items() if n > 1} - set(group_ids[varied].tolist())
 
 
-def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks = SINGLE) -> int:
-    """Set every episode's `advantage` and whether it is `trained`. Returns how many groups have all rewards equal.
+def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks = SINGLE) -> Assigned:
+    """Set every episode's `advantage` and whether it is `trained`.
 
     An episode that a failed tool ended takes no part, nor does one whose judge failed. One that ran out of tokens is
     compared, and with --mask-truncated it is not trained. With --fatal-errors one whose tools failed is compared, and
@@ -101,7 +110,7 @@ def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks 
                 episode.imitate()
             episode.advantage = 1.0
             episode.trained = sound and episode.reward_parts["accuracy"] == 1
-        return 0
+        return Assigned(0, 0)
     by_group = config.advantage in ("group", "group-batch")
     advantages, varied = grpo.group_advantages(rewards, group_ids, config.group_eps, keep, by_group)  # (E,), (E,)
     if config.advantage == "batch":
@@ -109,13 +118,17 @@ def assign_advantages(episodes: Sequence[Episode], config: Config, ranks: Ranks 
     if config.advantage == "group-batch":
         advantages = advantages / (standard_deviation(advantages[keep], ranks) + config.group_eps)
 
-    trained = varied if config.zero_std == "drop" else keep
-    for episode, advantage, takes_part in zip(episodes, advantages.tolist(), trained.tolist()):
+    spared = 0
+    for i, episode in enumerate(episodes):
         truncated = config.mask_truncated and episode.status == LENGTH
         failed = fatal_token(episode, config.fatal_errors) is not None
+        advantage = float(advantages[i])
         episode.advantage = max(advantage, 0.0) if failed else advantage
-        episode.trained = takes_part and not truncated
-    return len(set(group_ids.tolist())) - len(set(group_ids[varied].tolist()))
+        takes_part = varied[i] if config.zero_std == "drop" else keep[i]
+        episode.trained = bool(takes_part) and not truncated
+        spared += bool(varied[i]) and (truncated or failed)
+    zero_std = len(set(group_ids.tolist())) - len(set(group_ids[varied].tolist()))
+    return Assigned(zero_std, spared)
 
 
 def before_failing(episode: Episode, errors: int) -> Episode:
@@ -149,12 +162,6 @@ def fatal_token(episode: Episode, errors: int) -> int | None:
         if failed == errors:
             return start
     return None
-
-
-def is_spared(episode: Episode, config: Config) -> bool:
-    """Whether an episode, or a part of it, is not trained because it ran out of tokens or its tools failed."""
-    truncated = config.mask_truncated and episode.status == LENGTH
-    return truncated or fatal_token(episode, config.fatal_errors) is not None
 
 
 def standard_deviation(values: Tensor, ranks: Ranks = SINGLE) -> float:

@@ -15,7 +15,7 @@ are fixed for the whole update before the first micro-batch runs, so the gradien
 cut into micro-batches. A rollout without such tokens does not count.
 
 The functions below are (2) `group_advantages`, (4) `episode_weights`, and (1) with (3) `token_losses`. Supervised
-fine-tuning replaces l_it by −log π(o_it): `likelihood_losses`. Each other loss changes one of these equations:
+fine-tuning replaces l_it by −log π(o_it): `likelihood_losses`. The other losses change one or two of these equations:
 
     dr_grpo   (2) without the division, and (4) constant
     gspo      (3) ρ_it = (Π_t π(o_it) / π_old(o_it))^(1/n_i), one ratio for the n_i tokens of a rollout

@@ -9,7 +9,6 @@ from mmsr.batch import (
     Batch,
     assign_advantages,
     before_failing,
-    is_spared,
     penalise_overlong,
     standard_deviation,
     zero_std_groups,
@@ -76,11 +75,13 @@ def test_a_deviation_of_nothing_is_not_0():
 
 def test_a_truncated_rollout_is_trained_or_left_out_of_its_groups_mean():
     made = [*group(1.0, 0.0), *group(0.0, status=LENGTH)]
-    assign_advantages(made, Config(mask_truncated=True))
+    assert assign_advantages(made, Config(mask_truncated=True)).spared == 1
     assert [episode.trained for episode in made] == [True, True, False]
     assert made[0].advantage == pytest.approx((2 / 3) / (math.sqrt(1 / 3) + 0.05))
-    assign_advantages(made, Config())
+    assert assign_advantages(made, Config()).spared == 0
     assert all(episode.trained for episode in made)
+    equal = group(0.1, 0.1, status=LENGTH)
+    assert assign_advantages(equal, Config(mask_truncated=True)) == (1, 0), "there was nothing to train of it"
 
 
 def test_the_overlong_penalty_is_not_dapos():
@@ -108,12 +109,12 @@ def test_the_overlong_penalty_is_not_dapos():
 def test_what_follows_a_failing_tool_is_held_against_the_model(found, trained_tokens):
     config = Config(fatal_errors=2)
     spoiled, better = searching(*found), searching(FOUND, reward=1.0)
-    assign_advantages([spoiled, better], config)
+    assigned = assign_advantages([spoiled, better], config)
     trained = [before_failing(episode, 2) for episode in (spoiled, better)]
     assert [sum(episode.loss_mask) for episode in trained] == [trained_tokens, 6]
     assert sum(spoiled.loss_mask) == 12, "what was sampled is still told"
-    assert is_spared(spoiled, config) == (spoiled.advantage == 0) == (trained_tokens < 12)
-    assert spoiled.advantage <= 0 < better.advantage and not is_spared(better, config)
+    assert assigned.spared == (spoiled.advantage == 0) == (trained_tokens < 12)
+    assert spoiled.advantage <= 0 < better.advantage
     assert all(before_failing(episode, 0) is episode for episode in (spoiled, better))
 
 
@@ -147,4 +148,4 @@ def test_a_replaced_group_stays_in_the_update_or_is_lost():
     assert not any(episode.trained or episode.images for episode in batch.replaced)
     assert all(episode.images for episode in batch.episodes if episode.group_id == 1), "the update reads them"
     assert len(batch.all) == 12
-    assert assign_advantages(batch.episodes, Config()) == 0
+    assert assign_advantages(batch.episodes, Config()) == (0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmsr import evaluate
 from mmsr.assemble import Setup
-from mmsr.batch import Batch, is_spared
+from mmsr.batch import Batch
 from mmsr.config import Config
 from mmsr.episode import JUDGED_RIGHT, JUDGED_WRONG, Episode
 from mmsr.report import alarms
@@ -33,7 +33,7 @@ def step_metrics(
     episodes, counts = batch.all, batch.counts
     means = evaluate.summary(episodes, setup.ranks)
     n = means.pop("n")  # episodes of all ranks
-    sums = setup.ranks.sum(_sums(batch, setup.config))
+    sums = setup.ranks.sum(_sums(batch))
     errors: Counter = Counter(_group(sums, "error"))
     metrics: dict[str, Any] = {"step": step, **means}
     metrics["format"] = sums["format"] / n
@@ -92,15 +92,15 @@ def _extras(
     return extras
 
 
-def _sums(batch: Batch, config: Config) -> dict[Any, float]:
+def _sums(batch: Batch) -> dict[Any, float]:
     """What the ranks add up. A key that is a pair belongs to a group of counts: (group, name)."""
     episodes = batch.all
     sums: dict[Any, float] = {
         "format": sum(episode.reward_parts["format"] for episode in episodes),
         "tool_calls": sum(episode.searches() for episode in episodes),
         "response_tokens": sum(sum(episode.loss_mask) for episode in episodes),
-        "zero_std_groups": batch.zero_std_groups,
-        "spared": sum(is_spared(episode, config) for episode in batch.episodes),
+        "zero_std_groups": batch.assigned.zero_std_groups,
+        "spared": batch.assigned.spared,
     }
     sums |= Counter(("status", episode.status) for episode in episodes)
     sums |= Counter(("shape", _shape(episode)) for episode in episodes)
