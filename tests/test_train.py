@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import train
 from mmsr import lora, reward
 from mmsr.attention import Packed
+from mmsr.batch import Batch
 from mmsr.chat import PROMPTS, Action, Chat
 from mmsr.config import Config, parse
 from mmsr.disk import TOKENIZER, disk_needed
@@ -311,6 +312,7 @@ def test_pictures_of_replaced_groups_stay_in_memory_or_others_are_encoded_twice(
         assert line["images"]["encoded"] == line["images"]["distinct"] == 4 + line["resampled"]["replaced"]
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_second_draw_loses_a_step_or_changes_the_bits(
     miniature, tmp_path, half_too_easy, monkeypatch, capsys
 ):
@@ -779,8 +781,10 @@ def test_rollout_lines_hold_tokens_and_name_pictures_that_are_there(first):
 
 
 def test_conversations_outgrow_their_slots_and_nobody_is_told():
-    setup = SimpleNamespace(spending=None, judge=None)
-    assert _extras(setup, {"parked": 3.0}, {}) == {"parked": 3.0} and _extras(setup, {"parked": 0}, {}) == {}
+    setup = SimpleNamespace(spending=None, judge=None, config=Config())
+    for parked in (3.0, 0):
+        batch = Batch(counts=Counter(parked=parked))
+        assert _extras(setup, batch, {}, {}) == ({"parked": parked} if parked else {})
 
 
 def test_tokens_can_be_left_out_of_the_rollout_lines(miniature, tmp_path):
