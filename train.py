@@ -151,6 +151,8 @@ def sample_batch(
             if not reward_episodes(episodes, batch, setup, stop, checkpoints):
                 return None
         batch.add(episodes, counts, len(places))
+        if draw == config.resample:
+            break  # the last draw; without --resample the only one
         equal = ranks.all_gather(zero_std_groups(episodes, config))  # of the new groups, a set for each rank
         places = sorted(set.union(*equal))
         batch.zero_std_first = batch.zero_std_first if draw else len(places)

@@ -15,7 +15,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 from claims import across
 from common import table
-from toy_runs import Outcome, Variant, last_words, main, mean, parser
+from toy_runs import Outcome, Variant, fate, main, mean, parser, publish
 
 from mmsr.config import LOSSES
 
@@ -75,8 +75,7 @@ def seconds(run: Sequence[Mapping[str, Any]]) -> float:
 def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int]) -> list[str]:
     """The sampled evaluation after training, then numbers of the training steps; ± standard deviation over seeds."""
     if not runs:
-        words = next(filter(None, [last_words(out / f"{name}-{seed}.log") for seed in seeds]), "")
-        return [VARIANTS[name][0], *[""] * 8, f"died: {words[-100:]}" if words else "not yet run"]
+        return [VARIANTS[name][0], *[""] * 8, fate(name, out, seeds)]
     after = [run["after"]["eval_sampled"] for run in runs.values()]
     cells = [across([mean(evaluation, key) for evaluation in after]) for key in ("reward", "accuracy", "calls")]
     trained = [steps(out / f"{name}-{seed}") for seed in runs]
@@ -120,10 +119,9 @@ def losses() -> None:
     rows = [row(name, outcomes[name], options.out, options.seeds) for name in options.only]
     header = ["", "reward", "accuracy", "searches", "steps to 90 %", "tokens", "clipped", "equal groups", "s a step"]
     text = table([*header, "seeds"], rows)
-    (options.out / "losses.md").write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out, "losses.md")
     if options.figure:
         draw(options.only, options)
-    print(f"\n{text}\n\n{options.out}: losses.md")
 
 
 if __name__ == "__main__":

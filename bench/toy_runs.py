@@ -202,6 +202,18 @@ def last_words(log: Path) -> str:
     return lines[-2].strip() if lines and lines[-1].startswith(DIED) else ""
 
 
+def fate(name: str, out: Path, seeds: Sequence[int]) -> str:
+    """Why no run of a variation has results: what the first that died said, or that none has run yet."""
+    words = next(filter(None, [last_words(out / f"{name}-{seed}.log") for seed in seeds]), "")
+    return f"died: {words[-100:]}" if words else "not yet run"
+
+
+def publish(text: str, out: Path, file: str) -> None:
+    """Write a table to a file in `out`, and print it."""
+    (out / file).write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{out}: {file}")
+
+
 # ---- numbers
 
 

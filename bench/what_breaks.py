@@ -18,7 +18,7 @@ import torch
 from claims import SEARCH_FREE, across
 from claims import VARIANTS as SOUND
 from common import table
-from toy_runs import Outcome, Variant, last_words, main, mean, parser
+from toy_runs import Outcome, Variant, fate, main, mean, parser, publish
 
 from mmsr import pack
 from mmsr.chat import Chat
@@ -107,9 +107,7 @@ BROKEN = {
 def row(name: str, runs: Mapping[int, Outcome], out: Path, seeds: Sequence[int]) -> list[str]:
     """The error, and the sampled evaluation after training: mean ± standard deviation over the finished seeds."""
     if not runs:
-        last_lines = [last_words(out / f"{name}-{seed}.log") for seed in seeds]
-        words = next(filter(None, last_lines), "")
-        return [BROKEN[name][0], *[""] * 5, f"died: {words[-100:]}" if words else "not yet run"]
+        return [BROKEN[name][0], *[""] * 5, fate(name, out, seeds)]
     found = [run["after"]["eval_sampled"] for run in runs.values()]
     cells = []
     for key in ("reward", "accuracy"):
@@ -163,10 +161,9 @@ def breaks() -> None:
     rows = [row(name, outcomes[name], options.out, options.seeds) for name in options.only]
     header = ["what is wrong", "reward", "accuracy", "searched: known", "unknown", "largest gap, last step", ""]
     text = table(header, rows)
-    (options.out / "breaks.md").write_text(text + "\n", encoding="utf-8")
+    publish(text, options.out, "breaks.md")
     if options.figure:
         draw(options.only, options)
-    print(f"\n{text}\n\n{options.out}: breaks.md")
 
 
 if __name__ == "__main__":
