@@ -368,7 +368,7 @@ def _index_options(parser: argparse.ArgumentParser) -> None:
     pictures.add_argument("--titles", metavar="FILE.jsonl", help=titles)
     encoder = (
         "what pictures are compared by: builtin (finds the same photograph again, needs no weights), "
-        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (of a Qwen2.5-VL) (default: builtin)"
+        "hf:NAME (a Hugging Face vision model, by name or folder) or tower:FOLDER (of a Qwen model) (default: builtin)"
     )
     pictures.add_argument("--encoder", default="builtin", metavar="NAME", help=encoder)
     adapter = "LoRA adapter for tower:FOLDER, a folder or a hub id, with layers of the tower (default: none)"

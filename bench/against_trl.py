@@ -40,7 +40,7 @@ from mmsr.engine import Engine
 from mmsr.episode import Episode, Example, Hit, Observation
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save
-from mmsr.pretrained.weights import disk_name
+from mmsr.pretrained.weights import our_name
 from mmsr.rollout import Limits
 from mmsr.system.parallel import SINGLE
 from mmsr.tools import Toolbox, search_tools
@@ -559,7 +559,7 @@ class Pair:
                 )
         loss = trainer.compute_loss(theirs, inputs)
         loss.backward()
-        found = {disk_name(name): p.grad for name, p in theirs.named_parameters()}
+        found = {our_name(name): p.grad for name, p in theirs.named_parameters()}
         return loss.item(), found
 
     def _inputs(self) -> dict[str, object]:

@@ -29,18 +29,26 @@ from mmsr import attention, lora, model, plan
 from mmsr.config import Config
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import Episode, Example
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig, VLModel
 from mmsr.pack import pack, split_into_micro_batches
+from mmsr.pretrained.published import SIZES
+from mmsr.qwen3_vl import Qwen3VisionConfig, Qwen3VLConfig
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import distributed
 from mmsr.update import ImageFeatures, Trainer
-from mmsr.vision import MERGE, PATCH, PATCH_VALUES, Image, VisionConfig
+from mmsr.vision import MERGE, Image, VisionConfig
 
 GIB = 2**30
 MICRO_TOKENS = (16384, 8192, 4096, 2048)  # of a micro-batch: the first whose memory plan fits
 WARM = 140  # decode steps before the clock starts: kernels are loaded and graphs captured by then
-SHAPES = {name.removeprefix("Qwen2.5-VL-"): config for name, config in plan.PUBLISHED.items()}
+SHAPES = {
+    "3B": SIZES["Qwen2.5-VL-3B"],
+    "7B": SIZES["Qwen2.5-VL-7B"],
+    "Q3-2B": SIZES["Qwen3-VL-2B"],
+    "Q3-4B": SIZES["Qwen3-VL-4B"],
+    "Q3-8B": SIZES["Qwen3-VL-8B"],
+}
 KL = 0.001  # β of rows by LoRA
 
 
@@ -70,7 +78,7 @@ class Sizes:
         return cls(2, 2, 40, 4, 6, 20, 2, 4, decode_batch=8, decode_steps=16, matrix=256)
 
 
-def add_adapters(policy: Qwen2_5_VL, rank: int) -> Qwen2_5_VL:
+def add_adapters(policy: VLModel, rank: int) -> VLModel:
     """Give the decoder's linear layers adapters of random numbers, and freeze the weights. Rank 0: leave it alone.
 
     B is as large as after some training. With the zeros that it begins with, adapters would do nothing.
@@ -187,11 +195,11 @@ class Bench:
     def median(self, work: Callable[[], object], runs: int = 3) -> float:
         return statistics.median(common.timed(work, self.device)[0] for _ in range(runs))
 
-    def policy(self, shape: str, rank: int = 0) -> Qwen2_5_VL:
+    def policy(self, shape: str, rank: int = 0) -> VLModel:
         """A model to train: all of its weights, or with a `rank` adapters beside them."""
         return add_adapters(model.random_model(self.shapes[shape], 0, self.dtype, self.device), rank)
 
-    def sampler(self, policy: Qwen2_5_VL) -> Qwen2_5_VL:
+    def sampler(self, policy: VLModel) -> VLModel:
         return lora.for_sampling(policy, policy, self.dtype)
 
     # ---- what the machine can do
@@ -219,14 +227,15 @@ class Bench:
     def memory_plan(self, shape: str, questions: int, micro_tokens: int, recompute: bool, rank: int = 0) -> plan.Plan:
         """Of a run that does what the rows do. What the plan has to assume is put as it is here."""
         s, merged = self.sizes, MERGE**2
-        pixels = (s.picture * PATCH) ** 2
+        patch_side = self.shapes[shape].vision.processor.patch
+        pixels = (s.picture * patch_side) ** 2
         c = Config(
             questions=questions, mini_batch=questions, group_size=s.group, slots=questions * s.group,
             kl=KL if rank else 0.0, lora=rank, max_tokens=s.most, turn_tokens=s.turn, min_pixels=pixels,
             max_pixels=pixels, eval_size=1, micro_tokens=micro_tokens, recompute=recompute,
         )  # fmt: skip
         known = dict(PROMPT_TEXT=s.prompt - s.picture**2 // merged, RESPONSE=2 * s.turn + s.result)
-        known |= dict(THUMBNAILS=s.thumbnails, THUMBNAIL_TOKENS=s.thumbnail**2 // merged)
+        known |= dict(THUMBNAILS=s.thumbnails, THUMBNAIL_PIXELS=(s.thumbnail * patch_side) ** 2)
         with patch.multiple(plan, create=True, **known):
             return plan.plan(self.shapes[shape], c, item=self.dtype.itemsize)
 
@@ -254,9 +263,10 @@ class Bench:
 
     # ---- material
 
-    def image(self, side: int, seed: int) -> Image:
+    def image(self, config: ModelConfig, side: int, seed: int) -> Image:
         generator = torch.Generator().manual_seed(seed)
-        return Image(torch.randn(side * side, PATCH_VALUES, generator=generator), (side, side), f"{side}/{seed}")
+        patches = torch.randn(side * side, config.vision.processor.patch_values, generator=generator)
+        return Image(patches, (side, side), f"{side}/{seed}")
 
     def stretch(self, config: ModelConfig, length: int, images: list[Image], seed: int):
         """Random ids with the images' placeholders among them, and where those are."""
@@ -271,10 +281,11 @@ class Bench:
         return ids, placed
 
     def prompt(self, config: ModelConfig, seed: int):
-        return self.stretch(config, self.sizes.prompt, [self.image(self.sizes.picture, seed)], seed)
+        return self.stretch(config, self.sizes.prompt, [self.image(config, self.sizes.picture, seed)], seed)
 
     def result(self, config: ModelConfig, seed: int):
-        thumbnails = [self.image(self.sizes.thumbnail, 1000 + 10 * seed + i) for i in range(self.sizes.thumbnails)]
+        side, count = self.sizes.thumbnail, self.sizes.thumbnails
+        thumbnails = [self.image(config, side, 1000 + 10 * seed + i) for i in range(count)]
         return self.stretch(config, self.sizes.result, thumbnails, 500 + seed)
 
     def suppressed(self, config: ModelConfig) -> Tensor:
@@ -290,7 +301,7 @@ class Bench:
             made.append(SequenceGroup(ids, images, generated))
         return made
 
-    def engine(self, sampler: Qwen2_5_VL, slots: int, turn: int, most: int, **options: Any) -> Engine:
+    def engine(self, sampler: VLModel, slots: int, turn: int, most: int, **options: Any) -> Engine:
         limits = dict(slots=slots, max_tokens=most, turn_tokens=turn)
         return Engine(sampler, sampler.config.eos_token_id, self.suppressed(sampler.config), **limits, **options)
 
@@ -314,7 +325,7 @@ class Bench:
         remark = f"{1000 * seconds / n:.1f} ms a step, {replayed:.0%} of them replayed"
         return [Figure(prompts * sequences * n / seconds, "tok/s", share=share, remark=remark)]
 
-    def decode_bytes(self, sampler: Qwen2_5_VL, tokens: float) -> float:
+    def decode_bytes(self, sampler: VLModel, tokens: float) -> float:
         """What a decode step has to read: the decoder's weights, and the keys and values of `tokens` tokens."""
         config = sampler.config
         weights = sum(p.numel() for p in sampler.model.layers.parameters()) + sampler.head_weight.numel()
@@ -348,8 +359,8 @@ class Bench:
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                kind = transformers.Qwen2_5_VLForConditionalGeneration
-                return kind(transformers.Qwen2_5_VLConfig(**config.to_dict()))
+                theirs = transformers.AutoConfig.for_model(**config.to_dict())
+                return transformers.AutoModelForImageTextToText.from_config(theirs)
         finally:
             torch.set_default_dtype(default)
 
@@ -393,10 +404,10 @@ class Bench:
             remark += f", {torch.cuda.max_memory_allocated() / GIB:.0f} GiB at most"
         return [Figure(update["trained"] / seconds, "tok/s", share=share, remark=remark)]
 
-    def optimizer(self, policy: Qwen2_5_VL) -> MasterWeights:
+    def optimizer(self, policy: VLModel) -> MasterWeights:
         return MasterWeights(policy, weight_decay=0.0)
 
-    def operations(self, policy: Qwen2_5_VL, batch: list[Episode], tokens: int) -> float:
+    def operations(self, policy: VLModel, batch: list[Episode], tokens: int) -> float:
         """Forward and backward, without what is computed again; the tower's attention is left out."""
         decoder = self.decoder_operations(policy, batch, tokens)
         if not lora.trains_tower(policy):  # nor does it run: features are those of the rollouts
@@ -405,12 +416,12 @@ class Bench:
         patches = sum(image.grid[0] * image.grid[1] for image in images)
         return decoder + patches * products(policy.visual.blocks.parameters())
 
-    def decoder_operations(self, policy: Qwen2_5_VL, batch: list[Episode], tokens: int) -> float:
+    def decoder_operations(self, policy: VLModel, batch: list[Episode], tokens: int) -> float:
         """Those of decoder and head."""
         config, s = policy.config, self.sizes
         suffix = 2 * s.turn + s.result
         pairs = len(batch) * suffix * (s.prompt + suffix / 2) + len(batch) / s.group * s.prompt**2 / 2
-        attended = 6 * 2 * pairs * config.num_hidden_layers * config.hidden_size
+        attended = 6 * 2 * pairs * config.num_hidden_layers * config.num_attention_heads * config.head_dim
         head = len(batch) * 2 * s.turn * products([policy.head_weight])
         return products(policy.model.layers.parameters()) * tokens + attended + head
 
@@ -488,7 +499,7 @@ class Bench:
             Figure(metrics["logp_gap"], "nats", "gap between sampler and trainer", remark=gap),
         ]
 
-    def trainer(self, policy: Qwen2_5_VL, tokens: int) -> Trainer:
+    def trainer(self, policy: VLModel, tokens: int) -> Trainer:
         """Of a run; with adapters its reference is the policy without them, and features are those of the rollouts."""
         optimizer = self.optimizer(policy)
         optimizer.make_state()
@@ -565,14 +576,20 @@ class NoOptimizer:
 
 
 def tiny_shapes() -> dict[str, ModelConfig]:
-    vision = VisionConfig(
-        depth=2, hidden_size=32, num_heads=2, intermediate_size=44, out_hidden_size=64, fullatt_block_indexes=(1,)
-    )
+    tower = dict(depth=2, hidden_size=32, num_heads=2, intermediate_size=44, out_hidden_size=64)
     small = dict(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     ids = dict(bos_token_id=390, eos_token_id=391, image_token_id=392, video_token_id=393)
     ids |= dict(vision_start_token_id=394, vision_end_token_id=395)
-    more = dict(num_key_value_heads=2, mrope_section=(2, 3, 3), vision=vision)
-    return {name: replace(config, **small, **more, **ids) for name, config in SHAPES.items()}
+    more = dict(
+        num_key_value_heads=2, mrope_section=(2, 3, 3), vision=VisionConfig(**tower, fullatt_block_indexes=(1,))
+    )
+    vision = Qwen3VisionConfig(**tower, num_position_embeddings=64, deepstack_visual_indexes=(0,))
+    more3 = dict(num_key_value_heads=2, mrope_section=(4, 2, 2), vision=vision, head_dim=16)
+    made = {}
+    for name, config in SHAPES.items():
+        of_family = more3 if isinstance(config, Qwen3VLConfig) else more
+        made[name] = replace(config, **small, **of_family, **ids)
+    return made
 
 
 def main() -> None:

@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.config import Config, parse  # noqa: E402
 from mmsr.disk import disk_needed, downloads, save_bytes  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, USABLE, advise, decided, host_memory, plan  # noqa: E402
+from mmsr.plan import GIB, USABLE, advise, decided, host_memory, plan  # noqa: E402
+from mmsr.pretrained.published import SIZES  # noqa: E402
 
+MODELS = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
 COUNTS = (1, 4, 8)
 RECIPES = ("blog", "paper", "released")
 LORA = "--lora 64"
@@ -46,14 +48,14 @@ def options(model: str, name: str, devices: int, device: Device, trained: str = 
     config, room = with_options(name, trained), device.gib * GIB
     if least(model, name, devices, device, trained) <= USABLE * room:
         return ""
-    found = advise(PUBLISHED[model], config, room, devices).options
+    found = advise(SIZES[model], config, room, devices).options
     return found if found and found.count("--") <= MOST_OPTIONS else None
 
 
 def least(model: str, name: str, devices: int, device: Device, trained: str = "") -> float:
     """Bytes on each device, with every block recomputed."""
-    config = decided(PUBLISHED[model], with_options(name, trained), device.gib * GIB, devices)
-    return plan(PUBLISHED[model], config, devices).peak
+    config = decided(SIZES[model], with_options(name, trained), device.gib * GIB, devices)
+    return plan(SIZES[model], config, devices).peak
 
 
 @lru_cache
@@ -80,7 +82,7 @@ def table(head: Sequence[object], rows: Sequence[str]) -> str:
 def fits() -> str:
     """Which recipes fit on which devices, by which options."""
     rows = []
-    for model in PUBLISHED:
+    for model in MODELS:
         for trained, typed in TRAINED.items():
             for devices in COUNTS:
                 cells = [fit(model, devices, device, typed) for device in DEVICES]
@@ -111,7 +113,8 @@ def machine() -> str:
     """Host memory, downloads and disk by model and recipe."""
     numbers = ["download, GB", "a save, GB", "disk, GB", "host GiB: 1 device", "4 devices", "8 devices"]
     rows = []
-    for model, sizes in PUBLISHED.items():
+    for model in MODELS:
+        sizes = SIZES[model]
         for trained, typed in TRAINED.items():
             for name in RECIPES:
                 config = with_options(name, typed)
@@ -128,7 +131,7 @@ def hours() -> str:
     places = [(devices, device) for device in DEVICES for devices in COUNTS]
     rows = []
     used = [place for place in places if any_fits(*place)]
-    for model in PUBLISHED:
+    for model in MODELS:
         for trained, typed in TRAINED.items():
             for name in RECIPES:
                 cells = [hours_and_dollars(model, name, typed, *place) for place in used]
@@ -139,7 +142,7 @@ def hours() -> str:
 
 def any_fits(devices: int, device: Device) -> bool:
     """Whether any recipe fits there, for any model, however it is trained."""
-    runs = itertools.product(PUBLISHED, RECIPES, TRAINED.values())
+    runs = itertools.product(MODELS, RECIPES, TRAINED.values())
     return any(options(model, name, devices, device, typed) is not None for model, name, typed in runs)
 
 

@@ -42,7 +42,7 @@ from torch.utils.flop_counter import flop_registry
 from mmsr import attention, engine, lora, model, vision
 from mmsr.engine import GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig, VLModel
 from mmsr.pack import Pack, pack, split_into_micro_batches
 from mmsr.plan import GIB
 from mmsr.system.chunked_log_probs import chunked_log_probs
@@ -504,14 +504,14 @@ def tokens_a_second(
         return tokens / sum(one.seconds(card, card.eager) for one in found)
 
 
-def meta_model(config: ModelConfig, rank: int = 0) -> Qwen2_5_VL:
+def meta_model(config: ModelConfig, rank: int = 0) -> VLModel:
     with META:
-        policy = Qwen2_5_VL(config).to(torch.bfloat16)
+        policy = config.build().to(torch.bfloat16)
     model.rotary(torch.zeros((3, 1), device=META), config)  # which keeps its frequencies from here on
     return add_adapters(policy, rank)
 
 
-def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pass:
+def decode(bench: Bench, policy: VLModel, prompts: int, sequences: int) -> Pass:
     """A decode step of full slots, half-way through the longest responses."""
     policy = lora.for_sampling(policy, policy, bench.dtype)
     s, slots = bench.sizes, prompts * sequences
@@ -529,7 +529,7 @@ def decode(bench: Bench, policy: Qwen2_5_VL, prompts: int, sequences: int) -> Pa
     return Pass(f"decode, {prompts} × {sequences}", count.kernels, needs, captured=True)
 
 
-def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
+def prefill(bench: Bench, policy: VLModel) -> Pass:
     """One pass over new prompts and their pictures. Nothing in it is computed twice, so it needs what it has."""
     policy = lora.for_sampling(policy, policy, bench.dtype)
     s = bench.sizes
@@ -546,7 +546,7 @@ def prefill(bench: Bench, policy: Qwen2_5_VL) -> Pass:
     return done
 
 
-def training(bench: Bench, policy: Qwen2_5_VL) -> list[Pass]:
+def training(bench: Bench, policy: VLModel) -> list[Pass]:
     """A micro-batch's passes with no block, two thirds of the blocks, and every block recomputed.
 
     Then the tower's, or with adapters that of the KL reference, which is the policy without them.
@@ -560,7 +560,7 @@ def training(bench: Bench, policy: Qwen2_5_VL) -> list[Pass]:
     return found if tower else [*found, reference(bench, policy)]
 
 
-def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, list[Pass]]:
+def update(bench: Bench, policy: VLModel, recomputed: int) -> tuple[int, list[Pass]]:
     """Forward and backward pass of a micro-batch: its tokens, then decoder and head, then the tower if it is trained.
 
     `recomputed`: the first so many blocks of the decoder; the tower's where that is all of them.
@@ -577,14 +577,14 @@ def update(bench: Bench, policy: Qwen2_5_VL, recomputed: int) -> tuple[int, list
     return tokens, [Pass(name, kernels, needs_operations=needs, kept=kept), *tower]
 
 
-def micro_batch(bench: Bench, policy: Qwen2_5_VL) -> tuple[list[Episode], Pack]:
+def micro_batch(bench: Bench, policy: VLModel) -> tuple[list[Episode], Pack]:
     s = bench.sizes
     questions = min(s.questions, MICRO_TOKENS // (s.prompt + s.group * (2 * s.turn + s.result)))
     episodes = bench.episodes(policy.config, questions)
     return episodes, pack(episodes, split_into_micro_batches(episodes, MICRO_TOKENS)[0], META)
 
 
-def reference(bench: Bench, policy: Qwen2_5_VL) -> Pass:
+def reference(bench: Bench, policy: VLModel) -> Pass:
     """A forward pass without adapters. Nothing in it is computed twice, so it needs what it has."""
     _, batch = micro_batch(bench, policy)
     features = known_features(policy, batch)
@@ -595,7 +595,7 @@ def reference(bench: Bench, policy: Qwen2_5_VL) -> Pass:
     return done
 
 
-def tower_passes(policy: Qwen2_5_VL, batch: Pack, how: str, recompute: bool) -> tuple[Features, list[Pass]]:
+def tower_passes(policy: VLModel, batch: Pack, how: str, recompute: bool) -> tuple[Features, list[Pass]]:
     """The features of a batch, and the tower's pass, if it is trained: else the features are those of the rollouts."""
     if not lora.trains_tower(policy):
         return known_features(policy, batch), []
@@ -610,7 +610,7 @@ def tower_passes(policy: Qwen2_5_VL, batch: Pack, how: str, recompute: bool) -> 
     return features, [last]
 
 
-def known_features(policy: Qwen2_5_VL, batch: Pack) -> KnownFeatures:
+def known_features(policy: VLModel, batch: Pack) -> KnownFeatures:
     """Those that the rollouts have encoded: nobody counts them again."""
     distinct = {image.key: image for image in batch.images}
     with Count(), torch.no_grad():
@@ -619,7 +619,7 @@ def known_features(policy: Qwen2_5_VL, batch: Pack) -> KnownFeatures:
     return KnownFeatures(known, encoded=0)
 
 
-def tower_pass(policy: Qwen2_5_VL, batch: Pack) -> tuple[Counter[Kernel], int, ImageFeatures]:
+def tower_pass(policy: VLModel, batch: Pack) -> tuple[Counter[Kernel], int, ImageFeatures]:
     """The pictures of a batch through the tower and back."""
     kept = Kept(policy.parameters())
     with Count() as count:
@@ -630,7 +630,7 @@ def tower_pass(policy: Qwen2_5_VL, batch: Pack) -> tuple[Counter[Kernel], int, I
     return count.kernels, kept.bytes, features
 
 
-def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch: Pack, features: Features) -> tuple[Counter[Kernel], int]:
+def decoder_pass(bench: Bench, policy: VLModel, batch: Pack, features: Features) -> tuple[Counter[Kernel], int]:
     """Log-probabilities of a batch's trained tokens, and the gradient of their sum."""
     kept = Kept(policy.parameters())
     with Count() as count:
@@ -641,7 +641,7 @@ def decoder_pass(bench: Bench, policy: Qwen2_5_VL, batch: Pack, features: Featur
     return count.kernels, kept.bytes
 
 
-def log_probs(bench: Bench, policy: Qwen2_5_VL, batch: Pack, features: Features) -> Tensor:
+def log_probs(bench: Bench, policy: VLModel, batch: Pack, features: Features) -> Tensor:
     """As `Trainer.log_probs` has them (R,)."""
     suppressed = bench.suppressed(policy.config)
 
@@ -725,7 +725,9 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, help="one shape only")
+    parser.add_argument(
+        "--shape", "--shapes", nargs="+", choices=SHAPES, default=("3B", "7B"), help="these shapes (3B 7B)"
+    )
     parser.add_argument("--card", choices=CARDS, help="one card only")
     parser.add_argument("--pass", dest="kind", choices=KINDS, help="one kind of pass only")
     parser.add_argument("--lora", type=int, default=LORA, metavar="R", help=f"rank of the adapters ({LORA}); 0: none")
@@ -733,7 +735,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--unstacked", action="store_true", help="decode as by `LoRALinear.forward`, layer by layer")
     parser.add_argument("--ops", action="store_true", help=f"the {OPS} kernels that take most of each pass")
     options = parser.parse_args(argv)
-    shapes = {name: config for name, config in SHAPES.items() if options.shape in (None, name)}
+    shapes = {name: SHAPES[name] for name in options.shape}
     cards = {name: card for name, card in CARDS.items() if options.card in (None, name)}
     wanted = [kind for kind in KINDS if options.kind in (None, kind)]
     with ExitStack() as patches:

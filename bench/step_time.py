@@ -24,7 +24,8 @@ from gpu_day import LORA
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mmsr.config import RECIPES, Config  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, USABLE, kept_as_fits, plan  # noqa: E402
+from mmsr.plan import GIB, USABLE, kept_as_fits, plan  # noqa: E402
+from mmsr.pretrained.published import SIZES  # noqa: E402
 from mmsr.shapes import sizes, trained  # noqa: E402
 
 NODE = 8  # devices of a machine
@@ -68,6 +69,7 @@ class Shares(NamedTuple):
         return 1 / (kept / self.kept + (1 - kept) / self.recomputed)
 
 
+MODELS = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
 SHARES = {
     ("RTX 4090", "Qwen2.5-VL-3B"): Shares(0.78, 0.89, 0.87, 0.71),
     ("L40S", "Qwen2.5-VL-3B"): Shares(0.78, 0.76, 0.74, 0.60),
@@ -119,9 +121,9 @@ def step(name: str, config: Config, devices: int, device: Device = H100) -> Step
 
     With --lora it trains adapters, and each device holds all weights, unless --shard says otherwise.
     """
-    lora = trained(PUBLISHED[name], config).numbers()
+    lora = trained(SIZES[name], config).numbers()
     whole = lora and config.shard in ("auto", "none")  # on every device
-    model, shares = PUBLISHED[name], (LORA_SHARES if lora else SHARES)[device.name, name]
+    model, shares = SIZES[name], (LORA_SHARES if lora else SHARES)[device.name, name]
     weights = sizes(model).count()
     products = weights - sizes(model).count(inside="visual.") - model.vocab_size * model.hidden_size  # no embedding
     token = 4 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim  # bytes of cache
@@ -181,7 +183,7 @@ def lora_table(name: str = "Qwen2.5-VL-7B") -> str:
     lines = [f"| {' | '.join(['devices', *parts, 'times as fast'])} |", "|---" * 12 + "|"]
     for devices in (1, 8, 16, 32, 64):
         it, other = step(name, by_lora, devices), step(name, full, devices)
-        fits = plan(PUBLISHED[name], full, devices).peak <= USABLE * H100.gib * GIB
+        fits = plan(SIZES[name], full, devices).peak <= USABLE * H100.gib * GIB
         cells = [str(devices)]
         for part in ("seconds", "train", "prefill", "decode", "traffic"):
             cells += [short(getattr(it, part)), short(getattr(other, part)) if fits else "–"]

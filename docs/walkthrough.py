@@ -31,7 +31,7 @@ from mmsr import attention, grpo
 from mmsr.chat import IMAGE_PAD, PROMPTS, Chat
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example
-from mmsr.model import Qwen2_5_VL, log_probs, mrope_positions
+from mmsr.model import VLModel, log_probs, mrope_positions
 from mmsr.pack import Pack, pack, unique_tokens
 from mmsr.pretrained.load import load
 from mmsr.reward import RewardRule, score
@@ -420,7 +420,7 @@ def clip_sentence(ratio: float, advantage: float, clipped: int) -> str:
 
 
 @torch.no_grad()
-def recomputed(parts: Parts, model: Qwen2_5_VL, batch: Pack) -> Tensor:
+def recomputed(parts: Parts, model: VLModel, batch: Pack) -> Tensor:
     """log π of the trained tokens (R,), by one forward pass over the pack."""
     features = model.encode_images(batch.images)  # (M, d)
 

@@ -44,7 +44,7 @@ from mmsr.toy.world import (
     render,
 )
 from mmsr.update import MasterWeights, Trainer
-from mmsr.vision import Image, patchify
+from mmsr.vision import Image, to_image
 from train import train
 
 LEFT_RIGHT = {"left": "0 0 500 1000", "right": "500 0 1000 1000"}
@@ -136,7 +136,7 @@ class PairTraces(HalfTraces):
         guess = self._novel(emblems[0])
         self.made += 1
         picture = np.concatenate(list(render(emblems, self.rng)), axis=1)  # (SIZE, 2 SIZE, 3)
-        image = Image(patchify(picture), (SIZE // 14, 2 * SIZE // 14), f"pair {self.made}")
+        image = to_image(picture, f"pair {self.made}")
         side = str(self.rng.choice(list(LEFT_RIGHT)))
         episode = self.asked(group_id, question(side), image)
         action = str(self.rng.choice(["left", "right", IMAGE_SEARCH, "guess"]))

@@ -105,7 +105,7 @@ class Setup(Generic[AnyOptions]):
         for key in self.features.keys() - kept:
             del self.features[key]
 
-    def new_rollout(self, model: modeling.Qwen2_5_VL, temperature: float, direct: bool = False) -> Rollout:
+    def new_rollout(self, model: modeling.VLModel, temperature: float, direct: bool = False) -> Rollout:
         """A fresh rollout of `model`, whose weights are whole."""
         config = self.config
         engine = Engine(
@@ -120,7 +120,7 @@ class Setup(Generic[AnyOptions]):
             prefill_tokens=config.micro_tokens,
             features=self.features,
         )
-        return Rollout(engine, self.chat, self.toolbox, rollout_limits(config), direct)
+        return Rollout(engine, self.chat, self.toolbox, rollout_limits(config, model.config.vision.processor), direct)
 
     def roll_out(
         self,
@@ -171,8 +171,9 @@ class Setup(Generic[AnyOptions]):
         if ranks.size == 1:
             return list(range(len(examples)))
         loads = []
+        processor = self.model.config.vision.processor
         for example in examples:
-            tokens = image_tokens(example.image, config.min_pixels, config.max_pixels)
+            tokens = image_tokens(example.image, config.min_pixels, config.max_pixels, processor)
             loads.append(tokens + len(example.question) / 4)
         mine = []
         for begin in range(0, len(examples), stretch):
@@ -201,7 +202,7 @@ def open_imitation(setup: Setup) -> None:
             )
         if config.teacher:
             kept = Path(config.out) / "teacher.jsonl"
-            limits = rollout_limits(config)
+            limits = rollout_limits(config, setup.model.config.vision.processor)
             setup.teacher = open_teacher(config.teacher, config.teacher_model, kept, setup.chat, setup.toolbox, limits)
             setup.scripts = setup.teacher
 

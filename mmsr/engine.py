@@ -72,7 +72,7 @@ from torch import Tensor
 
 from mmsr import attention
 from mmsr.attention import AttentionFn, Cached, Packed, Segments, packed_attention
-from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions
+from mmsr.model import ModelConfig, VLModel, logits, mrope_positions
 from mmsr.system.fuse import fused
 from mmsr.system.graphs import Graphs
 from mmsr.vision import Image
@@ -334,7 +334,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Qwen2_5_VL,
+        model: VLModel,
         stop_id: int,
         suppressed: Tensor,  # (V,) bool: ids that may not be sampled
         *,

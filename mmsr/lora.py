@@ -43,12 +43,12 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 ADAPTER_NAMES = ("lora_A", "lora_B")  # of the parameters that a layer gets
 # Parts of the model by the names that --freeze and --lora-targets have for them: how their weights' names begin.
 PARTS = {
-    "vision": "visual",
-    "merger": "visual.merger",
-    "decoder": "model.layers",
-    "embedding": "model.embed_tokens",
-    "head": "lm_head",
-    "norm": "model.norm",
+    "vision": ("visual",),
+    "merger": ("visual.merger", "visual.deepstack_merger_list"),
+    "decoder": ("model.layers",),
+    "embedding": ("model.embed_tokens",),
+    "head": ("lm_head",),
+    "norm": ("model.norm",),
 }
 # Layers with the same input, in the order in which the model asks for them; and whether sampling copies their weights
 # to one matrix. Those of an MLP would be most of the model.
@@ -146,7 +146,7 @@ def _possible(layers: Iterable[str]) -> str:
     """What --lora-targets may name."""
     names = {}
     for part in ("decoder", "vision"):
-        last = {layer.rpartition(".")[2] for layer in layers if _begins(layer, PARTS[part])}
+        last = {layer.rpartition(".")[2] for layer in layers if _begins(layer, part)}
         names[part] = sorted(name for name in last if not name.isdigit())
     of_tower = [f"vision.{name}" for name in names["vision"]]
     listed = ["decoder", *names["decoder"], "vision", "merger", *of_tower]
@@ -154,10 +154,10 @@ def _possible(layers: Iterable[str]) -> str:
 
 
 def _is_target(layer: str, target: str) -> bool:
-    if _begins(layer, PARTS.get(target, target)):
+    if _begins(layer, target):
         return True
     part, _, last = target.rpartition(".")
-    return _begins(layer, PARTS.get(part or "decoder", part)) and layer.endswith(f".{last}")
+    return _begins(layer, part or "decoder") and layer.endswith(f".{last}")
 
 
 def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
@@ -168,7 +168,7 @@ def frozen(weights: Iterable[str], parts: Sequence[str]) -> set[str]:
     weights = list(weights)
     found: set[str] = set()
     for part in parts:
-        chosen = {weight for weight in weights if _begins(weight, PARTS.get(part, part))}
+        chosen = {weight for weight in weights if _begins(weight, part)}
         if part == "head" and not chosen:
             raise UserError("--freeze head: the head of this model is its embedding; give embedding")
         if not chosen:
@@ -197,8 +197,8 @@ def layers_to_adapt(
 
 
 def _begins(name: str, part: str) -> bool:
-    """Whether a dotted name is `part` or inside of it."""
-    return f"{name}.".startswith(f"{part}.")
+    """Whether a dotted name is inside of a part: one of PARTS, or the beginning of names."""
+    return any(f"{name}.".startswith(f"{beginning}.") for beginning in PARTS.get(part, (part,)))
 
 
 def trains_tower(model: Any) -> bool:

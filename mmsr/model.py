@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the decoder, M-RoPE positions, logits and log-probabilities.
+"""Qwen2.5-VL: the decoder, M-RoPE positions, logits and log-probabilities. Qwen3-VL, in qwen3_vl.py, shares most of it.
 
 A decoder block is the usual one: RMSNorm, attention with grouped key/value heads and rotary positions, RMSNorm, SwiGLU
 (arXiv 2502.13923, section 2.1). Only the positions are unusual: each token has three, time, row and column.
@@ -14,7 +14,7 @@ d hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, ClassVar, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from mmsr.vision import (
     FRAMES,
     MERGE,
     MLP,
-    PATCH,
     Image,
     VisionConfig,
     VisionTower,
@@ -43,6 +42,10 @@ SUPPRESSED_LOGIT = -1e9  # its probability is exactly 0; with -inf, entropy and 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and token ids, by the names of config.json. Defaults, for keys that a file lacks, are transformers' own."""
+
+    model_type: ClassVar[str] = "qwen2_5_vl"
+    head_norms: ClassVar[bool] = False  # whether queries and keys pass a norm
+    nested_names: ClassVar[bool] = False  # whether weights are stored as `model.language_model.*`, `model.visual.*`
 
     # the decoder
     vocab_size: int = 152064
@@ -76,15 +79,23 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    def build(self) -> VLModel:
+        """The model of these sizes. Its weights are still to be set: `random_model` or pretrained/load.py."""
+        return Qwen2_5_VL(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The values of config.json in the hub's flat form, which every inference program reads."""
         values = asdict(self)
         values["rope_scaling"] = {"type": "mrope", "mrope_section": values.pop("mrope_section")}
         vision = values.pop("vision")
-        vision |= {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES}
+        vision |= {
+            "patch_size": self.vision.processor.patch,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": FRAMES,
+        }
         return {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "model_type": "qwen2_5_vl",
+            "model_type": self.model_type,
             "hidden_act": "silu",
             **values,
             "vision_config": vision,
@@ -193,9 +204,9 @@ class SelfAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attention: nn.Module):
         super().__init__()
-        self.self_attn = SelfAttention(config)
+        self.self_attn = attention
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -215,31 +226,34 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Holds the weights under the checkpoints' names `model.*`. Qwen2_5_VL.forward runs them."""
+    """Holds the weights under the checkpoints' names `model.*`. The model's `forward` runs them."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, attention: type[nn.Module]):
+        """`attention`: the class of a block's attention."""
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        layers = [DecoderLayer(config, attention(config)) for _ in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class Qwen2_5_VL(nn.Module):
-    """The whole model.
+class VLModel(nn.Module):
+    """What the rest of the program knows of a model, whatever its family: these attributes, and `forward`.
 
     With `checkpoint_blocks` the backward pass recomputes decoder blocks instead of keeping their activations, all but
     the last `kept_blocks`. Each of those costs memory and saves a block's forward pass. They are the last because the
     backward pass uses them first, and so frees their memory first. The vision tower, `visual`, has a switch of its own.
     """
 
-    def __init__(self, config: ModelConfig):
+    visual: Any  # the vision tower; `visual(images)` gives their features
+
+    def __init__(self, config: ModelConfig, visual: nn.Module, decoder: Decoder):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
         self.kept_blocks = 0
-        self.visual = VisionTower(config.vision)
-        self.model = Decoder(config)
+        self.visual = visual
+        self.model = decoder
         if config.tie_word_embeddings:
             self.lm_head = None
         else:
@@ -253,8 +267,22 @@ class Qwen2_5_VL(nn.Module):
         return self.lm_head.weight
 
     def encode_images(self, images: Sequence[Image]) -> Tensor:
-        """Features (M, d) of pictures, one picture after another."""
+        """Features (M, f) of pictures, one picture after another: f numbers a merged token, `vision.feature_size`."""
         return self.visual(images)
+
+    def recomputed_blocks(self) -> int:
+        """How many blocks, the first ones, the backward pass computes again."""
+        return self.config.num_hidden_layers - self.kept_blocks if self.checkpoint_blocks else 0
+
+    def finish(self, hidden: Tensor, head_fn: Callable[[Tensor, Tensor], Any] | None) -> Any:
+        """The final norm of hidden states (N, d), and what `head_fn` makes of them."""
+        hidden = self.model.norm(hidden)
+        return hidden if head_fn is None else head_fn(hidden, self.head_weight)
+
+
+class Qwen2_5_VL(VLModel):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, VisionTower(config.vision), Decoder(config, SelfAttention))
 
     def forward(
         self,
@@ -278,15 +306,10 @@ class Qwen2_5_VL(nn.Module):
         cos, sin = rotary(position_ids, self.config)  # (N, 1, D/2)
         cos = cos.to(hidden.dtype)
         sin = sin.to(hidden.dtype)
-        recomputed = 0  # the first blocks, in the backward pass
-        if self.checkpoint_blocks:
-            recomputed = self.config.num_hidden_layers - self.kept_blocks
+        recomputed = self.recomputed_blocks()
         for i, layer in enumerate(self.model.layers):
             hidden = run_block(layer, i < recomputed, hidden, cos, sin, attention_fn, i)
-        hidden = self.model.norm(hidden)
-        if head_fn is None:
-            return hidden
-        return head_fn(hidden, self.head_weight)
+        return self.finish(hidden, head_fn)
 
 
 # ---- logits and log-probabilities: engine, trainer and reference get them here and nowhere else
@@ -351,10 +374,10 @@ def random_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Qwen2_5_VL:
+) -> VLModel:
     """A model with random weights: matrices normal with standard deviation 0.02, norms 1, biases 0."""
     with torch.device("meta"):
-        model = Qwen2_5_VL(config).to(dtype)
+        model = config.build().to(dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():

@@ -27,7 +27,8 @@ from mmsr.disk import disk_needed, downloads, save_bytes
 from mmsr.engine import prefix_rows, slot_layout
 from mmsr.model import ModelConfig
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.hub import SHORT_NAMES, fetched, repository
+from mmsr.pretrained.hub import fetched, repository
+from mmsr.pretrained.published import SHORT_NAMES, SIZES
 from mmsr.pretrained.save import SHARD_BYTES
 from mmsr.shapes import Trained, sizes, trained
 from mmsr.system.checkpoint import FILE_BYTES
@@ -35,15 +36,15 @@ from mmsr.system.chunked_log_probs import CHUNK_BYTES
 from mmsr.system.errors import UserError
 from mmsr.system.optimizer import PIECE
 from mmsr.system.options import Parser, kebab
-from mmsr.vision import MERGE, PATCH_VALUES, SIDE, VisionConfig
+from mmsr.vision import MERGE
 
 GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest goes to its context, to NCCL's buffers and to gaps
 FILLED = 0.85  # of a device's memory: up to there blocks keep what they computed
 PROMPT_TEXT = 512  # tokens of a prompt beside its picture, at most
 RESPONSE = 512  # tokens of a rollout behind its prompt; says only how often keys are repeated in a pack
-THUMBNAILS = 5  # pictures that an image search brings back, 224 x 224
-THUMBNAIL_TOKENS = 64
+THUMBNAILS = 5  # pictures that an image search brings back
+THUMBNAIL_PIXELS = 224 * 224
 LOOKS = 4  # of a rollout with the tool `zoom`, at most
 SCORE_BYTES = 24  # per slot and word while sampling: fp32 scores and log-probabilities, two fp64 sums
 LOGIT_BYTES = 20  # per logit in the head's backward pass: fp32 logits and their gradients
@@ -61,20 +62,6 @@ SHARDED = {
     "all": "all devices share one copy of the weights",
 }
 RANK = 64  # of the adapters that are advised where all weights do not fit
-
-_small = VisionConfig(out_hidden_size=2048)
-PUBLISHED = {
-    "Qwen2.5-VL-3B": ModelConfig(151936, 2048, 11008, 36, 16, 2, 1e-6, tie_word_embeddings=True, vision=_small),
-    "Qwen2.5-VL-7B": ModelConfig(152064, 3584, 18944, 28, 28, 4, 1e-6),
-}
-LARGER = {
-    "Qwen2.5-VL-32B": ModelConfig(
-        152064, 5120, 27648, 64, 40, 8, 1e-6, vision=VisionConfig(intermediate_size=3456, out_hidden_size=5120)
-    ),
-    "Qwen2.5-VL-72B": ModelConfig(
-        152064, 8192, 29568, 80, 64, 8, 1e-6, vision=VisionConfig(intermediate_size=3456, out_hidden_size=8192)
-    ),
-}
 
 
 class Moments(NamedTuple):
@@ -224,7 +211,7 @@ def _of_activations(
     tests = math.ceil(config.eval_size / ranks)  # questions of an evaluation
     cache = max(kept.cache(groups, config.group_size), kept.cache(tests, 1))
 
-    features = item * model.hidden_size  # bytes of a merged token: (d,)
+    features = item * model.vision.feature_size  # bytes of a merged token
     features_of_rollouts = features * kept.pictures(max(groups, tests))
     if kept.trained.tower:
         pictures = kept.pictures(update)
@@ -266,13 +253,17 @@ class Activations:
     @property
     def longest(self) -> int:
         """Tokens of a prompt at most."""
-        return min(self.config.max_pixels // SIDE**2 + PROMPT_TEXT, self.config.max_tokens)
+        return min(self._merged(self.config.max_pixels) + PROMPT_TEXT, self.config.max_tokens)
+
+    def _merged(self, pixels: int) -> int:
+        """Merged tokens of a picture of so many pixels."""
+        return pixels // self.model.vision.processor.side**2
 
     def cache(self, groups: int, group_size: int) -> int:
         """Prefix rows and suffix slots of `groups` as `Engine._allocate` sizes them."""
         slots = min(self.config.slots, groups * group_size)
         rows = prefix_rows(groups, slots, group_size)
-        longest = self.config.max_tokens - self.config.min_pixels // SIDE**2 + 1  # behind the shortest prompt
+        longest = self.config.max_tokens - self._merged(self.config.min_pixels) + 1  # behind the shortest prompt
         room, long_slots = slot_layout(slots, self.config.slot_tokens, longest)
         tokens = rows * self.longest + max(slots * room, long_slots * longest)
         model = self.model
@@ -282,11 +273,11 @@ class Activations:
         """Merged tokens of all distinct pictures of `questions`, with what image searches and closer looks bring."""
         thumbnails = 0
         if self.config.max_images and self.config.back_ends["image"] != "none":
-            thumbnails = THUMBNAILS * THUMBNAIL_TOKENS
+            thumbnails = THUMBNAILS * self._merged(THUMBNAIL_PIXELS)
         looks = 0  # no two rollouts look at the same part
         if "zoom" in self.config.tool_names:
             looks = self.config.group_size * min(LOOKS, self.config.max_turns - 1)
-        return questions * ((1 + looks) * (self.config.max_pixels // SIDE**2) + thumbnails)
+        return questions * ((1 + looks) * self._merged(self.config.max_pixels) + thumbnails)
 
     # The decoder.
 
@@ -303,6 +294,8 @@ class Activations:
         response = min(RESPONSE, self.config.max_tokens - prompt + 1)
         repeated = 1 + members * prompt / (prompt + members * response)  # keys of attention for a key of the pack
         heads = 3 * model.num_attention_heads + (2 + 2 * repeated) * model.num_key_value_heads
+        if model.head_norms:
+            heads += model.num_attention_heads + model.num_key_value_heads
         widths = 4 * model.hidden_size + model.head_dim * heads + 3 * model.intermediate_size
         return int(tokens * self.item * widths) + self._kept_by_adapters("model.layers.0.", tokens)
 
@@ -334,17 +327,17 @@ class Activations:
         if not merged:
             return 0
         vision = self.model.vision
-        gradients = 3 * vision.intermediate_size + 2 * vision.hidden_size  # a patch
+        gradients = vision.mlp_rows * vision.intermediate_size + 2 * vision.hidden_size  # a patch
         return self._kept_by_vision_block(merged) + merged * MERGE**2 * self.item * gradients
 
     def _kept_by_vision_block(self, merged: int) -> int:
         vision = self.model.vision
         patches = merged * MERGE**2
-        widths = 9 * vision.hidden_size + 3 * vision.intermediate_size  # a patch
+        widths = 9 * vision.hidden_size + vision.mlp_rows * vision.intermediate_size  # a patch
         return patches * self.item * widths + self._kept_by_adapters("visual.blocks.0.", patches)
 
     def tower(self, merged: int) -> int:
-        """All blocks, the patches, and the merger. Nothing without pictures: the tower is not trained."""
+        """All blocks, the patches, and the mergers. Nothing without pictures: the tower is not trained."""
         if not merged:
             return 0
         vision = self.model.vision
@@ -353,7 +346,8 @@ class Activations:
             block = patches * self.item * vision.hidden_size  # its input
         else:
             block = self._kept_by_vision_block(merged)
-        ends = patches * self.item * (PATCH_VALUES + 5 * vision.hidden_size)
+        mergers = vision.feature_size // vision.out_hidden_size
+        ends = patches * self.item * (vision.processor.patch_values + (1 + 4 * mergers) * vision.hidden_size)
         return vision.depth * block + ends
 
     # Generation.
@@ -365,8 +359,8 @@ class Activations:
         if self.config.slot_tokens:  # a conversation that outgrew its slot is prefilled again, all of it at once
             tokens = max(tokens, self.config.max_tokens)
         decoder = 4 * model.hidden_size + 3 * model.intermediate_size  # a token
-        tower = MERGE**2 * (5 * vision.hidden_size + 3 * vision.intermediate_size)  # a merged token
-        patches = tokens * MERGE**2 * PATCH_VALUES * 4  # fp32
+        tower = MERGE**2 * (5 * vision.hidden_size + vision.mlp_rows * vision.intermediate_size)  # a merged token
+        patches = tokens * MERGE**2 * vision.processor.patch_values * 4  # fp32
         return tokens * self.item * max(decoder, tower) + patches
 
     def sampling(self) -> int:
@@ -550,7 +544,7 @@ def known_sizes(name: str) -> ModelConfig | None:
         return read_config(Path(name))
     for short, full in SHORT_NAMES.items():
         if name in (short, full):
-            return (PUBLISHED | LARGER)[short]
+            return SIZES[short]
     return None
 
 
@@ -584,7 +578,7 @@ def host_memory(model: ModelConfig, config: Config, ranks: int = 1, node: int = 
         at_the_end = whole if ranks > 1 else min(whole, SHARD_BYTES)
     return {
         "programs": processes * PROCESS,
-        "pictures": kept.pictures(questions) * MERGE**2 * PATCH_VALUES * 4,  # of a step, fp32 patches
+        "pictures": kept.pictures(questions) * MERGE**2 * model.vision.processor.patch_values * 4,  # fp32 patches
         "recorded searches": processes * recorded,
         "a save": max(save, at_the_end),
     }

@@ -36,7 +36,7 @@ from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TOOL_ERROR, TURNS, Episode, Example, Observation, Turn
 from mmsr.system.errors import UserError
 from mmsr.tools import Call, Toolbox
-from mmsr.vision import Image, load_image
+from mmsr.vision import QWEN2_5_VL, Image, Processor, load_image
 
 OVER_LIMIT = Observation(ok=False, error="over its limit", source="limit")
 TIMED_OUT = Observation(ok=False, error="timeout: no answer in time", source="deadline")
@@ -64,6 +64,7 @@ class Limits:
     max_turns: int  # model turns; the last one cannot search, so there is at most one search less
     min_pixels: int
     max_pixels: int
+    processor: Processor = QWEN2_5_VL  # of the model's pictures
     thumbnail_pixels: int = 224 * 224
     tool_seconds: float = 600.0  # a call that takes longer is given up, where tools run in threads
     stop_on_tool_error: bool = False  # end the episode (status tool-error) instead of telling the model
@@ -95,6 +96,7 @@ class Thumbnails:
         self.min_pixels = limits.min_pixels
         self.max_pixels = limits.max_pixels  # of a tool whose pictures are shown at full size
         self.thumbnail_pixels = limits.thumbnail_pixels
+        self.processor = limits.processor
         self.opened: dict[tuple[bytes, bool], Future[Image | None]] = {}
 
     def prepare(self, observation: Observation, full_size: bool) -> None:
@@ -115,7 +117,8 @@ class Thumbnails:
     def _load(self, data: bytes, max_pixels: int) -> Image | None:
         try:
             smallest = min(self.min_pixels, max_pixels)
-            return load_image(data, smallest, max_pixels, True)  # upright, unlike the question's picture
+            # Upright, unlike the question's picture.
+            return load_image(data, smallest, max_pixels, upright=True, processor=self.processor)
         except ValueError:
             return None
 
@@ -210,8 +213,9 @@ class Rollout:
     # ---- setting up
 
     def _load_picture(self, example: Example) -> Image:
+        limits = self.limits
         try:
-            return load_image(example.image, self.limits.min_pixels, self.limits.max_pixels)
+            return load_image(example.image, limits.min_pixels, limits.max_pixels, processor=limits.processor)
         except ValueError as error:
             raise UserError(f"example {example.id}: {error}; mend or remove this row") from None
 

@@ -14,7 +14,7 @@ import torch
 
 from mmsr import lora
 from mmsr.config import Config
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig
 from mmsr.pretrained.adapter import check_layers
 from mmsr.pretrained.hub import resolve_adapter
 
@@ -41,7 +41,7 @@ class Sizes:
 @lru_cache
 def sizes(model: ModelConfig) -> Sizes:
     with torch.device("meta"):
-        skeleton = Qwen2_5_VL(model)
+        skeleton = model.build()
     shapes = tuple((name, tuple(weight.shape)) for name, weight in skeleton.named_parameters())
     return Sizes(shapes, tuple(lora.linear_layers(skeleton)))
 
@@ -107,7 +107,7 @@ def trained(model: ModelConfig, config: Config) -> Trained:
 def adapter_ranks(model: ModelConfig, folder: str) -> dict[str, int]:
     """The rank of each layer's adapter in --adapter. Raises UserError for one that does not fit the model."""
     with torch.device("meta"):
-        layers = lora.linear_layers(Qwen2_5_VL(model))
+        layers = lora.linear_layers(model.build())
     _, pairs = check_layers(resolve_adapter(folder), layers)
     return {name: pair.a.shape[0] for name, pair in pairs.items()}
 

@@ -19,8 +19,8 @@ which some rank runs out of memory is repeated by all ranks with smaller micro-b
 
 The plain form is `add_gradient` in examples/plain_grpo.py: one backward pass per rollout, and each encodes its images.
 
-Shape letters: E this rank's episodes of an update, R trained tokens of a micro-batch, M image tokens, d hidden size,
-V vocabulary.
+Shape letters: E this rank's episodes of an update, R trained tokens of a micro-batch, M image tokens, f numbers of each
+token's features (the hidden size d, with DeepStack a multiple of it), V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from torch import Tensor, nn
 from mmsr import grpo
 from mmsr.episode import Episode, Example
 from mmsr.lora import as_reference, trains_tower
-from mmsr.model import Qwen2_5_VL, logits
+from mmsr.model import VLModel, logits
 from mmsr.pack import Pack, pack, split_into_micro_batches, unique_tokens
 from mmsr.system.chunked_log_probs import chunked_log_probs
 from mmsr.system.errors import UserError
 from mmsr.system.lockstep import Lockstep, RankOutOfMemory
 from mmsr.system.optimizer import MasterWeights
 from mmsr.system.parallel import SINGLE, Ranks, average_gradients
-from mmsr.vision import MERGE, PATCH_VALUES, Image
+from mmsr.vision import Image, empty_picture
 
 # ---- what an update is made of
 
@@ -108,11 +108,8 @@ def _dummy_episode(token: int) -> Episode:
 # ---- features of images
 
 
-EMPTY_PICTURE = Image(torch.zeros(MERGE**2, PATCH_VALUES), (MERGE, MERGE), "no picture")
-
-
 class ImageFeatures:
-    """Features (M, d) of the distinct images of some packs, each image encoded once.
+    """Features (M, f) of the distinct images of some packs, each image encoded once.
 
     Several micro-batches read the features of one image, but the tower's forward and backward pass should each run
     once. So the chain rule is cut in two at the features:
@@ -122,7 +119,7 @@ class ImageFeatures:
     3. `backward`, after the last micro-batch, sends that sum through the tower.
     """
 
-    def __init__(self, model: Qwen2_5_VL, images: Sequence[Image], train: bool, always_run: bool = False):
+    def __init__(self, model: VLModel, images: Sequence[Image], train: bool, always_run: bool = False):
         """`always_run`: where there is no image, run the tower on an empty one, as other ranks run it on theirs."""
         distinct = {image.key: image for image in images}
         self.encoded = len(distinct)
@@ -133,20 +130,21 @@ class ImageFeatures:
             rows += image.tokens
 
         if always_run and not distinct:
-            distinct = {EMPTY_PICTURE.key: EMPTY_PICTURE}
+            nothing = empty_picture(model.config.vision.processor)
+            distinct = {nothing.key: nothing}
         train = train and trains_tower(model)
         self.output: Tensor | None = None
         self.leaf: Tensor | None = None
         if distinct:
             with torch.set_grad_enabled(train):
-                self.output = model.encode_images(list(distinct.values()))  # (M, d)
-            self.leaf = self.output.detach().requires_grad_(train)  # (M, d)
+                self.output = model.encode_images(list(distinct.values()))  # (M, f)
+            self.leaf = self.output.detach().requires_grad_(train)  # (M, f)
             self.leaf.grad_dtype = torch.float32  # the dtype in which micro-batches add up
 
     def of(self, packed: Pack) -> Tensor | None:
-        """The features (n, d) of a pack's n image tokens, in the order of `packed.image_index`.
+        """The features (n, f) of a pack's n image tokens, in the order of `packed.image_index`.
 
-        A pack of text gets (0, d) where there are features at all: so it is part of their graph, and every backward
+        A pack of text gets (0, f) where there are features at all: so it is part of their graph, and every backward
         pass is the same row of collectives, whatever is frozen.
         """
         if self.leaf is None:
@@ -163,7 +161,7 @@ class ImageFeatures:
         """Send the summed gradients of all micro-batches through the vision tower."""
         if self.output is None or not self.output.requires_grad:
             return
-        gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad  # (M, d)
+        gradient = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad  # (M, f)
         self.output.backward(gradient.to(self.output.dtype))
 
 
@@ -171,7 +169,7 @@ class KnownFeatures:
     """`ImageFeatures` of a tower that is not trained: what the rollouts have encoded serves the whole step."""
 
     def __init__(self, known: dict[str, Tensor], encoded: int):
-        """`known`: features (tokens of the image, d) by the images' keys. `encoded` of them were not encoded before."""
+        """`known`: features (tokens of the image, f) by the images' keys. `encoded` of them were not encoded before."""
         self.known = known
         self.encoded = encoded
 
@@ -244,11 +242,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: Qwen2_5_VL,
+        model: VLModel,
         optimizer: MasterWeights,
         suppressed: Tensor,  # (V,) bool, as in sampling
         *,
-        reference: Qwen2_5_VL | None = None,
+        reference: VLModel | None = None,
         features: dict[str, Tensor] | None = None,
         temperature: float = 1.0,
         micro_tokens: int = 16384,
@@ -419,7 +417,7 @@ class Trainer:
         stats.add(tokens=len(gap), trained=len(packed.input_ids))
         stats.gap_max = max(stats.gap_max, float(gap.max()))
 
-    def log_probs(self, model: Qwen2_5_VL, packed: Pack, features: Features) -> tuple[Tensor, Tensor]:
+    def log_probs(self, model: VLModel, packed: Pack, features: Features) -> tuple[Tensor, Tensor]:
         """Log-probabilities (R,) of the trained tokens, and the entropies (R,) of what they were drawn from."""
 
         def head_fn(hidden: Tensor, head: Tensor):  # (N, d), (V, d)
@@ -500,9 +498,9 @@ class Trainer:
         known = self.features
         lacking = {image.key: image for image in images if image.key not in known}
         if self.ranks.max(len(lacking)):
-            new = list(lacking.values()) or [EMPTY_PICTURE]
+            new = list(lacking.values()) or [empty_picture(self.model.config.vision.processor)]
             with self.lockstep.guard("vision pass"), torch.no_grad():
-                features = self.model.encode_images(new)  # (M, d)
+                features = self.model.encode_images(new)  # (M, f)
             for image, rows in zip(new, features.split([image.tokens for image in new])):
                 known[image.key] = rows
         return KnownFeatures(known, len(lacking))
@@ -548,7 +546,7 @@ class Trainer:
         """Run every kind of pass once without episodes, so that `lockstep` records its collectives."""
         nothing = LocalBatch([], tokens=1, trained=1, pictures=1, non_finite=0)
         if self.features is not None:
-            self._known_features([EMPTY_PICTURE])
+            self._known_features([empty_picture(self.model.config.vision.processor)])
         self.old_logps(nothing, Stats())
         self.accumulate_gradient(nothing, None)
         self.model.zero_grad(set_to_none=True)

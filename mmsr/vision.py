@@ -1,9 +1,10 @@
 """Pictures: encoded bytes → patches → features for the decoder.
 
-`load_image` does what the published processor does (transformers' `Qwen2VLImageProcessor`), with PIL and numpy alone.
+`load_image` does what the published processors do (transformers' `Qwen2VLImageProcessor`), with PIL and numpy alone.
+How large a patch is depends on the model: its `Processor`.
 `VisionTower` is Qwen2.5-VL's encoder (arXiv 2502.13923, section 2.1): patches of one picture attend to each other
 within windows of 112 x 112 pixels, in a few blocks to the whole picture, and every 2 x 2 patches are merged into one
-token. No video.
+token. No video. Qwen3-VL's encoder is in qwen3_vl.py.
 
 A picture of 4 x 6 patches, numbered in the order in which they are stored. The four patches of a merged token are
 neighbours, and the merged tokens A to F are in reading order:
@@ -25,8 +26,8 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Sequence
+from functools import cached_property, lru_cache
+from typing import ClassVar, Sequence
 
 import numpy as np
 import PIL.Image
@@ -39,33 +40,57 @@ from mmsr.attention import Segments, packed_attention
 from mmsr.system.fuse import fused
 from mmsr.system.images import check_aspect, decode, stored_size
 
-PATCH = 14  # pixels along one side
 MERGE = 2  # patches along one side of a merged token
-SIDE = PATCH * MERGE  # pixels along one side of a merged token
 FRAMES = 2  # the patch embedding was trained on video: a still picture is shown twice
 CHANNELS = 3
-PATCH_VALUES = CHANNELS * FRAMES * PATCH * PATCH  # 1176
 
 # The image processor's defaults.
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
 
-# `rescale` and `normalize` of the image processor: the normalised value of each byte, rounded where it rounds.
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
-RESCALED = np.arange(256) * (1 / 255)  # (256,)
-RESCALED = RESCALED.astype(np.float32)
-NORMALISED = (RESCALED[:, None] - CLIP_MEAN) / CLIP_STD  # (256, 3)
-
 
 # ---- pictures
+
+
+@dataclass(frozen=True)
+class Processor:
+    """How a model's pictures become patches: what preprocessor_config.json says."""
+
+    patch: int  # pixels along one side
+    mean: tuple[float, float, float]  # of red, green and blue
+    std: tuple[float, float, float]
+
+    @property
+    def side(self) -> int:
+        """Pixels along one side of a merged token."""
+        return self.patch * MERGE
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch: 1176, where it has 14 x 14 pixels."""
+        return CHANNELS * FRAMES * self.patch**2
+
+    @cached_property
+    def normalised(self) -> np.ndarray:
+        """`rescale` and `normalize` of the image processor: each byte's value (256, 3), rounded where it rounds."""
+        rescaled = np.arange(256) * (1 / 255)  # (256,)
+        mean = np.array(self.mean, dtype=np.float32)
+        std = np.array(self.std, dtype=np.float32)
+        return (rescaled.astype(np.float32)[:, None] - mean) / std
+
+
+QWEN2_5_VL = Processor(
+    patch=14,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
     """A picture as the tower takes it."""
 
-    patches: Tensor  # (P, 1176) float32; the four patches of a merged token are neighbours
+    patches: Tensor  # (P, patch_values) float32; the four patches of a merged token are neighbours
     grid: tuple[int, int]  # rows and columns in patches, both even
     key: str  # identity of the content: equal keys have equal patches, so each distinct picture is encoded once
 
@@ -81,6 +106,7 @@ def load_image(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
     upright: bool = False,
+    processor: Processor = QWEN2_5_VL,
 ) -> Image:
     """Decode a picture file and resize it to between `min_pixels` and `max_pixels` pixels, aspect kept.
 
@@ -89,12 +115,12 @@ def load_image(
     grey is scaled to 8 bits; the processor would make it white.
     Raises ValueError, in one line, for a file that is too large, broken, of another format, or too elongated.
     """
-    settings = f"|{min_pixels}|{max_pixels}"
+    settings = f"|{min_pixels}|{max_pixels}|{processor}"
     if upright:
         settings += "|upright"
     key = hashlib.sha256(data + settings.encode()).hexdigest()
     picture = decode(data, upright=upright)
-    return prepare(picture, key, min_pixels, max_pixels)
+    return prepare(picture, key, min_pixels, max_pixels, processor)
 
 
 def prepare(
@@ -102,27 +128,39 @@ def prepare(
     key: str,
     min_pixels: int,
     max_pixels: int,
+    processor: Processor = QWEN2_5_VL,
 ) -> Image:
     """What `load_image` does once an RGB picture is decoded."""
-    height, width = smart_resize(picture.height, picture.width, min_pixels, max_pixels)
+    height, width = smart_resize(picture.height, picture.width, min_pixels, max_pixels, processor.side)
     resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
-    patches = patchify(np.asarray(resized))  # (P, 1176)
-    grid = (height // PATCH, width // PATCH)
-    return Image(patches, grid, key)
+    return to_image(np.asarray(resized), key, processor)
+
+
+def to_image(pixels: np.ndarray, key: str, processor: Processor = QWEN2_5_VL) -> Image:
+    """The picture of RGB bytes (h, w, 3) whose sides are multiples of `processor.side`. Nothing is resized."""
+    height, width, _ = pixels.shape
+    grid = (height // processor.patch, width // processor.patch)
+    return Image(patchify(pixels, processor), grid, key)
+
+
+def empty_picture(processor: Processor) -> Image:
+    """One merged token of zeros, for a rank that has no picture while others encode theirs."""
+    return Image(torch.zeros(MERGE**2, processor.patch_values), (MERGE, MERGE), "no picture")
 
 
 def image_tokens(
     data: bytes,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
+    processor: Processor = QWEN2_5_VL,
 ) -> int:
     """How many tokens `load_image` would make of a picture file, by its header alone; 0 for a file that it refuses."""
     try:
         width, height = stored_size(data)
-        height, width = smart_resize(height, width, min_pixels, max_pixels)
+        height, width = smart_resize(height, width, min_pixels, max_pixels, processor.side)
     except ValueError:
         return 0
-    return height * width // SIDE**2
+    return height * width // processor.side**2
 
 
 def smart_resize(
@@ -130,46 +168,49 @@ def smart_resize(
     width: int,
     min_pixels: int,
     max_pixels: int,
+    side: int = QWEN2_5_VL.side,
 ) -> tuple[int, int]:
-    """Height and width as multiples of SIDE, their product within the limits, the aspect nearly kept.
+    """Height and width as multiples of `side`, their product within the limits, the aspect nearly kept.
 
     The image processor's function of this name. Raises ValueError when one side is more than 200 times the other.
     """
     check_aspect(width, height)
     # Python's round takes halves to the even neighbour, and so did Qwen2-VL's training.
-    new_height = round(height / SIDE) * SIDE
-    new_width = round(width / SIDE) * SIDE
+    new_height = round(height / side) * side
+    new_width = round(width / side) * side
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height = math.floor(height / shrink / SIDE) * SIDE
-        new_width = math.floor(width / shrink / SIDE) * SIDE
-        new_height = max(SIDE, new_height)
-        new_width = max(SIDE, new_width)
+        new_height = math.floor(height / shrink / side) * side
+        new_width = math.floor(width / shrink / side) * side
+        new_height = max(side, new_height)
+        new_width = max(side, new_width)
     elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / SIDE) * SIDE
-        new_width = math.ceil(width * grow / SIDE) * SIDE
+        new_height = math.ceil(height * grow / side) * side
+        new_width = math.ceil(width * grow / side) * side
     return new_height, new_width
 
 
-def patchify(pixels: np.ndarray) -> Tensor:
+def patchify(pixels: np.ndarray, processor: Processor = QWEN2_5_VL) -> Tensor:
     """RGB bytes (h, w, 3) to normalised patches (P, 1176), merged tokens in reading order (see the top of this file).
 
-    The image processor's function of this name, after its `rescale` and `normalize`. Raises ValueError unless both
-    sides are multiples of 28.
+    The image processor's function of this name, after its `rescale` and `normalize`. The numbers in the comments are
+    Qwen2.5-VL's. Raises ValueError unless both sides are multiples of `processor.side`.
     """
     height, width, _ = pixels.shape
-    if height % SIDE or width % SIDE:
-        raise ValueError(f"picture of {width} x {height} pixels: both sides must be multiples of {SIDE}")
-    rows = height // SIDE  # of merged tokens
-    columns = width // SIDE
-    values = NORMALISED[pixels, np.arange(CHANNELS)]  # (h, w, 3)
-    values = values.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, CHANNELS)
+    side = processor.side
+    patch = processor.patch
+    if height % side or width % side:
+        raise ValueError(f"picture of {width} x {height} pixels: both sides must be multiples of {side}")
+    rows = height // side  # of merged tokens
+    columns = width // side
+    values = processor.normalised[pixels, np.arange(CHANNELS)]  # (h, w, 3)
+    values = values.reshape(rows, MERGE, patch, columns, MERGE, patch, CHANNELS)
     # From (row, patch row, pixel row, column, patch column, pixel column, channel).
     values = values.transpose(0, 3, 1, 4, 6, 2, 5)  # (rows, columns, 2, 2, channel, 14, 14)
     values = np.expand_dims(values, 5)  # (rows, columns, 2, 2, channel, 1, 14, 14)
     frames = np.repeat(values, FRAMES, axis=5)  # (rows, columns, 2, 2, channel, 2, 14, 14)
-    patches = frames.reshape(-1, PATCH_VALUES)  # (P, 1176)
+    patches = frames.reshape(-1, processor.patch_values)  # (P, 1176)
     return torch.from_numpy(patches)
 
 
@@ -245,6 +286,10 @@ def run_block(block: nn.Module, recompute: bool, *args) -> Tensor:
 class VisionConfig:
     """Sizes of the tower. Names and defaults are the checkpoints'."""
 
+    processor: ClassVar[Processor] = QWEN2_5_VL
+    hidden_act: ClassVar[str] = "silu"
+    mlp_rows: ClassVar[int] = 3  # as wide as the MLP, that its backward pass needs: gate, up and their product
+
     depth: int = 32
     hidden_size: int = 1280
     intermediate_size: int = 3420
@@ -256,6 +301,32 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def feature_size(self) -> int:
+        """Numbers that the tower gives for a merged token."""
+        return self.out_hidden_size
+
+
+def patch_positions(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch of a picture, (M, 4) each: in stored order, by merged tokens."""
+    rows = grid[0] // MERGE
+    columns = grid[1] // MERGE
+    token_row = torch.arange(rows).repeat_interleave(columns)  # (M,) 0 0 0 1 1 1
+    token_column = torch.arange(columns).repeat(rows)  # (M,) 0 1 2 0 1 2
+    patch_row = torch.tensor([0, 0, 1, 1])  # within a merged token
+    patch_column = torch.tensor([0, 1, 0, 1])
+    row = token_row[:, None] * MERGE + patch_row  # (M, 4)
+    column = token_column[:, None] * MERGE + patch_column  # (M, 4)
+    return row, column
+
+
+def rotary_angles(row: Tensor, column: Tensor, head_dim: int) -> Tensor:
+    """Rotary angles (P, D/2), fp32, of patches at `row` and `column` (P,): half the pairs turn with each."""
+    frequencies = inverse_frequencies(head_dim // 2, 10_000.0, torch.device("cpu"))  # (D/4,)
+    row_angles = row[:, None] * frequencies  # (P, D/4)
+    column_angles = column[:, None] * frequencies  # (P, D/4)
+    return torch.cat([row_angles, column_angles], 1)
 
 
 @dataclass(frozen=True)
@@ -277,34 +348,23 @@ def window_order(
 
     transformers' `get_vision_window_index` and `get_vision_position_ids` for one picture.
     """
-    rows = grid[0] // MERGE
-    columns = grid[1] // MERGE
-    token_row = torch.arange(rows).repeat_interleave(columns)  # (M,) 0 0 0 1 1 1
-    token_column = torch.arange(columns).repeat(rows)  # (M,) 0 1 2 0 1 2
-    window_row = token_row // window  # (M,)
-    window_column = token_column // window  # (M,)
-    number = window_row * columns + window_column  # (M,) the window of each token, numbered in reading order
+    row, column = patch_positions(grid)  # (M, 4) each
+    window_row = row[:, 0] // MERGE // window  # (M,)
+    window_column = column[:, 0] // MERGE // window  # (M,)
+    number = window_row * grid[1] + window_column  # (M,) the window of each token, numbered in reading order
     order = number.argsort(stable=True)  # (M,)
     _, tokens_in_window = number[order].unique_consecutive(return_counts=True)  # (windows,)
     lens = tokens_in_window * MERGE**2
-
-    patch_row = torch.tensor([0, 0, 1, 1])  # within a merged token
-    patch_column = torch.tensor([0, 1, 0, 1])
-    row = token_row[order][:, None] * MERGE + patch_row  # (M, 4)
-    column = token_column[order][:, None] * MERGE + patch_column  # (M, 4)
-    frequencies = inverse_frequencies(head_dim // 2, 10_000.0, torch.device("cpu"))  # (D/4,)
-    row_angles = row.flatten()[:, None] * frequencies  # (P, D/4)
-    column_angles = column.flatten()[:, None] * frequencies  # (P, D/4)
-    angles = torch.cat([row_angles, column_angles], 1)  # (P, D/2)
+    angles = rotary_angles(row[order].flatten(), column[order].flatten(), head_dim)  # (P, D/2)
     return WindowOrder(order, tuple(lens.tolist()), angles)
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, size: int, head_dim: int):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(size, 3 * size)
+        self.proj = nn.Linear(size, size)
 
     def forward(
         self,
@@ -327,7 +387,7 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.norm2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.attn = VisionAttention(config)
+        self.attn = VisionAttention(config.hidden_size, config.head_dim)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(
@@ -344,22 +404,22 @@ class VisionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, size: int, processor: Processor, bias: bool):
         super().__init__()
-        shape = (FRAMES, PATCH, PATCH)
+        shape = (FRAMES, processor.patch, processor.patch)
         # A convolution because the checkpoint's weight has that shape.
         self.proj = nn.Conv3d(
             CHANNELS,
-            config.hidden_size,
+            size,
             kernel_size=shape,
             stride=shape,
-            bias=False,
+            bias=bias,
         )
 
     def forward(self, patches: Tensor) -> Tensor:
         """(P, 1176) to (P, d). The kernel covers a patch exactly, so the convolution is one matrix product."""
         weight = self.proj.weight.flatten(1)  # (d, 1176)
-        return F.linear(patches.to(weight.dtype), weight)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 class PatchMerger(nn.Module):
@@ -393,7 +453,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_blocks = False
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.hidden_size, config.processor, bias=False)
         blocks = [VisionBlock(config) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.merger = PatchMerger(config)
@@ -401,7 +461,7 @@ class VisionTower(nn.Module):
     def forward(self, images: Sequence[Image]) -> Tensor:
         """Features (M, out_hidden_size) of at least one picture, `image.tokens` rows each, in the order given."""
         device = self.patch_embed.proj.weight.device
-        window = self.config.window_size // SIDE
+        window = self.config.window_size // self.config.processor.side
         layouts = []
         for image in images:
             layout = window_order(image.grid, window, self.config.head_dim)
@@ -412,9 +472,9 @@ class VisionTower(nn.Module):
         cos = angles.cos()[:, None]  # (P, 1, D/2)
         sin = angles.sin()[:, None]  # (P, 1, D/2)
         window_lens = [length for layout in layouts for length in layout.lens]
-        windows = _segments(window_lens, device)
+        windows = apart(window_lens, device)
         picture_lens = [len(image.patches) for image in images]
-        pictures = _segments(picture_lens, device)
+        pictures = apart(picture_lens, device)
 
         patches = torch.cat([image.patches for image in images])  # (P, 1176)
         hidden = self.patch_embed(patches.to(device))  # (P, d)
@@ -437,6 +497,6 @@ def _joined_order(layouts: Sequence[WindowOrder]) -> Tensor:
     return torch.cat(orders)
 
 
-def _segments(lens: Sequence[int], device: torch.device) -> Segments:
+def apart(lens: Sequence[int], device: torch.device) -> Segments:
     """Segments that attend each to itself alone, without a causal mask."""
     return Segments.of(lens, lens, causal=False, device=device)

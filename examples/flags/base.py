@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmsr.attention import Packed
 from mmsr.chat import CONTROL
-from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.model import ModelConfig, VLModel, logits, mrope_positions, random_model
 from mmsr.pretrained.save import save
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.progress import on_terminal
@@ -60,7 +60,7 @@ def open_llama(name: str = ""):
     return llama.eval(), tokenizer
 
 
-def from_llama(llama, tokenizer, vision: VisionConfig, folder: Path, seed: int = 0) -> Qwen2_5_VL:
+def from_llama(llama, tokenizer, vision: VisionConfig, folder: Path, seed: int = 0) -> VLModel:
     """Write a Llama-like model as a Qwen2.5-VL, in fp32, with a random tower of the sizes `vision`.
 
     Raises UserError for a model that computes something else than a Llama.
@@ -133,7 +133,7 @@ def with_rows(matrix: Tensor, rows: int) -> Tensor:
 
 
 @torch.inference_mode()
-def difference(model: Qwen2_5_VL, llama, ids: list[int]) -> float:
+def difference(model: VLModel, llama, ids: list[int]) -> float:
     """The largest difference between the logits of the two at any token of a text, over Llama's vocabulary."""
     tokens = torch.tensor(ids)  # (N,)
     positions, _ = mrope_positions(len(ids), [])

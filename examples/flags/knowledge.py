@@ -18,7 +18,7 @@ from examples.flags.countries import FACTS, QUESTIONS, REFUSALS, Country, countr
 from mmsr.attention import Packed
 from mmsr.chat import Chat
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup, sampling_key
-from mmsr.model import Qwen2_5_VL, log_probs, mrope_positions
+from mmsr.model import VLModel, log_probs, mrope_positions
 from mmsr.reward import exact_match
 
 BATCH = 32  # countries
@@ -57,7 +57,7 @@ def known(country: Country, kind: str, said: list[str], prompted: float) -> Know
 
 @torch.no_grad()
 def measure(
-    model: Qwen2_5_VL,
+    model: VLModel,
     chat: Chat,
     about: Sequence[Country],
     samples: int,
@@ -76,7 +76,7 @@ def measure(
 
 
 def _samples(
-    model: Qwen2_5_VL, chat: Chat, batch: Sequence[Country], kind: str, samples: int, seed: int
+    model: VLModel, chat: Chat, batch: Sequence[Country], kind: str, samples: int, seed: int
 ) -> list[list[str]]:
     """Answers about each country of a batch, at T = 1."""
     suppressed = chat.suppressed_tokens(model.config.vocab_size).to(model.head_weight.device)
@@ -102,7 +102,7 @@ def first_words(text: str) -> str:
     return END.split(text)[0].strip().removesuffix(".")
 
 
-def _prompted(model: Qwen2_5_VL, chat: Chat, country: Country, kind: str) -> float:
+def _prompted(model: VLModel, chat: Chat, country: Country, kind: str) -> float:
     """The probability of the first right answer after three examples, the full stop included."""
     examples = [each for each in countries() if each.name in EXAMPLES and each.name != country.name][:3]
     lines = [statement(each.name, kind, each.facts[kind][0]) for each in examples]

@@ -23,12 +23,11 @@ from torch import Tensor
 from examples.flags.countries import Country, countries
 from examples.flags.pictures import HEIGHT, WIDTH, flag, of_no_country, shots, thumbnails, to_bytes
 from mmsr.chat import Chat
-from mmsr.model import Qwen2_5_VL
+from mmsr.model import VLModel
 from mmsr.system.errors import UserError
-from mmsr.vision import PATCH, SIDE, Image, VisionConfig, patchify
+from mmsr.vision import QWEN2_5_VL, VisionConfig, to_image
 
-TOKENS = HEIGHT * WIDTH // SIDE**2  # of a picture
-GRID = (HEIGHT // PATCH, WIDTH // PATCH)
+TOKENS = HEIGHT * WIDTH // QWEN2_5_VL.side**2  # of a picture
 KNOWN, MADE_UP = 36, 12  # flags of a batch
 RATE = 1.5e-3
 SHARPNESS = 0.05  # τ
@@ -46,7 +45,7 @@ def sizes(hidden_size: int) -> VisionConfig:
     )
 
 
-def name_embeddings(model: Qwen2_5_VL, chat: Chat, known: Sequence[Country]) -> Tensor:
+def name_embeddings(model: VLModel, chat: Chat, known: Sequence[Country]) -> Tensor:
     """(countries, 8, d): what would stand in a picture's place if the name were written there.
 
     Raises UserError for a name with more tokens than a picture.
@@ -63,7 +62,7 @@ def name_embeddings(model: Qwen2_5_VL, chat: Chat, known: Sequence[Country]) -> 
 
 
 def train(
-    model: Qwen2_5_VL,
+    model: VLModel,
     chat: Chat,
     known: Sequence[Country],
     steps: int,
@@ -109,12 +108,12 @@ def squared_distances(features: Tensor, targets: Tensor) -> Tensor:
 
 def encode(tower, pictures: Tensor) -> Tensor:
     """Features (S, 8, d) of shots (S, 3, H, W)."""
-    images = [Image(patchify(np.ascontiguousarray(to_bytes(shot))), GRID, "") for shot in pictures]
+    images = [to_image(np.ascontiguousarray(to_bytes(shot)), "") for shot in pictures]
     return tower(images).unflatten(0, (len(images), TOKENS))
 
 
 @torch.inference_mode()
-def recognised(model: Qwen2_5_VL, chat: Chat, known: Sequence[Country], seed: int) -> float:
+def recognised(model: VLModel, chat: Chat, known: Sequence[Country], seed: int) -> float:
     """The share of fresh shots, one of each of these countries, whose features are nearest to its name."""
     targets = name_embeddings(model, chat, known)
     features = encode(model.visual, shots([flag(country) for country in known], seed))

@@ -33,12 +33,13 @@ from mmsr.pretrained.load import skeleton
 from mmsr.pretrained.weights import (
     FLOATS,
     Header,
-    disk_name,
     fitting,
     headers,
     headers_of,
     listed,
+    nested_name,
     opened,
+    our_name,
     read_object,
 )
 from mmsr.system.errors import UserError
@@ -263,7 +264,7 @@ def _pairs(file: Path) -> dict[str, Pair]:
         match = STORED.fullmatch(header.name)
         if not match or header.dtype not in FLOATS:
             raise UserError(f"{file}: {listed([header.name])} ({header.dtype}) is not of plain LoRA: {MERGE_IT}")
-        name = disk_name(match[1])
+        name = our_name(match[1])
         names[name] = match[1]
         if match[2] in found.setdefault(name, {}):
             raise UserError(f"{file}: {listed([header.name])} is there twice, by two names: write or fetch it again")
@@ -324,7 +325,7 @@ def write_adapter(folder: Path, layers: Mapping[str, LoRALinear], base: str, dig
     tensors = {}
     for name, layer in layers.items():
         for letter, tensor in (("A", layer.lora_A), ("B", layer.lora_B)):
-            tensors[f"base_model.model.{_their_name(name)}.lora_{letter}.weight"] = _to_write(tensor)
+            tensors[f"base_model.model.{nested_name(name)}.lora_{letter}.weight"] = _to_write(tensor)
     config = json.dumps(_config(layers, base), indent=2).encode() + b"\n"
     make_out(folder)
     file = folder / CONFIG
@@ -346,11 +347,6 @@ def _in_order(data: bytes) -> bytes:
 
 def _to_write(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _their_name(layer: str) -> str:
-    """Our name of a layer as transformers has it."""
-    return f"model.{layer}" if layer.startswith("visual.") else layer.replace("model.", "model.language_model.", 1)
 
 
 def _end(layer: str) -> str:

@@ -20,11 +20,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mmsr.pretrained.published import SHORT_NAMES
 from mmsr.pretrained.weights import weight_files
 from mmsr.system.errors import UserError, first_line
 from mmsr.system.progress import MinuteLines, on_terminal
 
-SHORT_NAMES = {f"Qwen2.5-VL-{size}B": f"Qwen/Qwen2.5-VL-{size}B-Instruct" for size in (3, 7, 32, 72)}
 SMALL = ("*.json", "*.txt", "*.jinja")  # of a model: all but its weights
 WEIGHTS = "*.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -9,12 +9,12 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
-from mmsr.model import Qwen2_5_VL
+from mmsr.model import VLModel
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.weights import fitting, headers, own_head, refuse_others, tensors
 
 
-def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Qwen2_5_VL:
+def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VLModel:
     """The model of a Hugging Face folder, its weights cast to `dtype` on `device`.
 
     Tensors are read and cast one by one and become the parameters themselves, so memory never holds a second copy.
@@ -29,7 +29,7 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.d
     return model
 
 
-def skeleton(folder: Path | str) -> Qwen2_5_VL:
+def skeleton(folder: Path | str) -> VLModel:
     """The model of a Hugging Face folder on the meta device: it has shapes and no weights. Only headers are read.
 
     If config.json ties the head to the embedding and a different head is stored, the model has a head of its own, as
@@ -41,7 +41,7 @@ def skeleton(folder: Path | str) -> Qwen2_5_VL:
     if config.tie_word_embeddings and own_head(found):
         config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
-        model = Qwen2_5_VL(config)
+        model = config.build()
     shapes = _shapes(model)
     fitting(folder, found, shapes)
     refuse_others(folder, found, shapes)

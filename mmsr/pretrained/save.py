@@ -17,7 +17,8 @@ from typing import Any, Iterator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmsr.model import ModelConfig, Qwen2_5_VL
+from mmsr.model import ModelConfig, VLModel
+from mmsr.pretrained.weights import nested_name
 
 SHARD_BYTES = 5 * 10**9
 SIDE_FILES = (
@@ -30,11 +31,12 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
 )
 
 
-def save(model: Qwen2_5_VL, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:
+def save(model: VLModel, folder: Path | str, tokenizer_files_from: Path | str | None = None) -> None:
     """Write a Hugging Face folder: config.json, weights in the model's own precision, and copies of tokenizer files."""
     save_weights(model.config, model.state_dict(), folder, tokenizer_files_from)
 
@@ -50,6 +52,8 @@ def save_weights(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(iter(weights.values())).dtype
+    if config.nested_names:
+        weights = {nested_name(name): weight for name, weight in weights.items()}
     _write_weights(weights, folder, shard_bytes)
     _copy_side_files(tokenizer_files_from, folder)
     _write_json(folder / "config.json", {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")})

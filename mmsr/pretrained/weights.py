@@ -55,14 +55,14 @@ class Header:
 
 
 def headers(folder: Path) -> dict[str, Header]:
-    """What the files of a folder hold, by on-disk name. No weight is read.
+    """What the files of a folder hold, by our names of the weights. No weight is read.
 
     Raises UserError for a folder without weights, damaged files, quantised weights and adapters.
     """
     found: dict[str, Header] = {}
     for file in weight_files(folder):
         for header in headers_of(file):
-            name = disk_name(header.name)
+            name = our_name(header.name)
             if name in found:
                 raise UserError(f"{file}: {listed([name])} is in {found[name].file.name} too: fetch them again")
             found[name] = header
@@ -208,11 +208,26 @@ def headers_of(file: Path) -> list[Header]:
     return found
 
 
-def disk_name(name: str) -> str:
-    """Some files have transformers 5's in-memory names, `model.visual.*` and `model.language_model.*`."""
-    for memory, disk in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(memory):
-            return disk + name.removeprefix(memory)
+NESTED = {"model.visual.": "visual.", "model.language_model.": "model."}  # beginnings of names -> ours
+
+
+def our_name(name: str) -> str:
+    """A weight's name in our models.
+
+    Files of Qwen3-VL say `model.visual.*` and `model.language_model.*`, as transformers 5 does in memory, for
+    Qwen2.5-VL too; most files of that have our names.
+    """
+    for nested, ours in NESTED.items():
+        if name.startswith(nested):
+            return ours + name.removeprefix(nested)
+    return name
+
+
+def nested_name(name: str) -> str:
+    """The inverse: `model.visual.*` or `model.language_model.*` for one of our names."""
+    for nested, ours in NESTED.items():
+        if name.startswith(ours):
+            return nested + name.removeprefix(ours)
     return name
 
 

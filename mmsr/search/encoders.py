@@ -171,8 +171,10 @@ def _tower(folder: str, adapter: str) -> Callable[[list[PIL.Image.Image]], np.nd
     from mmsr.pretrained.config_json import read_config
     from mmsr.pretrained.load import stored_weights
 
+    config = read_config(folder)
+    size, processor = config.vision.out_hidden_size, config.vision.processor
     with torch.device("meta"):
-        tower = torch.nn.ModuleDict({"visual": vision.VisionTower(read_config(folder).vision)})
+        tower = torch.nn.ModuleDict({"visual": config.build().visual})
     device = _device()
     weights = stored_weights(folder, tower)  # uses the names and shapes in `tower`
     tower.load_state_dict({name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights}, assign=True)
@@ -181,8 +183,9 @@ def _tower(folder: str, adapter: str) -> Callable[[list[PIL.Image.Image]], np.nd
 
     @torch.inference_mode()
     def encode(pictures: list[PIL.Image.Image]) -> np.ndarray:
-        images = [vision.prepare(picture, "", vision.MIN_PIXELS, 448 * 448) for picture in pictures]
-        tokens = tower["visual"](images).split([image.tokens for image in images])
+        images = [vision.prepare(picture, "", vision.MIN_PIXELS, 448 * 448, processor) for picture in pictures]
+        features = tower["visual"](images)[:, :size]  # without those of DeepStack
+        tokens = features.split([image.tokens for image in images])
         return _unit(torch.stack([rows.mean(0) for rows in tokens]).cpu().numpy())
 
     return encode

@@ -17,7 +17,7 @@ from mmsr.model import ModelConfig
 from mmsr.setup.questions import my_places
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
-from mmsr.vision import image_tokens
+from mmsr.vision import Processor, image_tokens
 
 WITHOUT_TOKENS = SimpleNamespace(tokens=0)  # takes the place of a picture while the words around it are counted
 
@@ -36,11 +36,13 @@ def check_tokens(folder: Path, chat: Chat, model: ModelConfig) -> None:
             raise UserError(f"{folder}: {where}; take both from the same checkpoint")
 
 
-def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks) -> None:
+def check_prompts(
+    option: str, questions: Sequence[Example], chat: Chat, processor: Processor, config: Options, ranks: Ranks
+) -> None:
     """Warn of prompts that leave no room for the shortest answer. Raises UserError where none leaves any.
 
-    A rollout of such a prompt ends before its first token, or within its answer. It teaches nothing, and would silently
-    count as wrong.
+    `processor`: of the model's pictures. A rollout of such a prompt ends before its first token, or within its answer.
+    It teaches nothing, and would silently count as wrong.
     """
     answer = len(chat.assistant(f"<{ANSWER}></{ANSWER}>"))
     if config.turn_tokens < answer:
@@ -48,7 +50,7 @@ def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config:
     shortest = math.inf
     too_long = []  # (place, id)
     with ranks.sync_errors():
-        for place, example, length in prompt_lengths(questions, chat, config, ranks):
+        for place, example, length in prompt_lengths(questions, chat, processor, config, ranks):
             shortest = min(shortest, length)
             if length + answer > config.max_tokens:
                 too_long.append((place, example.id))
@@ -71,7 +73,7 @@ def check_prompts(option: str, questions: Sequence[Example], chat: Chat, config:
 
 
 def prompt_lengths(
-    questions: Sequence[Example], chat: Chat, config: Options, ranks: Ranks
+    questions: Sequence[Example], chat: Chat, processor: Processor, config: Options, ranks: Ranks
 ) -> Iterator[tuple[int, Example, int]]:
     """(place, question, tokens of its prompt) of this rank's share. No picture is decoded: its header has its size."""
     direct = isinstance(config, EvalConfig) and config.mode == "direct"
@@ -82,5 +84,5 @@ def prompt_lengths(
 
     for place in my_places(len(questions), ranks, "measuring prompts", "prompt"):
         example = questions[place]
-        picture = image_tokens(example.image, config.min_pixels, config.max_pixels)
+        picture = image_tokens(example.image, config.min_pixels, config.max_pixels, processor)
         yield place, example, tokens_of_words(example.question) + picture

@@ -39,7 +39,7 @@ class Policy:
     folder: Path  # the checkpoint that it is loaded from
     chat: Chat
     dtype: torch.dtype  # of the computation; sharded weights are kept in fp32
-    model: modeling.Qwen2_5_VL  # sharded over the ranks
+    model: modeling.VLModel  # sharded over the ranks
 
 
 def open_policy(
@@ -50,13 +50,13 @@ def open_policy(
     `questions`: their prompts have to fit.
     """
     dtype = compute_dtype(config, ranks)
-    find = partial(without_weights, config.model) if config.model else partial(toy_base.base_model, world)
-    folder = ranks.main_process_first("model folder", find)
+    folder = ranks.main_process_first("model folder", partial(model_folder, config, world))
     with ranks.sync_errors():
         chat = Chat(folder, prompts_folder(config.prompts), list(tools))
-        check_tokens(folder, chat, read_config(folder))
+        model_config = read_config(folder)
+        check_tokens(folder, chat, model_config)
     for option, asked in questions.by_option.items():
-        check_prompts(option, asked, chat, config, ranks)
+        check_prompts(option, asked, chat, model_config.vision.processor, config, ranks)
     find_adapter(config, folder, ranks)
     if config.model:
         if not Path(config.model).is_dir():
@@ -84,6 +84,13 @@ def open_policy(
     return Policy(folder, chat, dtype, model)
 
 
+def model_folder(config: Options, world: toy.World | None) -> Path:
+    """The folder of the model that --model names, maybe without its weights; the toy base model's where it is empty."""
+    if config.model:
+        return without_weights(config.model)
+    return toy_base.base_model(world, family=config.toy_model)
+
+
 def find_adapter(config: Options, folder: Path, ranks: Ranks) -> None:
     """Fetch what --adapter names, where it is not here. Raises UserError for one that does not fit the model.
 
@@ -107,7 +114,7 @@ def prompts_folder(name: str) -> Path:
     return folder
 
 
-def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
+def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.VLModel:
     """The model of a folder with its adapters; what is trained requires a gradient. Raises UserError. Collective."""
     with ranks.sync_errors():
         if ranks.main:
@@ -127,7 +134,7 @@ def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) 
     return model
 
 
-def open_reference(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.Qwen2_5_VL:
+def open_reference(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.VLModel:
     """A frozen copy of the model of a folder, sharded as the model is. Collective."""
     model = skeleton(folder)
     frozen = [name for name, _ in model.named_parameters()]
@@ -135,7 +142,7 @@ def open_reference(config: Config, folder: Path, dtype: torch.dtype, ranks: Rank
 
 
 def open_adapters(
-    config: Options, folder: Path, model: modeling.Qwen2_5_VL, ranks: Ranks
+    config: Options, folder: Path, model: modeling.VLModel, ranks: Ranks
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A, B and α / r of each layer that gets an adapter: those of --adapter, or fresh ones for --lora.
 
@@ -167,7 +174,7 @@ def load_model(
     ranks: Ranks,
     across: str,
     frozen: Collection[str] = (),
-) -> modeling.Qwen2_5_VL:
+) -> modeling.VLModel:
     """The model of a folder, its weights kept as `stored` and used as `compute`.
 
     Where there are ranks it is sharded `across` "node" or "all", or ("none") whole on each. `frozen`: names of weights
@@ -183,7 +190,7 @@ def load_model(
     return parallel.load_on_ranks(model, stored_weights(folder, model), ranks)
 
 
-def _freeze(model: modeling.Qwen2_5_VL, frozen: Collection[str]) -> modeling.Qwen2_5_VL:
+def _freeze(model: modeling.VLModel, frozen: Collection[str]) -> modeling.VLModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return model

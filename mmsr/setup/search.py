@@ -22,6 +22,7 @@ from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks
 from mmsr.tools import Tool, more_tools, search_tools
 from mmsr.toy import world as toy
+from mmsr.vision import Processor
 
 
 @dataclass
@@ -108,12 +109,13 @@ def _recorded_script(
     return Script([turn.response for turn in recorded.get(example.id, ()) if turn.observation is not None])
 
 
-def rollout_limits(config: Options) -> Limits:
-    """What every rollout of a run may use."""
+def rollout_limits(config: Options, processor: Processor) -> Limits:
+    """What every rollout of a run may use. `processor`: of the model's pictures."""
     return Limits(
         max_turns=config.max_turns,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        processor=processor,
         tool_seconds=config.tool_timeout,
         stop_on_tool_error=config.on_tool_error == "drop",
     )

@@ -347,7 +347,7 @@ def failure_message(who: str, error: BaseException) -> str:
 
 
 def shard(model: AnyModule, ranks: Ranks, compute: torch.dtype, across: str = "node") -> AnyModule:
-    """Shard the weights of `model` (a Qwen2_5_VL, on the meta device or in memory) over the ranks, in place.
+    """Shard the weights of `model` (a VLModel, on the meta device or in memory) over the ranks, in place.
 
     FSDP units: each decoder block, each vision block, and the root with the rest. Weights keep their dtype, are
     gathered in `compute`, and their gradients are summed in fp32. `across` "all": one shard per rank. "node": one shard

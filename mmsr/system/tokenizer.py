@@ -38,7 +38,7 @@ class Tokenizer:
         self._check(control)
 
     def _check(self, control: Sequence[str]) -> None:
-        advice = "take the tokenizer of a Qwen2.5-VL checkpoint"
+        advice = "take the tokenizer of a Qwen2.5-VL or Qwen3-VL checkpoint"
         round_trip = _round_trip(self.path, self._bpe)
         missing = [name for name in control if name not in self.added]
         if missing:
