@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
@@ -27,6 +28,12 @@ for name in [name for name in os.environ if name.upper().endswith("_PROXY") or n
 MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0.0, names=0.0, towns=0.0)
 
 
+@pytest.fixture(params=helpers.FAMILIES)
+def each_family(request, monkeypatch):
+    """A test that uses this runs once with each family of models: tiny models and pictures are of that one."""
+    monkeypatch.setattr(helpers, "FAMILY", request.param)
+
+
 @pytest.fixture(scope="session")
 def world():
     return toy.World(0)
@@ -43,6 +50,14 @@ def miniature(world, miniature_cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMSR_CACHE", str(miniature_cache))
         return toy_base.base_model(world, MINIATURE)
+
+
+@pytest.fixture(scope="session")
+def miniature_qwen3(world, miniature_cache):
+    """The same in the architecture of Qwen3-VL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMSR_CACHE", str(miniature_cache))
+        return toy_base.base_model(world, MINIATURE, "qwen3")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import socket
 import traceback
 from typing import Any, Callable
 
+import helpers
+
 from mmsr.system.parallel import Ranks, distributed
 
 
@@ -28,7 +30,7 @@ def _serve(rank: int, size: int, port: int, node_size: int | None, pipe) -> None
     os.environ.update(environment(rank, size, port, node_size), OMP_NUM_THREADS="1")
     with distributed("cpu", timeout=60) as ranks:
         while job := pipe.recv():
-            function, args = job
+            function, args, helpers.FAMILY = job
             try:
                 pipe.send((True, function(ranks, *args)))
             except Exception:
@@ -59,7 +61,7 @@ class Crew:
 
     def __call__(self, function: Callable[..., Any], *args) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, helpers.FAMILY))
         for pipe in self.pipes:
             assert pipe.poll(100), "a rank gives no answer: do they wait for each other?"
         results = [pipe.recv() for pipe in self.pipes]

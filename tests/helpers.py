@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from mmsr import lora
 from mmsr.attention import Packed
-from mmsr.model import ModelConfig, Qwen2_5_VL, logits, mrope_positions, random_model
+from mmsr.model import ModelConfig, VLModel, logits, mrope_positions, random_model
 from mmsr.pretrained.adapter import base_digest, write_adapter
 from mmsr.pretrained.load import skeleton
+from mmsr.qwen3_vl import Qwen3VisionConfig, Qwen3VLConfig
 from mmsr.system.errors import UserError
-from mmsr.vision import PATCH, Image, VisionConfig, patchify
+from mmsr.vision import Image, VisionConfig, to_image
 
 torch.set_num_threads(1)  # on tensors this small a second thread only waits: five times the time on a busy machine
 
 IMAGE = 290  # the tiny vocabulary's placeholder
+FAMILIES = ("qwen2_5", "qwen3")
+FAMILY = "qwen2_5"  # of the models and pictures that are made here; the fixture `each_family` sets it
+each_family = pytest.mark.usefixtures("each_family")  # of a test that runs once with each of them
 
 # Real files, which not every machine has.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -55,29 +59,37 @@ def in_threads(*works) -> None:
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Grouped heads, window and full blocks, windows of 4 x 4 tokens; untied unless `changes` say otherwise."""
-    vision = VisionConfig(
-        depth=3, hidden_size=32, intermediate_size=44, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    """Grouped heads; untied unless `changes` say otherwise.
+
+    Qwen2.5-VL: window and full blocks, windows of 4 x 4 tokens. Qwen3-VL: heads that are wider than their share of the
+    hidden size, a table of 6 x 6 places, two DeepStack levels.
+    """
+    tower = dict(depth=3, hidden_size=32, intermediate_size=44, num_heads=2, out_hidden_size=64)
+    family = ModelConfig
+    of_family = dict(
+        mrope_section=(2, 3, 3), num_hidden_layers=2, vision=VisionConfig(**tower, fullatt_block_indexes=(1,))
     )
-    config = ModelConfig(
+    if FAMILY == "qwen3":
+        family = Qwen3VLConfig
+        vision = Qwen3VisionConfig(**tower, num_position_embeddings=36, deepstack_visual_indexes=(0, 2))
+        of_family = dict(mrope_section=(4, 4, 4), head_dim=24, num_hidden_layers=3, vision=vision)
+    config = family(
         vocab_size=300,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         rms_norm_eps=1e-6,
-        mrope_section=(2, 3, 3),
         image_token_id=IMAGE,
         video_token_id=291,
         vision_start_token_id=292,
         vision_end_token_id=293,
-        vision=vision,
+        **of_family,
     )
     return replace(config, **changes)
 
 
-def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
+def tiny_model(seed: int = 0, **changes) -> VLModel:
     """Weights an order of magnitude larger than a fresh model's, so that no part of it can be wrong unnoticed."""
     model = random_model(tiny_config(**changes), seed)
     generator = torch.Generator().manual_seed(seed)
@@ -89,14 +101,14 @@ def tiny_model(seed: int = 0, **changes) -> Qwen2_5_VL:
 
 
 def with_adapters(
-    model: Qwen2_5_VL,
+    model: VLModel,
     targets: Sequence[str] = (),
     rank: int = 2,
     alpha: float = 8.0,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
     seed: int = 0,
-) -> Qwen2_5_VL:
+) -> VLModel:
     """The model with adapters, their B not zero, and all else frozen. `ranks`, `alphas`: by the last part of a name."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -119,11 +131,12 @@ def random_adapter(folder: Path, base: Path, *targets: str, base_named: str = ""
     return folder
 
 
-def hf_twin(model: Qwen2_5_VL):
+def hf_twin(model: VLModel):
     """transformers' model with copies of the same weights, fp32, in evaluation mode."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    twin = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**model.config.to_dict())).float().eval()
+    config = AutoConfig.for_model(**model.config.to_dict())
+    twin = AutoModelForImageTextToText.from_config(config).float().eval()
     weights = {}
     for name, value in model.state_dict().items():
         if lora.is_adapter(name):
@@ -138,8 +151,10 @@ def hf_twin(model: Qwen2_5_VL):
 
 def random_image(rows: int, columns: int, seed: int = 0) -> Image:
     """A picture of noise, `rows` x `columns` patches."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (rows * PATCH, columns * PATCH, 3), dtype=np.uint8)
-    return Image(patchify(pixels), (rows, columns), f"noise {rows} x {columns}, seed {seed}")
+    processor = tiny_config().vision.processor
+    size = (rows * processor.patch, columns * processor.patch, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    return to_image(pixels, f"noise {rows} x {columns}, seed {seed}", processor)
 
 
 def picture_bytes(width: int, height: int, mode: str = "RGB", format: str = "PNG", seed: int = 0) -> bytes:
@@ -170,7 +185,7 @@ def positions(ids: Tensor, images: list[tuple[int, Image]]) -> Tensor:
     return mrope_positions(len(ids), [(offset, image.grid) for offset, image in images])[0]
 
 
-def packed_logits(model: Qwen2_5_VL, sequences: list[tuple[Tensor, list[tuple[int, Image]]]]) -> Tensor:
+def packed_logits(model: VLModel, sequences: list[tuple[Tensor, list[tuple[int, Image]]]]) -> Tensor:
     """Logits (N, V) of whole sequences in one packed pass, wherever the model is."""
     device = model.head_weight.device
     ids = torch.cat([ids for ids, _ in sequences]).to(device)

@@ -269,8 +269,8 @@ def test_a_prediction_is_missing_or_costs_a_figure(work, options, monkeypatch):
 def test_a_step_by_lora_sends_gradients_of_frozen_weights():
     """Whole on every device, weights do not travel at all; sharded, they are gathered, and have no gradients."""
     full, by_lora = step_time.recipe("paper"), step_time.recipe("paper", lora=64)
-    weights, numbers = (step_time.sizes(step_time.PUBLISHED["Qwen2.5-VL-7B"]).count(), 161_480_704)
-    assert step_time.trained(step_time.PUBLISHED["Qwen2.5-VL-7B"], by_lora).numbers() == numbers
+    weights, numbers = (step_time.sizes(step_time.SIZES["Qwen2.5-VL-7B"]).count(), 161_480_704)
+    assert step_time.trained(step_time.SIZES["Qwen2.5-VL-7B"], by_lora).numbers() == numbers
     updates = full.questions // full.mini_batch
     summed = updates * 2 * 4 * numbers * 7 / 8  # bytes: an all-reduce of fp32 numbers for each update
     whole = step_time.step("Qwen2.5-VL-7B", by_lora, 8)
@@ -283,7 +283,7 @@ def test_a_step_by_lora_sends_gradients_of_frozen_weights():
     assert step_time.step("Qwen2.5-VL-7B", by_lora, 1).traffic == 0
 
 
-@pytest.mark.parametrize("model", list(step_time.PUBLISHED))
+@pytest.mark.parametrize("model", step_time.MODELS)
 @pytest.mark.parametrize("name", ["blog", "paper"])  # steps of `released` are mostly decoding
 def test_lora_on_eight_devices_is_slower_than_full_training(model, name):
     full, by_lora = (step_time.step(model, step_time.recipe(name, lora=rank), 8) for rank in (0, 64))

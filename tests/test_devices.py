@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from helpers import conversation, hf_logits, hf_twin, packed_logits, random_image, report, tiny_model
+from helpers import conversation, each_family, hf_logits, hf_twin, packed_logits, random_image, report, tiny_model
 from test_engine import STOP, SUPPRESSED, episodes, groups, recomputed, run, texts
 from test_update import made
 
@@ -26,6 +26,7 @@ def device(request):
     return request.param
 
 
+@each_family
 @torch.no_grad()
 def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(device, record_property):
     sequence = conversation(5, 20, random_image(8, 6, 1), 30)
@@ -39,6 +40,7 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(device, recor
     assert error < 1.25 * peer
 
 
+@each_family
 @torch.no_grad()
 def test_bf16_gap_between_sampler_and_trainer_is_larger_than_transformers_own(device, record_property):
     """Ours: while sampling against the trainer. Theirs: with a cache, token by token, against without."""
@@ -108,6 +110,7 @@ def _cached_gap(twin, group, sequence) -> torch.Tensor:
     return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
 
 
+@each_family
 @pytest.mark.parametrize("loss", ["gspo", "cispo"])
 def test_an_update_by_another_loss_is_skipped_or_another_on_a_device(device, loss, record_property):
     """Two updates, of which the second has ratios other than 1, against the same on the CPU."""
@@ -124,6 +127,7 @@ def test_an_update_by_another_loss_is_skipped_or_another_on_a_device(device, los
     assert difference < 1e-3
 
 
+@each_family
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.5)])
 def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, most, record_property):
     model = tiny_model(4).to(device, dtype)
@@ -138,6 +142,7 @@ def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, mos
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
 
 
+@each_family
 def test_tokens_are_the_same_on_every_device_when_greedy(device):
     """fp32 ties aside, which these weights have none of."""
     here, there = groups(3, 2), groups(3, 2)
@@ -156,6 +161,7 @@ def test_slots_that_are_divided_again_change_tokens_on_a_device(device):
     assert texts(whole) == texts(short)
 
 
+@each_family
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

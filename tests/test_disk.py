@@ -9,7 +9,7 @@ from test_plan import adapted
 
 from mmsr import disk, lora
 from mmsr.config import parse
-from mmsr.plan import PUBLISHED
+from mmsr.pretrained.published import SIZES
 from mmsr.report import album, output
 from mmsr.system import checkpoint
 from mmsr.system.optimizer import MasterWeights
@@ -50,7 +50,7 @@ def test_saves_take_more_or_much_less_than_planned_at_their_fullest(tmp_path, mo
 
 
 def test_whole_weights_are_planned_for_a_run_that_writes_adapters():
-    model = PUBLISHED["Qwen2.5-VL-7B"]
+    model = SIZES["Qwen2.5-VL-7B"]
     lines = ("--model x", "--model x --lora 64", "--model x --lora 64 --merge")
     parts = [disk.disk_needed(parse(line.split()), model, 8) for line in lines]
     numbers = 161_480_704

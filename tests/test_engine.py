@@ -1,10 +1,12 @@
 """The engine against the uncached model, against transformers, and against itself in other company."""
 
 from collections import Counter
+from functools import cache
 
+import helpers
 import pytest
 import torch
-from helpers import IMAGE, conversation, hf_twin, positions, random_image, report, tiny_model
+from helpers import IMAGE, conversation, each_family, hf_twin, positions, random_image, report, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsr.attention import sum_in_fp64
@@ -13,20 +15,33 @@ from mmsr.episode import Episode, Example
 from mmsr.pack import pack, split_into_micro_batches
 from mmsr.update import ImageFeatures, Trainer
 
-STOP = 115  # a token that the tiny model below likes
+STOP = 115  # a token that the tiny models below like
 SUPPRESSED = torch.zeros(300, dtype=torch.bool)
 SUPPRESSED[IMAGE:] = True
-RESULT = conversation(99, 5, random_image(4, 6, 8), 3)  # what "comes back" from a tool: text, a thumbnail, text
 EXAMPLE = Example("e", b"", "", ())
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Sharp enough that the stop token is likely, so that turns end at all lengths."""
-    model = tiny_model(4)
+def returned():
+    """What "comes back" from a tool: text, a thumbnail, text. The same objects each time."""
+    return _returned(helpers.FAMILY)
+
+
+@cache
+def _returned(family: str):
+    return conversation(99, 5, random_image(4, 6, 8), 3)
+
+
+def sharp():
+    """A model that is sure enough that the stop token is likely, so that turns end at all lengths."""
+    model = tiny_model({"qwen2_5": 4, "qwen3": 105}[helpers.FAMILY])
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     return model
+
+
+@pytest.fixture
+def model():
+    return sharp()
 
 
 def groups(n: int, sequences: int, seed: int = 0, first: int = 0) -> list[SequenceGroup]:
@@ -38,8 +53,9 @@ def groups(n: int, sequences: int, seed: int = 0, first: int = 0) -> list[Sequen
     return made
 
 
-def run(model, batch: list[SequenceGroup], turns: int = 2, result=RESULT, **options) -> Engine:
+def run(model, batch: list[SequenceGroup], turns: int = 2, result=None, **options) -> Engine:
     """Generate `turns` turns per sequence, extended by `result` in between."""
+    result = result or returned()
     options = dict(slots=64, max_tokens=120, turn_tokens=12) | options
     engine = Engine(model, STOP, SUPPRESSED.to(model.head_weight.device), **options)
     assert engine.submit(batch) == []
@@ -85,7 +101,7 @@ def begun(n: int = 5) -> list[SequenceGroup]:
     batch = groups(n, 4)
     for i, sequence in enumerate([batch[1].sequences[2], *batch[2].sequences]):
         for _ in range(i + 1):
-            sequence.force(RESULT[0].tolist(), RESULT[1])
+            sequence.force(returned()[0].tolist(), returned()[1])
     return batch
 
 
@@ -93,6 +109,7 @@ def texts(batch: list[SequenceGroup]) -> list[list[int]]:
     return [sequence.ids for group in batch for sequence in group.sequences]
 
 
+@each_family
 @pytest.mark.parametrize("wide", [False, True])
 def test_cached_logps_equal_uncached_ones(model, wide, record_property):
     """Prompt, two turns, a picture in the prompt and one in the result: the cache, the merge and the positions.
@@ -113,6 +130,7 @@ def test_cached_logps_equal_uncached_ones(model, wide, record_property):
     assert not wide or (gap == 0).float().mean() > 0.9
 
 
+@each_family
 def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
     alone, crowd = groups(1, 3, first=4), groups(9, 3)
     run(model, alone)
@@ -120,6 +138,7 @@ def test_tokens_do_not_depend_on_who_else_is_in_the_batch(model):
     assert texts(alone) == texts(crowd[4:5])
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("slots", [3, 1, 4, 7, 36])
 def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
@@ -138,8 +157,9 @@ def test_tokens_do_not_depend_on_the_number_of_slots(model, slots, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def undivided(model):
+def undivided():
     """What slots of full room give, by temperature."""
+    model = sharp()
     sum_in_fp64(True)
     made = {temperature: begun() for temperature in (0, 1)}
     for temperature, batch in made.items():
@@ -173,7 +193,7 @@ def test_the_room_of_a_slot_changes_tokens(model, undivided, slot_tokens, slots,
 
 def test_a_parked_turn_gets_its_limit_once_more(model):
     """Turns of 12 tokens that never stop, interrupted in the middle, before the first token and before the last."""
-    second = 12 + len(RESULT[0])  # where the second turn begins
+    second = 12 + len(returned()[0])  # where the second turn begins
     for slot_tokens in (5, 11, second, second + 1):
         batch = groups(2, 3)
         engine = Engine(model, 299, SUPPRESSED, slots=4, slot_tokens=slot_tokens, max_tokens=120, turn_tokens=12)
@@ -183,12 +203,12 @@ def test_a_parked_turn_gets_its_limit_once_more(model):
             for sequence in engine.step():
                 turns[sequence] += 1
                 if turns[sequence] == 1:
-                    engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
+                    engine.extend(sequence, returned()[0].tolist(), returned()[1])
                 else:
                     engine.finish(sequence)
         assert engine.counts["parked"] == 6
         for sequence in turns:
-            assert sequence.loss_mask == [1] * 12 + [0] * len(RESULT[0]) + [1] * 12
+            assert sequence.loss_mask == [1] * 12 + [0] * len(returned()[0]) + [1] * 12
             assert turns[sequence] == 2, "a turn is returned once, whole"
 
 
@@ -204,7 +224,7 @@ def test_slots_are_divided_while_a_sequence_is_at_a_tool(model):
         while engine.busy:
             ended += engine.step()
         first, second = ended
-        engine.extend(first, RESULT[0].tolist(), RESULT[1])
+        engine.extend(first, returned()[0].tolist(), returned()[1])
         if slot_tokens:
             assert not engine.busy and not engine.step() and engine.cache.room == slot_tokens
         engine.extend(second, [7])  # it fits: the second turn begins in the short slot
@@ -250,6 +270,7 @@ def test_the_plan_divides_the_cache_in_another_way():
     assert slot_layout(2, 2048, 7937) == (2048, 1), "a slot that holds the longest conversation there must be"
 
 
+@each_family
 def test_fork_equals_separate_prompts(model):
     forked, separate = groups(1, 4), [groups(1, 1)[0] for _ in range(4)]
     for group, sequence in zip(separate, forked[0].sequences):
@@ -260,6 +281,7 @@ def test_fork_equals_separate_prompts(model):
     assert engine.counts["images_encoded"] == 2
 
 
+@each_family
 def test_greedy_tokens_equal_transformers_generate(model):
     batch = groups(3, 1)
     run(model, batch, turns=1, temperature=0, turn_tokens=20)
@@ -276,6 +298,7 @@ def test_greedy_tokens_equal_transformers_generate(model):
         assert out[len(ids) :].tolist() == group.sequences[0].ids
 
 
+@each_family
 def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
     """A forced first turn gives the same continuation as sampling that very turn did."""
     free, forced = groups(2, 2), groups(2, 2)
@@ -283,7 +306,7 @@ def test_opening_that_is_forced_equals_the_one_that_was_sampled(model):
     for group, other in zip(free, forced):
         for sequence, twin in zip(group.sequences, other.sequences):
             first = sequence.loss_mask.index(0)
-            twin.force(sequence.ids[: first + len(RESULT[0])], [(first + at, image) for at, image in RESULT[1]])
+            twin.force(sequence.ids[: first + len(returned()[0])], [(first + at, image) for at, image in returned()[1]])
     run(model, forced, turns=1)
     assert texts(free) == texts(forced)
 

@@ -7,8 +7,8 @@ capture does not allow. Where the host asks for a value, it is given 1.
 
 import pytest
 import torch
-from helpers import conversation, random_image, tiny_config
-from test_engine import RESULT, STOP, SUPPRESSED
+from helpers import conversation, each_family, random_image, tiny_config
+from test_engine import STOP, SUPPRESSED, returned
 from test_update import made
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from mmsr import attention, grpo
 from mmsr.attention import Cached
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
-from mmsr.model import Qwen2_5_VL
 from mmsr.system.optimizer import MasterWeights
 from mmsr.update import Trainer
 
@@ -48,7 +47,7 @@ def apart(request, monkeypatch):
     monkeypatch.setattr(attention, "causal_lower_right", mask)  # torch's is of a class that no mode can watch
     dtype = torch.bfloat16 if request.param == "varlen" else torch.float32
     with torch.device("meta"):
-        model = Qwen2_5_VL(tiny_config()).to(dtype)
+        model = tiny_config().build().to(dtype)
     with Apart():
         yield model
 
@@ -77,6 +76,7 @@ class Blind(Engine):
         return ended
 
 
+@each_family
 @pytest.mark.first_is_quick
 def test_a_rollout_mixes_host_and_device(apart):
     """Prefill with pictures, openings, results of tools, decoding, slots: waited for, compacted, and divided again."""
@@ -84,7 +84,7 @@ def test_a_rollout_mixes_host_and_device(apart):
     for number in range(5):
         ids, images = conversation(number, 4, random_image(4, 6, number), 3 + number)
         groups.append(SequenceGroup(ids.tolist(), images, [GeneratedSequence(key) for key in range(3)]))
-    groups[1].sequences[0].force(RESULT[0].tolist(), RESULT[1])
+    groups[1].sequences[0].force(returned()[0].tolist(), returned()[1])
     engine = Blind(apart, STOP, SUPPRESSED.to("meta"), slots=8, slot_tokens=20, max_tokens=120, turn_tokens=30)
     assert engine.submit(groups) == []
     compacted, compact = [], engine._compact
@@ -96,18 +96,19 @@ def test_a_rollout_mixes_host_and_device(apart):
                 engine.finish(sequence)
             else:
                 extended.add(sequence)
-                engine.extend(sequence, RESULT[0].tolist(), RESULT[1])
+                engine.extend(sequence, returned()[0].tolist(), returned()[1])
     assert len(extended) == 10 and compacted and not engine.by_slot
     assert engine.counts["parked"] == 1
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
 def test_an_update_mixes_host_and_device(apart, loss):
     """Tower, micro-batches, π_old, reference, loss, statistics, clipping, and fp32 weights' optimizer step."""
     fp32 = apart.head_weight.dtype == torch.float32
     with torch.device("meta"):
-        reference = Qwen2_5_VL(tiny_config()).to(apart.head_weight.dtype).requires_grad_(False)
+        reference = tiny_config().build().to(apart.head_weight.dtype).requires_grad_(False)
     optimizer = MasterWeights(apart, fused=False)  # torch has no fused kernel on meta
     if not fp32:
         optimizer.step = lambda lr: None  # the meta device has no random numbers to round with

@@ -7,6 +7,7 @@ import torch
 from helpers import (
     IMAGE,
     conversation,
+    each_family,
     hf_logits,
     hf_twin,
     largest_difference,
@@ -20,24 +21,27 @@ from mmsr import model as model_module
 from mmsr.attention import Packed, SharedPrefix
 from mmsr.model import logits, mrope_positions
 
-FIRST = random_image(10, 14, 1)
-SECOND = random_image(4, 4, 2)
-THIRD = random_image(2, 22, 3)
+
+def second():
+    return random_image(4, 4, 2)
 
 
 def sequences():
     """Text alone, one picture, pictures in later turns and at both ends: four lengths."""
+    first = random_image(10, 14, 1)
+    third = random_image(2, 22, 3)
     return [
         conversation(0, 7),
-        conversation(1, 5, FIRST, 9),
-        conversation(2, 3, SECOND, 6, THIRD, 1, FIRST, 4),
-        conversation(3, SECOND, 2, SECOND),
+        conversation(1, 5, first, 9),
+        conversation(2, 3, second(), 6, third, 1, first, 4),
+        conversation(3, second(), 2, second()),
     ]
 
 
 # ---- positions
 
 
+@each_family
 def test_positions_differ_from_transformers():
     twin = hf_twin(tiny_model()).model
     for ids, images in sequences()[1:]:
@@ -89,6 +93,7 @@ def test_a_picture_over_the_edge_is_squeezed_in(images):
 # ---- forward and backward
 
 
+@each_family
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_logits_differ_from_transformers_one_at_a_time(tied, record_property):
     model = tiny_model(tie_word_embeddings=tied)
@@ -101,6 +106,7 @@ def test_packed_logits_differ_from_transformers_one_at_a_time(tied, record_prope
     assert ours.shape == theirs.shape and difference < 1e-5
 
 
+@each_family
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_differ_from_transformers(tied, record_property):
     model = tiny_model(tie_word_embeddings=tied)
@@ -119,6 +125,7 @@ def test_gradients_differ_from_transformers(tied, record_property):
     assert len(theirs) == len(list(model.parameters())) and worst < 1e-5
 
 
+@each_family
 def test_half_precision_strays_further_than_transformers(record_property):
     exact = tiny_model()
     ids, images = sequences()[1]
@@ -134,11 +141,11 @@ def test_half_precision_strays_further_than_transformers(record_property):
 
 
 def output_and_gradients(ids, where, attention_fn, copies, keep, recompute):
-    """Logits at `keep` and the gradient of every parameter, of a pass that holds SECOND `copies` times."""
+    """Logits at `keep` and the gradient of every parameter, of a pass that holds second() `copies` times."""
     model = tiny_model()
     model.checkpoint_blocks = recompute
     model.visual.checkpoint_blocks = recompute
-    features = model.encode_images([SECOND]).repeat(copies, 1)
+    features = model.encode_images([second()]).repeat(copies, 1)
     image_index = (ids == IMAGE).nonzero()[:, 0]
     out = model(ids, where, attention_fn, features, image_index, head_fn=logits)
     out = out[keep]
@@ -148,7 +155,7 @@ def output_and_gradients(ids, where, attention_fn, copies, keep, recompute):
 
 def shared_and_repeated(recompute: bool):
     """A prompt with three members' suffixes: the prompt once in the pass, and once per member."""
-    prompt, images = conversation(0, 4, SECOND, 5)
+    prompt, images = conversation(0, 4, second(), 5)
     prompt_at, following = mrope_positions(len(prompt), [(offset, image.grid) for offset, image in images])
     members = []
     members_at = []
@@ -173,6 +180,7 @@ def shared_and_repeated(recompute: bool):
     return shared, repeated
 
 
+@each_family
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharing_a_prompt_changes_the_update(recompute, record_property):
     worst = 0.0
@@ -182,6 +190,7 @@ def test_sharing_a_prompt_changes_the_update(recompute, record_property):
     assert worst < 1e-5
 
 
+@each_family
 @pytest.mark.parametrize("kept, recomputed", [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (3, []), (7, [])])
 def test_blocks_that_keep_everything_are_not_the_last(kept, recomputed, monkeypatch):
     """The last blocks' memory is free first in the backward pass."""
@@ -193,6 +202,7 @@ def test_blocks_that_keep_everything_are_not_the_last(kept, recomputed, monkeypa
         return plain(block, again, *rest)
 
     monkeypatch.setattr("mmsr.model.run_block", watched)
+    monkeypatch.setattr("mmsr.qwen3_vl.run_block", watched)
     model = tiny_model(1, num_hidden_layers=3)
     model.checkpoint_blocks = True
     model.kept_blocks = kept
@@ -200,9 +210,10 @@ def test_blocks_that_keep_everything_are_not_the_last(kept, recomputed, monkeypa
     where, _ = mrope_positions(len(ids), [])
     hidden = model(ids, where, Packed([len(ids)], "cpu"))
     hidden.sum().backward()
-    assert [layer for layer, again in enumerate(found) if again] == recomputed
+    assert len(found) == 3 and [layer for layer, again in enumerate(found) if again] == recomputed
 
 
+@each_family
 def test_a_forward_pass_without_gradient_recomputes_blocks(monkeypatch):
     monkeypatch.setattr("mmsr.vision.checkpoint", lambda *_, **__: pytest.fail("recomputed"))
     model = tiny_model()

@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
 from crew import Crew
-from helpers import conversation, random_image, report, tiny_config, tiny_model
+from helpers import conversation, each_family, random_image, report, tiny_config, tiny_model
 from test_update import EXAMPLE, SUPPRESSED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -21,13 +22,11 @@ from mmsr import plan as planning
 from mmsr.config import RECIPES, Config, parse
 from mmsr.engine import Engine, GeneratedSequence, SequenceGroup
 from mmsr.episode import Episode
-from mmsr.model import Qwen2_5_VL
+from mmsr.model import VLModel
 from mmsr.pack import pack
 from mmsr.plan import (
     FILLED,
     GIB,
-    LARGER,
-    PUBLISHED,
     Activations,
     advise,
     check,
@@ -39,17 +38,27 @@ from mmsr.plan import (
 )  # fmt: skip
 from mmsr.pretrained.adapter import write_adapter
 from mmsr.pretrained.config_json import read_config
-from mmsr.pretrained.hub import SHORT_NAMES
+from mmsr.pretrained.published import QWEN3, SHORT_NAMES, SIZES
 from mmsr.shapes import trained
 from mmsr.system.errors import UserError
 from mmsr.system.parallel import Ranks, shard, unsharded
 from mmsr.update import ImageFeatures, MasterWeights, Trainer
 
-PICTURE = random_image(20, 20)  # 100 merged tokens
 CONFIG = Config(
     questions=4, mini_batch=4, group_size=4, max_tokens=400, max_pixels=280 * 280, min_pixels=280 * 280, slots=16,
     max_images=0, kl=0.3, micro_tokens=3000, eval_size=1,
 )  # fmt: skip
+
+
+def picture():
+    """20 x 20 patches, 100 merged tokens."""
+    return random_image(20, 20)
+
+
+def of_family(config: Config) -> Config:
+    """`config`, with pictures of 20 x 20 patches for models of any family."""
+    pixels = (20 * tiny_config().vision.processor.patch) ** 2
+    return replace(config, min_pixels=pixels, max_pixels=pixels)
 
 
 def nbytes(tensors) -> int:
@@ -59,7 +68,7 @@ def nbytes(tensors) -> int:
 
 def group(number: int, sequences: int, prompt: int, response: int) -> list[Episode]:
     """Rollouts about one picture."""
-    ids, images = conversation(number, PICTURE, prompt - PICTURE.tokens)
+    ids, images = conversation(number, picture(), prompt - picture().tokens)
     episodes = []
     for m in range(sequences):
         turn, _ = conversation(50 * number + m, response)
@@ -76,7 +85,7 @@ VOCAB = 301
 FREE = torch.cat([SUPPRESSED, torch.tensor([True])])
 
 
-def adapted(model: Qwen2_5_VL, config: Config) -> tuple[Qwen2_5_VL, dict]:
+def adapted(model: VLModel, config: Config) -> tuple[VLModel, dict]:
     """`model` with the adapters of `config`, or with its frozen parts, as policy.py opens it."""
     weights = dict(model.named_parameters())
     layers = lora.linear_layers(model)
@@ -86,7 +95,7 @@ def adapted(model: Qwen2_5_VL, config: Config) -> tuple[Qwen2_5_VL, dict]:
     return model, {name: lora.initial(layers[name], name, config.lora, 0) for name in names}
 
 
-def opened(ranks: Ranks, config: Config, compute: torch.dtype) -> Qwen2_5_VL:
+def opened(ranks: Ranks, config: Config, compute: torch.dtype) -> VLModel:
     stored = torch.float32 if ranks.size > 1 and not config.lora else compute
     model, adapters = adapted(tiny_model(1, vocab_size=VOCAB).to(stored), config)
     if config.shard != "none":
@@ -165,6 +174,7 @@ SOME = replace(ADAPTERS, lora_targets=("q_proj", "down_proj", "vision"), freeze=
 WAYS = [CONFIG, replace(CONFIG, freeze=("vision",)), replace(CONFIG, freeze=("head", "model.layers.1"))]
 
 
+@each_family
 @pytest.mark.parametrize("config", [*WAYS, ADAPTERS, SOME])
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_weights_gradients_and_optimizer_are_other_bytes_than_planned(config, dtype, item):
@@ -178,6 +188,7 @@ def pair():
     crew.stop()
 
 
+@each_family
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [*WAYS[:2], ADAPTERS, SOME, replace(ADAPTERS, shard="node")])
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -199,12 +210,13 @@ def test_hybrid_shards_are_other_bytes_than_planned():
     four.stop()
 
 
+@each_family
 @pytest.mark.parametrize("groups, slots, tokens", [(4, 16, 0), (4, 9, 0), (1, 16, 0), (4, 16, 100), (1, 2, 50)])
 def test_the_cache_grows_beyond_the_plan(groups, slots, tokens):
-    config, model = replace(CONFIG, slots=slots, slot_tokens=tokens), tiny_model()
+    config, model = of_family(replace(CONFIG, slots=slots, slot_tokens=tokens)), tiny_model()
     sizes = dict(slots=slots, slot_tokens=tokens, max_tokens=400, turn_tokens=400)
     engine = Engine(model, 299, SUPPRESSED, **sizes)
-    ids, images = conversation(0, PICTURE)  # as short as a prompt can be
+    ids, images = conversation(0, picture())  # as short as a prompt can be
     engine.submit(
         [SequenceGroup(ids.tolist(), images, [GeneratedSequence(m) for m in range(4)]) for _ in range(groups)]
     )
@@ -239,30 +251,32 @@ def saved(work, model) -> int:
     return total
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("rank", [0, 32])
 @pytest.mark.parametrize("recompute, keep", [(False, 0), (True, 0), (True, 2)])
-@pytest.mark.parametrize("dtype, item, factor", [(torch.float32, 4, 1.1), (torch.bfloat16, 2, 1.4)])
+@pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_what_a_backward_pass_keeps_is_far_from_the_plan(
-    recompute, keep, rank, dtype, item, factor, record_property, monkeypatch
+    recompute, keep, rank, dtype, item, record_property, monkeypatch
 ):
     """For packs in which prompts and responses are as long as the plan assumes.
 
-    In bfloat16 the CPU's norms keep fp32 copies, which CUDA's fused ones do not and the plan leaves out; those of
-    attention are left out here. Beside adapters the last norm's weight is frozen, and keeps a row (T, d) less of the
-    few that recomputing leaves. What is one kernel on CUDA keeps its arguments alone, as here by `checkpoint`.
+    The copies that attention makes on the CPU are left out. Beside adapters the last norm's weight is frozen, and keeps
+    a row (T, d) less of the few that recomputing leaves. What is one kernel on CUDA, such as a norm, keeps its
+    arguments alone, as here by `checkpoint`.
     """
-    if rank:
-        factor = max(factor, 1.2)
     monkeypatch.setattr(attention, "_sum_dtype", lambda q: q.dtype)
     monkeypatch.setattr(vision, "gated", partial(checkpoint, vision.gated, use_reentrant=False))
-    shape = dict(num_hidden_layers=6, hidden_size=128, intermediate_size=512, mrope_section=(4, 6, 6))
+    norm = torch.nn.RMSNorm.forward
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda *given: checkpoint(norm, *given, use_reentrant=False))
+    shape = dict(num_hidden_layers=6, hidden_size=128, intermediate_size=512)
     base = tiny_config()
+    shape |= dict(head_dim=32, mrope_section=(6, 5, 5)) if helpers.FAMILY == "qwen3" else dict(mrope_section=(4, 6, 6))
     shape["vision"] = replace(base.vision, depth=6, intermediate_size=110, out_hidden_size=128)
     model = tiny_model(1, **shape).to(dtype)
     model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
     model.kept_blocks = keep
-    config = replace(CONFIG, recompute=recompute, keep_blocks=keep, max_tokens=612 + 200, lora=rank)
+    config = of_family(replace(CONFIG, recompute=recompute, keep_blocks=keep, max_tokens=612 + 200, lora=rank))
     model, adapters = adapted(model, config)
     for name, (a, b) in adapters.items():
         lora.add_adapter(model.get_submodule(name), a, b, 0.5)
@@ -286,7 +300,7 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
             f"planned / kept, {name}, recompute {recompute}, keep {keep}, rank {rank}, {dtype}",
             planned / real,
         )
-        assert 1 / factor < planned / real < factor, (name, planned / real)
+        assert 0.95 < planned / real < 1.2, (name, planned / real)
 
 
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -336,7 +350,7 @@ def test_a_frozen_head_gets_a_gradient_or_another_is_planned_without(given):
 
 def test_features_of_a_frozen_tower_are_planned_for_an_update_alone():
     """Those of all pictures of a step are there from its rollouts to its end, and have no gradient."""
-    model, config = PUBLISHED["Qwen2.5-VL-7B"], blog(lora=64)
+    model, config = SIZES["Qwen2.5-VL-7B"], blog(lora=64)
     features = 2 * model.hidden_size * 512 * (1152 + 5 * 64)
     assert set(plan(model, config).rows["features of pictures"]) == {features}
     tower = plan(model, replace(config, lora_targets=("decoder", "vision"))).rows
@@ -347,12 +361,23 @@ def test_features_of_a_frozen_tower_are_planned_for_an_update_alone():
 # ---- what is said
 
 
-def test_published_sizes():
-    assert {name: round(sizes(model).count() / 1e9, 3) for name, model in PUBLISHED.items()} == {
-        "Qwen2.5-VL-3B": 3.755,
-        "Qwen2.5-VL-7B": 8.292,
+def test_a_short_name_is_of_other_sizes():
+    """Billions of parameters as their pages on the hub have them."""
+    counts = {name: round(sizes(known_sizes(name)).count() / 1e9, 2) for name in SHORT_NAMES}
+    assert {name: count for name, count in counts.items() if not name.endswith("Thinking")} == {
+        "Qwen2.5-VL-3B": 3.75,
+        "Qwen2.5-VL-7B": 8.29,
+        "Qwen2.5-VL-32B": 33.45,
+        "Qwen2.5-VL-72B": 73.41,
+        "Qwen3-VL-2B": 2.13,
+        "Qwen3-VL-4B": 4.44,
+        "Qwen3-VL-8B": 8.77,
+        "Qwen3-VL-32B": 33.36,
     }
-    kept = Activations(PUBLISHED["Qwen2.5-VL-7B"], CONFIG, 2)
+    assert all(known_sizes(SHORT_NAMES[name]) == known_sizes(name) for name in SHORT_NAMES)
+    assert all(known_sizes(f"{name}-Thinking") == known_sizes(name) for name in QWEN3)
+    assert known_sizes("me/my-model") is None
+    kept = Activations(SIZES["Qwen2.5-VL-7B"], CONFIG, 2)
     assert kept.cache(4, 4) % 57_344 == 0
 
 
@@ -370,7 +395,7 @@ def option(given: list[str]) -> dict:
 
 
 def test_a_run_that_cannot_fit_names_options_and_what_they_save():
-    model, room = PUBLISHED["Qwen2.5-VL-3B"], 80 * GIB
+    model, room = SIZES["Qwen2.5-VL-3B"], 80 * GIB
     with pytest.raises(UserError) as caught:
         check(model, blog(recompute=False), room)
     said = str(caught.value)
@@ -389,7 +414,7 @@ def test_a_run_that_cannot_fit_names_options_and_what_they_save():
 
 def test_blocks_are_recomputed_that_there_is_memory_for():
     """The recipe of the paper on eight devices of 80 GB keeps as many blocks as three quarters of the peak take."""
-    model, place = PUBLISHED["Qwen2.5-VL-7B"], (80 * GIB, 8)
+    model, place = SIZES["Qwen2.5-VL-7B"], (80 * GIB, 8)
     paper = Config(**{**RECIPES["paper"], "recipe": "paper", "model": "x"})
     chosen = kept_as_fits(model, paper, *place)
     assert 9 <= chosen.keep_blocks < 28
@@ -404,7 +429,7 @@ def test_blocks_are_recomputed_that_there_is_memory_for():
 
 
 def test_a_run_that_more_devices_would_hold_says_how_many():
-    model = PUBLISHED["Qwen2.5-VL-7B"]
+    model = SIZES["Qwen2.5-VL-7B"]
     with pytest.raises(UserError, match=r" 8 processes would do \(") as caught:
         check(model, blog(), 80 * GIB)
     assert "4 processes" not in str(caught.value)
@@ -433,13 +458,6 @@ def test_the_command_wants_weights_or_network_or_ends_without_a_verdict(capsys, 
     assert any(line.startswith("together") and " 67.83 " in line for line in lines)
     assert lines[-1].startswith("VERDICT: fits (67.8 GiB")
     assert lines[-1].endswith(f": torchrun --nproc-per-node 8 train.py --model {name}")
-
-
-def test_every_short_name_of_a_model_has_sizes():
-    counts = {name: round(sizes(known_sizes(name)).count() / 1e9, 2) for name in SHORT_NAMES}
-    assert counts == {"Qwen2.5-VL-3B": 3.75, "Qwen2.5-VL-7B": 8.29, "Qwen2.5-VL-32B": 33.45, "Qwen2.5-VL-72B": 73.41}
-    assert all(known_sizes(SHORT_NAMES[name]) == known_sizes(name) for name in SHORT_NAMES)
-    assert known_sizes("me/my-model") is None
 
 
 def test_a_folder_with_a_published_models_name_is_taken_for_that_model(miniature, tmp_path, monkeypatch):
@@ -481,13 +499,13 @@ def test_the_help_lacks_what_the_command_takes(capsys):
 
 def test_advice_leaves_no_room_to_work_or_changes_the_training_for_nothing():
     """Slots and micro-batches come before what is learned, and nothing shrinks to where no rollout fits."""
-    for name, model in (PUBLISHED | LARGER).items():
+    for name, model in SIZES.items():
         for ranks, room in ((8, 24), (8, 48), (8, 141)):
             options = advise(model, blog(), room * GIB, ranks).options
             values = dict(re.findall(r"--([\w-]+) (\d+)", options))
             for option, least in planning.LEAST.items():
                 assert int(values.get(option.replace("_", "-"), least)) >= least, (name, room, options)
-    assert advise(PUBLISHED["Qwen2.5-VL-7B"], blog(), 46 * GIB, 8).options == "--micro-tokens 12288"
+    assert advise(SIZES["Qwen2.5-VL-7B"], blog(), 46 * GIB, 8).options == "--micro-tokens 12288"
 
 
 @pytest.mark.parametrize(
@@ -515,7 +533,7 @@ def test_one_card_is_not_enough_for_adapters(capsys, given, other):
 
 def test_ranks_shard_frozen_weights_that_fit_or_keep_whole_ones_that_do_not(capsys):
     """With adapters each device has its own weights, where they fit; without, they are shared as before."""
-    model, config = PUBLISHED["Qwen2.5-VL-7B"], blog(lora=64)
+    model, config = SIZES["Qwen2.5-VL-7B"], blog(lora=64)
     assert kept_as_fits(model, config, 44 * GIB, 8).shard == "none"
     assert kept_as_fits(model, blog(), 800 * GIB, 8).shard == "node"
     assert kept_as_fits(model, replace(config, shard="all"), 800 * GIB, 8).shard == "all"
@@ -536,7 +554,7 @@ def test_nothing_is_planned_for_what_is_not_there_to_train(capsys):
 
 
 def test_host_memory_forgets_that_a_save_builds_whole_files():
-    model = PUBLISHED["Qwen2.5-VL-7B"]
+    model = SIZES["Qwen2.5-VL-7B"]
     needs = planning.host_memory(model, blog(), 8)
     assert needs["a save"] == 8 * 2 * 2 * GIB
     assert planning.host_memory(model, blog(lora=64), 8)["a save"] < 4 * GIB
@@ -548,18 +566,19 @@ PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf
 
 
 def test_the_scale_page_has_other_numbers_than_the_plan():
-    for name, model in PUBLISHED.items():
+    for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
+        model = SIZES[name]
         for count in (1, 8):
             found = plan(model, blog(), count)
             numbers = " | ".join(f"{value / GIB:.1f}" for value in (*found.moments, found.peak))
             assert f"| {name} | {count} | {numbers} |" in PAGE
     shown = re.findall(r"^\| (Qwen\S+) `(.*)` \| (\d) \| (.*) \|$", PAGE, re.M)
     for name, given, count, said in shown:
-        found = plan(PUBLISHED[name], parse(["--model", name, *given.split()]), int(count))
+        found = plan(SIZES[name], parse(["--model", name, *given.split()]), int(count))
         assert " | ".join(f"{value / GIB:.1f}" for value in (*found.moments, found.peak)) == said
     assert len(shown) == 7
     cells = dict(re.findall(r"^\| (stacks.*?) \|(?:[^|]*\|){2} ([^|]*) \|", PAGE, re.M))
-    run = trained(PUBLISHED["Qwen2.5-VL-7B"], blog(lora=64))
+    run = trained(SIZES["Qwen2.5-VL-7B"], blog(lora=64))
     numbers = run.numbers()
     assert (
         cells["stacks of rounded adapters (`lora.Stack`)"] == f"{2 * run.stacked() / 1e9:.1f} GB while generating (7B)"

@@ -16,7 +16,8 @@ from test_docs import commands, read  # noqa: E402
 from mmsr import plan as planning  # noqa: E402
 from mmsr.config import parse  # noqa: E402
 from mmsr.disk import disk_needed, downloads  # noqa: E402
-from mmsr.plan import GIB, PUBLISHED, kept_as_fits, plan  # noqa: E402
+from mmsr.plan import GIB, kept_as_fits, plan  # noqa: E402
+from mmsr.pretrained.published import SIZES  # noqa: E402
 
 PAGE = read("docs/renting.md")
 
@@ -102,7 +103,7 @@ def smoke_run() -> list[str]:
 
 def test_the_smoke_run_takes_other_memory_and_disk_than_the_page_says_or_less_than_the_real_one():
     config = parse(smoke_run())
-    model = PUBLISHED["Qwen2.5-VL-7B"]
+    model = SIZES["Qwen2.5-VL-7B"]
     room = 79 * GIB
     kept = kept_as_fits(model, config, room, 8)
     assert f"Memory plan: at most {plan(model, kept, 8).peak / GIB:.1f} of 79." in PAGE

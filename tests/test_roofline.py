@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import report
 
 from mmsr import attention, lora
-from mmsr.plan import PUBLISHED
+from mmsr.pretrained.published import SIZES  # noqa: E402
 from mmsr.vision import VisionConfig
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ def tiny():
     sizes = dict(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     ids = dict(eos_token_id=391, image_token_id=392)
     more = dict(num_key_value_heads=2, mrope_section=(2, 3, 3), vision=VisionConfig(out_hidden_size=64, **tower))
-    return replace(PUBLISHED["Qwen2.5-VL-7B"], **sizes, **ids, **more)
+    return replace(SIZES["Qwen2.5-VL-7B"], **sizes, **ids, **more)
 
 
 def test_a_pass_can_no_longer_be_priced():

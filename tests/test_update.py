@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import IMAGE, SGD, conversation, random_image, report, tiny_model, with_adapters
+from helpers import IMAGE, SGD, conversation, each_family, random_image, report, tiny_model, with_adapters
 
 from mmsr import lora
 from mmsr.episode import Episode, Example
@@ -82,6 +82,7 @@ LOSSES = {  # by name, with bounds that clip some tokens
 }
 
 
+@each_family
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_does_not_depend_on_the_micro_batch_cut(loss, record_property):
     episodes = made()
@@ -116,6 +117,7 @@ def test_a_rollout_on_which_sampler_and_trainer_disagree_is_trained():
     assert metrics["masked_fraction"] == pytest.approx(sum(first.loss_mask) / tokens)
 
 
+@each_family
 def test_gradient_with_shared_prompts_equals_the_one_without(record_property):
     shared = made()
     apart = [copy.copy(episode) for episode in shared]
@@ -127,6 +129,7 @@ def test_gradient_with_shared_prompts_equals_the_one_without(record_property):
     assert difference < 1e-5
 
 
+@each_family
 def test_gradient_of_sft_is_the_likelihood_gradient():
     """Against plain autograd on −mean log p, one episode at a time, computed without packs."""
     from mmsr.attention import Packed
@@ -150,6 +153,7 @@ def test_gradient_of_sft_is_the_likelihood_gradient():
     assert relative(gradient(episodes, sft=True, loss_norm="token"), plain) < 1e-5
 
 
+@each_family
 def test_images_of_an_update_go_through_the_tower_once():
     episodes = made()
     model = tiny_model(1)
@@ -160,6 +164,7 @@ def test_images_of_an_update_go_through_the_tower_once():
     assert len(seen) == len(set(seen)) == len({i.key for e in episodes for _, i in e.images}) == metrics["encoded"]
 
 
+@each_family
 def test_trained_tokens_are_unique_tokens_when_nothing_is_cut():
     episodes = made()
     metrics = trainer(tiny_model(1)).step([episodes], 0.1)
@@ -227,6 +232,7 @@ def test_second_update_of_a_batch_is_clipped_against_the_first():
     assert once["clip_fraction"] == 0 < twice["clip_fraction"]
 
 
+@each_family
 def test_second_update_moves_by_the_clipped_surrogate():
     """Two updates of `step` against the same two done by hand with `token_losses`."""
     from mmsr import grpo
@@ -280,6 +286,7 @@ def test_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
         assert torch.equal(a, b)
 
 
+@each_family
 def test_small_learning_rate_moves_bf16_weights_through_their_masters():
     model = tiny_model(1).bfloat16()
     subject = Trainer(model, MasterWeights(model, weight_decay=0.0), SUPPRESSED)
@@ -294,6 +301,7 @@ def test_small_learning_rate_moves_bf16_weights_through_their_masters():
     assert (lost != before["model.layers.0.mlp.up_proj.weight"]).float().mean() < 0.2, "bf16 alone would lose these"
 
 
+@each_family
 def test_pack_drops_what_no_trained_token_needs():
     episode = made(1, 2)[1]
     episode.input_ids += [11, 12, 13]  # forced tokens behind the last sampled one
@@ -313,7 +321,7 @@ class TowerPasses:
         self.seen = []
         self.backward = 0
         model.visual.register_forward_pre_hook(lambda tower, given: self.seen.extend(image.key for image in given[0]))
-        model.visual.blocks[0].mlp.down_proj.register_full_backward_hook(self.note)
+        model.visual.blocks[0].attn.proj.register_full_backward_hook(self.note)
 
     def note(self, *given) -> None:
         self.backward += 1
@@ -332,6 +340,7 @@ def pictures(episodes) -> set[str]:
     return {image.key for episode in episodes for _, image in episode.images}
 
 
+@each_family
 @pytest.mark.parametrize("what", ["weights", "adapters"])
 def test_a_frozen_tower_encodes_a_picture_for_every_mini_batch_or_runs_backward(what):
     """Once a step: not again for π_old, the reference, or a micro-batch of another update."""
@@ -364,7 +373,7 @@ def test_a_trained_tower_takes_features_from_before_the_update():
 
 PARTS = {
     "vision": ("visual.",),
-    "merger": ("visual.merger.",),
+    "merger": ("visual.merger.", "visual.deepstack_merger_list."),
     "decoder": ("model.layers.",),
     "embedding": ("model.embed_tokens.",),
     "head": ("lm_head.",),
@@ -372,6 +381,7 @@ PARTS = {
 }
 
 
+@each_family
 @pytest.mark.parametrize("part", PARTS)
 def test_a_frozen_part_gets_a_gradient_or_changes_that_of_the_rest(part):
     episodes = made()

@@ -10,12 +10,15 @@ import PIL.Image
 import PIL.ImageFile
 import pytest
 import torch
-from helpers import hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
+from helpers import each_family, hf_twin, largest_difference, picture_bytes, random_image, report, tiny_model
 
+from mmsr.qwen3_vl import QWEN3_VL, layout
 from mmsr.system.images import MAX_FILE_BYTES
 from mmsr.vision import (  # fmt: skip
     MAX_PIXELS,
     MIN_PIXELS,
+    QWEN2_5_VL,
+    Processor,
     image_tokens,
     inverse_frequencies,
     load_image,
@@ -28,14 +31,23 @@ from mmsr.vision import (  # fmt: skip
 GRIDS = [(4, 4), (10, 14), (2, 18), (22, 2), (8, 8), (16, 6)]
 
 
-def hf_preprocess(picture: PIL.Image.Image, min_pixels: int, max_pixels: int):
+# What is unlike the processor's defaults, which are Qwen2-VL's, in the published preprocessor_config.json.
+PUBLISHED = {
+    QWEN2_5_VL: dict(),
+    QWEN3_VL: dict(patch_size=16, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]),
+}
+
+
+def hf_preprocess(picture: PIL.Image.Image, min_pixels: int, max_pixels: int, processor: Processor = QWEN2_5_VL):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": min_pixels, "longest_edge": max_pixels})
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    processor = Qwen2VLImageProcessorPil(size=size, **PUBLISHED[processor])
     out = processor(images=picture, return_tensors="pt")
     return out["pixel_values"], tuple(out["image_grid_thw"][0, 1:].tolist())
 
 
+@pytest.mark.parametrize("processor", PUBLISHED, ids=lambda processor: f"patch {processor.patch}")
 @pytest.mark.parametrize(
     "width, height, min_pixels, max_pixels",
     [
@@ -48,10 +60,11 @@ def hf_preprocess(picture: PIL.Image.Image, min_pixels: int, max_pixels: int):
         (56, 84, 28 * 28, 10**6),  # already of a size that fits
     ],
 )
-def test_pixels_differ_from_transformers(width, height, min_pixels, max_pixels, record_property):
+def test_pixels_differ_from_transformers(width, height, min_pixels, max_pixels, processor, record_property):
     data = picture_bytes(width, height)
-    image = load_image(data, min_pixels, max_pixels)
-    patches, grid = hf_preprocess(PIL.Image.open(io.BytesIO(data)), min_pixels, max_pixels)
+    image = load_image(data, min_pixels, max_pixels, processor=processor)
+    assert image.tokens == image_tokens(data, min_pixels, max_pixels, processor)
+    patches, grid = hf_preprocess(PIL.Image.open(io.BytesIO(data)), min_pixels, max_pixels, processor)
     assert image.grid == grid and image.patches.shape == patches.shape and image.patches.dtype == torch.float32
     difference = largest_difference(image.patches, patches)
     report(record_property, f"pixels of {width} x {height}", difference)
@@ -102,6 +115,7 @@ def test_smart_resize_rounds_otherwise_than_transformers():
         if max(height, width) <= 200 * min(height, width):
             limits = (draw.choice([784, 3136, 50_000]), draw.choice([60_000, 200_704, 10**6]))
             assert smart_resize(height, width, *limits) == theirs(height, width, 28, *limits)
+            assert smart_resize(height, width, *limits, side=32) == theirs(height, width, 32, *limits)
 
 
 def test_an_elongated_picture_error_hides_its_numbers():
@@ -183,19 +197,23 @@ def test_a_window_loses_or_repeats_a_token():
         assert sum(layout.lens) == grid[0] * grid[1] == len(layout.angles) and max(layout.lens) <= 64
 
 
+@each_family
 def test_tower_features_differ_from_transformers(record_property):
     model = tiny_model()
     twin = hf_twin(model).model.visual
     images = [random_image(*grid, seed) for seed, grid in enumerate(GRIDS)]
     grids = torch.tensor([(1, *image.grid) for image in images])
     with torch.no_grad():
-        theirs = twin(torch.cat([image.patches for image in images]), grid_thw=grids).pooler_output
+        found = twin(torch.cat([image.patches for image in images]), grid_thw=grids)
+        levels = getattr(found, "deepstack_features", None) or []
+        theirs = torch.cat([found.pooler_output, *levels], -1)
         ours = model.encode_images(images)
     difference = largest_difference(ours, theirs) / theirs.abs().max().item()
     report(record_property, "tower features, relative to the largest", difference)
-    assert ours.shape == theirs.shape and difference < 1e-5
+    assert ours.shape == theirs.shape and ours.shape[1] == model.config.vision.feature_size and difference < 1e-5
 
 
+@each_family
 def test_a_picture_sees_its_neighbours_in_the_batch():
     model = tiny_model()
     images = [random_image(*grid, seed) for seed, grid in enumerate(GRIDS)]
@@ -205,6 +223,7 @@ def test_a_picture_sees_its_neighbours_in_the_batch():
     assert largest_difference(together, alone) < 1e-5 * alone.abs().max()
 
 
+@each_family
 def test_recomputed_tower_blocks_change_the_gradient():
     gradients = []
     for recompute in (False, True):
@@ -215,8 +234,10 @@ def test_recomputed_tower_blocks_change_the_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@each_family
 def test_a_layout_cached_while_sampling_cannot_be_trained_through():
     window_order.cache_clear()
+    layout.cache_clear()
     inverse_frequencies.cache_clear()
     model, images = tiny_model(), [random_image(10, 6)]
     with torch.inference_mode():

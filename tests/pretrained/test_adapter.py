@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     conversation,
+    each_family,
     edit_json,
     hf_logits,
     hf_twin,
@@ -31,7 +32,11 @@ from mmsr.pretrained import adapter as module
 from mmsr.pretrained.adapter import CONFIG, DIGEST, WEIGHTS, base_digest, check_base, read_adapter, write_adapter
 from mmsr.pretrained.save import save, save_weights
 
-CONVERSATION = conversation(3, 5, random_image(8, 12), 9, random_image(4, 4), 3)
+
+def talk():
+    return conversation(3, 5, random_image(8, 12), 9, random_image(4, 4), 3)
+
+
 A, B = "model.layers.0.self_attn.q_proj.lora_A", "model.layers.0.self_attn.q_proj.lora_B"  # ends of stored names
 ROUNDING = 2e-6  # of float32, in which a processor with AVX2 alone comes to 1.0e-6
 
@@ -47,8 +52,8 @@ def read_into(folder: Path, model):
 @torch.no_grad()
 def difference(ours, theirs) -> float:
     """Between the logits of a model of ours and one of transformers, as a share of the logits: Frobenius norms."""
-    expected = hf_logits(theirs, *CONVERSATION)
-    return ((packed_logits(ours, [CONVERSATION]) - expected).norm() / expected.norm()).item()
+    expected = hf_logits(theirs, *talk())
+    return ((packed_logits(ours, [talk()]) - expected).norm() / expected.norm()).item()
 
 
 def renamed(folder: Path, rename) -> None:
@@ -72,6 +77,7 @@ TARGETS = {
 }
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("which", TARGETS)
 def test_peft_adapts_other_layers_than_ours_or_computes_something_else(which, tmp_path, record_property):
@@ -108,6 +114,7 @@ THEIRS = {
 }
 
 
+@each_family
 @pytest.mark.parametrize("names", ["of today", "before 4.52", "with the adapter's own"])
 @pytest.mark.parametrize("which", THEIRS)
 def test_an_adapter_of_peft_computes_something_else(which, names, tmp_path, record_property):

@@ -11,6 +11,7 @@ from helpers import edit_json, tiny_config
 
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import model_config, read_config
+from mmsr.pretrained.published import SIZES
 from mmsr.system.errors import UserError
 
 
@@ -69,6 +70,85 @@ def test_a_published_size_has_another_number_of_parameters(sizes, total, tower):
     assert billions_of_parameters(model.visual) == tower
 
 
+def hub_config_qwen3(size, intermediate, layers, heads, tied, depth, tower, tower_mlp, levels) -> dict:
+    """Qwen3-VL's config.json as published."""
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "dtype": "bfloat16",
+            "eos_token_id": 151645,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": size,
+            "initializer_range": 0.02,
+            "intermediate_size": intermediate,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "tie_word_embeddings": tied,
+            "use_cache": True,
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": levels,
+            "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": tower,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": tower_mlp,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": size,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+
+
+PUBLISHED_QWEN3 = {
+    "Qwen3-VL-2B": (2048, 6144, 28, 16, True, 24, 1024, 4096, [5, 11, 17]),
+    "Qwen3-VL-4B": (2560, 9728, 36, 32, True, 24, 1024, 4096, [5, 11, 17]),
+    "Qwen3-VL-8B": (4096, 12288, 36, 32, False, 27, 1152, 4304, [8, 16, 24]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_QWEN3)
+def test_the_published_file_has_other_sizes_than_the_plan_or_is_written_otherwise(name, tmp_path):
+    from transformers import AutoConfig
+
+    values = hub_config_qwen3(*PUBLISHED_QWEN3[name])
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    assert config == SIZES[name] == SIZES[f"{name}-Thinking"]
+    written = json.loads(json.dumps(config.to_dict()))
+    for part in ("text_config", "vision_config"):
+        left_out = {"attention_dropout", "dtype", "initializer_range", "use_cache"}
+        assert {key: value for key, value in values[part].items() if key not in left_out} == {
+            key: value for key, value in written[part].items() if key in values[part]
+        }
+    ours, theirs = (AutoConfig.for_model(**found).to_dict() for found in (written, values))
+    for part in ("text_config", "vision_config"):
+        assert {key for key in theirs[part] if theirs[part][key] != ours[part].get(key)} <= {"dtype"}
+
+
 def test_keys_missing_from_a_vision_config_are_an_error():
     vision = model_config({"model_type": "qwen2_5_vl", "vision_config": {"hidden_size": 1280}}).vision
     assert (vision.depth, vision.intermediate_size, vision.window_size) == (32, 3420, 112)
@@ -123,6 +203,37 @@ ODD = [
     (dict(vision_config={"out_hidden_size": 65}), "out_hidden_size must be hidden_size"),
     (dict(vision_config={"out_hidden_size": 64, "window_size": 100}), "window_size must be a multiple of 28"),
 ]
+
+
+ROPE3 = {"rope_type": "default", "mrope_section": [4, 4, 4]}
+OTHER_QWEN3 = [  # changes of the file, of its text_config and of its vision_config
+    (dict(model_type="qwen3_vl_moe"), {}, {}, "'qwen3_vl_moe', a mixture of experts, this program runs"),
+    ({}, dict(attention_bias=True), {}, "attention_bias is True"),
+    ({}, dict(head_dim=25), {}, "mrope_section must be three numbers with the sum 12.5, half a head"),
+    ({}, dict(head_dim="24"), {}, "head_dim is '24', it must be a whole number"),
+    ({}, dict(rope_scaling={**ROPE3, "mrope_interleaved": False}), {}, "mrope_interleaved is False"),
+    ({}, dict(rope_scaling={**ROPE3, "mrope_section": [2, 5, 5]}), {}, "none may be larger than the first"),
+    ({}, dict(rope_scaling={**ROPE3, "rope_type": "yarn"}), {}, "rope type is 'yarn'"),
+    ({}, {}, dict(hidden_act="silu"), "vision_config.hidden_act is 'silu'"),
+    ({}, {}, dict(patch_size=14), "patch_size is 14"),
+    ({}, {}, dict(num_position_embeddings=35), "num_position_embeddings must be a square"),
+    ({}, {}, dict(deepstack_visual_indexes=[2, 0]), "some of the 3 blocks, in order"),
+    ({}, {}, dict(deepstack_visual_indexes=[0, 3]), "some of the 3 blocks, in order"),
+    ({}, {}, dict(depth=9, deepstack_visual_indexes=[0, 2, 4, 6]), "more than num_hidden_layers, 3"),
+]
+
+
+@pytest.mark.parametrize("whole, text, vision, message", OTHER_QWEN3)
+def test_another_qwen3_vl_runs_with_wrong_results(whole, text, vision, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.FAMILY", "qwen3")
+    values = tiny_config().to_dict()
+    values |= whole
+    values["text_config"] |= text
+    values["vision_config"] |= vision
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change, message", [*ANOTHER, *ODD])

@@ -10,7 +10,7 @@ from helpers import picture_bytes, refused
 from mmsr import disk, plan
 from mmsr.config import FVQA_SEARCH, Config, EvalConfig, Options, back_ends, parse
 from mmsr.episode import Example, Hit, Observation
-from mmsr.plan import PUBLISHED
+from mmsr.pretrained.published import SIZES
 from mmsr.search import corpus
 from mmsr.search.backends import open_backend
 from mmsr.search.cache import import_results
@@ -115,7 +115,7 @@ def test_half_of_fvqas_recording_needs_no_download_and_no_memory():
     for search in (FVQA_SEARCH, half, "none"):
         config = parse(["--model", "Qwen2.5-VL-7B", "--search", search], Config, "train.py")
         files = [file for want in wanted(config) for file in want.files]
-        model = PUBLISHED["Qwen2.5-VL-7B"]
+        model = SIZES["Qwen2.5-VL-7B"]
         found[search] = files, disk.downloads(config, model), plan.host_memory(model, config)["recorded searches"]
     assert found[half] == found[FVQA_SEARCH] != found["none"]
 

@@ -15,7 +15,8 @@ import train
 from mmsr import plan
 from mmsr.config import EvalConfig, parse
 from mmsr.lora import adapted
-from mmsr.plan import GIB, PUBLISHED
+from mmsr.plan import GIB
+from mmsr.pretrained.published import SIZES
 from mmsr.pretrained.save import save
 from mmsr.setup import sizes
 from mmsr.setup.preflight import preflight
@@ -74,7 +75,9 @@ def test_weights_are_fetched_for_a_run_that_is_refused(served, tmp_path, monkeyp
         whole = config.read_text()
         edit_json(config, model_type="llama")
         shutil.rmtree(tmp_path / "cache")
-        refused(lambda: evaluation.open_setup(options(*argv, kind=EvalConfig), SINGLE), "'qwen2_5_vl' only")
+        refused(
+            lambda: evaluation.open_setup(options(*argv, kind=EvalConfig), SINGLE), "'qwen2_5_vl' and 'qwen3_vl' only"
+        )
         assert {"config.json", "tokenizer.json"} <= fetched(asked) and "model.safetensors" not in fetched(asked)
         config.write_text(whole)
         shutil.rmtree(tmp_path / "cache")
@@ -153,7 +156,7 @@ def test_own_data_are_looked_up_in_the_searches_recorded_for_fvqa(kind):
 
 
 def test_a_run_beside_idle_devices_is_refused_for_its_memory_alone(card):
-    model = PUBLISHED["Qwen2.5-VL-7B"]
+    model = SIZES["Qwen2.5-VL-7B"]
     line = "type torchrun --nproc-per-node 8 train.py --model Qwen2.5-VL-7B"
     card(8)
     check = lambda *given, ranks=GPU: check_memory(options(*BIG, *given), model, ranks)  # noqa: E731
@@ -186,7 +189,7 @@ def test_idle_devices_are_not_told_of_or_end_a_run_that_fits(card, capsys, monke
         ([*small, "--device", "cuda:2"], train.Config, 0),
         ([*SMALL, "--data", "toy"], train.Config, 0),
     ):
-        model = PUBLISHED["Qwen2.5-VL-3B"] if "--model" in given else tiny_config()
+        model = SIZES["Qwen2.5-VL-3B"] if "--model" in given else tiny_config()
         check_sizes(options(*given, kind=kind), model, GPU)
         said = capsys.readouterr().err
         assert (
@@ -204,7 +207,7 @@ class Smallest(Ranks):
 def test_a_rank_shards_the_weights_that_another_does_not(card, capsys):
     card(1)
     two = Smallest(size=2, node_size=2, device=torch.device("cuda"))
-    model, whole = PUBLISHED["Qwen2.5-VL-3B"], options(*BIG, "--lora", 64, "--slots", 16, "--micro-tokens", 8192)
+    model, whole = SIZES["Qwen2.5-VL-3B"], options(*BIG, "--lora", 64, "--slots", 16, "--micro-tokens", 8192)
     assert sizes.sharding(whole, model, two) == "none" and not capsys.readouterr().out
     longer = options(*BIG, "--lora", 64, "--micro-tokens", 65536, "--slots", 16)
     assert plan.decided(model, longer, 80 * GIB, 2, 2).shard == "none"
@@ -224,7 +227,7 @@ def test_a_part_that_the_model_lacks_is_refused_after_a_download(wrong, tmp_path
 def test_a_run_says_that_it_trains_all_when_it_trains_a_part(card, capsys, tmp_path):
     card(1)
     small = ["--model", "Qwen2.5-VL-3B", "--out", tmp_path]
-    model = PUBLISHED["Qwen2.5-VL-3B"]
+    model = SIZES["Qwen2.5-VL-3B"]
     for given, said in (
         (["--lora", 64], "Trained: 119,734,272 numbers of adapters, in 252 layers."),
         (["--freeze", "vision", "decoder", "--mini-batch", 16], "of 3,754,622,976 weights."),
@@ -266,7 +269,7 @@ def disk(monkeypatch, tmp_path):
 
 
 def test_a_run_finds_out_at_its_first_save_that_the_disk_is_too_small(disk, tmp_path, capsys):
-    model, out = PUBLISHED["Qwen2.5-VL-7B"], tmp_path / "not" / "there"
+    model, out = SIZES["Qwen2.5-VL-7B"], tmp_path / "not" / "there"
     config = options(*BIG, "--out", out)
     eight = Ranks(size=8, node_size=8, device=torch.device("cuda"))
     disk(99)
@@ -290,7 +293,7 @@ def test_processes_without_a_question_of_an_update_are_not_told_of(card, disk, c
     card(8)
     disk(900)
     ranks = Ranks(size=processes, node_size=8, device=torch.device("cuda"))
-    check_sizes(options(*BIG, "--recipe", "released"), PUBLISHED["Qwen2.5-VL-7B"], ranks)
+    check_sizes(options(*BIG, "--recipe", "released"), SIZES["Qwen2.5-VL-7B"], ranks)
     assert ("32 questions for 64 processes" in capsys.readouterr().err) == warned
 
 
@@ -298,14 +301,14 @@ def test_the_disk_is_told_of_where_it_matters_to_nobody(disk, tmp_path, capsys):
     model = tiny_config()
     disk(20)
     check_disk(options(*SMALL, "--data", "toy", "--out", tmp_path), model, SINGLE)
-    check_disk(options(*BIG, "--data", "lmms-lab/FVQA", kind=EvalConfig), PUBLISHED["Qwen2.5-VL-7B"], SINGLE)
+    check_disk(options(*BIG, "--data", "lmms-lab/FVQA", kind=EvalConfig), SIZES["Qwen2.5-VL-7B"], SINGLE)
     assert capsys.readouterr() == ("", "")
     disk(0)
     refused(lambda: check_disk(options(*SMALL, "--data", "toy", "--out", tmp_path), model, SINGLE), "0.0 GB are free")
 
 
 def test_a_resumed_run_is_to_find_room_for_what_it_has_saved(disk, tmp_path, capsys):
-    model, config = PUBLISHED["Qwen2.5-VL-7B"], options(*BIG, "--out", tmp_path)
+    model, config = SIZES["Qwen2.5-VL-7B"], options(*BIG, "--out", tmp_path)
     eight = Ranks(size=8, node_size=8, device=torch.device("cuda"))
     saved = tmp_path / "checkpoints" / "step-000010"
     saved.mkdir(parents=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from crew import Crew
-from helpers import tiny_model, with_adapters
+from helpers import each_family, tiny_model, with_adapters
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +66,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])] == []
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import test_engine
 import torch
 from crew import Crew, environment, free_port, on_one
-from helpers import SGD, conversation, report, tiny_config, tiny_model, with_adapters
+from helpers import SGD, conversation, each_family, report, tiny_config, tiny_model, with_adapters
 from safetensors.torch import load_file
 from test_update import EXAMPLE, SUPPRESSED, TowerPasses, frozen, made, relative
 from torch.distributed.fsdp import FSDPModule
@@ -29,7 +29,7 @@ from mmsr import lora, reward
 from mmsr.batch import assign_advantages
 from mmsr.config import Config, parse
 from mmsr.episode import Episode
-from mmsr.model import Qwen2_5_VL
+from mmsr.model import VLModel
 from mmsr.pretrained.load import load
 from mmsr.pretrained.save import save, save_weights
 from mmsr.setup.policy import load_model, open_model
@@ -134,6 +134,7 @@ def check_gradient(crew, record_property, what: str, *args) -> None:
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-6), key
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("assignment", [d for d in ASSIGNMENTS if d != "four"])
 def test_gradient_does_not_depend_on_how_episodes_are_dealt(pair, assignment, record_property):
@@ -156,6 +157,7 @@ def second_gradient(ranks: Ranks, options: dict):
     return kept[1], metrics
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize(
     "loss",
@@ -196,6 +198,7 @@ def test_advantages_by_the_batch_are_those_of_a_ranks_own_part(pair, advantage):
     assert len({round(value, 6) for *_, value in alone}) > 5
 
 
+@each_family
 def test_gradient_of_tied_head_token_mean_and_recomputed_blocks(pair, record_property):
     changes = {"tie_word_embeddings": True}
     check_gradient(pair, record_property, "tied", "even", {"loss_norm": "token"}, changes, True)
@@ -300,6 +303,7 @@ def rows_of_some_updates(ranks: Ranks) -> dict[str, set]:
     return dict(trainer.lockstep.recorded)
 
 
+@each_family
 def test_passes_are_always_the_same_row_of_collectives(pair):
     """What a rank that runs out of memory counts on: empty passes and full ones, after generation, text alone."""
     first, second = pair(rows_of_some_updates)
@@ -324,6 +328,7 @@ def rows_of_updates_with_adapters(ranks: Ranks, targets) -> dict[str, set]:
     return dict(trainer.lockstep.recorded)
 
 
+@each_family
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", [(), ("vision",), ("vision", "model.layers.1")], ids=str)
 def test_passes_with_adapters_are_not_always_the_same_row_of_collectives(pair, targets):
@@ -374,6 +379,7 @@ def trained_weights(ranks: Ranks, dtype=torch.float32, steps: int = 3):
     return full_state_dict(model, ranks, dtype)
 
 
+@each_family
 def test_weights_after_some_steps_equal_those_of_one_process(pair, record_property):
     alone = on_one(trained_weights)
     main, other = pair(trained_weights)
@@ -397,7 +403,7 @@ FORMS = ("none", "node")  # of the frozen weights
 BOTH = ("decoder", "vision")
 
 
-def beside(ranks: Ranks, across: str, targets=(), dtype=torch.float32) -> Qwen2_5_VL:
+def beside(ranks: Ranks, across: str, targets=(), dtype=torch.float32) -> VLModel:
     """A model with adapters. Its frozen weights are whole on every rank, or sharded."""
     model = tiny_model(1).to(dtype).requires_grad_(False)  # before it is sharded: FSDP looks once
     if across != "none":
@@ -431,6 +437,7 @@ SLOW = [
 ]
 
 
+@each_family
 @pytest.mark.parametrize("across, targets, assignment", [*DEALT, *SLOW], ids=str)
 def test_gradient_of_adapters_depends_on_how_episodes_are_dealt(pair, across, targets, assignment, record_property):
     alone, metrics = on_one(adapter_gradient, across, targets, assignment)
@@ -531,6 +538,7 @@ def frozen_parts(ranks: Ranks, parts: list[str], assignment: str):
     return full_state_dict(model, ranks, torch.float32), metrics, passes.backward, len(set(passes.seen))
 
 
+@each_family
 @pytest.mark.parametrize(
     "parts",
     [
@@ -580,6 +588,7 @@ def generated(ranks: Ranks, dtype=torch.float32):
     return found["tokens"], steps
 
 
+@each_family
 def test_tokens_do_not_depend_on_the_number_of_ranks(pair):
     """Ranks with different numbers of decode steps, or none, between updates of the weights."""
     alone, _ = on_one(generated)
@@ -657,6 +666,7 @@ def in_bf16(ranks: Ranks):
     return kept, whole, {p.dtype for p in model.parameters()}
 
 
+@each_family
 def test_fp32_shards_compute_in_bf16(pair):
     alone, _ = on_one(gradient, "even")
     for kept, whole, kept_as in pair(in_bf16):
@@ -670,6 +680,7 @@ def loaded(ranks: Ranks, folder: str):
     return full_state_dict(model, ranks, torch.float32), local
 
 
+@each_family
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_a_folder_gives_each_rank_its_shards(pair, tied, tmp_path):
     model = tiny_model(3, tie_word_embeddings=tied)
