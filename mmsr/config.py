@@ -81,7 +81,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_images": 1,
         "max_texts": 1,
         "min_pixels": 56 * 56,
-        "max_pixels": 56 * 56,
+        "max_pixels": 64 * 64,
         "max_tokens": 192,
         "turn_tokens": 32,
         "micro_tokens": 32768,
@@ -187,6 +187,8 @@ class Options:
     """Folder of the picture files that the data names; empty: the data file's own."""
     toy: Literal["full", "basic"] = "full"
     """Toy world. full: towns take a text search, and searches may mislead; basic: image search tells all, at once."""
+    toy_model: Literal["qwen2_5", "qwen3"] = "qwen2_5"
+    """Architecture of the toy base model, which is trained where --model is not given: Qwen2.5-VL's or Qwen3-VL's."""
 
     # ---- search
     search: str = "toy"
@@ -235,7 +237,7 @@ class Options:
     """Tokens sampled per turn at most."""
     max_tokens: int = 192
     """Tokens of a conversation at most, prompt and images included."""
-    max_pixels: int = 56 * 56
+    max_pixels: int = 64 * 64
     """Larger pictures are shrunk to this many pixels."""
     min_pixels: int = 56 * 56
     """Smaller pictures are enlarged to this many pixels."""

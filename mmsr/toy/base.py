@@ -1,4 +1,4 @@
-"""The toy world's base model: a tokenizer, a tiny Qwen2.5-VL and its warm start.
+"""The toy world's base model: a tokenizer, a tiny Qwen2.5-VL or Qwen3-VL, and its warm start.
 
 The warm start stands in for pre-training and instruction tuning: it trains on supervised traces, with the same trainer
 that GRPO uses later. A trace that does not search first recalls what a search would find. So recall and "let me look it
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -27,6 +28,7 @@ from mmsr.chat import PROMPTS, Chat, Piece
 from mmsr.engine import Engine
 from mmsr.episode import ANSWERED, Episode, Example, Observation
 from mmsr.pretrained.save import save
+from mmsr.qwen3_vl import Qwen3VisionConfig, Qwen3VLConfig
 from mmsr.rollout import Limits, Rollout, Script
 from mmsr.system.determinism import deterministic
 from mmsr.system.errors import UserError
@@ -34,13 +36,13 @@ from mmsr.system.files import cache_folder, code_digest
 from mmsr.system.progress import progress, say
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, Tool, Toolbox, search_tools
 from mmsr.toy import world as toy
-from mmsr.toy.world import NAME, QUESTIONS, SIZE, TOWN, Category, Concept, World
+from mmsr.toy.world import MAX_PIXELS, MIN_PIXELS, NAME, QUESTIONS, TOWN, Category, Concept, World
 from mmsr.update import MasterWeights, Trainer
-from mmsr.vision import Image, VisionConfig, load_image, patchify
+from mmsr.vision import QWEN2_5_VL, Processor, VisionConfig, load_image, prepare
 
 # ---- tokenizer and model --------------------------------------------------------------------------------------------
 
-# The control tokens of Qwen2.5-VL, in its order. They follow the vocabulary.
+# The control tokens of Qwen2.5-VL and Qwen3-VL, in their order. They follow the vocabulary.
 SPECIAL = """
     <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
     <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
@@ -74,16 +76,14 @@ def _words() -> list[str]:
     return [word for word in words if "{" not in word]
 
 
-def model_config(tokenizer: Tokenizer) -> modeling.ModelConfig:
-    """About a million parameters in the architecture of Qwen2.5-VL."""
-    return modeling.ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+def model_config(tokenizer: Tokenizer, family: str = "qwen2_5") -> modeling.ModelConfig:
+    """About a million parameters in the architecture of Qwen2.5-VL, or that of Qwen3-VL: `family` "qwen3"."""
+    decoder = dict(
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        mrope_section=(4, 6, 6),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.token_to_id("<|endoftext|>"),
         eos_token_id=tokenizer.token_to_id("<|im_end|>"),
@@ -91,10 +91,14 @@ def model_config(tokenizer: Tokenizer) -> modeling.ModelConfig:
         video_token_id=tokenizer.token_to_id("<|video_pad|>"),
         vision_start_token_id=tokenizer.token_to_id("<|vision_start|>"),
         vision_end_token_id=tokenizer.token_to_id("<|vision_end|>"),
-        vision=VisionConfig(
-            depth=2, hidden_size=96, num_heads=4, intermediate_size=192, out_hidden_size=128, fullatt_block_indexes=(1,)
-        ),
     )
+    vocabulary = tokenizer.get_vocab_size()
+    tower = dict(depth=2, hidden_size=96, num_heads=4, intermediate_size=192, out_hidden_size=128)
+    if family == "qwen2_5":
+        vision = VisionConfig(**tower, fullatt_block_indexes=(1,))
+        return modeling.ModelConfig(vocabulary, mrope_section=(4, 6, 6), vision=vision, **decoder)
+    vision = Qwen3VisionConfig(**tower, num_position_embeddings=8 * 8, deepstack_visual_indexes=(0,))
+    return Qwen3VLConfig(vocabulary, head_dim=32, mrope_section=(6, 5, 5), vision=vision, **decoder)
 
 
 # ---- traces ---------------------------------------------------------------------------------------------------------
@@ -120,9 +124,11 @@ class Traces:
     What the model is not meant to know about a concept is made up for each trace, as the model will make it up.
     """
 
-    def __init__(self, world: World, chat: Chat, seed: int):
+    def __init__(self, world: World, chat: Chat, seed: int, processor: Processor = QWEN2_5_VL):
+        """`processor`: of the model's pictures."""
         self.world = world
         self.chat = chat
+        self.processor = processor
         self.rng = np.random.default_rng([seed, 4])
         self.made = 0
         pools = [pool for pool in world.settings.pools if pool.facts]
@@ -142,7 +148,7 @@ class Traces:
     def _episode(self, concept: Concept, picture: np.ndarray, group_id: int) -> Episode:
         question = int(self.rng.integers(len(QUESTIONS)))
         self.made += 1
-        image = Image(patchify(picture), (SIZE // 14, SIZE // 14), f"trace {self.made}")
+        image = prepare(PIL.Image.fromarray(picture), f"trace {self.made}", MIN_PIXELS, MAX_PIXELS, self.processor)
         direct = self.rng.random() < DIRECT
         prompt = self.chat.prompt(QUESTIONS[question], image, direct)
         example = Example(id="", image=b"", question=QUESTIONS[question], answers=(), category=concept.pool)
@@ -181,7 +187,8 @@ class Traces:
         """Show the results of a search for a concept. Returns the concept of the result that the trace believes."""
         about = self.world.web.about(concept, self.rng)
         hits = self.world.web.hits(tool, about, self.rng)
-        thumbnails = [load_image(hit.image, SIZE * SIZE, SIZE * SIZE) if hit.image else None for hit in hits]
+        limits = (MIN_PIXELS, MAX_PIXELS)
+        thumbnails = [load_image(hit.image, *limits, processor=self.processor) if hit.image else None for hit in hits]
         results = self.chat.observation(tool, Observation(hits), thumbnails, episode.example.question)
         self._append(episode, results, 0)
         believed = self.rng.choice(len(about), p=self.world.settings.reader)
@@ -227,12 +234,13 @@ class WarmStart:
 MADE_BY = """
     toy/world toy/base vision attention model system/chunked_log_probs chat grpo pack update system/optimizer
 """.split()
+BY_FAMILY = {"qwen2_5": [], "qwen3": ["qwen3_vl"]}  # modules that make the model of one family
 
 
-def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
+def base_model(world: World, recipe: WarmStart = WarmStart(), family: str = "qwen2_5") -> Path:
     """Folder of the warm-started model for `world`, a Hugging Face checkpoint; made once, then found by its hash.
 
-    Raises UserError when the gate is not passed after the last of `recipe.stretches`.
+    `family`: as --toy-model has it. Raises UserError when the gate is not passed after the last of `recipe.stretches`.
     """
     # The base model cannot know how well the web retrieves, nor what is asked later. Such worlds share a base model.
     world = World(world.seed, replace(world.settings, wrong=0.0, categories=()))
@@ -240,11 +248,11 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
         shown = sum(pool.size * pool.exposure for pool in world.settings.pools if pool.facts)
         recipe = replace(recipe, steps=round(shown / (recipe.batch / 2)))
     cache = cache_folder()
-    folder = cache / f"toy-base-{_digest(world, recipe)}"
+    folder = cache / f"toy-base-{_digest(world, recipe, family)}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            _warm_start(world, recipe, Path(scratch) / "model")
+            _warm_start(world, recipe, Path(scratch) / "model", family)
             try:
                 (Path(scratch) / "model").rename(folder)
             except OSError:  # another process was first
@@ -253,12 +261,12 @@ def base_model(world: World, recipe: WarmStart = WarmStart()) -> Path:
     return folder
 
 
-def _digest(world: World, recipe: WarmStart) -> str:
+def _digest(world: World, recipe: WarmStart, family: str) -> str:
     """Identifies the base model by everything that it is made from."""
     package = Path(__file__).parents[1]
-    made_by = [code_digest(package / f"{name}.py") for name in MADE_BY]
+    made_by = [code_digest(package / f"{name}.py") for name in [*MADE_BY, *BY_FAMILY[family]]]
     prompts = [file.read_text(encoding="utf-8") for file in sorted((PROMPTS / "toy").glob("*.txt"))]
-    made_of = repr((made_by, prompts, world.seed, world.settings, recipe))
+    made_of = repr((made_by, prompts, world.seed, world.settings, recipe, family))
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
@@ -266,17 +274,17 @@ def _tools(world: World) -> list[Tool]:
     return search_tools(world.web, 1, int(world.settings.two_hops))
 
 
-def _warm_start(world: World, recipe: WarmStart, folder: Path) -> None:
+def _warm_start(world: World, recipe: WarmStart, folder: Path, family: str) -> None:
     """Train a model until it passes the gate, and save it. Raises UserError when it does not pass."""
     folder.mkdir()
     deterministic(True)
     tokenizer = _save_tokenizer(folder)
     chat = Chat(folder, PROMPTS / "toy", _tools(world))
-    model = modeling.random_model(model_config(tokenizer), seed=world.seed)
+    model = modeling.random_model(model_config(tokenizer, family), seed=world.seed)
     suppressed = chat.suppressed_tokens(model.config.vocab_size)
     optimizer = MasterWeights(model, betas=(0.9, 0.98))
     trainer = Trainer(model, optimizer, suppressed, loss_norm="token", sft=True)
-    traces = Traces(world, chat, world.seed)
+    traces = Traces(world, chat, world.seed, model.config.vision.processor)
     say("Warm start, a stand-in for pre-training: made once per world, then kept.")
     bar = progress("warm start", recipe.steps, "step")
     last = recipe.steps + recipe.stretches * recipe.extra
@@ -331,7 +339,7 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
 
     def accuracy(asked: Category, direct: bool) -> float:
         engine = Engine(model, chat.stop_id, suppressed, slots=256, max_tokens=256, turn_tokens=32)
-        limits = Limits(3, SIZE * SIZE, SIZE * SIZE)
+        limits = Limits(3, MIN_PIXELS, MAX_PIXELS, model.config.vision.processor)
         rollout = Rollout(engine, chat, Toolbox(_tools(world), inline=True), limits, direct=direct)
         scripts = None if direct else lambda example, sample: Script(world.always_search(example))
         episodes = rollout(world.questions(asked, 200, "gate"), 1, ("gate", world.seed), scripts)

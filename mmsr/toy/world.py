@@ -43,7 +43,11 @@ ENOUGH = 450  # exposures in the warm start; with fewer a concept is known, but 
 RESULTS = 3  # results of a search
 DISTRACTION = 0.3  # chance that a result below the first is about something else
 LOOK_IT_UP = "<reason> let me look it up . </reason> <search><img></search>"
-SIZE = 56  # picture side in pixels: 4 × 4 patches, 4 image tokens
+SIZE = 56  # picture side in pixels
+# What a model's pictures are resized to at least and at most. So one of SIZE has 4 × 4 patches, 4 image tokens, for
+# Qwen2.5-VL, and for Qwen3-VL, whose patches are larger and which sees it at 64 × 64 pixels.
+MIN_PIXELS = 56 * 56
+MAX_PIXELS = 64 * 64
 
 
 def look_up(name: str) -> str:

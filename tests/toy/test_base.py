@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MINIATURE
+from helpers import FAMILIES
 
 from mmsr.chat import PROMPTS, Chat
 from mmsr.engine import Engine
@@ -43,7 +44,7 @@ def fake_warm_start(monkeypatch):
     """A warm start that takes no time; returns the list of its calls."""
     calls = []
 
-    def made(world, recipe, folder):
+    def made(world, recipe, folder, family):
         calls.append((world.seed, world.settings, recipe))
         folder.mkdir()
         (folder / "config.json").write_text("{}")
@@ -257,26 +258,41 @@ def test_traces_are_a_function_of_the_seed(world, chat):
 # ---- warm start -----------------------------------------------------------------------------------------------------
 
 
-def test_warm_start_makes_a_folder_that_transformers_opens(miniature):
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+@pytest.fixture(params=FAMILIES)
+def of_family(request):
+    """The folder of each family's miniature, and what config.json calls the family."""
+    name = "miniature" if request.param == "qwen2_5" else f"miniature_{request.param}"
+    return request.getfixturevalue(name), f"{request.param}_vl"
 
-    twin, loading = Qwen2_5_VLForConditionalGeneration.from_pretrained(miniature, output_loading_info=True)
+
+def test_warm_start_makes_a_folder_that_transformers_opens(of_family):
+    from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+    miniature, model_type = of_family
+    twin, loading = AutoModelForImageTextToText.from_pretrained(miniature, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in load(miniature).parameters())
     ids = PreTrainedTokenizerFast(tokenizer_file=str(miniature / "tokenizer.json"))("<|im_start|>user")["input_ids"]
     config = json.loads((miniature / "config.json").read_text())
-    assert len(ids) == 2 and max(ids) < config["vocab_size"] and config["model_type"] == "qwen2_5_vl"
+    assert (
+        len(ids) == 2
+        and max(ids) < config.get("text_config", config)["vocab_size"]
+        and config["model_type"] == model_type
+    )
 
 
-def test_warm_start_teaches_the_markup(miniature, world):
+def test_warm_start_teaches_the_markup(of_family, world):
     """A few seconds are enough to speak; without this the tests of training would train on nothing."""
+    miniature, _ = of_family
     tools = search_tools(world.web, 1, 0)
     chat, model = Chat(miniature, PROMPTS / "toy", tools), load(miniature)
     engine = Engine(
         model, chat.stop_id, chat.suppressed_tokens(model.config.vocab_size), slots=64, max_tokens=128, turn_tokens=32
     )
-    rollout = Rollout(engine, chat, Toolbox(tools, True), Limits(2, 56 * 56, 56 * 56))
+    limits = Limits(2, toy.MIN_PIXELS, toy.MAX_PIXELS, model.config.vision.processor)
+    rollout = Rollout(engine, chat, Toolbox(tools, True), limits)
     episodes = rollout(world.questions("familiar", 16, "markup"), 2)
+    assert all(image.tokens == 4 for episode in episodes for _, image in episode.images)
     assert sum(e.status == "answered" for e in episodes) > 16
     assert 4 < sum(e.searches() for e in episodes) < 30
 
@@ -286,7 +302,7 @@ def test_warm_start_is_made_once(miniature, miniature_cache, world, monkeypatch,
     before = {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
     assert toy_base.base_model(toy.World(0), MINIATURE) == miniature
     assert not fake_warm_start and before == {file: file.stat().st_mtime_ns for file in miniature.iterdir()}
-    assert list(miniature_cache.iterdir()) == [miniature]
+    assert miniature in miniature_cache.iterdir()
 
 
 def test_worlds_that_differ_in_nothing_the_warm_start_sees_share_a_folder(tmp_path, monkeypatch, fake_warm_start):
@@ -317,6 +333,7 @@ def test_a_comment_makes_the_base_model_anew(tmp_path, monkeypatch, fake_warm_st
     edit("chat.py", '"""', '"""Other words. ')
     edit("vision.py", "class VisionTower(nn.Module):", "class VisionTower(\n    nn.Module\n):  # the tower")
     edit("report/html.py", "10_000", "9_000")  # not one that makes it
+    edit("qwen3_vl.py", "floor()", "ceil()")  # one that makes a model of the other family
     assert toy_base.base_model(world) == first
     edit("toy/base.py", "DIRECT = 0.125", "DIRECT = 0.25")
     assert toy_base.base_model(world) != first
@@ -329,15 +346,16 @@ def test_steps_are_what_the_exposures_take(tmp_path, monkeypatch, fake_warm_star
     assert [recipe.steps for _, _, recipe in fake_warm_start] == [900, 900, 900 + 18 * 800 / 32]
 
 
-def test_another_recipe_or_world_is_another_folder(tmp_path, monkeypatch, fake_warm_start, world):
+def test_another_recipe_world_or_family_is_another_folder(tmp_path, monkeypatch, fake_warm_start, world):
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "one"))
     folders = [
         toy_base.base_model(world, MINIATURE),
         toy_base.base_model(world, toy_base.WarmStart(steps=61)),
         toy_base.base_model(toy.World(1), MINIATURE),
+        toy_base.base_model(world, MINIATURE, "qwen3"),
         toy_base.base_model(world, MINIATURE),
     ]
-    assert folders[0] == folders[3] and len(set(folders)) == 3 == len(fake_warm_start)
+    assert folders[0] == folders[4] and len(set(folders)) == 4 == len(fake_warm_start)
     assert all(folder.parent == tmp_path / "one" for folder in folders)
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "two"))
     assert toy_base.base_model(world, MINIATURE).parent == tmp_path / "two"
@@ -408,7 +426,7 @@ def test_gate_measures_forced_searches_and_direct_recall_of_what_was_shown_enoug
 
 
 def test_interrupted_warm_start_leaves_nothing(tmp_path, monkeypatch, world):
-    def interrupted(world, recipe, folder):
+    def interrupted(world, recipe, folder, family):
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{}")
         raise KeyboardInterrupt
@@ -424,14 +442,14 @@ def test_two_warm_starts_at_a_time_leave_one_sound_folder(tmp_path, monkeypatch,
     """The second one to finish must not be moved into the first one's folder."""
     monkeypatch.setenv("MMSR_CACHE", str(tmp_path / "cache"))
 
-    def made(world, recipe, folder):
+    def made(world, recipe, folder, family):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    def overtaken(world, recipe, folder):
+    def overtaken(world, recipe, folder, family):
         monkeypatch.setattr(toy_base, "_warm_start", made)
         toy_base.base_model(world, recipe)
-        made(world, recipe, folder)
+        made(world, recipe, folder, family)
 
     monkeypatch.setattr(toy_base, "_warm_start", overtaken)
     folder = toy_base.base_model(world)
