@@ -28,7 +28,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from mmsr import evaluate
 from mmsr.assemble import Setup, launch
-from mmsr.chat import PROMPTS
+from mmsr.chat import PROMPTS, WORDING
 from mmsr.data.judge import JUDGE_TOKENS, Judge
 from mmsr.episode import Episode, Example
 from mmsr.report import compare
@@ -163,8 +163,9 @@ def rag_script(config: EvalConfig, world: World | None) -> Callable[[Example, in
     if world and config.prompts == "toy":
         return lambda example, sample: Script(world.always_search(example, config.max_texts > 0))
     own = prompts_folder(config.prompts) / "rag.txt"
-    usual = PROMPTS / "real" / "rag.txt"
-    turns = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
+    usual = PROMPTS / WORDING[config.grammar] / "rag.txt"
+    lines = (own if own.is_file() else usual).read_text(encoding="utf-8").splitlines()
+    turns = [line.replace("\\n", "\n") for line in lines]
     if len(turns) != 3:
         complaint = "write three: the turn of an image search, the first words of a text search's, and of an answer's"
         raise UserError(f"{own}: {len(turns)} lines; {complaint}")

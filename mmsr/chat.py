@@ -1,4 +1,4 @@
-r"""Turns to token ids and back: markup, prompts, image placeholders, the action grammar, untrusted text.
+"""Turns to token ids and back: markup, prompts, image placeholders, untrusted text.
 
 A conversation is text between control tokens such as `<|im_end|>`. The text between two of them, the template's words
 and a web page's alike, is encoded as one piece, by a tokenizer with the checkpoint's BPE model but without its control
@@ -11,61 +11,31 @@ The wording is in text files, one folder a set (`prompts/real`, `prompts/toy`). 
 `{image}`, `{title}`, `{url}`, `{text}`. A line whose placeholders are all empty is left out: so a tool whose limit is 0
 is not offered, and a hit without a thumbnail has no line for it.
 
-The action grammar. A turn is to be one reason, then one action: a tag pair with no other action tag inside. Of several
-actions the last one outside closed reasons counts. R stands for `<reason>why</reason>`. `Chat.parse` gives action and
-query, `Chat.well_formed` the last column.
-
-| the model's turn                                            | action       | query     | well-formed |
-|-------------------------------------------------------------|--------------|-----------|-------------|
-| R <answer>Tagus River</answer>                              | answer       | Tagus River | yes |
-| R <search><img></search>                                    | image_search | -         | yes |
-| R <text_search>bridge lisbon</text_search>                  | text_search  | bridge lisbon | yes |
-| \n R\n<text_search>\n two\n lines </text_search> \n         | text_search  | two lines | yes |
-| R <search> < img >\n</search>                               | image_search | -         | yes |
-| R so: <answer>Paris</answer>                                | answer       | Paris     | yes |
-| R <answer> </answer>                                        | answer       | -         | yes |
-| R <search>a bridge</search>                                 | -            | -         | no  |
-| R <text_search> \n</text_search>                            | -            | -         | no  |
-| R <answer>Paris                                             | -            | -         | no  |
-| R <answer>Paris</search>                                    | -            | -         | no  |
-| R <ANSWER>Paris</ANSWER>                                    | -            | -         | no  |
-| R Paris                                                     | -            | -         | no  |
-| <reason>or <answer>Rome</answer></reason>                   | -            | -         | no  |
-| <reason>or <answer>Rome</answer></reason><answer>Paris</answer> | answer   | Paris     | no  |
-| <reason>or <answer>Rome</reason><answer>Paris</answer>      | answer       | Paris     | no  |
-| <reason>why <answer>Paris</answer>                          | answer       | Paris     | no  |
-| <answer>Paris</answer>                                      | answer       | Paris     | no  |
-| <answer>Paris</answer> R                                    | answer       | Paris     | no  |
-| Well: R <answer>Paris</answer>                              | answer       | Paris     | no  |
-| R R <answer>Paris</answer>                                  | answer       | Paris     | no  |
-| R <answer>Paris</answer> Yes.                               | answer       | Paris     | no  |
-| R <text_search>q</text_search> <answer>Paris</answer>       | answer       | Paris     | no  |
-| R <answer>Paris</answer> <search><img></search>             | image_search | -         | no  |
-| R <text_search>q</text_search> <search>q</search>           | text_search  | q         | no  |
-| R <answer>Rome <answer>Paris</answer>                       | answer       | Paris     | no  |
-| R <answer>see <search><img></search></answer>               | image_search | -         | no  |
-| R </search> <answer>Paris</answer>                          | answer       | Paris     | no  |
-| R <ans<reason></reason>wer>Paris</answer>                   | -            | -         | no  |
+How the model asks for a tool, and what its turns have to look like, is a grammar's affair: `Tags` (grammar.py) or, with
+tool calls in JSON, `Hermes` (hermes.py). A checkpoint that thinks begins each turn with `<think>`, which its template
+writes for it; what counts of the turn is what comes after `</think>`. Thoughts stay in the conversation as they are.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass, field
 from itertools import accumulate, dropwhile
 from pathlib import Path
-from typing import Any, Sequence, Union
+from typing import Any, Mapping, Sequence, Union
 
 import torch
 
 from mmsr.episode import Hit, Observation
+from mmsr.grammar import ANSWER, Action, Grammar, Tags
+from mmsr.hermes import Hermes
 from mmsr.system.errors import UserError
 from mmsr.system.tokenizer import Tokenizer
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, VISIT, Tool
 
 PROMPTS = Path(__file__).parent / "prompts"
-ANSWER = "answer"
 
 # Control tokens.
 START = "<|im_start|>"
@@ -73,7 +43,14 @@ STOP = "<|im_end|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
-CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control tokens that this program writes
+CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control tokens that every checkpoint has
+THINK = "<think>"
+THINK_END = "</think>"
+# What stands at the beginning of a model's turn, by --thinking: thoughts that it goes on with, or thoughts of nothing.
+OPENED = f"{THINK}\n"
+UNTHOUGHT = f"{THINK}\n\n{THINK_END}\n\n"
+
+WORDING = {"tags": "real", "hermes": "hermes"}  # the prompts folder that has words for every tool, by grammar
 
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
@@ -81,8 +58,6 @@ SEARCHES = (IMAGE_SEARCH, TEXT_SEARCH)
 OFFERED = (*SEARCHES, "crop_search", "zoom", VISIT)  # the tools that the real prompts have words for
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-REASON = "<reason>"
-REASON_END = "</reason>"
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except newline and tab
 
 Part = Union[str, int, Any]  # of a turn: text, a control token's id, or an image (anything with `.tokens`)
@@ -97,45 +72,48 @@ class Piece:
     images: list[tuple[int, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Action:
-    """What a model turn asks for: "answer", a tool's name, or None where no action can be read."""
-
-    name: str | None = None
-    query: str = ""  # the words of the answer or query, blanks collapsed; "" for a tool with a fixed payload
-    last: bool = False  # only blanks come after it
-
-
 class Chat:
     """Writes and reads the turns of one checkpoint, with one set of prompts and one list of tools.
 
     `folder` holds the checkpoint's tokenizer.json, `prompts` the wording: user.txt at least; an absent system.txt means
-    no system turn, and any other absent file is taken from the real set. Raises UserError where either is unusable.
+    no system turn, and any other absent file is taken from the set of the grammar ("tags" or "hermes").
+    `turn_start`: what the template writes at the beginning of a model's turn: OPENED, UNTHOUGHT or nothing.
+    Raises UserError where folder or prompts are unusable.
     """
 
-    def __init__(self, folder: str | Path, prompts: str | Path, tools: list[Tool]):
+    def __init__(
+        self,
+        folder: str | Path,
+        prompts: str | Path,
+        tools: list[Tool],
+        grammar: str = "tags",
+        turn_start: str = "",
+    ):
         self.tokenizer = Tokenizer(Path(folder) / "tokenizer.json", CONTROL)
         self.added = self.tokenizer.added  # ids of control tokens by name
         self.stop_id = self.added[STOP]
         _refuse_ambiguous(tools)
-        self._tools = {tool.tag: tool for tool in tools}
+        usual = PROMPTS / WORDING[grammar]
+        self._grammar: Grammar = Tags(tools)
+        if grammar == "hermes":
+            self._grammar = Hermes(tools, _read_words(Path(prompts), usual))
+        self.turn_start = turn_start
+        self.thinks = turn_start == OPENED
+        offered = [tool for tool in tools if tool.limit]
         self._calls: dict[str, list[Part]] = {name: [] for name in OFFERED}  # how to call a tool, by its name
         for tool in tools:
-            call = f"<{tool.tag}>{tool.payload or 'query'}</{tool.tag}>"
-            self._calls[tool.name] = [call] if tool.limit else []
-        self._templates = _load_prompts(Path(prompts), self._calls)
+            self._calls[tool.name] = [self._grammar.call(tool)] if tool.limit else []
+        self._offer = self._grammar.offer(offered)
+        self._templates = _load_prompts(Path(prompts), self._calls, usual)
 
-        # What `parse` reads: a tag pair without an action tag inside.
-        action_tags = "|".join(map(re.escape, [ANSWER, *self._tools]))
-        no_tag = rf"(?:(?!</?(?:{action_tags})>).)*"
-        self._action = re.compile(rf"<(?P<tag>{action_tags})>(?P<inside>{no_tag})</(?P=tag)>", re.DOTALL)
-        self._tag = re.compile(f"</?(?:reason|{action_tags})>")
+        # What is a control token in text of our own, where the tokenizer has it.
+        markup = [*self._grammar.markup, *([THINK, THINK_END] if turn_start else [])]
+        self._markup = {name: self.added[name] for name in markup if name in self.added}
+        self._between = re.compile(f"({'|'.join(map(re.escape, self._markup)) or '(?!)'})")
 
         # What `neutralise` changes. It is wider: any case, attributes, blanks or invisible characters, closed or not.
-        payloads = " ".join(tool.payload or "" for tool in tools)
-        payload_tags = re.findall(r"<(\w+)", payloads)
-        ours = ["reason", ANSWER, "information", *self._tools, *payload_tags]
-        self._refuse_tags_as_tokens(ours)
+        ours = [*self._grammar.names, *(["think"] if turn_start else [])]
+        self._refuse_tags_as_tokens([name for name in ours if f"<{name}>" not in markup])
         names = "|".join(map(re.escape, ours))
         self._foreign_tag = re.compile(rf"<(?P<inside>[^\w<>]*(?P<name>{names})\b[^<>]*)(?P<end>>?)", re.IGNORECASE)
 
@@ -154,21 +132,30 @@ class Chat:
     def prompt(self, question: str, image: Any | None, direct: bool = False) -> Piece:
         """The conversation up to the model's first word. `direct` asks for an answer without any search."""
         template = self._templates["direct" if direct else "user"]
-        system = self._templates["system"]
+        system = "\n\n".join(filter(None, [self._templates["system"], "" if direct else self._offer]))
         parts: list[Part] = []
         if system:
-            parts += [self.added[START], f"system\n{system}", self.stop_id, "\n"]
+            parts += [self.added[START], *self._marked(f"system\n{system}"), self.stop_id, "\n"]
         content = _unless_none(image)
         content += _fill(template, self._fields(question))
         return self._encode(parts + self._user_turn(content))
 
     def assistant(self, text: str) -> list[int]:
         """Ids of a model turn with its stop id, for turns that are forced or imitated instead of sampled."""
-        return self._encode([text, self.stop_id]).ids
+        return self._encode([*self._marked(self._with_thoughts(text)), self.stop_id]).ids
 
     def opening(self, text: str) -> list[int]:
         """Ids of the first words of a model turn, after which the model continues."""
-        return self._encode([text]).ids
+        return self._encode(self._marked(self._with_thoughts(text))).ids
+
+    def _with_thoughts(self, text: str) -> str:
+        """A turn that is given without thoughts closes those that the template has opened."""
+        return f"\n{THINK_END}\n\n{text}" if self.thinks and THINK_END not in text else text
+
+    def _marked(self, text: str) -> list[Part]:
+        """Text of our own or the model's, its markup as control tokens."""
+        pieces = self._between.split(text) if self._markup else [text]
+        return [self._markup.get(piece, piece) for piece in pieces if piece]
 
     def observation(
         self,
@@ -186,11 +173,14 @@ class Chat:
         results = self._results(observation.hits, images)
         template = self._templates[self._result_file(tool_name, observation)]
         content = _fill(template, self._fields(question, tool_name, results))
-        return self._encode(["\n", *self._user_turn(content)])
+        before, after = self._grammar.framed()
+        framed = [*self._marked(before), *content, *self._marked(after)]
+        return self._encode(["\n", *self._user_turn(framed)])
 
     def _user_turn(self, content: list[Part]) -> list[Part]:
         start = self.added[START]
-        return [start, "user\n", *content, self.stop_id, "\n", start, "assistant\n"]
+        begin = self._marked(f"assistant\n{self.turn_start}")
+        return [start, "user\n", *content, self.stop_id, "\n", start, *begin]
 
     def _result_file(self, tool_name: str, observation: Observation) -> str:
         if observation.source == "limit":
@@ -288,11 +278,13 @@ class Chat:
     # ---- ids to turns
 
     def suppressed_tokens(self, vocab_size: int) -> torch.Tensor:
-        """What the model may not sample: control ids except the stop id, and rows without a token.
+        """What the model may not sample: control ids except the stop id and its own markup, and rows without a token.
 
         Returns (vocab_size,) bool. Raises UserError where the tokenizer has tokens that a model of this size has not.
         """
         allowed = [*self.tokenizer.text_ids(), self.stop_id]
+        sampled = [*self._grammar.sampled, *([THINK_END] if self.thinks else [])]
+        allowed += [self.added[name] for name in sampled if name in self.added]
         control = [self.added[name] for name in CONTROL]
         largest = max(*allowed, *control)
         if largest >= vocab_size:
@@ -313,29 +305,23 @@ class Chat:
         return self.tokenizer.pieces(ids)
 
     def parse(self, text: str) -> Action:
-        """The action of a model turn, given as its text without the stop token. See the table above. Never raises."""
-        pairs = list(self._action.finditer(_blank_reasons(text)))
-        for pair in reversed(pairs):
-            inside = " ".join(pair["inside"].split())
-            last = not text[pair.end() :].strip()
-            if pair["tag"] == ANSWER:
-                return Action(ANSWER, inside, last)
-            tool = self._tools[pair["tag"]]
-            if tool.payload is None and inside:
-                return Action(tool.name, inside, last)
-            if tool.payload is not None and _without_blanks(inside) == _without_blanks(tool.payload):
-                return Action(tool.name, "", last)
-        return Action()
+        """The action of a model turn, given as its text without the stop token. Never raises."""
+        said = self._said(text)
+        return Action() if said is None else self._grammar.parse(said)
 
     def well_formed(self, text: str) -> bool:
-        """Whether a turn is one reason, then one action, and nothing before or after them."""
-        tags = self._tag.findall(text)
-        if tags.count(REASON) != 1 or tags.count(REASON_END) != 1:
+        """Whether a turn has the form that earns the format reward: that of the grammar, behind closed thoughts."""
+        said = self._said(text)
+        if said is None or self.thinks and (THINK in said or THINK_END in said):
             return False
-        if not text.lstrip().startswith(REASON):
-            return False
-        # The action that `parse` finds is one pair of tags. With four tags in all, there is no other.
-        return len(tags) == 4 and self.parse(text).last
+        return self._grammar.well_formed(said)
+
+    def _said(self, text: str) -> str | None:
+        """What comes after the thoughts of a turn; None while they are not closed."""
+        if not self.thinks:
+            return text
+        _, closed, said = text.partition(THINK_END)
+        return said if closed else None
 
 
 def _refuse_ambiguous(tools: list[Tool]) -> None:
@@ -352,38 +338,12 @@ def _refuse_ambiguous(tools: list[Tool]) -> None:
             raise UserError(f"tool {tool.name}: its name {tool.name!r} is taken; give it another")
 
 
-def _blank_reasons(text: str) -> str:
-    """Closed reasons replaced by as many blanks: where one was removed, two halves could join into a tag.
-
-    This looks at each place once. A regular expression would look for the end from every `<reason>`: seconds for a
-    turn that opens thousands and closes none.
-    """
-    pieces = []
-    done = 0  # everything before is in `pieces`
-    start = text.find(REASON)
-    while start >= 0:
-        end = text.find(REASON_END, start)
-        if end < 0:
-            break
-        end += len(REASON_END)
-        pieces.append(text[done:start])
-        pieces.append(" " * (end - start))
-        done = end
-        start = text.find(REASON, done)
-    pieces.append(text[done:])
-    return "".join(pieces)
-
-
 def _unless_empty(text: str) -> list[Part]:
     return [text] if text else []
 
 
 def _unless_none(image: Any | None) -> list[Part]:
     return [] if image is None else [image]
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())
 
 
 # ---- prompts
@@ -417,8 +377,8 @@ def _without_empty(line: str, fields: Fields) -> str:
     return line if kept == line else " ".join(kept.split())
 
 
-def _load_prompts(folder: Path, calls: dict[str, list[Part]]) -> dict[str, str]:
-    """The templates by name, from `folder` or else from the real set. A tool's own file is optional."""
+def _load_prompts(folder: Path, calls: dict[str, list[Part]], usual: Path) -> dict[str, str]:
+    """The templates by name, from `folder` or else from the set `usual`. A tool's own file is optional."""
     if not (folder / "user.txt").is_file():
         raise UserError(f"{folder / 'user.txt'}: no such file; a prompts folder needs one, with {{question}} in it")
     templates = {"system": ""}
@@ -429,7 +389,7 @@ def _load_prompts(folder: Path, calls: dict[str, list[Part]]) -> dict[str, str]:
         if not path.is_file():
             if name not in SEARCHES and name in calls and (folder / "tool.txt").is_file():
                 continue  # this folder words the results of all further tools
-            path = PROMPTS / "real" / f"{name}.txt"
+            path = usual / f"{name}.txt"
         if not path.is_file():
             continue
         templates[name] = _read_prompt(path)
@@ -440,6 +400,21 @@ def _load_prompts(folder: Path, calls: dict[str, list[Part]]) -> dict[str, str]:
         if name in ("user", "direct") and "{question}" not in templates[name]:
             raise UserError(f"{path}: the question is missing; write {{question}} where it belongs")
     return templates
+
+
+def _read_words(folder: Path, usual: Path) -> Mapping[str, Mapping[str, str]]:
+    """tools.json of a prompts folder, or of the set `usual`: what calls in JSON say of each tool, see `Hermes`."""
+    path = folder / "tools.json"
+    if not path.is_file():
+        path = usual / "tools.json"
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+        fits = all(isinstance(said, str) for tool in words.values() for said in tool.values())
+    except (ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: not an object of tools with texts `description` and `query`; see {usual / path.name}")
+    return words
 
 
 def _read_prompt(path: Path) -> str:

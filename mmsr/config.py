@@ -242,7 +242,11 @@ class Options:
     min_pixels: int = 56 * 56
     """Smaller pictures are enlarged to this many pixels."""
     prompts: str = "toy"
-    """Prompt set: toy, real, or a folder of your own."""
+    """Prompt set: toy, real, hermes, or a folder of your own; with --grammar hermes hermes."""
+    grammar: Literal["tags", "hermes"] = "tags"
+    """How tools are called. tags: <search>, <text_search>; hermes: in JSON, as Qwen3-VL's chat template has it."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether each turn begins with thoughts, <think> to </think>; auto: where the chat template begins them."""
 
     # ---- machine
     slots: int = 256
@@ -299,6 +303,8 @@ class Options:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise UserError(f"--{kebab(name)} {value}: give a number from {low:g} to {high:g}")
+        if self.grammar == "hermes" and (not self.model or "toy" in self.datasets):
+            raise UserError("--grammar hermes: the toy world speaks in tags; give --model and --data, or leave it out")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # raises now, and not after the first rollouts
@@ -570,6 +576,8 @@ class Config(Options):
             server_address(self.reward_judge, "--reward-judge ")
         if self.force_searches and not any(name.startswith("replay:") for name in self.back_ends.values()):
             raise UserError("--force-searches replays recorded turns: give --search replay:FILE with them")
+        if self.force_searches and self.grammar != "tags":
+            raise UserError("--force-searches replays turns that are written in tags: leave --grammar out")
 
     def _check_loss(self) -> None:
         if self.algorithm == "sft":
@@ -691,6 +699,8 @@ def parse(
     is_toy = not given.get("model") or given.get("data") in ("toy", ["toy"])
     recipe = given.get("recipe") or ("toy" if is_toy else "blog")
     values = kind.defaults(recipe, given.get("toy", kind.toy))
+    if given.get("grammar") == "hermes":
+        values["prompts"] = "hermes"
     if given.get("demonstrations") or given.get("teacher"):
         values["group_size"] = 1
     if "loss" in names:

@@ -64,10 +64,10 @@ class Limits:
     max_turns: int  # model turns; the last one cannot search, so there is at most one search less
     min_pixels: int
     max_pixels: int
-    processor: Processor = QWEN2_5_VL  # of the model's pictures
     thumbnail_pixels: int = 224 * 224
     tool_seconds: float = 600.0  # a call that takes longer is given up, where tools run in threads
     stop_on_tool_error: bool = False  # end the episode (status tool-error) instead of telling the model
+    processor: Processor = QWEN2_5_VL  # of the model's pictures
 
 
 @dataclass(eq=False)

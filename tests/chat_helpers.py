@@ -1,6 +1,7 @@
 """A tiny tokenizer with Qwen's markup, stand-ins for images, and the checkpoint's chat template, for tests of turns."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ TRANSCRIPTS = Path(__file__).parents[2] / "shared/data/mmsearch_r1_7b_transcript
 CONTROL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
 <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call>
 </tool_call>""".split()
+
+# Qwen3-VL's tokenizer has these too, added but not special. What it has for code is left out.
+QWEN3_CONTROL = [*CONTROL, "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,6 +45,44 @@ CHAT_TEMPLATE = (
 )
 
 
+# The chat template that Qwen3-VL-Instruct is published with, less its branches for videos and numbered pictures.
+_CONTENT = (
+    "{% if content.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{- content.text }}{% endif %}{% endfor %}{% endif %}"
+)
+QWEN3_TEMPLATE = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}"
+    '{{- "# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n'
+    'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>" }}'
+    "{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}"
+    '{{- "\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within '
+    '<tool_call></tool_call> XML tags:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": '
+    '<args-json-object>}\\n</tool_call><|im_end|>\\n" }}'
+    "{%- elif messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role == 'user' %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for content in message.content %}"
+    + _CONTENT
+    + "{{- '<|im_end|>\\n' }}{%- elif message.role == 'assistant' %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{{- message.content }}{%- if message.tool_calls %}{%- for tool_call in message.tool_calls %}"
+    "{%- if (loop.first and message.content) or (not loop.first) %}{{- '\\n' }}{%- endif %}"
+    "{%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}"
+    '{{- \'<tool_call>\\n{"name": "\' }}{{- tool_call.name }}{{- \'", "arguments": \' }}'
+    "{{- tool_call.arguments | tojson }}{{- '}\\n</tool_call>' }}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}"
+    "{%- elif message.role == 'tool' %}"
+    "{%- if loop.first or (messages[loop.index0 - 1].role != 'tool') %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\\n<tool_response>\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for content in message.content %}"
+    + _CONTENT
+    + "{{- '\\n</tool_response>' }}"
+    "{%- if loop.last or (messages[loop.index0 + 1].role != 'tool') %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+# That of Qwen3-VL-Thinking begins the model's thoughts.
+THINKING_TEMPLATE = QWEN3_TEMPLATE.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>\\n' }}{%- endif %}")
+
+
 @dataclass(frozen=True)
 class Picture:
     """Stands in for vision.Image."""
@@ -48,7 +90,7 @@ class Picture:
     tokens: int
 
 
-def tiny_tokenizer(folder: Path, *corpus: str, size: int = 400) -> Path:
+def tiny_tokenizer(folder: Path, *corpus: str, size: int = 400, control: Sequence[str] = CONTROL) -> Path:
     """Writes a byte-level BPE tokenizer.json with Qwen's pre-tokenizer and control tokens into `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -60,7 +102,7 @@ def tiny_tokenizer(folder: Path, *corpus: str, size: int = 400) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*CORPUS, *corpus] * 3, trainer)
     spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [_added(len(spec["model"]["vocab"]) + n, name) for n, name in enumerate(CONTROL)]
+    spec["added_tokens"] = [_added(len(spec["model"]["vocab"]) + n, name) for n, name in enumerate(control)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     return folder

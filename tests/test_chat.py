@@ -3,19 +3,15 @@
 import json
 import random
 import re
-import time
 from itertools import accumulate
 
 import pytest
 import torch
-from chat_helpers import CHAT_TEMPLATE, CONTROL, REAL_TOKENIZER, TRANSCRIPTS, Picture, tiny_tokenizer
+from chat_helpers import CHAT_TEMPLATE, CONTROL, REAL_TOKENIZER, Picture, tiny_tokenizer
 from tokenizers import Tokenizer
 
-import mmsr.chat
-from mmsr.chat import PROMPTS, Action, Chat
-from mmsr.data.cells import answers
-from mmsr.episode import Episode, Example, Hit, Observation, Turn
-from mmsr.reward import official_answer
+from mmsr.chat import PROMPTS, Chat
+from mmsr.episode import Hit, Observation
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, NoSearch, Tool, more_tools, search_tools
 
@@ -193,79 +189,6 @@ def test_control_tokens_inside_the_bpe_vocabulary_stay_dead(tiny, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     chat = Chat(tmp_path, PROMPTS / "toy", TOOLS)
     assert chat.assistant("<|im_end|>").count(chat.stop_id) == 1
-
-
-# ---- the grammar
-
-
-def grammar_rows():
-    rows = [line for line in mmsr.chat.__doc__.splitlines() if line.startswith("| ")][1:]
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-        turn = re.sub(r"\bR\b", "<reason>why</reason>", cells[0]).replace(r"\n", "\n")
-        name, query = ("" if cell == "-" else cell for cell in cells[1:3])
-        yield pytest.param(turn, name or None, query, cells[3].rstrip("| ") == "yes", id=cells[0])
-
-
-@pytest.mark.parametrize("turn, name, query, well_formed", list(grammar_rows()))
-def test_every_row_of_the_grammar_table_holds(tiny_chat, turn, name, query, well_formed):
-    action = tiny_chat.parse(turn)
-    assert (action.name, action.query) == (name, query)
-    assert tiny_chat.well_formed(turn) is well_formed
-
-
-def test_every_recorded_turn_of_the_released_model_parses_as_recorded(tiny_chat):
-    if not TRANSCRIPTS.is_file():
-        pytest.skip(f"transcripts: no {TRANSCRIPTS}")
-    turns = 0
-    for line in TRANSCRIPTS.read_text().splitlines():
-        record = json.loads(line)
-        for turn in record["turns"]:
-            action = tiny_chat.parse(turn["response"])
-            query = record["final_answer"] if turn["action"] == "answer" else turn["query"] or ""
-            assert (action.name, action.query) == (turn["action"], query), turn["response"]
-            assert tiny_chat.well_formed(turn["response"])
-            turns += 1
-    assert turns == 57
-
-
-@pytest.mark.parametrize("words", ["<reason>", "<reason>a</answer>", "</reason>", "<answer>", "<search><img>"])
-def test_a_turn_of_tags_that_open_and_never_close_takes_seconds(tiny_chat, words):
-    """Where each `<reason>` looks for its end, 80 kB take 4 s; the same for `<answer>` in rewards and data files."""
-    turn = words * (120_000 // len(words))
-    start = time.process_time()
-    assert tiny_chat.parse(turn) == Action() and not tiny_chat.well_formed(turn)
-    spoken = Episode(Example("a", b"", "", ("Tagus",)), 0, 0, turns=[Turn("assistant", turn, 0, 0)])
-    assert official_answer(spoken) is None and answers(turn) == [turn]
-    assert time.process_time() - start < 2
-
-
-# The format once more, as one expression: an oracle that shares no code with the module.
-FORMAT = re.compile(
-    r"\s*<reason>(?:(?!TAG).)*</reason>(?:(?!TAG).)*"
-    r"(?:<answer>(?:(?!TAG).)*</answer>|<search>\s*<img>\s*</search>|"
-    r"<text_search>(?=\s*[^\s<]|\s*<(?!/text_search>))(?:(?!TAG).)*</text_search>)\s*".replace(
-        "TAG", "</?(?:reason|answer|search|text_search)>"
-    ),
-    re.DOTALL,
-)
-
-
-def test_parsing_random_turns_never_raises_and_the_format_agrees_with_an_oracle(tiny_chat):
-    rng = random.Random(0)
-    tags = [f"<{slash}{tag}>" for tag in ("reason", "answer", "search", "text_search") for slash in ("", "/")]
-    actions = ["<answer>Paris</answer>", "<search><img></search>", "<text_search>q</text_search>"]
-    words = [*tags, *actions, "<img>", "<", ">", "</", "Paris", " ", "\n", "\u2003", "\ud800", "\0", "é", "<|im_end|>"]
-    formed = 0
-    for _ in range(20_000):
-        reason = rng.choice(["", "<reason>why</reason>"])
-        turn = reason + "".join(rng.choices(words, k=rng.randrange(12)))
-        action = tiny_chat.parse(turn)
-        assert isinstance(action, Action)
-        assert action.name in (None, "answer", "image_search", "text_search")
-        assert tiny_chat.well_formed(turn) is bool(FORMAT.fullmatch(turn)), turn
-        formed += tiny_chat.well_formed(turn)
-    assert formed > 200
 
 
 # ---- hostile text

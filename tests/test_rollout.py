@@ -344,9 +344,9 @@ def test_every_member_opens_the_same_thumbnail_between_two_decode_steps(home, mo
     opened, plain = [], rollout_module.load_image
     together = threading.Barrier(4)
 
-    def load_image(data, *sizes):
+    def load_image(data, *sizes, **more):
         opened.append((data, threading.current_thread().name))
-        return plain(data, *sizes)
+        return plain(data, *sizes, **more)
 
     def run(call):
         together.wait(SECONDS)

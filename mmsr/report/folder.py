@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from mmsr.assemble import Setup
-from mmsr.chat import PROMPTS
+from mmsr.chat import PROMPTS, WORDING
 from mmsr.config import CONFIG, AnyOptions, Config, in_use
 from mmsr.episode import Example
 from mmsr.pretrained.hub import resolve_adapter
@@ -176,8 +176,8 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
     if config.adapter:
         for file in sorted(resolve_adapter(config.adapter).glob("adapter_*")):
             files[f"--adapter {config.adapter}/{file.name}"] = file
-    for folder in (PROMPTS / "real", prompts_folder(config.prompts)):  # a prompt that a folder lacks is the real set's
-        for file in folder.glob("*.txt"):
+    for folder in (PROMPTS / WORDING[config.grammar], prompts_folder(config.prompts)):  # what the second lacks is there
+        for file in [*folder.glob("*.txt"), *folder.glob("tools.json")]:
             files[f"--prompts {config.prompts}/{file.name}"] = file
     if isinstance(config, Config):
         for name in config.demonstrations:

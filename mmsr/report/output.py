@@ -33,8 +33,8 @@ from mmsr.toy.world import SETTINGS, World
 
 # Options by which a model is evaluated as it was trained.
 KEPT = (
-    "toy", "prompts", "tools", "reward", "penalty", "penalty_per_call", "match", "shapes", "max_turns",
-    "max_images", "max_texts", "max_tokens", "turn_tokens", "min_pixels", "max_pixels",
+    "toy", "prompts", "grammar", "thinking", "tools", "reward", "penalty", "penalty_per_call", "match", "shapes",
+    "max_turns", "max_images", "max_texts", "max_tokens", "turn_tokens", "min_pixels", "max_pixels",
 )  # fmt: skip
 MOST_DETAILED = 1024  # rollouts of a step whose lines hold every token: most of such a line, and few are ever looked at
 

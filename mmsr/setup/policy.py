@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mmsr import attention, lora
 from mmsr import model as modeling
-from mmsr.chat import PROMPTS, Chat
+from mmsr.chat import OPENED, PROMPTS, UNTHOUGHT, Chat
 from mmsr.config import Config, Options
 from mmsr.pretrained.adapter import WEIGHTS, base_name, check_base, read_adapter
+from mmsr.pretrained.chat_template import begins_thoughts
 from mmsr.pretrained.config_json import read_config
 from mmsr.pretrained.hub import resolve, resolve_adapter, without_weights
 from mmsr.pretrained.load import load, skeleton, stored_weights
@@ -52,7 +53,7 @@ def open_policy(
     dtype = compute_dtype(config, ranks)
     folder = ranks.main_process_first("model folder", partial(model_folder, config, world))
     with ranks.sync_errors():
-        chat = Chat(folder, prompts_folder(config.prompts), list(tools))
+        chat = open_chat(config, folder, tools)
         model_config = read_config(folder)
         check_tokens(folder, chat, model_config)
     for option, asked in questions.by_option.items():
@@ -84,6 +85,12 @@ def open_policy(
     return Policy(folder, chat, dtype, model)
 
 
+def open_chat(config: Options, folder: Path, tools: Sequence[Tool]) -> Chat:
+    """How turns are written and read: by the checkpoint's tokenizer and --prompts, --grammar and --thinking."""
+    start = turn_start(config.thinking, folder)
+    return Chat(folder, prompts_folder(config.prompts), list(tools), config.grammar, start)
+
+
 def model_folder(config: Options, world: toy.World | None) -> Path:
     """The folder of the model that --model names, maybe without its weights; the toy base model's where it is empty."""
     if config.model:
@@ -108,10 +115,21 @@ def find_adapter(config: Options, folder: Path, ranks: Ranks) -> None:
 
 def prompts_folder(name: str) -> Path:
     """The folder that --prompts names. Raises UserError where there is none."""
-    folder = PROMPTS / name if name in ("toy", "real") else Path(name)
+    folder = PROMPTS / name if name in ("toy", "real", "hermes") else Path(name)
     if not folder.is_dir():
-        raise UserError(f"--prompts {name}: no such folder; give toy, real or a folder with user.txt in it")
+        raise UserError(f"--prompts {name}: no such folder; give toy, real, hermes or a folder with user.txt in it")
     return folder
+
+
+def turn_start(thinking: str, folder: Path) -> str:
+    """What stands at the beginning of each turn of the model in `folder`, by --thinking and its own chat template.
+
+    "auto" is as the template has it. "off", for a model whose template begins thoughts, gives it thoughts of nothing.
+    """
+    begins = begins_thoughts(folder)
+    if thinking == "on" or thinking == "auto" and begins:
+        return OPENED
+    return UNTHOUGHT if begins else ""
 
 
 def open_model(config: Options, folder: Path, dtype: torch.dtype, ranks: Ranks) -> modeling.VLModel:

@@ -232,7 +232,7 @@ class WarmStart:
 
 # A change of the code of these modules makes a new base model; a change of comments and docstrings does not.
 MADE_BY = """
-    toy/world toy/base vision attention model system/chunked_log_probs chat grpo pack update system/optimizer
+    toy/world toy/base vision attention model system/chunked_log_probs grammar chat grpo pack update system/optimizer
 """.split()
 BY_FAMILY = {"qwen2_5": [], "qwen3": ["qwen3_vl"]}  # modules that make the model of one family
 
@@ -339,7 +339,7 @@ def _gate(model, chat: Chat, world: World, suppressed: torch.Tensor) -> dict[str
 
     def accuracy(asked: Category, direct: bool) -> float:
         engine = Engine(model, chat.stop_id, suppressed, slots=256, max_tokens=256, turn_tokens=32)
-        limits = Limits(3, MIN_PIXELS, MAX_PIXELS, model.config.vision.processor)
+        limits = Limits(3, MIN_PIXELS, MAX_PIXELS, processor=model.config.vision.processor)
         rollout = Rollout(engine, chat, Toolbox(_tools(world), inline=True), limits, direct=direct)
         scripts = None if direct else lambda example, sample: Script(world.always_search(example))
         episodes = rollout(world.questions(asked, 200, "gate"), 1, ("gate", world.seed), scripts)

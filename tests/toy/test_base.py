@@ -289,7 +289,7 @@ def test_warm_start_teaches_the_markup(of_family, world):
     engine = Engine(
         model, chat.stop_id, chat.suppressed_tokens(model.config.vocab_size), slots=64, max_tokens=128, turn_tokens=32
     )
-    limits = Limits(2, toy.MIN_PIXELS, toy.MAX_PIXELS, model.config.vision.processor)
+    limits = Limits(2, toy.MIN_PIXELS, toy.MAX_PIXELS, processor=model.config.vision.processor)
     rollout = Rollout(engine, chat, Toolbox(tools, True), limits)
     episodes = rollout(world.questions("familiar", 16, "markup"), 2)
     assert all(image.tokens == 4 for episode in episodes for _, image in episode.images)
