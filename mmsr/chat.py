@@ -142,14 +142,14 @@ class Chat:
 
     def assistant(self, text: str) -> list[int]:
         """Ids of a model turn with its stop id, for turns that are forced or imitated instead of sampled."""
-        return self._encode([*self._marked(self._with_thoughts(text)), self.stop_id]).ids
+        return self._encode([*self._marked(self.whole_turn(text)), self.stop_id]).ids
 
     def opening(self, text: str) -> list[int]:
         """Ids of the first words of a model turn, after which the model continues."""
-        return self._encode(self._marked(self._with_thoughts(text))).ids
+        return self._encode(self._marked(self.whole_turn(text))).ids
 
-    def _with_thoughts(self, text: str) -> str:
-        """A turn that is given without thoughts closes those that the template has opened."""
+    def whole_turn(self, text: str) -> str:
+        """A turn that is forced or imitated: where it has no thoughts, it closes those that the template has begun."""
         return f"\n{THINK_END}\n\n{text}" if self.thinks and THINK_END not in text else text
 
     def _marked(self, text: str) -> list[Part]:

@@ -272,7 +272,7 @@ class Rollout:
 
     def _force_turn(self, conversation: _Conversation) -> None:
         """Append the script's next turn, and do what it asks for as if the model had said it."""
-        text = conversation.forced_turns.pop(0)
+        text = self.chat.whole_turn(conversation.forced_turns.pop(0))
         conversation.sequence.force(self.chat.assistant(text))
         turn = self._record_turn(conversation, text, forced=True)
         if turn.end >= self.engine.max_tokens:

@@ -87,6 +87,14 @@ def test_full_toy_world_takes_another_turn_and_leaves_other_recipes_alone():
     assert limits("--toy", "full", "--recipe", "blog") == limits("--recipe", "blog") == (2, 1, 0)
 
 
+def test_calls_in_json_are_asked_for_in_words_about_tags(tmp_path, capsys):
+    given = ["--model", "m", "--data", "d.jsonl", "--search", "none", "--grammar", "hermes"]
+    assert parse(given).prompts == "hermes" and parse([*given, "--prompts", "mine"]).prompts == "mine"
+    assert parse(given[:-2]).prompts == "real"
+    with pytest.raises(UserError, match="--force-searches replays turns that are written in tags"):
+        parse([*given, "--force-searches", "--search", "replay:x.jsonl"])
+
+
 def test_command_line_wins_over_recipe_and_recipe_over_dataclass():
     config = parse(["--recipe", "blog", "--lr", "1e-5", "--no-deterministic", "--out", "x", "--max-turns=4"])
     assert (config.lr, config.max_turns, config.deterministic, config.out) == (1e-5, 4, False, "x")

@@ -190,6 +190,27 @@ def test_rag_words_of_ones_own(miniature, tmp_path, capsys):
     refused(capsys, arguments(miniature, tmp_path / "other", mode="rag", prompts=prompts), "rag.txt: 1 lines")
 
 
+@pytest.mark.parametrize("thinking", ["off", "on"])
+def test_calls_in_json_are_not_made_or_their_results_stand_elsewhere(miniature_qwen3, tmp_path, thinking):
+    """Whole evaluations in the grammar of Qwen3-VL's template, by a model of that architecture."""
+    found = run(
+        miniature_qwen3, tmp_path / "out", mode="rag", data=questions(tmp_path / "made"), search="none", max_turns=3,
+        grammar="hermes", prompts="hermes", thinking=thinking, max_texts=1, max_tokens=3000, limit=3,
+    )  # fmt: skip
+    assert found.results[str(tmp_path / "made/data.jsonl")]["search_ratio_image"] == 1
+    for line in found.lines:
+        turns = [turn["text"] for turn in line["turns"]]
+        assert line["turns"][0]["action"] == "image_search" and ("</think>" in turns[0]) == (thinking == "on")
+        assert "<tool_response>\nimage_search found nothing.\n</tool_response>" in turns[1]
+        assert turns[1].endswith("assistant\n" + "<think>\n" * (thinking == "on"))
+        assert '{"name": "text_search", "arguments": {"query": "' in turns[2]
+
+
+def test_the_toy_world_is_asked_in_json(miniature, tmp_path, capsys):
+    refused(capsys, arguments(miniature, tmp_path / "out", grammar="hermes"), "the toy world speaks in tags")
+    refused(capsys, arguments("", tmp_path / "out", data="x.jsonl", grammar="hermes"), "the toy world speaks in tags")
+
+
 @pytest.mark.skipif(not (FVQA.exists() and TRANSCRIPTS.exists()), reason=f"{FVQA} and {TRANSCRIPTS.name} are not there")
 @pytest.mark.parametrize("mode", ["search", "direct", "rag"])
 def test_real_questions_with_replayed_searches(miniature, tmp_path, mode):

@@ -82,7 +82,7 @@ class Teacher:
         while True:
             turn = self._ask(messages)
             turns.append(turn)
-            action = self.chat.parse(turn)
+            action = self.chat.parse(self.chat.whole_turn(turn))
             tool = self.toolbox.tools.get(action.name)
             if tool is None or len(turns) >= self.limits.max_turns:
                 return turns

@@ -63,9 +63,8 @@ def open_demonstrations(
 
 def is_right(turns: Sequence[str], example: Example, chat: Chat, rule: RewardRule) -> bool:
     """Whether the last of these turns ends a conversation with the right answer, and the others call tools."""
-    if not turns or chat.parse(turns[-1]).name != ANSWER:
-        return False
-    if any(chat.parse(turn).name in (None, ANSWER) for turn in turns[:-1]):
+    asked_for = [chat.parse(chat.whole_turn(turn)).name for turn in turns]
+    if not turns or asked_for[-1] != ANSWER or None in asked_for or ANSWER in asked_for[:-1]:
         return False
     last = Turn("assistant", turns[-1], 0, 0)
     episode = Episode(example, 0, 0, turns=[last], status=ANSWERED)
