@@ -1,13 +1,14 @@
-"""One command for the first day with a GPU: every equality and every figure that needs one, in two parts.
+"""One command for the first day with a GPU: every equality and every figure that needs one, in parts.
 
     python bench/gpu_day.py --part 1                      # equalities, the machine, 3B
     python bench/gpu_day.py --part 2                      # 7B, beside transformers
+    python bench/gpu_day.py --part 3 --seconds 170        # Qwen3-VL-2B, where there is time left
     python bench/gpu_day.py --part 1 --device cpu --tiny  # a rehearsal: its figures mean nothing
 
 A part ends within six minutes by its own clock. A row for which too little time is left is not started, and says so.
 Rows run in a child process (`gpu_rows.py`): one that hangs is killed, one that crashes does not affect the others, and
 the next row gets a fresh child. After each row a JSON file and a Markdown table are written whole, named by commit and
-card, so all results are on the disk if the machine is taken away. Part 2 adds to the files of part 1.
+card, so all results are on the disk if the machine is taken away. Later parts add to the files of part 1.
 
 Only the standard library is imported here: the child imports torch, and this process never touches the GPU.
 """
@@ -114,7 +115,12 @@ ORDER_7B = [
     ),
     *("bare", "memory", "their decode", "their training", "compiled"),
 ]
-PARTS = {1: LIMITS + chosen("3B", 1, ORDER_3B), 2: LIMITS + chosen("7B", 1.5, ORDER_7B)}
+ORDER_Q3 = ("shared", "step", "gap", "shared eager", "recomputed", "memory")
+PARTS = {
+    1: LIMITS + chosen("3B", 1, ORDER_3B),
+    2: LIMITS + chosen("7B", 1.5, ORDER_7B),
+    3: LIMITS + chosen("Q3-2B", 1, ORDER_Q3),
+}
 
 
 class Clock:

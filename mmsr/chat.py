@@ -149,7 +149,7 @@ class Chat:
         return self._encode(self._marked(self.whole_turn(text))).ids
 
     def whole_turn(self, text: str) -> str:
-        """A turn that is forced or imitated: where it has no thoughts, it closes those that the template has begun."""
+        """A turn that is forced or imitated: where it has no thoughts, it closes those that the template opens."""
         return f"\n{THINK_END}\n\n{text}" if self.thinks and THINK_END not in text else text
 
     def _marked(self, text: str) -> list[Part]:

@@ -242,16 +242,17 @@ def test_a_card_that_is_too_small_is_tried(monkeypatch):
 
 
 @pytest.mark.first_is_quick
+@pytest.mark.parametrize("shape", ["3B", "Q3-2B"])
 @pytest.mark.parametrize(
     "work, options", [("decode", dict(sequences=2, capture=False)), ("train", dict(recompute=True))]
 )
-def test_a_prediction_is_missing_or_costs_a_figure(work, options, monkeypatch):
+def test_a_prediction_is_missing_or_costs_a_figure(work, options, shape, monkeypatch):
     """The roofline's, at the rates that were measured; where it fails the figure is there all the same."""
     bench = gpu_rows.Bench(torch.device("cpu"), gpu_rows.Sizes.tiny(), torch.bfloat16, gpu_rows.tiny_shapes())
     row = {
         "row": work,
         "work": work,
-        "options": dict(shape="3B") | options,
+        "options": dict(shape=shape) | options,
         "limits": dict(bandwidth=3e12, matrix=7e14),
     }
     (figure,) = bench.answer(row)["figures"]

@@ -562,11 +562,24 @@ def test_host_memory_forgets_that_a_save_builds_whole_files():
     assert needs["pictures"] == pytest.approx(512 * (4608 + 5 * 256) * 1176 * 4, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "given, gib",
+    [
+        ("--mini-batch 64", 80),
+        ("--lora 64 --grammar hermes", 48),
+        ("--lora 64 --slots 16 --slot-tokens 1024", 24),
+    ],
+)
+def test_the_readmes_cards_are_too_small_for_the_smallest_model(given, gib, capsys):
+    status, lines, _ = said_by(capsys, f"--model Qwen3-VL-2B --gpu-gb {gib} {given}")
+    assert status == 0 and lines[-1].startswith("VERDICT: fits"), lines[-1]
+
+
 PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
 
 
 def test_the_scale_page_has_other_numbers_than_the_plan():
-    for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"):
+    for name in ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-8B"):
         model = SIZES[name]
         for count in (1, 8):
             found = plan(model, blog(), count)
