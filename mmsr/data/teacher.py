@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterable
 
-from mmsr.chat import IMAGE_PAD, START, STOP, Chat, Piece
+from mmsr.chat import CONTROL, IMAGE_PAD, START, STOP, Chat, Piece
 from mmsr.episode import Example, Observation
 from mmsr.net.client import FATAL
 from mmsr.net.completions import picture_part
@@ -111,8 +111,11 @@ class Teacher:
 
 
 def chat_messages(chat: Chat, piece: Piece, pictures: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The complete turns of `piece` as chat messages, its placeholders replaced by `pictures` (parts of a message)."""
-    control = set(chat.added.values())
+    """The complete turns of `piece` as chat messages, its placeholders replaced by `pictures` (parts of a message).
+
+    A grammar's own control tokens, such as `<tool_response>`, are text to a server.
+    """
+    control = {chat.added[name] for name in CONTROL}
     pictures = iter(pictures)
     messages: list[dict[str, Any]] = []
     parts: list[dict[str, Any]] = []  # of the present turn

@@ -7,13 +7,13 @@ import signal
 import threading
 
 import pytest
-from chat_helpers import tiny_tokenizer
+from chat_helpers import QWEN3_CONTROL, tiny_tokenizer
 from fake_web import FakeWeb, status
 from helpers import picture_bytes
 from test_train import Run, arguments, questions, run
 
 import train
-from mmsr.chat import PROMPTS, Chat
+from mmsr.chat import OPENED, PROMPTS, Chat
 from mmsr.data.teacher import FAILED, Teacher, chat_messages
 from mmsr.episode import Example, Hit, Observation
 from mmsr.net import client
@@ -72,6 +72,23 @@ def taught(teacher, n=1):
 
 
 # ---- one conversation -----------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_not_told_how_to_call_or_where_results_end(tmp_path):
+    """In the grammar of calls in JSON, whose markup is control tokens: a server gets them as text."""
+    folder = tiny_tokenizer(tmp_path, control=QWEN3_CONTROL)
+    tools = search_tools(Web(), 1, 2)
+    call = 'I wonder.\n<tool_call>\n{"name": "text_search", "arguments": {"query": "q"}}\n</tool_call>'
+    for start in ("", OPENED):
+        chat = Chat(folder, PROMPTS / "hermes", tools, "hermes", start)
+        fake = Fake(call, "So.\n<answer>a</answer>")
+        journal = tmp_path / f"teacher{len(start)}.jsonl"
+        subject = Teacher(fake, "fake", journal, chat, Toolbox(tools, inline=True), Limits(3, 56 * 56, 56 * 56))
+        assert taught(subject) == [[call, "So.\n<answer>a</answer>"]]
+        system, _, said, result = fake.asked[-1]
+        assert '<tool_call>\n{"name": <function-name>' in system["content"]
+        assert said["content"] == call and result["role"] == "user"
+        assert result["content"].startswith("<tool_response>\n") and result["content"].endswith("\n</tool_response>")
 
 
 def test_a_teacher_sees_what_the_model_sees(teacher):

@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from helpers import SEARCHES, in_threads, picture_bytes, random_adapter, tiny_model, with_adapters
+from helpers import SEARCHES, each_family, in_threads, picture_bytes, random_adapter, tiny_model, with_adapters
 from picture_files import SECRET, private, turned
 from safetensors.torch import load_file, save_file
 
@@ -466,6 +466,7 @@ def test_a_pickle_is_opened_as_an_encoder(tmp_path):
         open_encoder(f"hf:{folder}")
 
 
+@each_family
 def test_the_tower_is_not_the_policys(tmp_path):
     policy = tiny_model()
     save(policy, tmp_path / "policy")
@@ -475,11 +476,13 @@ def test_the_tower_is_not_the_policys(tmp_path):
     file = io.BytesIO()
     scene(1, 90, 200).save(file, "PNG")
     with torch.no_grad():
-        mean = policy.visual([load_image(file.getvalue(), max_pixels=448 * 448)]).mean(0)
+        picture = load_image(file.getvalue(), max_pixels=448 * 448, processor=policy.config.vision.processor)
+        mean = policy.visual([picture])[:, : policy.config.hidden_size].mean(0)  # without levels of DeepStack
     assert vectors.shape == (2, policy.config.hidden_size)
     assert np.allclose(vectors[1], (mean / mean.norm()).numpy(), atol=1e-5)
 
 
+@each_family
 def test_an_adapter_of_the_tower_is_left_out_or_not_told_from_the_tower_alone(tmp_path, monkeypatch, capsys):
     save(tiny_model(), tmp_path / "policy")
     adapter = random_adapter(tmp_path / "adapter", tmp_path / "policy", "q_proj", "vision")
@@ -491,7 +494,8 @@ def test_an_adapter_of_the_tower_is_left_out_or_not_told_from_the_tower_alone(tm
     assert local.encoder.name == f"tower:{tmp_path / 'policy'} --adapter {adapter}" and not capsys.readouterr().err
     with torch.no_grad():
         policy = with_adapters(tiny_model(), ("q_proj", "vision"))
-        mean = policy.visual([prepare(scene(3), "", MIN_PIXELS, 448 * 448)]).mean(0)
+        picture = prepare(scene(3), "", MIN_PIXELS, 448 * 448, policy.config.vision.processor)
+        mean = policy.visual([picture])[:, : policy.config.hidden_size].mean(0)
     (vector,) = local.encoder.encode([scene(3)])
     (without,) = open_encoder(f"tower:{tmp_path / 'policy'}").encode([scene(3)])
     assert np.allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5) and abs(vector - without).max() > 1e-3
