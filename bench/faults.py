@@ -45,13 +45,16 @@ PAUSE = 0.02  # seconds before each sync, rename and removal of a slowed save: a
 # ---- a run small enough to repeat
 
 
-def miniature_base(cache: Path) -> Path:
-    """A toy base model that has learned nothing, made in seconds, for tests of the program around it."""
+def miniature_base(cache: Path, family: str = "qwen2_5") -> Path:
+    """A toy base model that has learned nothing, made in seconds, for tests of the program around it.
+
+    `family`: as --toy-model has it.
+    """
     os.environ["MMSR_CACHE"] = str(cache)
     gate = base._gate
     base._gate = lambda *_: {}
     try:
-        return base.base_model(World(0), base.WarmStart(steps=1, batch=4))
+        return base.base_model(World(0), base.WarmStart(steps=1, batch=4), family)
     finally:
         base._gate = gate
 

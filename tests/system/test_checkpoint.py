@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from crew import Crew
-from helpers import each_family, tiny_model, with_adapters
+from helpers import FAMILIES, each_family, tiny_model, with_adapters
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -525,8 +526,25 @@ def test_two_ranks_take_over_from_one_and_one_from_two(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return faults.miniature_base(tmp_path_factory.mktemp("base"))
+def begin(tmp_path_factory):
+    """By family: the model that runs start from, and the run that nothing interrupted, all its checkpoints kept."""
+
+    @cache
+    def made(family: str) -> tuple[Path, Path]:
+        base = faults.miniature_base(tmp_path_factory.mktemp("base"), family)
+        return base, uninterrupted(base, tmp_path_factory.mktemp("whole") / "run")
+
+    return made
+
+
+@pytest.fixture
+def base(begin) -> Path:
+    return begin("qwen2_5")[0]
+
+
+@pytest.fixture
+def whole(begin) -> Path:
+    return begin("qwen2_5")[1]
 
 
 @pytest.fixture(autouse=True)
@@ -535,10 +553,8 @@ def varied_rewards(monkeypatch):
     faults.vary_rewards()
 
 
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> Path:
-    """The run that nothing interrupted, all its checkpoints kept."""
-    honest, out = assemble.score, tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(base: Path, out: Path) -> Path:
+    honest = assemble.score
     faults.vary_rewards()
     train.main(arguments(base, out))
     assemble.score = honest
@@ -561,9 +577,11 @@ def newest(out: Path) -> int:
     return max(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("step", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, faults.STEPS))])
-def test_resumed_run_equals_the_uninterrupted_one(base, whole, tmp_path, step):
+def test_resumed_run_equals_the_uninterrupted_one(begin, tmp_path, step, family):
     """Weights, optimizer, metrics, rollouts and evaluations, from before, at and after an evaluation."""
+    base, whole = begin(family)
     out = shutil.copytree(whole, tmp_path / "run")
     for later in range(step + 1, faults.STEPS + 1):
         shutil.rmtree(out / "checkpoints" / f"step-{later:06d}")
