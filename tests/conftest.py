@@ -29,9 +29,11 @@ MINIATURE = toy_base.WarmStart(steps=35, batch=16, lr=3e-3, warmup=10, copying=0
 
 
 @pytest.fixture(params=helpers.FAMILIES)
-def each_family(request, monkeypatch):
+def each_family(request):
     """A test that uses this runs once with each family of models: tiny models and pictures are of that one."""
-    monkeypatch.setattr(helpers, "FAMILY", request.param)
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its patches half-way
+        patch.setattr(helpers, "FAMILY", request.param)
+        yield
 
 
 @pytest.fixture(scope="session")

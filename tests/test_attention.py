@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import largest_difference, report, tiny_model
+from helpers import each_family, largest_difference, report, tiny_model
 from test_engine import groups, run, texts
 
 from mmsr import attention
@@ -162,6 +162,7 @@ def test_the_kernels_decode_step_sees_the_wrong_keys(heads, kv_heads, kernel):
     assert ours.isfinite().all(), "an empty slot's keys are written to the cache"
 
 
+@each_family
 def test_tokens_drawn_by_the_decode_kernel_are_others(kernel, monkeypatch):
     """A whole engine on it: rows and slots that come and go, and the cache as the kernel wants it."""
     model = tiny_model(4)

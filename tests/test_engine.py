@@ -15,7 +15,7 @@ from mmsr.episode import Episode, Example
 from mmsr.pack import pack, split_into_micro_batches
 from mmsr.update import ImageFeatures, Trainer
 
-STOP = 115  # a token that the tiny models below like
+STOP = 115  # a token that the tiny model of Qwen2.5-VL likes
 SUPPRESSED = torch.zeros(300, dtype=torch.bool)
 SUPPRESSED[IMAGE:] = True
 EXAMPLE = Example("e", b"", "", ())
@@ -33,9 +33,11 @@ def _returned(family: str):
 
 def sharp():
     """A model that is sure enough that the stop token is likely, so that turns end at all lengths."""
-    model = tiny_model({"qwen2_5": 4, "qwen3": 105}[helpers.FAMILY])
+    seed, liked = {"qwen2_5": (4, STOP), "qwen3": (3, 241)}[helpers.FAMILY]
+    model = tiny_model(seed)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
+        model.lm_head.weight[[STOP, liked]] = model.lm_head.weight[[liked, STOP]]
     return model
 
 

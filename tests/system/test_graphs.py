@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import each_family
 from test_engine import groups, model, run, texts  # noqa: F401 - a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -110,6 +111,7 @@ def cuda(monkeypatch):
     return FakeCuda(monkeypatch)
 
 
+@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize("sequences, slots", [(4, 12), (3, 4)])
 def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeypatch):  # noqa: F811
@@ -126,6 +128,7 @@ def test_replayed_steps_draw_other_tokens(model, cuda, sequences, slots, monkeyp
             assert torch.allclose(torch.tensor(sequence.logps), torch.tensor(twin.logps), atol=1e-5)
 
 
+@each_family
 @pytest.mark.slow
 def test_a_graph_of_short_slots_outlives_them(model, cuda, monkeypatch):  # noqa: F811
     """Parked sequences get other slots, and the old graphs, which know the old ones, are gone with their memory."""
