@@ -3,7 +3,8 @@
 Three modes. `search` leaves it to the model whether to search. `direct` asks it without tools. `rag` is the paper's
 baseline of a fixed pipeline, with the same rollout: an image search is forced; then, where the limits allow a text
 search, the words before its query are forced, and the model writes the query; then the words that begin an answer.
-`rag.txt` of the prompt set holds what is forced, a line a turn (`prompts/real/rag.txt` by default).
+`rag.txt` of the prompt set holds what is forced, a line a turn, in which `\\n` is a line break (by default that of
+`prompts/real`, or with --grammar hermes of `prompts/hermes`).
 
 OUT/episodes.jsonl gets a line a question, which is on the disk before the next questions are asked. Started again, the
 same command continues where that file ends. OUT/results.json is made of that file alone and holds no times, so equal

@@ -39,7 +39,7 @@ from mmsr.rollout import Limits, Rollout
 from mmsr.system.optimizer import MasterWeights
 from mmsr.tools import Toolbox, search_tools
 from mmsr.toy.base import base_model
-from mmsr.toy.world import SIZE, World
+from mmsr.toy.world import MAX_PIXELS, MIN_PIXELS, World
 from mmsr.update import Trainer
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -90,7 +90,8 @@ class Parts:
             self.model, self.chat.stop_id, self.suppressed, slots=GROUP, max_tokens=128, turn_tokens=32
         )
         toolbox = Toolbox(self.tools, inline=True)
-        rollout = Rollout(engine, self.chat, toolbox, Limits(max_turns=2, min_pixels=SIZE**2, max_pixels=SIZE**2))
+        limits = Limits(2, MIN_PIXELS, MAX_PIXELS, processor=self.model.config.vision.processor)
+        rollout = Rollout(engine, self.chat, toolbox, limits)
         episodes = rollout([example], GROUP, SEED)
         score(episodes, self.rule, self.chat.well_formed)
         rewards = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)

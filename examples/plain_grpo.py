@@ -105,7 +105,7 @@ def append(episode, piece):
 def roll_out(policy, web, episode, key):
     """Ask the episode's question. As long as the model asks for a search, give it what that finds."""
     example = episode.example
-    image = load_image(example.image, min_pixels=56 * 56, max_pixels=56 * 56)
+    image = load_image(example.image, 56 * 56, 64 * 64, processor=policy.model.config.vision.processor)
     append(episode, policy.chat.prompt(example.question, image))
     episode.prompt_length = len(episode.input_ids)
     while sample_turn(policy, episode, key) == IMAGE_SEARCH and len(episode.turns) < MAX_TURNS:

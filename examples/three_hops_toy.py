@@ -57,6 +57,7 @@ CATEGORIES = (
 )
 OPTIONS = (
     "--toy=full",
+    f"--max-pixels={PIXELS}",
     f"--tools={','.join(TOOLS)}",
     "--shapes=any",
     "--max-turns=8",

@@ -24,7 +24,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from itertools import accumulate, dropwhile
 from pathlib import Path
-from typing import Any, Mapping, Sequence, Union
+from typing import Any, Collection, Mapping, Sequence, Union
 
 import torch
 
@@ -55,7 +55,7 @@ WORDING = {"tags": "real", "hermes": "hermes"}  # the prompts folder that has wo
 TURN_FILES = ("user", "direct", "limit", "failed", "empty", "tool")
 OWN_NAMES = (ANSWER, "system", "hit", "question", "results", *TURN_FILES)  # a tool's name is a file's and a placeholder
 SEARCHES = (IMAGE_SEARCH, TEXT_SEARCH)
-OFFERED = (*SEARCHES, "crop_search", "zoom", VISIT)  # the tools that the real prompts have words for
+OFFERED = (*SEARCHES, "crop_search", "zoom", VISIT)  # the tools that our prompts for real models have words for
 HIT_FIELDS = {"rank", "image", "title", "url", "text"}
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except newline and tab
@@ -93,6 +93,7 @@ class Chat:
         self.added = self.tokenizer.added  # ids of control tokens by name
         self.stop_id = self.added[STOP]
         _refuse_ambiguous(tools)
+        self.grammar = grammar
         usual = PROMPTS / WORDING[grammar]
         self._grammar: Grammar = Tags(tools)
         if grammar == "hermes":
@@ -106,14 +107,13 @@ class Chat:
         self._offer = self._grammar.offer(offered)
         self._templates = _load_prompts(Path(prompts), self._calls, usual)
 
-        # What is a control token in text of our own, where the tokenizer has it.
-        markup = [*self._grammar.markup, *([THINK, THINK_END] if turn_start else [])]
-        self._markup = {name: self.added[name] for name in markup if name in self.added}
-        self._between = re.compile(f"({'|'.join(map(re.escape, self._markup)) or '(?!)'})")
+        # What is a control token in text of our own, and in the model's: there only what it may sample.
+        self._markup = [*self._grammar.markup, *([THINK, THINK_END] if turn_start else [])]
+        self._sampled = [*self._grammar.sampled, *([THINK_END] if self.thinks else [])]
 
         # What `neutralise` changes. It is wider: any case, attributes, blanks or invisible characters, closed or not.
         ours = [*self._grammar.names, *(["think"] if turn_start else [])]
-        self._refuse_tags_as_tokens([name for name in ours if f"<{name}>" not in markup])
+        self._refuse_tags_as_tokens([name for name in ours if f"<{name}>" not in self._markup])
         names = "|".join(map(re.escape, ours))
         self._foreign_tag = re.compile(rf"<(?P<inside>[^\w<>]*(?P<name>{names})\b[^<>]*)(?P<end>>?)", re.IGNORECASE)
 
@@ -135,27 +135,37 @@ class Chat:
         system = "\n\n".join(filter(None, [self._templates["system"], "" if direct else self._offer]))
         parts: list[Part] = []
         if system:
-            parts += [self.added[START], *self._marked(f"system\n{system}"), self.stop_id, "\n"]
+            parts += [self.added[START], *self._marked(f"system\n{system}", self._markup), self.stop_id, "\n"]
         content = _unless_none(image)
         content += _fill(template, self._fields(question))
         return self._encode(parts + self._user_turn(content))
 
     def assistant(self, text: str) -> list[int]:
         """Ids of a model turn with its stop id, for turns that are forced or imitated instead of sampled."""
-        return self._encode([*self._marked(self.whole_turn(text)), self.stop_id]).ids
+        return self._encode([*self._marked(text, self._sampled), self.stop_id]).ids
 
     def opening(self, text: str) -> list[int]:
         """Ids of the first words of a model turn, after which the model continues."""
-        return self._encode(self._marked(self.whole_turn(text))).ids
+        return self._encode(self._marked(text, self._sampled)).ids
 
     def whole_turn(self, text: str) -> str:
-        """A turn that is forced or imitated: where it has no thoughts, it closes those that the template opens."""
-        return f"\n{THINK_END}\n\n{text}" if self.thinks and THINK_END not in text else text
+        """A turn by another writer as this model would write it, behind what its template has opened.
 
-    def _marked(self, text: str) -> list[Part]:
-        """Text of our own or the model's, its markup as control tokens."""
-        pieces = self._between.split(text) if self._markup else [text]
-        return [self._markup.get(piece, piece) for piece in pieces if piece]
+        One without thoughts closes them at once, and one with thoughts does not open them again.
+        """
+        if not self.thinks:
+            return text
+        if THINK_END in text:
+            return text.removeprefix(OPENED).removeprefix(THINK)
+        return f"\n{THINK_END}\n\n{text}"
+
+    def _marked(self, text: str, markup: Collection[str]) -> list[Part]:
+        """Text of our own or the model's, with `markup` as control tokens, where the tokenizer has them."""
+        known = [name for name in markup if name in self.added]
+        if not known:
+            return [text]
+        pieces = re.split(f"({'|'.join(map(re.escape, known))})", text)
+        return [self.added[piece] if piece in known else piece for piece in pieces if piece]
 
     def observation(
         self,
@@ -174,12 +184,12 @@ class Chat:
         template = self._templates[self._result_file(tool_name, observation)]
         content = _fill(template, self._fields(question, tool_name, results))
         before, after = self._grammar.framed()
-        framed = [*self._marked(before), *content, *self._marked(after)]
+        framed = [*self._marked(before, self._markup), *content, *self._marked(after, self._markup)]
         return self._encode(["\n", *self._user_turn(framed)])
 
     def _user_turn(self, content: list[Part]) -> list[Part]:
         start = self.added[START]
-        begin = self._marked(f"assistant\n{self.turn_start}")
+        begin = self._marked(f"assistant\n{self.turn_start}", self._markup)
         return [start, "user\n", *content, self.stop_id, "\n", start, *begin]
 
     def _result_file(self, tool_name: str, observation: Observation) -> str:
@@ -283,8 +293,7 @@ class Chat:
         Returns (vocab_size,) bool. Raises UserError where the tokenizer has tokens that a model of this size has not.
         """
         allowed = [*self.tokenizer.text_ids(), self.stop_id]
-        sampled = [*self._grammar.sampled, *([THINK_END] if self.thinks else [])]
-        allowed += [self.added[name] for name in sampled if name in self.added]
+        allowed += [self.added[name] for name in self._sampled if name in self.added]
         control = [self.added[name] for name in CONTROL]
         largest = max(*allowed, *control)
         if largest >= vocab_size:
@@ -306,22 +315,19 @@ class Chat:
 
     def parse(self, text: str) -> Action:
         """The action of a model turn, given as its text without the stop token. Never raises."""
-        said = self._said(text)
-        return Action() if said is None else self._grammar.parse(said)
+        return self._grammar.parse(self.said(text))
 
     def well_formed(self, text: str) -> bool:
         """Whether a turn has the form that earns the format reward: that of the grammar, behind closed thoughts."""
-        said = self._said(text)
-        if said is None or self.thinks and (THINK in said or THINK_END in said):
+        said = self.said(text)
+        if self.thinks and (THINK in said or THINK_END in said):
             return False
-        return self._grammar.well_formed(said)
+        thoughts = text.removesuffix(said).replace(THINK_END, "").strip()
+        return self._grammar.well_formed(said, thought=bool(thoughts))
 
-    def _said(self, text: str) -> str | None:
-        """What comes after the thoughts of a turn; None while they are not closed."""
-        if not self.thinks:
-            return text
-        _, closed, said = text.partition(THINK_END)
-        return said if closed else None
+    def said(self, text: str) -> str:
+        """What counts of a turn: all of it, or what comes after its thoughts. Nothing while these are open."""
+        return text.partition(THINK_END)[2] if self.thinks else text
 
 
 def _refuse_ambiguous(tools: list[Tool]) -> None:

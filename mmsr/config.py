@@ -174,7 +174,7 @@ class Options:
     recipe: Literal["toy", "blog", "paper", "released"] = "toy"
     """Defaults to start from: toy without --model or with --data toy, otherwise blog."""
     model: str = ""
-    """Qwen2.5-VL-3B, Qwen2.5-VL-7B, a hub id, or a folder. Empty: the toy base model."""
+    """Qwen2.5-VL-3B, Qwen2.5-VL-7B, Qwen3-VL-2B, …, a hub id, or a folder. Empty: the toy base model."""
     adapter: str = ""
     """LoRA adapter of --model in PEFT's form, a folder or a hub id: it is used, and in training trained further."""
     data: str = "toy"
@@ -242,7 +242,7 @@ class Options:
     min_pixels: int = 56 * 56
     """Smaller pictures are enlarged to this many pixels."""
     prompts: str = "toy"
-    """Prompt set: toy, real, hermes, or a folder of your own; with --grammar hermes hermes."""
+    """Prompt set: toy, real, hermes (the default with that grammar), or a folder of your own."""
     grammar: Literal["tags", "hermes"] = "tags"
     """How tools are called. tags: <search>, <text_search>; hermes: in JSON, as Qwen3-VL's chat template has it."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -305,6 +305,8 @@ class Options:
                 raise UserError(f"--{kebab(name)} {value}: give a number from {low:g} to {high:g}")
         if self.grammar == "hermes" and (not self.model or "toy" in self.datasets):
             raise UserError("--grammar hermes: the toy world speaks in tags; give --model and --data, or leave it out")
+        if (self.prompts == "hermes") != (self.grammar == "hermes") and self.prompts in ("toy", "real", "hermes"):
+            raise UserError(f"--prompts {self.prompts} speaks another grammar than --grammar {self.grammar}: give one")
         if self.min_pixels > self.max_pixels:
             raise UserError(f"--min-pixels {self.min_pixels} is more than --max-pixels {self.max_pixels}")
         _ = self.reward_rule  # raises now, and not after the first rollouts
@@ -378,10 +380,12 @@ class Options:
         if not self.deterministic:
             free = free | RESUME_UNDETERMINED
         now = json.loads(json.dumps(dataclasses.asdict(self)))  # as it reads in the file: lists for tuples
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
         changed = []
         for name, value in now.items():
-            if name not in free and before.get(name) != value:
-                changed.append(f"--{kebab(name)} (was {before.get(name)!r}, is {value!r})")
+            was = before.get(name, usual[name])  # a run from before there was this option
+            if name not in free and was != value:
+                changed.append(f"--{kebab(name)} (was {was!r}, is {value!r})")
         if changed:
             advice = "give the same, or another --out"
             toy = " --data toy" if self.data == "toy" else ""  # a --model alone means recipe blog

@@ -60,6 +60,7 @@ class Turn:
     forced: bool = False  # given, not sampled: its tokens are not trained, unless they are to be imitated
     observation: Observation | None = None  # tool turns only
     is_search: bool = True  # tool turns only: False where the tool only looks at the picture
+    said: str | None = None  # of a model that thinks: the text behind its thoughts; None where all of it counts
 
     @property
     def failed(self) -> bool:

@@ -82,8 +82,8 @@ class Grammar(Protocol):
     def parse(self, text: str) -> Action:
         """The action of a model turn, given as its text without the stop token and without thoughts. Never raises."""
 
-    def well_formed(self, text: str) -> bool:
-        """Whether a turn has the form that earns the format reward."""
+    def well_formed(self, text: str, thought: bool = False) -> bool:
+        """Whether a turn has the form that earns the format reward. `thought`: it comes behind thoughts."""
 
 
 class Tags:
@@ -129,8 +129,8 @@ class Tags:
                 return Action(tool.name, "", last)
         return Action()
 
-    def well_formed(self, text: str) -> bool:
-        """Whether a turn is one reason, then one action, and nothing before or after them."""
+    def well_formed(self, text: str, thought: bool = False) -> bool:
+        """Whether a turn is one reason, then one action, and nothing before or after them, `thought` or not."""
         tags = self._tag.findall(text)
         if tags.count(REASON) != 1 or tags.count(REASON_END) != 1:
             return False

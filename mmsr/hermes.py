@@ -11,8 +11,8 @@ and is told the result between `<tool_response>` and `</tool_response>`, in a tu
 no such control tokens, the same is plain text. The template has no word for the last answer but the turn itself; a
 short one that can be compared stands between `<answer>` and `</answer>`, as in the tags of grammar.py.
 
-A turn is to be some words, then one action. Of several actions the last one counts. W stands for words, C(X) for a call
-whose object is X. `parse` gives action and query, `well_formed` the last column.
+A turn is to be some words (or thoughts), then one action. Of several actions the last one counts. W stands for words,
+C(X) for a call whose object is X. `parse` gives action and query, `well_formed` the last column.
 
 | the model's turn                                                     | action       | query | well-formed |
 |----------------------------------------------------------------------|--------------|-------|-----|
@@ -128,11 +128,11 @@ class Hermes:
         query = " ".join(query.split()) if isinstance(query, str) else ""
         return (tool.name, query) if query else ("", "")
 
-    def well_formed(self, text: str) -> bool:
-        """Whether a turn is some words, then one action, and nothing after it."""
+    def well_formed(self, text: str, thought: bool = False) -> bool:
+        """Whether a turn is some words, which may be left out behind thoughts, then one action and nothing after it."""
         tags = TAG.findall(text)
         words = TAG.split(text, maxsplit=1)[0].strip()
-        return bool(words) and len(tags) == 2 and self.parse(text).last
+        return bool(words or thought) and len(tags) == 2 and self.parse(text).last
 
 
 # The words of the published chat template.

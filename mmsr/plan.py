@@ -256,8 +256,8 @@ class Activations:
         return min(self._merged(self.config.max_pixels) + PROMPT_TEXT, self.config.max_tokens)
 
     def _merged(self, pixels: int) -> int:
-        """Merged tokens of a picture of so many pixels."""
-        return pixels // self.model.vision.processor.side**2
+        """Merged tokens of a picture of so many pixels, at least one."""
+        return max(1, pixels // self.model.vision.processor.side**2)
 
     def cache(self, groups: int, group_size: int) -> int:
         """Prefix rows and suffix slots of `groups` as `Engine._allocate` sizes them."""

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmsr.attention import AttentionFn, Segments
+from mmsr.attention import AttentionFn
 from mmsr.model import Decoder, ModelConfig, VLModel
 from mmsr.vision import (
     CHANNELS,
@@ -36,7 +36,7 @@ from mmsr.vision import (
     Image,
     PatchEmbed,
     Processor,
-    VisionAttention,
+    VisionBlock,
     apart,
     inverse_frequencies,
     patch_positions,
@@ -266,6 +266,8 @@ def _neighbours(index: Tensor, length: int, side: int) -> tuple[Tensor, Tensor, 
 
 
 class VisionMLP(nn.Module):
+    """fc2(gelu(fc1 x)), with the GELU of a hyperbolic tangent."""
+
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
         self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -273,25 +275,6 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, config: Qwen3VisionConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
-        self.attn = VisionAttention(config.hidden_size, config.head_dim)
-        self.mlp = VisionMLP(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        segments: Segments,
-    ) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
-        return x + self.mlp(self.norm2(x))
 
 
 class PatchMerger(nn.Module):
@@ -324,7 +307,10 @@ class VisionTower(nn.Module):
         self.checkpoint_blocks = False
         self.patch_embed = PatchEmbed(config.hidden_size, config.processor, bias=True)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
-        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            block = VisionBlock(config.hidden_size, config.head_dim, nn.LayerNorm, VisionMLP(config))
+            self.blocks.append(block)
         self.merger = PatchMerger(config, norm_merged=False)
         levels = [PatchMerger(config, norm_merged=True) for _ in config.deepstack_visual_indexes]
         self.deepstack_merger_list = nn.ModuleList(levels)

@@ -155,7 +155,7 @@ def _closed(text: str) -> str:
 def _last_text(episode: Episode) -> str:
     for turn in reversed(episode.turns):
         if turn.role == "assistant":
-            return turn.text
+            return turn.text if turn.said is None else turn.said
     return ""
 
 

@@ -284,7 +284,7 @@ class Rollout:
         """Take the first tokens of the next turn from the script. Empty where the model starts by itself."""
         if conversation.forced_turns or not conversation.openings:
             return []
-        return self.chat.opening(conversation.openings.pop(0))
+        return self.chat.opening(self.chat.whole_turn(conversation.openings.pop(0)))
 
     # ---- turns
 
@@ -312,6 +312,7 @@ class Rollout:
             action=action.name,
             query=action.query,
             forced=forced,
+            said=self.chat.said(text) if self.chat.thinks else None,
         )
         episode.turns.append(turn)
         conversation.model_turns += 1

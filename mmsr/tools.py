@@ -1,9 +1,9 @@
 """The tool interface: what a rollout may call, and the toolbox that calls it.
 
-A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`. The function gets a `Call`: the
-query, the picture as bytes and the question, but not the accepted answers, so it cannot cheat. It returns an
-`Observation`, or text, which becomes one. Any exception, `sys.exit()` included, becomes a failed observation, and so
-does a result of another type (`tool_results.py`): a tool never ends a rollout.
+A tool is a name, a tag, a limit and a function. The model writes `<tag>query</tag>`, or calls it by name (hermes.py).
+The function gets a `Call`: the query, the picture as bytes and the question, but not the accepted answers, so it cannot
+cheat. It returns an `Observation`, or text, which becomes one. Any exception, `sys.exit()` included, becomes a failed
+observation, and so does a result of another type (`tool_results.py`): a tool never ends a rollout.
 
 A search engine is a `Backend`: two methods, behind the paper's two tools.
 """
@@ -48,7 +48,7 @@ class ToolFailure(Exception):
 class Call:
     """What a tool gets."""
 
-    query: str  # the words between the tags
+    query: str  # the words between the tags, or the call's argument
     image: bytes  # the question's picture, an encoded file
     question: str
     image_url: str = ""  # where the picture is on the web, if that is known

@@ -44,7 +44,7 @@ MERGE = 2  # patches along one side of a merged token
 FRAMES = 2  # the patch embedding was trained on video: a still picture is shown twice
 CHANNELS = 3
 
-# The image processor's defaults.
+# The defaults of Qwen2-VL's image processor.
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
 
@@ -54,7 +54,7 @@ MAX_PIXELS = 28 * 28 * 1280
 
 @dataclass(frozen=True)
 class Processor:
-    """How a model's pictures become patches: what preprocessor_config.json says."""
+    """How a model's pictures become patches: what the published preprocessor_config.json says."""
 
     patch: int  # pixels along one side
     mean: tuple[float, float, float]  # of red, green and blue
@@ -383,12 +383,12 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, size: int, head_dim: int, norm: type[nn.Module], mlp: nn.Module):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.norm2 = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.attn = VisionAttention(config.hidden_size, config.head_dim)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.norm1 = norm(size, eps=1e-6)
+        self.norm2 = norm(size, eps=1e-6)
+        self.attn = VisionAttention(size, head_dim)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -454,8 +454,10 @@ class VisionTower(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.patch_embed = PatchEmbed(config.hidden_size, config.processor, bias=False)
-        blocks = [VisionBlock(config) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
+            self.blocks.append(VisionBlock(config.hidden_size, config.head_dim, nn.RMSNorm, mlp))
         self.merger = PatchMerger(config)
 
     def forward(self, images: Sequence[Image]) -> Tensor:

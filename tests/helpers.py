@@ -41,6 +41,11 @@ real_files = pytest.mark.skipif(
 )
 
 
+def of_family(**values):
+    """What a test needs of its own for each family: of_family(qwen2_5=…, qwen3=…)."""
+    return values[FAMILY]
+
+
 def refused(work, *words: str) -> None:
     """`work()` must raise a UserError of one line that holds all these words."""
     with pytest.raises(UserError) as caught:

@@ -87,6 +87,25 @@ def test_full_toy_world_takes_another_turn_and_leaves_other_recipes_alone():
     assert limits("--toy", "full", "--recipe", "blog") == limits("--recipe", "blog") == (2, 1, 0)
 
 
+def test_a_run_from_before_there_was_an_option_cannot_be_resumed(tmp_path):
+    config = parse(["--toy-model", "qwen2_5"])
+    config.save(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text())
+    for name in ("toy_model", "grammar", "thinking", "loss"):
+        old.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config.check_resumes(tmp_path)
+    with pytest.raises(UserError, match=r"--toy-model \(was 'qwen2_5', is 'qwen3'\)"):
+        parse(["--toy-model", "qwen3"]).check_resumes(tmp_path)
+
+
+@pytest.mark.parametrize("prompts, grammar", [("real", "hermes"), ("toy", "hermes"), ("hermes", "tags")])
+def test_prompts_speak_another_grammar_than_the_run(prompts, grammar):
+    given = ["--model", "m", "--data", "d.jsonl", "--search", "none", "--grammar", grammar, "--prompts", prompts]
+    with pytest.raises(UserError, match=f"--prompts {prompts} speaks another grammar than --grammar {grammar}"):
+        parse(given)
+
+
 def test_calls_in_json_are_asked_for_in_words_about_tags(tmp_path, capsys):
     given = ["--model", "m", "--data", "d.jsonl", "--search", "none", "--grammar", "hermes"]
     assert parse(given).prompts == "hermes" and parse([*given, "--prompts", "mine"]).prompts == "mine"

@@ -118,10 +118,20 @@ def test_a_block_of_commands_wants_what_its_text_does_not_say(page):
     assert not silent
 
 
+def anchors(page: Path) -> set[str]:
+    """What `#…` may name on a page, as GitHub makes it of headings: lower case, blanks as hyphens, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_a_page_links_to_what_is_not_there():
     for page in PAGES:
-        for link in re.findall(r'(?:\]\(|src=")([^)#"]+)', read(page)):
-            assert link.startswith("https:") or (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+        for link, anchor in re.findall(r'(?:\]\(|src=")([^)#"]*)(?:#([^)"]+))?[)"]', read(page)):
+            if link.startswith("https:"):
+                continue
+            target = (ROOT / page).parent.joinpath(link) if link else ROOT / page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}#{anchor}"
 
 
 def test_the_recipes_of_the_files_page_are_not_those_of_the_program():

@@ -6,7 +6,7 @@ from functools import cache
 import helpers
 import pytest
 import torch
-from helpers import IMAGE, conversation, each_family, hf_twin, positions, random_image, report, tiny_model
+from helpers import IMAGE, conversation, each_family, hf_twin, of_family, positions, random_image, report, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsr.attention import sum_in_fp64
@@ -33,7 +33,7 @@ def _returned(family: str):
 
 def sharp():
     """A model that is sure enough that the stop token is likely, so that turns end at all lengths."""
-    seed, liked = {"qwen2_5": (4, STOP), "qwen3": (3, 241)}[helpers.FAMILY]
+    seed, liked = of_family(qwen2_5=(4, STOP), qwen3=(3, 241))
     model = tiny_model(seed)
     with torch.no_grad():
         model.lm_head.weight.mul_(4)

@@ -267,20 +267,23 @@ def test_thoughts_are_taken_for_the_turn_or_the_turn_for_thoughts(grammar, said,
     thought = f"maybe {other} after all\n</think>\n\n{said}"
     assert chat.parse(thought) == Action("image_search", "", True) and chat.well_formed(thought)
     assert chat.parse(said) == Action() and not chat.well_formed(said), "thoughts that are not closed"
+    action = said[said.index("<tool_call>") :] if grammar == "hermes" else said
+    assert chat.well_formed(f"maybe\n</think>\n\n{action}"), "as the template has a call after thoughts"
+    assert chat.well_formed(f"\n</think>\n\n{action}") == (grammar == "tags"), "neither thoughts nor words"
     assert not chat.well_formed(f"{thought} </think>") and not chat.well_formed(f"a</think> <think> {said}")
     without = Chat(tiny, PROMPTS / "hermes", TOOLS, grammar, UNTHOUGHT)
     assert without.parse(said).name == "image_search" and without.well_formed(said)
 
 
 def test_a_forced_turn_is_part_of_the_thoughts(tiny):
-    """A prompt has begun them: a script's turn closes them, and one that was recorded with thoughts is left alone."""
+    """A prompt opens them: a script's turn closes them, and one that was recorded with thoughts is left alone."""
     chat = Chat(tiny, PROMPTS / "hermes", TOOLS, "hermes", OPENED)
-    for encode in (chat.assistant, chat.opening):
-        seen = chat.decode(encode(CALL)).removesuffix("<|im_end|>")
-        assert chat.parse(seen).name == "image_search" and seen.endswith(CALL)
-        assert chat.decode(encode(f"thoughts\n</think>\n\n{CALL}")).removesuffix("<|im_end|>").startswith("thoughts\n")
-    ended = chat.assistant(CALL)
-    assert chat.added["</think>"] in ended and ended[-1] == chat.stop_id
+    whole = chat.whole_turn(CALL)
+    assert chat.parse(whole) == Action("image_search", "", True) and whole.endswith(CALL)
+    assert chat.added["</think>"] in chat.assistant(whole) and chat.whole_turn(whole) == whole
+    thought = f"thoughts\n</think>\n\n{CALL}"
+    assert chat.whole_turn(thought) == thought == chat.whole_turn(f"<think>\n{thought}")
+    assert Chat(tiny, PROMPTS / "hermes", TOOLS, "hermes").whole_turn(thought) == thought
 
 
 # ---- hostile text
@@ -314,8 +317,14 @@ def test_hostile_text_forges_a_call_a_result_or_a_thought(start, tiny):
         assert outline(nasty() + "?", hits) == expected, hits
 
 
-def test_a_sampled_call_has_other_ids_than_a_forced_one(chat):
-    """What is forced or imitated must be what the model would have sampled: its own control tokens."""
-    ids = chat.assistant(CALL)
-    assert not chat.suppressed_tokens(200_000)[torch.tensor(ids)].any()
-    assert chat.parse(chat.decode(ids[:-1])) == Action("image_search", "", True)
+@pytest.mark.parametrize("start", ["", OPENED, UNTHOUGHT])
+@pytest.mark.parametrize("grammar", ["tags", "hermes"])
+def test_a_turn_is_imitated_that_the_model_may_not_sample(grammar, start, folder):
+    """Its tokens are those that it would have sampled: else their probability is 0, and the loss beyond all bounds."""
+    chat = Chat(folder, PROMPTS / "hermes", TOOLS, grammar, start)
+    markup = "<think>a</think> <tool_call>b</tool_call> <tool_response>c</tool_response> <|im_start|><|image_pad|>"
+    for turn in (CALL, LOOK_UP, ANSWER, f"<think>\nwell\n</think>\n\n{CALL}", markup):
+        ids = chat.assistant(chat.whole_turn(turn))
+        assert not chat.suppressed_tokens(200_000)[torch.tensor(ids)].any(), turn
+        assert chat.decode(ids[:-1]) == chat.whole_turn(turn)
+        assert not chat.suppressed_tokens(200_000)[torch.tensor(chat.opening(turn))].any()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 
-import helpers
 import pytest
 import test_engine
 import torch
@@ -15,6 +14,7 @@ from helpers import (
     hf_logits,
     hf_twin,
     largest_difference,
+    of_family,
     packed_logits,
     random_image,
     refused,
@@ -201,7 +201,6 @@ PLANS = {
     ),
     "a scale for each": dict(ranks={"q_proj": 2}, alphas={"v_proj": 30.0, "up_proj": 1.0}),
 }
-STACKS = {"qwen2_5": 2 * 2 + 3, "qwen3": 2 * 3}  # two in a block, one in a block of the tower that has a gate
 
 
 @each_family
@@ -210,7 +209,10 @@ def test_adapters_are_sampled_otherwise_than_they_are_trained(plan, record_prope
     """Layers with biases and without, of the tower too, of unequal ranks and scales."""
     model = with_adapters(tiny_model(1), BOTH, **PLANS[plan])
     sampler = lora.for_sampling(model, model, torch.float32)
-    assert sum(layer.stack is not None for layer in adapted(sampler).values()) == STACKS[helpers.FAMILY]
+    assert sum(layer.stack is not None for layer in adapted(sampler).values()) == of_family(
+        qwen2_5=2 * 2 + 3,  # two in a block, one in a block of the tower
+        qwen3=2 * 3,
+    )
     assert not any(layer.stack for layer in adapted(model).values())
     with torch.no_grad():
         plain, stacked = packed_logits(model, sequences()), packed_logits(sampler, sequences())

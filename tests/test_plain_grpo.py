@@ -68,7 +68,7 @@ def fast_rollouts(policy: Policy, world, examples, group_size: int, temperature:
         temperature=temperature,
     )
     image_search, _ = search_tools(world.web, turns - 1, 0)
-    rollout = Rollout(engine, policy.chat, Toolbox([image_search], inline=True), Limits(turns, 56 * 56, 56 * 56))
+    rollout = Rollout(engine, policy.chat, Toolbox([image_search], inline=True), Limits(turns, 56 * 56, 64 * 64))
     return rollout(examples, group_size, (0, 1))
 
 

@@ -55,7 +55,7 @@ def picture():
     return random_image(20, 20)
 
 
-def of_family(config: Config) -> Config:
+def with_pictures(config: Config) -> Config:
     """`config`, with pictures of 20 x 20 patches for models of any family."""
     pixels = (20 * tiny_config().vision.processor.patch) ** 2
     return replace(config, min_pixels=pixels, max_pixels=pixels)
@@ -213,7 +213,7 @@ def test_hybrid_shards_are_other_bytes_than_planned():
 @each_family
 @pytest.mark.parametrize("groups, slots, tokens", [(4, 16, 0), (4, 9, 0), (1, 16, 0), (4, 16, 100), (1, 2, 50)])
 def test_the_cache_grows_beyond_the_plan(groups, slots, tokens):
-    config, model = of_family(replace(CONFIG, slots=slots, slot_tokens=tokens)), tiny_model()
+    config, model = with_pictures(replace(CONFIG, slots=slots, slot_tokens=tokens)), tiny_model()
     sizes = dict(slots=slots, slot_tokens=tokens, max_tokens=400, turn_tokens=400)
     engine = Engine(model, 299, SUPPRESSED, **sizes)
     ids, images = conversation(0, picture())  # as short as a prompt can be
@@ -271,12 +271,12 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda *given: checkpoint(norm, *given, use_reentrant=False))
     shape = dict(num_hidden_layers=6, hidden_size=128, intermediate_size=512)
     base = tiny_config()
-    shape |= dict(head_dim=32, mrope_section=(6, 5, 5)) if helpers.FAMILY == "qwen3" else dict(mrope_section=(4, 6, 6))
+    shape |= helpers.of_family(qwen2_5=dict(mrope_section=(4, 6, 6)), qwen3=dict(head_dim=32, mrope_section=(6, 5, 5)))
     shape["vision"] = replace(base.vision, depth=6, intermediate_size=110, out_hidden_size=128)
     model = tiny_model(1, **shape).to(dtype)
     model.checkpoint_blocks = model.visual.checkpoint_blocks = recompute
     model.kept_blocks = keep
-    config = of_family(replace(CONFIG, recompute=recompute, keep_blocks=keep, max_tokens=612 + 200, lora=rank))
+    config = with_pictures(replace(CONFIG, recompute=recompute, keep_blocks=keep, max_tokens=612 + 200, lora=rank))
     model, adapters = adapted(model, config)
     for name, (a, b) in adapters.items():
         lora.add_adapter(model.get_submodule(name), a, b, 0.5)
@@ -300,7 +300,7 @@ def test_what_a_backward_pass_keeps_is_far_from_the_plan(
             f"planned / kept, {name}, recompute {recompute}, keep {keep}, rank {rank}, {dtype}",
             planned / real,
         )
-        assert 0.95 < planned / real < 1.2, (name, planned / real)
+        assert {"micro-batch": 1.0, "pictures": 0.95}[name] < planned / real < 1.2, (name, planned / real)
 
 
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -16,7 +16,16 @@ from mmsr.assemble import Setup
 from mmsr.chat import PROMPTS, Chat
 from mmsr.config import Config, parse
 from mmsr.episode import ANSWERED, INVALID, LENGTH, TURNS, Episode, Example, Observation, Turn
-from mmsr.reward import LEGAL_SHAPES, STRICT_SHAPES, RewardRule, exact_match, format_score, score, strict_match
+from mmsr.reward import (
+    LEGAL_SHAPES,
+    STRICT_SHAPES,
+    RewardRule,
+    answer_score,
+    exact_match,
+    format_score,
+    score,
+    strict_match,
+)
 from mmsr.system.errors import UserError
 from mmsr.tools import IMAGE_SEARCH, TEXT_SEARCH, NoSearch, search_tools
 
@@ -655,3 +664,19 @@ def test_the_options_of_the_paper_do_not_reach_the_reward():
     assert searched.reward == pytest.approx(0.9 * 0.81 + 0.1)
     with pytest.raises(UserError, match="strict has no substring match"):
         parse(["--reward", "strict", "--match", "substring"])
+
+
+@pytest.mark.parametrize("rule", ["blog", "paper", "strict"])
+def test_an_answer_within_thoughts_counts_or_spoils_the_one_behind_them(rule):
+    rule = RewardRule(rule)
+
+    def accuracy(said: str | None, text: str, status: str = ANSWERED) -> float:
+        turn = Turn("assistant", text, 0, 0, said=said)
+        return answer_score(Episode(Example("a", b"", "", ("Paris",)), 0, 0, turns=[turn], status=status), rule)
+
+    assert accuracy("", "I could say <answer>Paris</answer> but", LENGTH) == 0
+    assert accuracy("", "I could say <answer>Paris</answer> but") == 0
+    right = "<reason>so</reason><answer>Paris</answer>"
+    assert accuracy(right, f"<answer>Rome</answer> or <reason></think>{right}") == 1
+    wrong = "<reason>so</reason><answer>Rome</answer>"
+    assert accuracy(wrong, f"<answer>Paris</answer></think>{wrong}") == 0

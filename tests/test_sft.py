@@ -19,8 +19,10 @@ from mmsr.engine import Engine
 from mmsr.episode import Example, Hit, Observation
 from mmsr.reward import RewardRule, score
 from mmsr.rollout import Limits, Rollout, Script
+from mmsr.setup.imitation import open_demonstrations
 from mmsr.system.errors import UserError
-from mmsr.tools import Toolbox, search_tools
+from mmsr.system.parallel import SINGLE
+from mmsr.tools import NoSearch, Toolbox, search_tools
 from mmsr.toy import base as toy_base
 from mmsr.toy import world as toy
 from mmsr.update import MasterWeights, Trainer
@@ -171,6 +173,25 @@ def test_only_right_demonstrations_of_known_questions_are_imitated(miniature, wo
         assert line["tokens"]["prefilled"] == line["tokens"]["sampled"] == 0 and line["tokens"]["trained"] > 0
     assert found.steps[1]["loss"] < found.steps[0]["loss"]
     assert (found.out / "report.html").exists()
+
+
+def test_demonstrations_in_tags_teach_a_model_that_calls_in_json_to_never_search(miniature, tmp_path):
+    """Those with searches would be left out, and those without stay."""
+    tools = search_tools(NoSearch(), 1, 1)
+    searched = ["<reason>why</reason> <search><img></search>", "<reason>so</reason> <answer>a</answer>"]
+    rows = [("1", searched), ("2", searched), ("3", searched[1:])]
+    lines = [
+        json.dumps({"id": name, "turns": [{"role": "assistant", "text": t} for t in turns]}) for name, turns in rows
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    asked = [Example(name, b"", "?", ("a",)) for name, _ in rows]
+    given = ([str(tmp_path / "d.jsonl")], asked)
+    chats = {grammar: Chat(miniature, PROMPTS / "real", tools, grammar) for grammar in ("tags", "hermes")}
+    kept, _ = open_demonstrations(*given, chats["tags"], RewardRule("paper"), SINGLE)
+    assert [example.id for example in kept] == ["1", "2", "3"]
+    refused_words = "2 of 2 conversations of several turns have one that asks for nothing in --grammar hermes"
+    with pytest.raises(UserError, match=refused_words):
+        open_demonstrations(*given, chats["hermes"], RewardRule("paper"), SINGLE)
 
 
 @pytest.mark.slow

@@ -123,3 +123,8 @@ def test_traces_take_the_right_side_or_tell_what_to_do(world, chat):
     for road in (("answer",), ("zoom", "answer"), ("crop_search", "text_search", "visit", "answer")):
         assert 5 < roads.count(road) < 60, road
     assert look_at("left").startswith("<reason>")
+
+
+def test_a_run_sees_pictures_of_another_size_than_the_traces():
+    options = parse(OPTIONS)
+    assert options.min_pixels == options.max_pixels == PIXELS

@@ -183,6 +183,7 @@ def test_damaged_bytes_escape_as_another_error():
 def test_the_same_bytes_at_other_limits_share_a_key():
     keys = {load_image(data, 784, limit).key for data in (GOOD, picture_bytes(60, 60, seed=1)) for limit in (784, 3136)}
     assert len(keys) == 4 and load_image(GOOD, 784, 784).key in keys
+    assert load_image(GOOD, 784, 784, processor=QWEN3_VL).key not in keys
 
 
 def test_patchify_accepts_a_size_that_does_not_divide():

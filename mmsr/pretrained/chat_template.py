@@ -30,7 +30,8 @@ def chat_template(folder: Path) -> str:
     for name in FILES:
         found = read_object(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(found, list):
-            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
+            usual = [each.get("template") for each in found if isinstance(each, dict) and each.get("name") == "default"]
+            found = usual[0] if usual else None
         if isinstance(found, str):
             return found
     return ""

@@ -76,9 +76,30 @@ def read_config(folder: Path | str) -> ModelConfig:
     try:
         config = model_config(values)
         _refuse_contradictions(config)
-        return config
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: {first_line(error)}: pass a Qwen2.5-VL or Qwen3-VL model") from error
+    _check_processor(folder / "preprocessor_config.json", config)
+    return config
+
+
+def _check_processor(file: Path, config: ModelConfig) -> None:
+    """Raises UserError where the file, if there is one, prepares pictures in another way than is built here."""
+    if not file.is_file():
+        return
+    values = read_object(file)
+    processor = config.vision.processor
+    built = {
+        "patch_size": processor.patch,
+        "merge_size": MERGE,
+        "temporal_patch_size": FRAMES,
+        "image_mean": list(processor.mean),
+        "image_std": list(processor.std),
+    }
+    try:
+        for name, ours in built.items():
+            _refuse_unless(name, values.get(name), ours)
+    except ValueError as error:
+        raise UserError(f"{file}: {error}: take the file of the published checkpoint") from error
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
@@ -166,10 +187,10 @@ def _within(value: Any, kind: type, least: float, most: float) -> bool:
 def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[str, Any], config: ModelConfig) -> None:
     """ValueError for a setting that would silently compute something else than the checkpoint means."""
     channels = vision.get("in_channels", vision.get("in_chans"))
-    interleaved = isinstance(config, Qwen3VLConfig)
+    is_qwen3 = isinstance(config, Qwen3VLConfig)
     _refuse_unless("hidden_act", text.get("hidden_act"), "silu")
     _refuse_unless("head_dim", text.get("head_dim"), config.head_dim)
-    _refuse_unless("attention_bias", text.get("attention_bias"), not interleaved)
+    _refuse_unless("attention_bias", text.get("attention_bias"), not is_qwen3)
     _refuse_unless("use_sliding_window", text.get("use_sliding_window"), False)
     layer_types = text.get("layer_types")
     for layer_type in layer_types if isinstance(layer_types, list) else [layer_types]:
@@ -177,7 +198,7 @@ def _refuse_variants(text: dict[str, Any], ropes: Sequence[dict], vision: dict[s
     for rope in ropes:
         _refuse_unless("rope type", rope.get("type"), "default", "mrope")
         _refuse_unless("rope type", rope.get("rope_type"), "default", "mrope")
-        _refuse_unless("mrope_interleaved", rope.get("mrope_interleaved"), interleaved)
+        _refuse_unless("mrope_interleaved", rope.get("mrope_interleaved"), is_qwen3)
     for part in (text, *ropes):
         _refuse_unless("partial_rotary_factor", part.get("partial_rotary_factor"), 1)
     _refuse_unless("vision_config.hidden_act", vision.get("hidden_act"), config.vision.hidden_act)

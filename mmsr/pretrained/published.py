@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from mmsr.model import ModelConfig
 from mmsr.qwen3_vl import Qwen3VisionConfig, Qwen3VLConfig
 from mmsr.vision import VisionConfig
 
-# In the order of the config classes' fields: vocabulary, widths of the decoder and of its MLP, layers, query heads,
-# key/value heads, epsilon.
+
+def _decoder(size: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """The fields of a decoder's sizes."""
+    return dict(
+        hidden_size=size,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-6,
+    )
+
+
+def _qwen2_5(vocabulary: int, tied: bool, tower_mlp: int, **decoder: int) -> ModelConfig:
+    vision = VisionConfig(intermediate_size=tower_mlp, out_hidden_size=decoder["size"])
+    return ModelConfig(vocab_size=vocabulary, tie_word_embeddings=tied, vision=vision, **_decoder(**decoder))
+
+
+def _qwen3(tied: bool, tower: dict[str, Any], **decoder: int) -> Qwen3VLConfig:
+    return Qwen3VLConfig(
+        vocab_size=151936,
+        rope_theta=5e6,
+        max_position_embeddings=262144,
+        tie_word_embeddings=tied,
+        vision=Qwen3VisionConfig(out_hidden_size=decoder["size"], **tower),
+        **_decoder(**decoder),
+    )
+
+
 QWEN2_5 = {
-    "Qwen2.5-VL-3B": ModelConfig(
-        *(151936, 2048, 11008, 36, 16, 2, 1e-6), tie_word_embeddings=True, vision=VisionConfig(out_hidden_size=2048)
-    ),
-    "Qwen2.5-VL-7B": ModelConfig(152064, 3584, 18944, 28, 28, 4, 1e-6),
-    "Qwen2.5-VL-32B": ModelConfig(
-        *(152064, 5120, 27648, 64, 40, 8, 1e-6), vision=VisionConfig(intermediate_size=3456, out_hidden_size=5120)
-    ),
-    "Qwen2.5-VL-72B": ModelConfig(
-        *(152064, 8192, 29568, 80, 64, 8, 1e-6), vision=VisionConfig(intermediate_size=3456, out_hidden_size=8192)
-    ),
+    "Qwen2.5-VL-3B": _qwen2_5(151936, True, 3420, size=2048, mlp=11008, layers=36, heads=16, kv_heads=2),
+    "Qwen2.5-VL-7B": _qwen2_5(152064, False, 3420, size=3584, mlp=18944, layers=28, heads=28, kv_heads=4),
+    "Qwen2.5-VL-32B": _qwen2_5(152064, False, 3456, size=5120, mlp=27648, layers=64, heads=40, kv_heads=8),
+    "Qwen2.5-VL-72B": _qwen2_5(152064, False, 3456, size=8192, mlp=29568, layers=80, heads=64, kv_heads=8),
 }
 
-
-def _qwen3(*sizes: Any, tied: bool, vision: Qwen3VisionConfig) -> Qwen3VLConfig:
-    config = Qwen3VLConfig(*sizes)
-    config = replace(config, rope_theta=5e6, max_position_embeddings=262144)
-    return replace(config, tie_word_embeddings=tied, vision=vision)
-
-
-def _small_tower(out: int) -> Qwen3VisionConfig:
-    return Qwen3VisionConfig(24, 1024, 4096, 16, out, deepstack_visual_indexes=(5, 11, 17))
-
-
+SMALL = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=(5, 11, 17))
+LARGE = dict(depth=27, hidden_size=1152, intermediate_size=4304, deepstack_visual_indexes=(8, 16, 24))
 QWEN3 = {
-    "Qwen3-VL-2B": _qwen3(151936, 2048, 6144, 28, 16, 8, tied=True, vision=_small_tower(2048)),
-    "Qwen3-VL-4B": _qwen3(151936, 2560, 9728, 36, 32, 8, tied=True, vision=_small_tower(2560)),
-    "Qwen3-VL-8B": _qwen3(
-        *(151936, 4096, 12288, 36, 32, 8), tied=False, vision=Qwen3VisionConfig(out_hidden_size=4096)
-    ),
-    "Qwen3-VL-32B": _qwen3(
-        *(151936, 5120, 25600, 64, 64, 8), tied=False, vision=Qwen3VisionConfig(out_hidden_size=5120)
-    ),
+    "Qwen3-VL-2B": _qwen3(True, SMALL, size=2048, mlp=6144, layers=28, heads=16, kv_heads=8),
+    "Qwen3-VL-4B": _qwen3(True, SMALL, size=2560, mlp=9728, layers=36, heads=32, kv_heads=8),
+    "Qwen3-VL-8B": _qwen3(False, LARGE, size=4096, mlp=12288, layers=36, heads=32, kv_heads=8),
+    "Qwen3-VL-32B": _qwen3(False, LARGE, size=5120, mlp=25600, layers=64, heads=64, kv_heads=8),
 }
 
 SIZES: dict[str, ModelConfig] = {**QWEN2_5, **QWEN3}  # by short name

@@ -168,6 +168,8 @@ def _given(setup: Setup, data: Mapping[str, Sequence[Example]]) -> Digests:
     if setup.world:
         settings = repr((setup.world.seed, setup.world.settings))
         found["the toy world"] = hashlib.sha256(settings.encode()).hexdigest()
+    if setup.chat.turn_start:
+        found["how a turn begins, by --thinking and the model's chat template"] = setup.chat.turn_start
     files: dict[str, Path] = {}
     model = f"--model {config.model}" if config.model else "toy base model"
     for pattern in MODEL_FILES:

@@ -244,7 +244,7 @@ def evaluation_command(config: Config) -> str:
         line += ["--adapter", str(Path(config.out) / "adapter")]
     if config.data == "toy":
         line += ["--data", "toy"]
-        names = (*KEPT, "seed", "search")
+        names = (*KEPT, "toy_model", "seed", "search")
     else:
         line += ["--data", "FILE", "--search", "SEARCH"]
         names = KEPT

@@ -29,6 +29,7 @@ def open_demonstrations(
     Raises UserError where no question is answered rightly.
     """
     found = demonstrations(files)
+    _check_grammar(files, [turns for conversations in found.values() for turns in conversations], chat)
 
     def right_turns(example: Example) -> list[list[str]]:
         return [turns for turns in found.get(example.id, ()) if is_right(turns, example, chat, rule)]
@@ -61,12 +62,31 @@ def open_demonstrations(
     return [questions[place] for place in places], script
 
 
+def _check_grammar(files: Sequence[str], conversations: Sequence[Sequence[str]], chat: Chat) -> None:
+    """Raises UserError where most conversations of several turns have one that asks for nothing in the run's grammar.
+
+    The others would be left, those that answer at once, and they teach never to search.
+    """
+    several = [turns for turns in conversations if len(turns) > 1]
+    unread = [turns for turns in several if None in _asked_for(turns, chat)]
+    if len(unread) > len(several) / 2:
+        some = f"{len(unread)} of {len(several)} conversations of several turns have one that asks for nothing"
+        raise UserError(
+            f"--demonstrations {' '.join(files)}: {some} in --grammar {chat.grammar}: give the one they are written in"
+        )
+
+
+def _asked_for(turns: Sequence[str], chat: Chat) -> list[str | None]:
+    """The name of each turn's action."""
+    return [chat.parse(chat.whole_turn(turn)).name for turn in turns]
+
+
 def is_right(turns: Sequence[str], example: Example, chat: Chat, rule: RewardRule) -> bool:
     """Whether the last of these turns ends a conversation with the right answer, and the others call tools."""
-    asked_for = [chat.parse(chat.whole_turn(turn)).name for turn in turns]
-    if not turns or asked_for[-1] != ANSWER or None in asked_for or ANSWER in asked_for[:-1]:
+    names = _asked_for(turns, chat)
+    if not turns or names[-1] != ANSWER or None in names or ANSWER in names[:-1]:
         return False
-    last = Turn("assistant", turns[-1], 0, 0)
+    last = Turn("assistant", turns[-1], 0, 0, said=chat.said(chat.whole_turn(turns[-1])))
     episode = Episode(example, 0, 0, turns=[last], status=ANSWERED)
     return answer_score(episode, rule) == 1
 

@@ -170,7 +170,7 @@ def open_adapters(
     if config.adapter:
         found = read_adapter(resolve_adapter(config.adapter), layers)
         if ranks.main:
-            option = "--model" if config.model else "--model, or the --toy and --seed of its run"
+            option = "--model" if config.model else "--model, or the --toy, --toy-model and --seed of its run"
             check_base(found, folder, base_name(config.model, folder), ranks.print, option)
             for note in found.notes(training=isinstance(config, Config)):
                 ranks.print(note)

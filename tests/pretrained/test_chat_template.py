@@ -47,7 +47,7 @@ def test_one_of_several_templates_is_not_the_usual_one(tmp_path):
 
 def test_a_folder_without_a_template_or_with_a_broken_file_gives_a_traceback(tmp_path):
     assert not begins_thoughts(tmp_path)
-    for content in ("{}", '{"chat_template": 3}', '{"chat_template": [3, {"name": "default"}]}'):
+    for content in ("{}", '{"chat_template": 3}', '{"chat_template": [3, {"name": "default"}, {"name": [1]}]}'):
         (tmp_path / "tokenizer_config.json").write_text(content)
         assert not begins_thoughts(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

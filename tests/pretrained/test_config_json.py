@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, tiny_config
+from helpers import each_family, edit_json, tiny_config
 
 from mmsr.model import ModelConfig, Qwen2_5_VL
 from mmsr.pretrained.config_json import model_config, read_config
@@ -127,6 +127,7 @@ PUBLISHED_QWEN3 = {
     "Qwen3-VL-2B": (2048, 6144, 28, 16, True, 24, 1024, 4096, [5, 11, 17]),
     "Qwen3-VL-4B": (2560, 9728, 36, 32, True, 24, 1024, 4096, [5, 11, 17]),
     "Qwen3-VL-8B": (4096, 12288, 36, 32, False, 27, 1152, 4304, [8, 16, 24]),
+    "Qwen3-VL-32B": (5120, 25600, 64, 64, False, 27, 1152, 4304, [8, 16, 24]),
 }
 
 
@@ -247,6 +248,31 @@ def test_another_architecture_runs_with_wrong_results_or_an_odd_one_gives_a_trac
 
 def save_config(config: ModelConfig, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+@each_family
+def test_pictures_are_prepared_otherwise_than_the_folder_says(tmp_path):
+    """preprocessor_config.json as published is taken, another is refused."""
+    save_config(tiny_config(), tmp_path)
+    processor = tiny_config().vision.processor
+    published = {
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+        "patch_size": processor.patch,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": list(processor.mean),
+        "image_std": list(processor.std),
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(published))
+    assert read_config(tmp_path) == tiny_config()
+    for change in (dict(patch_size=15), dict(merge_size=1), dict(image_mean=[0, 0, 0]), dict(image_std=0.5)):
+        file.write_text(json.dumps(published | change))
+        (name,) = change
+        with pytest.raises(UserError, match=f"preprocessor_config.json: {name} is ") as caught:
+            read_config(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_key_and_value_heads_that_are_null_are_another_number_than_in_transformers(tmp_path):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import helpers
 import pytest
 import torch
-from helpers import each_family, hf_logits, hf_twin, largest_difference, packed_logits, tiny_model
+from helpers import each_family, hf_logits, hf_twin, largest_difference, of_family, packed_logits, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_model import sequences
@@ -67,7 +66,7 @@ def test_saved_weights_have_other_names_than_published_ones(tmp_path):
     save(model, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         found = {name.split(".layers.")[0].split(".blocks.")[0] for name in file.keys()}
-    decoder, tower = {"qwen2_5": ("model", "visual"), "qwen3": ("model.language_model", "model.visual")}[helpers.FAMILY]
+    decoder, tower = of_family(qwen2_5=("model", "visual"), qwen3=("model.language_model", "model.visual"))
     of_decoder = {decoder, f"{decoder}.embed_tokens.weight", f"{decoder}.norm.weight", "lm_head.weight"}
     assert of_decoder <= found and all(name.startswith(tower) for name in found - of_decoder)
 

@@ -145,7 +145,8 @@ def setup(place: Path, **changes) -> SimpleNamespace:
         file.parent.mkdir(exist_ok=True)
         if not file.exists():
             file.write_text(name)
-    return SimpleNamespace(config=config(place, **changes), folder=place / "model", world=None)
+    chat = SimpleNamespace(turn_start="")
+    return SimpleNamespace(config=config(place, **changes), folder=place / "model", world=None, chat=chat)
 
 
 def begin(config, setup, data=QUESTIONS) -> None:
@@ -170,6 +171,7 @@ CHANGED = {
     "the tokenizer": ("model/tokenizer.json", "/model/tokenizer.json has changed since"),
     "a prompt": ("prompts/user.txt", "/prompts/user.txt has changed since"),
     "one of the usual prompts": ("prompts/hit.txt", "/prompts/hit.txt has changed since"),
+    "what calls in JSON say of a tool": ("prompts/tools.json", "/prompts/tools.json has changed (was not there) since"),
 }
 
 
@@ -187,6 +189,14 @@ def test_a_run_goes_on_with_other_data_model_or_prompts(tmp_path, kind, what, sa
     told = str(refused.value)
     assert said in told and "\n" not in told and told.endswith("restore what it was, or name another folder")
     assert (tmp_path / "out" / "inputs.json").read_bytes() == before
+
+
+def test_a_changed_chat_template_makes_a_resumed_run_think(tmp_path):
+    same, opened = config(tmp_path), setup(tmp_path)
+    begin(same, opened)
+    opened.chat.turn_start = "<think>\n"
+    with pytest.raises(UserError, match="how a turn begins, by --thinking and the model's chat template has changed"):
+        begin(same, opened)
 
 
 def test_what_was_touched_or_moved_is_taken_for_changed(tmp_path, capsys):

@@ -7,21 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_helpers import tiny_tokenizer
 from fake_hub import at_address, fake_hub
-from helpers import edit_json, picture_bytes, random_adapter, refused, tiny_config, tiny_model
+from helpers import each_family, edit_json, picture_bytes, random_adapter, refused, tiny_config, tiny_model
 
 import eval as evaluation
 import train
 from mmsr import plan
+from mmsr.chat import PROMPTS, Chat
 from mmsr.config import EvalConfig, parse
+from mmsr.episode import Example
 from mmsr.lora import adapted
 from mmsr.plan import GIB
 from mmsr.pretrained.published import SIZES
 from mmsr.pretrained.save import save
 from mmsr.setup import sizes
+from mmsr.setup.checks import prompt_lengths
 from mmsr.setup.preflight import preflight
 from mmsr.setup.sizes import check_disk, check_memory, check_sizes
 from mmsr.system.parallel import SINGLE, Ranks
+from mmsr.tools import NoSearch, search_tools
+from mmsr.vision import load_image
 
 GPU = Ranks(device=torch.device("cuda"))
 HUB_ID = "someone/tuned"
@@ -62,6 +68,17 @@ def served(miniature, tmp_path):
 
 def fetched(asked: list[str]) -> set[str]:
     return {line.rpartition("/")[2] for line in asked if line.startswith("GET") and "/resolve/" in line}
+
+
+@each_family
+def test_a_prompt_is_measured_with_other_patches_than_it_gets(tmp_path):
+    processor = tiny_config().vision.processor
+    chat = Chat(tiny_tokenizer(tmp_path), PROMPTS / "real", search_tools(NoSearch(), 1, 1))
+    example = Example("a", picture_bytes(300, 200), "What is it?", ("a",))
+    config = options("--min-pixels", 60 * 60, "--max-pixels", 250 * 250)
+    ((_, _, length),) = prompt_lengths([example], chat, processor, config, SINGLE)
+    picture = load_image(example.image, config.min_pixels, config.max_pixels, processor=processor)
+    assert length == len(chat.prompt(example.question, picture).ids)
 
 
 def test_weights_are_fetched_for_a_run_that_is_refused(served, tmp_path, monkeypatch):
