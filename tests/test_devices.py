@@ -110,7 +110,6 @@ def _cached_gap(twin, group, sequence) -> torch.Tensor:
     return (cached.gather(1, tokens) - uncached.gather(1, tokens)).abs()[:, 0]
 
 
-@each_family
 @pytest.mark.parametrize("loss", ["gspo", "cispo"])
 def test_an_update_by_another_loss_is_skipped_or_another_on_a_device(device, loss, record_property):
     """Two updates, of which the second has ratios other than 1, against the same on the CPU."""
@@ -127,7 +126,6 @@ def test_an_update_by_another_loss_is_skipped_or_another_on_a_device(device, los
     assert difference < 1e-3
 
 
-@each_family
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.5)])
 def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, most, record_property):
     model = tiny_model(4).to(device, dtype)
@@ -142,7 +140,6 @@ def test_whole_step_runs_and_its_gap_is_that_of_its_precision(device, dtype, mos
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
 
 
-@each_family
 def test_tokens_are_the_same_on_every_device_when_greedy(device):
     """fp32 ties aside, which these weights have none of."""
     here, there = groups(3, 2), groups(3, 2)

@@ -158,18 +158,18 @@ def test_an_older_tokenizer_has_no_words_for_results(tmp_path):
     assert chat.added["<tool_call>"] in chat.assistant(CALL)
 
 
-def test_a_model_may_sample_results_or_may_not_sample_calls(chat):
+def test_a_model_may_sample_results_or_may_not_sample_calls(tiny):
     def may(chat, name):
         return not chat.suppressed_tokens(200_000)[chat.added[name]]
 
+    chat = Chat(tiny, PROMPTS / "hermes", TOOLS, "hermes")
     expected = {"<tool_call>": True, "</tool_call>": True, "<tool_response>": False, "</tool_response>": False}
     for name, allowed in expected.items():
         assert may(chat, name) == allowed, name
     assert may(chat, "<|im_end|>") and not may(chat, "<|im_start|>")
-    folder = chat.tokenizer.path.parent
     for grammar in ("tags", "hermes"):
         for start in ("", UNTHOUGHT, OPENED):
-            other = Chat(folder, PROMPTS / "hermes", TOOLS, grammar, start)
+            other = Chat(tiny, PROMPTS / "hermes", TOOLS, grammar, start)
             assert may(other, "</think>") == (start == OPENED) and not may(other, "<think>")
             assert may(other, "<tool_call>") == (grammar == "hermes")
 
@@ -319,9 +319,9 @@ def test_hostile_text_forges_a_call_a_result_or_a_thought(start, tiny):
 
 @pytest.mark.parametrize("start", ["", OPENED, UNTHOUGHT])
 @pytest.mark.parametrize("grammar", ["tags", "hermes"])
-def test_a_turn_is_imitated_that_the_model_may_not_sample(grammar, start, folder):
+def test_a_turn_is_imitated_that_the_model_may_not_sample(grammar, start, tiny):
     """Its tokens are those that it would have sampled: else their probability is 0, and the loss beyond all bounds."""
-    chat = Chat(folder, PROMPTS / "hermes", TOOLS, grammar, start)
+    chat = Chat(tiny, PROMPTS / "hermes", TOOLS, grammar, start)
     markup = "<think>a</think> <tool_call>b</tool_call> <tool_response>c</tool_response> <|im_start|><|image_pad|>"
     for turn in (CALL, LOOK_UP, ANSWER, f"<think>\nwell\n</think>\n\n{CALL}", markup):
         ids = chat.assistant(chat.whole_turn(turn))

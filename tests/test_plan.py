@@ -188,7 +188,6 @@ def pair():
     crew.stop()
 
 
-@each_family
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [*WAYS[:2], ADAPTERS, SOME, replace(ADAPTERS, shard="node")])
 @pytest.mark.parametrize("dtype, item", [(torch.float32, 4), (torch.bfloat16, 2)])

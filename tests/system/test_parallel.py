@@ -157,7 +157,6 @@ def second_gradient(ranks: Ranks, options: dict):
     return kept[1], metrics
 
 
-@each_family
 @pytest.mark.first_is_quick
 @pytest.mark.parametrize(
     "loss",
@@ -328,7 +327,6 @@ def rows_of_updates_with_adapters(ranks: Ranks, targets) -> dict[str, set]:
     return dict(trainer.lockstep.recorded)
 
 
-@each_family
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", [(), ("vision",), ("vision", "model.layers.1")], ids=str)
 def test_passes_with_adapters_are_not_always_the_same_row_of_collectives(pair, targets):
@@ -429,7 +427,7 @@ def adapter_gradient(ranks: Ranks, across: str, targets, assignment: str):
 
 DEALT = [("none", BOTH, "one rank has text only"), ("node", BOTH, "one rank has text only")]
 SLOW = [
-    pytest.param(across, targets, assignment, marks=pytest.mark.slow)
+    pytest.param("qwen2_5", across, targets, assignment, marks=pytest.mark.slow)
     for across in FORMS
     for targets in ((), ("vision",), BOTH)
     for assignment in ASSIGNMENTS
@@ -437,9 +435,15 @@ SLOW = [
 ]
 
 
-@each_family
-@pytest.mark.parametrize("across, targets, assignment", [*DEALT, *SLOW], ids=str)
-def test_gradient_of_adapters_depends_on_how_episodes_are_dealt(pair, across, targets, assignment, record_property):
+@pytest.mark.parametrize(
+    "each_family, across, targets, assignment",
+    [*(("qwen3", *case) for case in DEALT), *(("qwen2_5", *case) for case in DEALT), *SLOW],
+    ids=str,
+    indirect=["each_family"],
+)
+def test_gradient_of_adapters_depends_on_how_episodes_are_dealt(
+    each_family, pair, across, targets, assignment, record_property
+):
     alone, metrics = on_one(adapter_gradient, across, targets, assignment)
     assert alone and all(lora.is_adapter(name) for name in alone)
     for found, other in pair(adapter_gradient, across, targets, assignment):
@@ -538,7 +542,6 @@ def frozen_parts(ranks: Ranks, parts: list[str], assignment: str):
     return full_state_dict(model, ranks, torch.float32), metrics, passes.backward, len(set(passes.seen))
 
 
-@each_family
 @pytest.mark.parametrize(
     "parts",
     [
@@ -666,7 +669,6 @@ def in_bf16(ranks: Ranks):
     return kept, whole, {p.dtype for p in model.parameters()}
 
 
-@each_family
 def test_fp32_shards_compute_in_bf16(pair):
     alone, _ = on_one(gradient, "even")
     for kept, whole, kept_as in pair(in_bf16):
