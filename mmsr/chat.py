@@ -46,7 +46,7 @@ IMAGE_PAD = "<|image_pad|>"
 CONTROL = (START, STOP, VISION_START, VISION_END, IMAGE_PAD)  # the control tokens that every checkpoint has
 THINK = "<think>"
 THINK_END = "</think>"
-# What stands at the beginning of a model's turn, by --thinking: thoughts that it goes on with, or thoughts of nothing.
+# The beginning of a model's turn where it is not empty: thoughts that the model continues, or empty ones (--thinking).
 OPENED = f"{THINK}\n"
 UNTHOUGHT = f"{THINK}\n\n{THINK_END}\n\n"
 

@@ -77,7 +77,7 @@ class Grammar(Protocol):
         """What the system turn says of the tools; "" where the user's turn says it."""
 
     def framed(self) -> tuple[str, str]:
-        """What stands before and after the result of a tool, within its turn."""
+        """The text before and after the result of a tool, within its turn."""
 
     def parse(self, text: str) -> Action:
         """The action of a model turn, given as its text without the stop token and without thoughts. Never raises."""

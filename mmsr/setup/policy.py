@@ -122,9 +122,9 @@ def prompts_folder(name: str) -> Path:
 
 
 def turn_start(thinking: str, folder: Path) -> str:
-    """What stands at the beginning of each turn of the model in `folder`, by --thinking and its own chat template.
+    """The beginning of each turn of the model in `folder`, by --thinking and by its own chat template.
 
-    "auto" is as the template has it. "off", for a model whose template begins thoughts, gives it thoughts of nothing.
+    "auto" is as the template has it. "off", for a model whose template begins thoughts, closes them at once.
     """
     begins = begins_thoughts(folder)
     if thinking == "on" or thinking == "auto" and begins:
