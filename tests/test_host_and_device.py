@@ -134,4 +134,4 @@ def test_a_range_without_its_device_goes_unnoticed(apart, monkeypatch):
         test_a_rollout_mixes_host_and_device(apart)
     monkeypatch.setattr(grpo, "token_losses", lambda logps, *rest: logps * torch.arange(len(logps)))
     with pytest.raises(AssertionError, match="host and device"):
-        test_an_update_mixes_host_and_device(apart, "grpo")
+        test_an_update_mixes_host_and_device(None, apart, "grpo")
