@@ -162,6 +162,8 @@ def rotary(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 class SelfAttention(nn.Module):
+    """As model.py's, with q and k normalised head by head and no bias: written out, so that it reads in one piece."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
